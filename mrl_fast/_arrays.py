@@ -1,0 +1,66 @@
+"""Arrays in, arrays of the same kind out: torch tensors, numpy arrays and DLPack objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mrl_fast._types import SearchResult
+
+
+def as_tensor(x: Any, name: str) -> Tensor:
+    """``x`` as a tensor over the same memory; only the last axis is made contiguous, by a copy where it is not."""
+    if isinstance(x, Tensor):
+        tensor = x.detach()
+    elif isinstance(x, np.ndarray):
+        if not x.dtype.isnative or x.dtype.hasobject:
+            raise TypeError(f"{name}: expected a native numeric dtype, got {x.dtype}")
+        if any(s < 0 or s % x.itemsize for s in x.strides):
+            x = np.ascontiguousarray(x)
+        if not x.flags.writeable:  # torch warns that writing would be undefined; nothing here writes
+            x = np.lib.stride_tricks.as_strided(_Unlocked(x).array, x.shape, x.strides)
+        try:
+            tensor = torch.from_numpy(x)
+        except TypeError:
+            raise TypeError(f"{name}: expected a numeric dtype, got {x.dtype}") from None
+    elif hasattr(x, "__dlpack__"):
+        tensor = torch.from_dlpack(x)
+    else:
+        raise TypeError(
+            f"{name}: expected a torch tensor, a numpy array or a DLPack object, got {type(x).__name__}"
+        )
+    return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class _Unlocked:
+    """A read-only array's memory, as an array without the read-only flag."""
+
+    def __init__(self, locked: np.ndarray):
+        self.locked = locked  # keeps the memory alive
+        interface = dict(locked.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+
+    @property
+    def array(self) -> np.ndarray:
+        return np.asarray(self)
+
+
+def like(x: Any) -> Callable[[Tensor], Any]:
+    """A function that turns a result tensor into the kind of array that ``x`` is."""
+    if isinstance(x, Tensor):
+        return lambda t: t
+    if isinstance(x, np.ndarray):
+        return lambda t: t.numpy()
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__().from_dlpack
+    return lambda t: t
+
+
+def result_like(x: Any, result: SearchResult) -> SearchResult:
+    convert = like(x)
+    return SearchResult(convert(result.scores), convert(result.ids))

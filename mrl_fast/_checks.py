@@ -1,0 +1,98 @@
+"""Input checks shared by the public ops: each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+METRICS = ("ip", "cosine", "l2")
+
+
+def check_int(value: Any, name: str, low: int, high: int | None = None) -> int:
+    """``value`` as an int in [low, high]."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got bool")
+    if number < low or (high is not None and number > high):
+        bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name}: expected an integer {bounds}, got {number}")
+    return number
+
+
+def check_dims(dims: Sequence[int], width: int | None = None, name: str = "dims") -> tuple[int, ...]:
+    """Prefix widths, strictly ascending, each in [1, width]."""
+    if isinstance(dims, (str, bytes)) or not hasattr(dims, "__iter__"):
+        raise TypeError(f"{name}: expected a sequence of integers, got {type(dims).__name__}")
+    checked = tuple(check_int(d, f"{name}[{i}]", 1) for i, d in enumerate(dims))
+    if not checked:
+        raise ValueError(f"{name}: expected at least one prefix width, got none")
+    if any(a >= b for a, b in zip(checked, checked[1:], strict=False)):
+        raise ValueError(f"{name}: expected strictly ascending widths, got {list(checked)}")
+    if width is not None and checked[-1] > width:
+        raise ValueError(f"{name}: expected widths of at most {width} (the vectors' width), got {checked[-1]}")
+    return checked
+
+
+def check_matrix(x: Any, name: str) -> Tensor:
+    """A 2-D floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    if x.ndim != 2:
+        raise ValueError(f"{name}: expected shape [rows, width], got {list(x.shape)}")
+    return x
+
+
+def check_vector(x: Any, name: str, size: int, like: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """A 1-D tensor of ``size`` elements on ``like``'s device; floating point unless ``dtype`` is given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if (x.dtype != dtype) if dtype else (not x.dtype.is_floating_point):
+        raise TypeError(f"{name}: expected {dtype or 'a floating-point dtype'}, got {x.dtype}")
+    if x.shape != (size,):
+        raise ValueError(f"{name}: expected shape [{size}], got {list(x.shape)}")
+    return check_same_device(x, name, like)
+
+
+def check_same_device(x: Tensor, name: str, like: Tensor) -> Tensor:
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {x.device}")
+    return x
+
+
+def check_choice(value: Any, name: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def check_stages(stages: Any) -> tuple[tuple[int, int], ...]:
+    """Stages ``(dim, keep)``: dims ascending, keeps not growing."""
+    try:
+        pairs = [(dim, keep) for dim, keep in stages]
+    except (TypeError, ValueError):
+        raise TypeError(f"stages: expected a sequence of (dim, keep) pairs, got {stages!r}") from None
+    if not pairs:
+        raise ValueError("stages: expected at least one (dim, keep) pair, got none")
+    dims = check_dims([dim for dim, _ in pairs], name="stages dims")
+    keeps = [check_int(keep, f"stages[{i}] keep", 1) for i, (_, keep) in enumerate(pairs)]
+    if any(a < b for a, b in zip(keeps, keeps[1:], strict=False)):
+        raise ValueError(f"stages: expected keeps that do not grow, got {keeps}")
+    return tuple(zip(dims, keeps, strict=True))
+
+
+def check_finite(x: Tensor, name: str, *, first_row: int = 0) -> None:
+    """Raises where a row holds a NaN or an infinite value, naming the first such row."""
+    bad = ~torch.isfinite(x).all(dim=-1)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0]) + first_row
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {row}")

@@ -1,0 +1,26 @@
+"""Builds mrl_fast._C: SIMD kernels behind pybind11, with no dependence on torch or CUDA."""
+
+import os
+from glob import glob
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+from setuptools import setup
+
+ParallelCompile("MRL_FAST_BUILD_JOBS", default=os.cpu_count() or 1).install()
+
+setup(
+    # `kernels/` cannot be installed under its own name: PyPI has a package called kernels.
+    package_dir={"mrl_fast": "mrl_fast", "mrl_fast.kernels": "kernels"},
+    packages=["mrl_fast", "mrl_fast.kernels"],
+    ext_modules=[
+        Pybind11Extension(
+            "mrl_fast._C",
+            sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+            include_dirs=["csrc"],
+            depends=sorted(glob("csrc/**/*.h", recursive=True)),
+            cxx_std=17,
+            extra_compile_args=["-O3", "-fno-math-errno", "-pthread", "-Wall", "-Wextra"],
+            extra_link_args=["-pthread"],
+        )
+    ],
+)
