@@ -22,7 +22,7 @@ def as_tensor(x: Any, name: str) -> Tensor:
         if any(s < 0 or s % x.itemsize for s in x.strides):
             x = np.ascontiguousarray(x)
         if not x.flags.writeable:  # torch warns that writing would be undefined; nothing here writes
-            x = np.lib.stride_tricks.as_strided(_Unlocked(x).array, x.shape, x.strides)
+            x = np.asarray(_Unlocked(x))
         try:
             tensor = torch.from_numpy(x)
         except TypeError:
@@ -44,10 +44,6 @@ class _Unlocked:
         interface = dict(locked.__array_interface__)
         interface["data"] = (interface["data"][0], False)
         self.__array_interface__ = interface
-
-    @property
-    def array(self) -> np.ndarray:
-        return np.asarray(self)
 
 
 def like(x: Any) -> Callable[[Tensor], Any]:

@@ -90,9 +90,8 @@ def check_stages(stages: Any) -> tuple[tuple[int, int], ...]:
     return tuple(zip(dims, keeps, strict=True))
 
 
-def check_finite(x: Tensor, name: str, *, first_row: int = 0) -> None:
+def check_finite(x: Tensor, name: str) -> None:
     """Raises where a row holds a NaN or an infinite value, naming the first such row."""
-    bad = ~torch.isfinite(x).all(dim=-1)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0]) + first_row
+    if x.numel() and not all(torch.isfinite(end) for end in x.aminmax()):  # NaN propagates
+        row = int((~torch.isfinite(x)).any(dim=1).nonzero()[0])
         raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {row}")

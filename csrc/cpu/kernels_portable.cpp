@@ -1,0 +1,52 @@
+// The kernels for any processor: 4-lane vectors, which compilers map to SSE2, NEON or plain code.
+#include "cpu/engine.h"
+
+namespace mrl {
+namespace portable {
+
+struct BF16 {
+    uint16_t bits;
+};
+struct F16 {
+    uint16_t bits;
+};
+
+struct Simd {
+    typedef float Vec __attribute__((vector_size(16)));
+    typedef int32_t Int __attribute__((vector_size(16)));
+    typedef Int Mask;
+    static constexpr int WIDTH = 4;
+    static constexpr bool TRANSPOSES = false;
+    static constexpr int rows_of(int) { return 2; }  // vectors of rows a group
+
+    static Vec load(const float* x) {
+        Vec v;
+        __builtin_memcpy(&v, x, sizeof v);
+        return v;
+    }
+    static void store(float* x, Vec v) { __builtin_memcpy(x, &v, sizeof v); }
+    static Vec broadcast(float x) { return Vec{x, x, x, x}; }
+    static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+    static Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
+    static Vec max(Vec a, Vec b) { return a > b ? a : b; }
+    static Mask above(Vec a, Vec b) { return ~(a <= b); }
+    static Mask either(Mask a, Mask b) { return a | b; }
+    static uint32_t bits(Mask m) {
+        return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
+    }
+    template <class T>
+    static float transpose(const T* const*, int64_t, float*) {
+        return 0.0f;
+    }
+};
+
+#include "cpu/tile_kernels.h"
+
+}  // namespace portable
+
+const Kernels& portable_kernels() {
+    static const Kernels kernels = portable::make_kernels("portable");
+    return kernels;
+}
+
+}  // namespace mrl
