@@ -1,4 +1,5 @@
-// mrl_fast._C: raw pointers and sizes, as integers; mrl_fast/cpu.py owns the arrays and has checked them.
+// mrl_fast._C: raw pointers and sizes, as integers; mrl_fast/cpu.py owns the arrays and has checked
+// them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -47,38 +48,37 @@ PYBIND11_MODULE(_C, m) {
         for (const Kernels* kernels : available_kernels()) names.push_back(kernels->name);
         return names;
     });
-    m.def(
-        "search",
-        [](uintptr_t packed, int64_t packed_dim, uintptr_t tail, int dtype, int64_t stride, int64_t n,
-           uintptr_t queries, int64_t num_queries, int64_t query_stride, int metric,
-           const std::vector<std::pair<int64_t, int64_t>>& stages, int threads, const std::string& isa,
-           uintptr_t scores, uintptr_t ids) {
-            const Kernels& kernels = kernels_named(isa);
-            std::vector<Stage> list;
-            for (const auto& [dim, keep] : stages) list.push_back({dim, keep});
-            py::gil_scoped_release unlocked;
-            return message(search(kernels,
-                                  {at<float>(packed), packed_dim, at<void>(tail), DType(dtype), stride, n},
-                                  {at<float>(queries), num_queries, query_stride}, Metric(metric), list,
-                                  threads, at<float>(scores), at<int64_t>(ids)));
-        });
-    m.def("rerank",
-          [](uintptr_t data, int dtype, int64_t stride, int64_t n, uintptr_t queries, int64_t num_queries,
-             int64_t query_stride, int metric, uintptr_t candidates, int64_t count, int64_t dim, int64_t k,
-             int threads, const std::string& isa, uintptr_t scores, uintptr_t ids) {
+    m.def("search",
+          [](uintptr_t packed, int64_t packed_dim, uintptr_t tail, int dtype, int64_t stride,
+             int64_t n, uintptr_t queries, int64_t num_queries, int64_t query_stride, int metric,
+             const std::vector<std::pair<int64_t, int64_t>>& stages, int threads,
+             const std::string& isa, uintptr_t scores, uintptr_t ids) {
               const Kernels& kernels = kernels_named(isa);
+              std::vector<Stage> list;
+              for (const auto& [dim, keep] : stages) list.push_back({dim, keep});
               py::gil_scoped_release unlocked;
-              return message(rerank(kernels, {nullptr, 0, at<void>(data), DType(dtype), stride, n},
-                                    {at<float>(queries), num_queries, query_stride}, Metric(metric),
-                                    at<int64_t>(candidates), count, dim, k, threads, at<float>(scores),
-                                    at<int64_t>(ids)));
+              return message(search(
+                  kernels, {at<float>(packed), packed_dim, at<void>(tail), DType(dtype), stride, n},
+                  {at<float>(queries), num_queries, query_stride}, Metric(metric), list, threads,
+                  at<float>(scores), at<int64_t>(ids)));
           });
-    m.def("pack_rows", [](uintptr_t data, int dtype, int64_t stride, int64_t n, int64_t cols, int threads,
-                          const std::string& isa, uintptr_t tiles) {
+    m.def("rerank", [](uintptr_t data, int dtype, int64_t stride, int64_t n, uintptr_t queries,
+                       int64_t num_queries, int64_t query_stride, int metric, uintptr_t candidates,
+                       int64_t count, int64_t dim, int64_t k, int threads, const std::string& isa,
+                       uintptr_t scores, uintptr_t ids) {
         const Kernels& kernels = kernels_named(isa);
         py::gil_scoped_release unlocked;
-        return message(
-            pack_rows(kernels, at<void>(data), DType(dtype), stride, n, cols, threads, at<float>(tiles)));
+        return message(rerank(kernels, {nullptr, 0, at<void>(data), DType(dtype), stride, n},
+                              {at<float>(queries), num_queries, query_stride}, Metric(metric),
+                              at<int64_t>(candidates), count, dim, k, threads, at<float>(scores),
+                              at<int64_t>(ids)));
+    });
+    m.def("pack_rows", [](uintptr_t data, int dtype, int64_t stride, int64_t n, int64_t cols,
+                          int threads, const std::string& isa, uintptr_t tiles) {
+        const Kernels& kernels = kernels_named(isa);
+        py::gil_scoped_release unlocked;
+        return message(pack_rows(kernels, at<void>(data), DType(dtype), stride, n, cols, threads,
+                                 at<float>(tiles)));
     });
     m.def("softmax_stats",
           [](uintptr_t scores, int64_t rows, int64_t cols, uintptr_t soft, int threads,

@@ -13,7 +13,8 @@ from mrl_fast._types import SearchResult
 
 
 def as_tensor(x: Any, name: str) -> Tensor:
-    """``x`` as a tensor over the same memory; only the last axis is made contiguous, by a copy where it is not."""
+    """``x`` as a tensor over the same memory; only the last axis is made contiguous, by a copy
+    where it is not."""
     if isinstance(x, Tensor):
         tensor = x.detach()
     elif isinstance(x, np.ndarray):
@@ -21,7 +22,9 @@ def as_tensor(x: Any, name: str) -> Tensor:
             raise TypeError(f"{name}: expected a native numeric dtype, got {x.dtype}")
         if any(s < 0 or s % x.itemsize for s in x.strides):
             x = np.ascontiguousarray(x)
-        if not x.flags.writeable:  # torch warns that writing would be undefined; nothing here writes
+        if (
+            not x.flags.writeable
+        ):  # torch warns that writing would be undefined; nothing here writes
             x = np.asarray(_Unlocked(x))
         try:
             tensor = torch.from_numpy(x)
@@ -31,7 +34,7 @@ def as_tensor(x: Any, name: str) -> Tensor:
         tensor = torch.from_dlpack(x)
     else:
         raise TypeError(
-            f"{name}: expected a torch tensor, a numpy array or a DLPack object, got {type(x).__name__}"
+            f"{name}: expected a tensor, a numpy array or a DLPack object, got {type(x).__name__}"
         )
     return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
 

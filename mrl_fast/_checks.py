@@ -1,4 +1,5 @@
-"""Input checks shared by the public ops: each names the argument, what was expected and what came."""
+"""Input checks shared by the public ops: each names the argument, what was expected and what
+came."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def check_int(value: Any, name: str, low: int, high: int | None = None) -> int:
     return number
 
 
-def check_dims(dims: Sequence[int], width: int | None = None, name: str = "dims") -> tuple[int, ...]:
+def check_dims(
+    dims: Sequence[int], width: int | None = None, name: str = "dims"
+) -> tuple[int, ...]:
     """Prefix widths, strictly ascending, each in [1, width]."""
     if isinstance(dims, (str, bytes)) or not hasattr(dims, "__iter__"):
         raise TypeError(f"{name}: expected a sequence of integers, got {type(dims).__name__}")
@@ -37,7 +40,9 @@ def check_dims(dims: Sequence[int], width: int | None = None, name: str = "dims"
     if any(a >= b for a, b in zip(checked, checked[1:], strict=False)):
         raise ValueError(f"{name}: expected strictly ascending widths, got {list(checked)}")
     if width is not None and checked[-1] > width:
-        raise ValueError(f"{name}: expected widths of at most {width} (the vectors' width), got {checked[-1]}")
+        raise ValueError(
+            f"{name}: expected widths of at most {width} (the vectors' width), got {checked[-1]}"
+        )
     return checked
 
 
@@ -52,8 +57,11 @@ def check_matrix(x: Any, name: str) -> Tensor:
     return x
 
 
-def check_vector(x: Any, name: str, size: int, like: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """A 1-D tensor of ``size`` elements on ``like``'s device; floating point unless ``dtype`` is given."""
+def check_vector(
+    x: Any, name: str, size: int, like: Tensor, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A 1-D tensor of ``size`` elements on ``like``'s device; floating point unless ``dtype`` is
+    given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if (x.dtype != dtype) if dtype else (not x.dtype.is_floating_point):
@@ -80,7 +88,9 @@ def check_stages(stages: Any) -> tuple[tuple[int, int], ...]:
     try:
         pairs = [(dim, keep) for dim, keep in stages]
     except (TypeError, ValueError):
-        raise TypeError(f"stages: expected a sequence of (dim, keep) pairs, got {stages!r}") from None
+        raise TypeError(
+            f"stages: expected a sequence of (dim, keep) pairs, got {stages!r}"
+        ) from None
     if not pairs:
         raise ValueError("stages: expected at least one (dim, keep) pair, got none")
     dims = check_dims([dim for dim, _ in pairs], name="stages dims")

@@ -1,7 +1,9 @@
 """The one place that decides which implementation runs.
 
-Three modules offer the same functions: ``reference`` (plain PyTorch, the specification), ``cpu`` (C++ SIMD, called
-``impl="cpp"``) and ``kernels`` (Triton). None picks by device; a name that is given is used or refused, never replaced.
+Three modules offer the same functions: ``reference`` (plain PyTorch, the specification), ``cpu``
+    (C++ SIMD, called
+``impl="cpp"``) and ``kernels`` (Triton). None picks by device; a name that is given is used or
+refused, never replaced.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def implementation(impl: str | None, *tensors: torch.Tensor) -> ModuleType:
     device = tensors[0].device
     wide = any(t.dtype == torch.float64 for t in tensors)
     if impl is None:
-        impl = "reference" if wide else {"cpu": "cpp", "cuda": "triton"}.get(device.type, "reference")
+        impl = (
+            "reference" if wide else {"cpu": "cpp", "cuda": "triton"}.get(device.type, "reference")
+        )
     if impl not in MODULES:
         known = ", ".join(repr(name) for name in MODULES)
         raise ValueError(f"impl: expected None or one of {known}, got {impl!r}")
@@ -53,6 +57,6 @@ def implementation(impl: str | None, *tensors: torch.Tensor) -> ModuleType:
 
 def triton_is_interpreted() -> bool:
     """True where Triton kernels run in its interpreter, which needs no GPU."""
-    import triton
+    from triton import knobs
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)

@@ -11,7 +11,8 @@ class NestedLoss(NamedTuple):
     """A loss over G nested prefixes.
 
     Attributes:
-        loss: ``Σ_g dim_weights[g] · ℓ_g``, differentiable; scalar, or ``[B]`` with ``reduction="none"``. fp32.
+        loss: ``Σ_g dim_weights[g] · ℓ_g``, differentiable; scalar, or ``[B]`` with
+            ``reduction="none"``. fp32.
         per_dim: Detached ``ℓ_g``: ``[G]``, or ``[G, B]`` with ``reduction="none"``. fp32.
     """
 
@@ -23,7 +24,8 @@ class SearchResult(NamedTuple):
     """The k best rows of each query, best first; equal scores in the order of rows.
 
     Attributes:
-        scores: ``[B, k]`` fp32, larger is better (l2: −squared distance); −inf where there is no neighbour.
+        scores: ``[B, k]`` fp32, larger is better (l2: −squared distance); −inf where there is no
+            neighbour.
         ids: ``[B, k]`` int64; −1 where there is no neighbour.
     """
 

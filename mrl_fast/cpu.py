@@ -1,4 +1,5 @@
-"""The CPU implementation (``impl="cpp"``): BLAS for the slab products, C++ SIMD kernels for everything else."""
+"""The CPU implementation (``impl="cpp"``): BLAS for the slab products, C++ SIMD kernels for
+everything else."""
 
 from __future__ import annotations
 
@@ -11,13 +12,17 @@ from mrl_fast import _C
 from mrl_fast._checks import METRICS, check_finite
 
 WORKSPACE_BYTES = 64 << 20  # of scores held at a time, whatever B and V are
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as enum DType in csrc/cpu/engine.h
+DTYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+}  # as enum DType in csrc/cpu/engine.h
 ISA = ""  # the instruction set; empty is the best this processor has. Tests set it.
 
 Matrices = tuple[Tensor, Tensor, Tensor | None]  # dx, dw, db
 
 
-# --- losses ----------------------------------------------------------------------------------------------------------
+# --- losses ---
 
 
 def slabs(dims: Sequence[int]) -> list[slice]:
@@ -73,7 +78,8 @@ class Gradients:
         self.db = None if bias is None else torch.zeros_like(bias)
 
     def add(self, chunk: slice, grad: Tensor) -> None:
-        """Takes the score gradients A_g ``[G, B, chunk]`` fp32, and makes them the suffix sums T_g = Σ_{h >= g} A_h."""
+        """Takes the score gradients A_g ``[G, B, chunk]`` fp32, and makes them the suffix sums T_g
+        = Σ_{h >= g} A_h."""
         for g, slab in reversed(list(enumerate(slabs(self.dims)))):
             if g + 1 < len(self.dims):
                 grad[g] += grad[g + 1]
@@ -94,7 +100,8 @@ def cross_entropy_forward(
     soft: Tensor | None,
     dims: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Row maximum, log Σ exp(z − maximum), target's and soft targets' log-probability: each ``[G, B]`` fp32."""
+    """Row maximum, log Σ exp(z − maximum), target's and soft targets' log-probability: each ``[G,
+    B]`` fp32."""
     shape = (len(dims), len(x))
     row_max, total = torch.full(shape, -torch.inf), torch.zeros(shape)
     z_target, z_soft = torch.zeros(shape), torch.zeros(shape, dtype=torch.float64)
@@ -105,7 +112,7 @@ def cross_entropy_forward(
         for g, scores in enumerate(nested_scores(x32, weight[chunk], _part(bias, chunk), dims)):
             z_target[g, rows] = scores[rows, columns]
             _C.softmax_stats(
-                scores.data_ptr(), *scores.shape, _address(soft_chunk), threads, ISA,
+                scores.data_ptr(), len(scores), scores.shape[1], _address(soft_chunk), threads, ISA,
                 row_max[g].data_ptr(), total[g].data_ptr(), z_soft[g].data_ptr(),
             )  # fmt: skip
     log_sum = total.log_()
@@ -140,9 +147,11 @@ def cross_entropy_backward(
         rows, columns = _targets_in(target, chunk)
         soft_chunk = None if soft is None or d_soft is None else soft[chunk].contiguous()
         grad = torch.empty(len(dims), len(x), chunk.stop - chunk.start)
-        for g, scores in enumerate(nested_scores(gradients.x32, weight[chunk], _part(bias, chunk), dims)):
+        for g, scores in enumerate(
+            nested_scores(gradients.x32, weight[chunk], _part(bias, chunk), dims)
+        ):
             _C.softmax_grad(
-                scores.data_ptr(), *scores.shape, _address(soft_chunk), threads, ISA,
+                scores.data_ptr(), len(scores), scores.shape[1], _address(soft_chunk), threads, ISA,
                 row_max[g].data_ptr(), log_sum[g].data_ptr(), p_scale[g].data_ptr(),
                 0 if d_soft is None else d_soft[g].data_ptr(), grad[g].data_ptr(),
             )  # fmt: skip
@@ -170,7 +179,7 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-# --- retrieval -------------------------------------------------------------------------------------------------------
+# --- retrieval ---
 
 
 def prefix_topk(
@@ -197,7 +206,8 @@ def search_rows(
     """Searches rows whose first columns lie in vertical tiles and whose others lie row-major.
 
     Args:
-        packed: ``[ceil(rows / TILE), p, TILE]`` fp32, or empty where p is 0. The first stage's dim is at least p.
+        packed: ``[ceil(rows / TILE), p, TILE]`` fp32, or empty where p is 0. The first stage's dim
+            is at least p.
         tail: ``[>= rows, D - p]``, the other columns.
     """
     packed_dim = packed.shape[1]
@@ -220,16 +230,18 @@ def rerank(
     problem = _C.rerank(
         database.data_ptr(), DTYPES[database.dtype], database.stride(0), len(database),
         q.data_ptr(), len(q), q.stride(0), METRICS.index(metric), candidates.data_ptr(),
-        candidates.shape[1], dim, k, torch.get_num_threads(), ISA, scores.data_ptr(), ids.data_ptr(),
+        candidates.shape[1], dim, k, torch.get_num_threads(), ISA,
+        scores.data_ptr(), ids.data_ptr(),
     )  # fmt: skip
     _refuse(problem, database[:, :dim])
     return scores, ids
 
 
 def pack(vectors: Tensor, tiles: Tensor) -> None:
-    """Writes ``[n, p]`` vectors into vertical tiles ``[ceil(n / TILE), p, TILE]`` fp32; padding is 0."""
+    """Writes ``[n, p]`` vectors into vertical tiles ``[ceil(n / TILE), p, TILE]`` fp32; padding is
+    0."""
     problem = _C.pack_rows(
-        vectors.data_ptr(), DTYPES[vectors.dtype], vectors.stride(0), *vectors.shape,
+        vectors.data_ptr(), DTYPES[vectors.dtype], vectors.stride(0), len(vectors), vectors.shape[1],
         torch.get_num_threads(), ISA, tiles.data_ptr(),
     )  # fmt: skip
     _refuse(problem, vectors)
@@ -242,4 +254,6 @@ def _results(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _refuse(problem: str, vectors: Tensor) -> None:
     if problem:
         check_finite(vectors, "database")
-        raise ValueError("database: expected scores within float32, got one beyond (vectors too large)")
+        raise ValueError(
+            "database: expected scores within float32, got one beyond (vectors too large)"
+        )

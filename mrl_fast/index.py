@@ -1,6 +1,7 @@
 """An index over nested vectors: search a short prefix of every row, rerank the few that are left.
 
-No column is stored twice: the first prefix lies in vertical tiles for scanning, the other columns row-major for
+No column is stored twice: the first prefix lies in vertical tiles for scanning, the other columns
+    row-major for
 reranking, and a search that wants both goes from one to the other.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mrl_fast import cpu
 from mrl_fast._arrays import as_tensor, like, result_like
+from mrl_fast._C import TILE
 from mrl_fast._checks import (
     METRICS,
     check_choice,
@@ -23,7 +25,6 @@ from mrl_fast._checks import (
     check_matrix,
     check_stages,
 )
-from mrl_fast._C import TILE
 from mrl_fast._types import SearchResult
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,11 +34,13 @@ class MatryoshkaIndex:
     """Exact and adaptive search over vectors whose prefixes are embeddings, in memory, on the CPU.
 
     Args:
-        dims: Prefix widths that stages may use, strictly ascending. The last is the vectors' width D; the first is laid
-            out for scanning, so it should be the dim that searches start with.
-        metric: ``"cosine"`` (each prefix normalised on its own), ``"ip"`` or ``"l2"`` (scores are −squared distance).
-        dtype: What the columns after the first prefix are stored as: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-            Vectors are rounded to it as they are added; the first prefix keeps the rounded values in fp32.
+        dims: Prefix widths that stages may use, strictly ascending. The last is the vectors' width
+            D; the first is laid out for scanning, so it should be the dim that searches start with.
+        metric: ``"cosine"`` (each prefix normalised on its own), ``"ip"`` or ``"l2"`` (scores are
+            −squared distance).
+        dtype: What the columns after the first prefix are stored as: ``"float32"``, ``"float16"``
+            or ``"bfloat16"``. Vectors are rounded to it as they are added; the first prefix keeps
+            the rounded values in fp32.
 
     Raises:
         ValueError, TypeError: Dims that do not ascend, an unknown metric or dtype.
@@ -81,11 +84,14 @@ class MatryoshkaIndex:
         """Appends vectors; all of them or, where anything is wrong, none.
 
         Args:
-            vectors: ``[n, D]`` floating point, any row stride: tensor, numpy array or DLPack object.
-            ids: ``[n]`` int64, at least 0, none of them in use; default: consecutive after the largest.
+            vectors: ``[n, D]`` floating point, any row stride: tensor, numpy array or DLPack
+                object.
+            ids: ``[n]`` int64, at least 0, none of them in use; default: consecutive after the
+                largest.
 
         Raises:
-            ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, an id that is taken.
+            ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, an id that is
+                taken.
         """
         x = self._check_vectors(vectors, "vectors")
         if x.dtype != DTYPES[self.dtype]:
@@ -121,16 +127,20 @@ class MatryoshkaIndex:
         Args:
             queries: ``[B, D]`` floating point: tensor, numpy array or DLPack object.
             k: Neighbours a query, at least 1; beyond the vectors there are they are missing.
-            stages: ``(dim, keep)`` pairs, dims of the index ascending, keeps not growing, the last at least k: search all
-                rows by the first dim and rerank what each stage keeps by the next. None searches all rows at width D.
+            stages: ``(dim, keep)`` pairs, dims of the index ascending, keeps not growing, the last
+                at least k: search all rows by the first dim and rerank what each stage keeps by the
+                next. None searches all rows at width D.
             exact: Insist on the answer at width D; an error together with stages.
 
         Returns:
-            SearchResult: scores ``[B, k]`` fp32 at the last stage's dim and ids ``[B, k]`` int64, best first, of the
-            kind of the queries; −inf and −1 where missing. Equal scores are in the order the vectors were added.
+            SearchResult: scores ``[B, k]`` fp32 at the last stage's dim and ids ``[B, k]`` int64,
+                best first, of the
+            kind of the queries; −inf and −1 where missing. Equal scores are in the order the
+            vectors were added.
 
         Raises:
-            ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, stages that do not fit.
+            ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, stages that do
+                not fit.
         """
         q = self._check_vectors(queries, "queries").float()
         k = check_int(k, "k", 1)
@@ -144,7 +154,9 @@ class MatryoshkaIndex:
                 if dim not in self.dims:
                     raise ValueError(f"stages[{i}] dim: expected one of {self.dims}, got {dim}")
             if checked[-1][1] < k:
-                raise ValueError(f"stages: expected a last keep of at least k={k}, got {checked[-1][1]}")
+                raise ValueError(
+                    f"stages: expected a last keep of at least k={k}, got {checked[-1][1]}"
+                )
             checked[-1] = (checked[-1][0], k)
         scores, rows = cpu.search_rows(
             q, self._tiles, self._tail, self._count, checked, self.metric
@@ -199,7 +211,9 @@ class MatryoshkaIndex:
         if not ascending:  # otherwise none can be taken
             values, counts = torch.cat([self._ids[: self._count], new]).unique(return_counts=True)
             if len(values) < self._count + count:
-                raise ValueError(f"ids: expected ids that are not in use, got {int(values[counts > 1][0])}")
+                raise ValueError(
+                    f"ids: expected ids that are not in use, got {int(values[counts > 1][0])}"
+                )
         return new
 
     def _reserve(self, count: int) -> None:

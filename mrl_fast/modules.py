@@ -14,8 +14,8 @@ from mrl_fast.losses import matryoshka_cross_entropy, matryoshka_logits
 class MRLLinear(nn.Module):
     """Linear classifiers over nested prefixes.
 
-    Equals G ``nn.Linear(d, num_classes)``, or with ``tied=True`` (MRL-E) one ``nn.Linear(dims[-1], num_classes)`` cut to
-    each prefix, the same bias each time. Initialised as ``nn.Linear``.
+    Equals G ``nn.Linear(d, num_classes)``, or with ``tied=True`` (MRL-E) one ``nn.Linear(dims[-1],
+    num_classes)`` cut to each prefix, the same bias each time. Initialised as ``nn.Linear``.
 
     Args:
         dims: Prefix widths, strictly ascending.
@@ -39,14 +39,14 @@ class MRLLinear(nn.Module):
     @property
     def weight(self) -> Tensor | list[Tensor]:
         """``[V, D]`` if tied, else G tensors ``[V, dims[g]]``: what the functional losses take."""
-        weights = [head.get_parameter("weight") for head in self.heads]
+        weights: list[Tensor] = [head.get_parameter("weight") for head in self.heads]
         return weights[0] if self.tied else weights
 
     @property
     def bias(self) -> Tensor | list[Tensor] | None:
         if self.heads[0].bias is None:
             return None
-        biases = [head.get_parameter("bias") for head in self.heads]
+        biases: list[Tensor] = [head.get_parameter("bias") for head in self.heads]
         return biases[0] if self.tied else biases
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +60,8 @@ class MRLLinear(nn.Module):
 class MatryoshkaCrossEntropyLoss(nn.Module):
     """The summed cross-entropy of an ``MRLLinear`` head's prefixes, without its logits.
 
-    ``loss(head, x, target)`` equals the sum over g of ``nn.CrossEntropyLoss(...)(head(x)[g], target)``.
+    ``loss(head, x, target)`` equals the sum over g of ``nn.CrossEntropyLoss(...)(head(x)[g],
+    target)``.
 
     Args:
         dim_weights: c_g, one a prefix; default all 1.
@@ -68,7 +69,8 @@ class MatryoshkaCrossEntropyLoss(nn.Module):
         ignore_index, label_smoothing, reduction: As in ``matryoshka_cross_entropy``.
 
     Attributes:
-        per_dim: The last call's detached loss of each prefix, ``[G]`` (``[G, B]`` with ``reduction="none"``).
+        per_dim: The last call's detached loss of each prefix, ``[G]`` (``[G, B]`` with
+            ``reduction="none"``).
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class MatryoshkaCrossEntropyLoss(nn.Module):
     ):
         super().__init__()
         weights = None if dim_weights is None else torch.tensor(list(dim_weights))
+        self.dim_weights: Tensor | None
+        self.class_weight: Tensor | None
         self.register_buffer("dim_weights", weights)
         self.register_buffer("class_weight", class_weight)
         self.ignore_index = ignore_index

@@ -1,4 +1,5 @@
-"""The specification: every op in plain PyTorch, one prefix after the other. Slow, differentiable, any float dtype."""
+"""The specification: every op in plain PyTorch, one prefix after the other. Slow, differentiable,
+any float dtype."""
 
 from __future__ import annotations
 
@@ -12,22 +13,19 @@ from mrl_fast._types import NestedLoss, SearchResult
 
 
 def matryoshka_logits(
-    x: Tensor, weight: Tensor | Sequence[Tensor], dims: Sequence[int], bias: Tensor | Sequence[Tensor | None] | None
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> Tensor:  # [G, B, V]
-    logits = []
-    for g, d in enumerate(dims):
-        w = weight[:, :d] if isinstance(weight, Tensor) else weight[g]
-        b = bias if bias is None or isinstance(bias, Tensor) else bias[g]
-        logits.append(F.linear(x[:, :d], w, b))
-    return torch.stack(logits)
+    """``weights``: G tensors ``[V, d_g]``; a tied head's are its own prefixes."""
+    return torch.stack(
+        [F.linear(x[:, : w.shape[1]], w, b) for w, b in zip(weights, biases, strict=True)]
+    )
 
 
 def matryoshka_cross_entropy(
     x: Tensor,
-    weight: Tensor | Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     target: Tensor,
-    dims: Sequence[int],
-    bias: Tensor | Sequence[Tensor | None] | None,
     dim_weights: Tensor,
     class_weight: Tensor | None,
     ignore_index: int,
@@ -36,17 +34,19 @@ def matryoshka_cross_entropy(
 ) -> NestedLoss:
     if class_weight is not None:
         class_weight = class_weight.to(x.dtype)
-    per_dim = torch.stack([
-        F.cross_entropy(
-            logits,
-            target,
-            weight=class_weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-        )
-        for logits in matryoshka_logits(x, weight, dims, bias)
-    ])  # [G] or [G, B]
+    per_dim = torch.stack(
+        [
+            F.cross_entropy(
+                logits,
+                target,
+                weight=class_weight,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                reduction=reduction,
+            )
+            for logits in matryoshka_logits(x, weights, biases)
+        ]
+    )  # [G] or [G, B]
     return NestedLoss(torch.tensordot(dim_weights.to(per_dim.dtype), per_dim, 1), per_dim.detach())
 
 
@@ -62,7 +62,8 @@ def scores(queries: Tensor, database: Tensor, dim: int, metric: str) -> Tensor: 
 
 
 def best(scores: Tensor, rows: Tensor, k: int) -> SearchResult:
-    """The k best of each row of ``scores``, by (score descending, row ascending); rows < 0 are no rows."""
+    """The k best of each row of ``scores``, by (score descending, row ascending); rows < 0 are no
+    rows."""
     scores = torch.where(rows >= 0, scores.float(), -torch.inf)  # [B, C]
     by_row = rows.where(rows >= 0, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
     by_score = scores.gather(1, by_row).argsort(dim=1, descending=True, stable=True)[:, :k]

@@ -1,7 +1,7 @@
 """Exact top-k by prefix dot products, rerank, and the funnel that chains them.
 
-Every score comes from one canonical routine an implementation, so results depend neither on the batch nor on threads
-or blocks, and equal scores are ordered by row.
+Every score comes from one canonical routine an implementation, so results depend neither on the
+batch nor on threads or blocks, and equal scores are ordered by row.
 """
 
 from __future__ import annotations
@@ -38,25 +38,29 @@ def prefix_topk(
 ) -> SearchResult:
     """The k best rows of a database for each query, by their first ``dim`` columns.
 
-    Equals ``torch.topk(queries[:, :dim] @ database[:, :dim].T, k)`` with ties in the order of rows, and no score matrix
-    in memory. Nothing is copied: a prefix of a wide row-major matrix is read in place. fp32 accumulation. Raises
-    nothing and waits for nothing on a GPU, where finiteness is not checked.
+    Equals ``torch.topk(queries[:, :dim] @ database[:, :dim].T, k)`` with ties in the order of rows,
+    and no score matrix in memory. Nothing is copied: a prefix of a wide row-major matrix is read in
+    place. fp32 accumulation. Raises nothing and waits for nothing on a GPU, where finiteness is not
+    checked.
 
     Args:
-        queries: ``[B, D]`` (or only as wide as the prefix), float32, float16 or bfloat16; tensor, numpy array or DLPack object.
+        queries: ``[B, D]`` (or only as wide as the prefix), float32, float16 or bfloat16; tensor,
+            numpy array or DLPack object.
         database: ``[N, D]``, any row stride, on the same device.
         k: Neighbours a query, at least 1; beyond N they are missing.
         dim: Prefix width in ``[1, D]``; None is the full width.
-        metric: ``"ip"``, ``"cosine"`` (each prefix normalised on its own; 0 where its norm is 0) or ``"l2"`` (scores
-            are −squared distance).
+        metric: ``"ip"``, ``"cosine"`` (each prefix normalised on its own; 0 where its norm is 0) or
+            ``"l2"`` (scores are −squared distance).
         out: A SearchResult of contiguous ``[B, k]`` fp32 and int64 tensors or arrays to write to.
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
 
     Returns:
-        SearchResult: scores ``[B, k]`` fp32 and ids ``[B, k]`` int64, best first; −inf and −1 where missing.
+        SearchResult: scores ``[B, k]`` fp32 and ids ``[B, k]`` int64, best first; −inf and −1 where
+            missing.
 
     Raises:
-        ValueError, TypeError: An argument of the wrong shape, dtype or device; NaN or infinite values (on a CPU).
+        ValueError, TypeError: An argument of the wrong shape, dtype or device; NaN or infinite
+            values (on a CPU).
     """
     k = check_int(k, "k", 1)
     q, x, dim = _check_vectors(queries, database, dim)
@@ -78,23 +82,27 @@ def rerank(
 ) -> SearchResult:
     """The k best of each query's candidate rows, by their first ``dim`` columns.
 
-    Equals scoring ``database[candidates]`` and ``torch.topk``, without gathering the candidates first. The scores are
-    those that ``prefix_topk`` gives the same pairs.
+    Equals scoring ``database[candidates]`` and ``torch.topk``, without gathering the candidates
+    first. The scores are those that ``prefix_topk`` gives the same pairs.
 
     Args:
-        queries: ``[B, D]`` (or only as wide as the prefix), float32, float16 or bfloat16; tensor, numpy array or DLPack object.
+        queries: ``[B, D]`` (or only as wide as the prefix), float32, float16 or bfloat16; tensor,
+            numpy array or DLPack object.
         database: ``[N, D]``, any row stride, on the same device.
-        candidates: ``[B, C]`` int64 rows in ``[0, N)``, in any order; −1 is no candidate. A row given twice counts twice.
+        candidates: ``[B, C]`` int64 rows in ``[0, N)``, in any order; −1 is no candidate. A row
+            given twice counts twice.
         k: Neighbours a query, at least 1; beyond the candidates they are missing.
         dim: Prefix width in ``[1, D]``; None is the full width.
         metric: ``"ip"``, ``"cosine"`` or ``"l2"``, as in ``prefix_topk``.
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
 
     Returns:
-        SearchResult: scores ``[B, k]`` fp32 and ids ``[B, k]`` int64, best first; −inf and −1 where missing.
+        SearchResult: scores ``[B, k]`` fp32 and ids ``[B, k]`` int64, best first; −inf and −1 where
+            missing.
 
     Raises:
-        ValueError, TypeError: An argument of the wrong shape, dtype, device or range; NaN or infinite values (on a CPU).
+        ValueError, TypeError: An argument of the wrong shape, dtype, device or range; NaN or
+            infinite values (on a CPU).
     """
     q, x, dim = _check_vectors(queries, database, dim)
     rows = as_tensor(candidates, "candidates")
@@ -124,13 +132,15 @@ def funnel_search(
 ) -> SearchResult:
     """Searches a short prefix of all rows, then ever longer prefixes of ever fewer.
 
-    Stage 0 is ``prefix_topk`` at its dim; each later stage reranks what the stage before kept. A stage adds only the
-    columns that are new to it. Two stages are adaptive retrieval.
+    Stage 0 is ``prefix_topk`` at its dim; each later stage reranks what the stage before kept. A
+    stage adds only the columns that are new to it. Two stages are adaptive retrieval.
 
     Args:
-        queries: ``[B, D]`` (or only as wide as the prefix), float32, float16 or bfloat16; tensor, numpy array or DLPack object.
+        queries: ``[B, D]`` (or only as wide as the prefix), float32, float16 or bfloat16; tensor,
+            numpy array or DLPack object.
         database: ``[N, D]``, any row stride, on the same device.
-        stages: ``(dim, keep)`` pairs, dims strictly ascending, keeps not growing: ``[(16, 200), (64, 50), (768, 10)]``.
+        stages: ``(dim, keep)`` pairs, dims strictly ascending, keeps not growing: ``[(16, 200),
+            (64, 50), (768, 10)]``.
         metric: ``"ip"``, ``"cosine"`` or ``"l2"``, as in ``prefix_topk``.
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
 

@@ -13,10 +13,11 @@
 namespace mrl {
 namespace {
 
-constexpr int64_t PANEL_BYTES = 512 << 10;          // queries of one pass: their panel stays in L2
+constexpr int64_t PANEL_BYTES = 512 << 10;  // queries of one pass: their panel stays in L2
 constexpr int64_t CANDIDATE_BYTES = int64_t(256) << 20;  // kept rows of one pass, all threads
-constexpr int64_t COLUMN_BLOCK = 256;               // columns a gathered tile advances by
-constexpr double MULTIPLIES_A_THREAD = 2e6;         // below this, starting a thread costs more than it brings
+constexpr int64_t COLUMN_BLOCK = 256;                    // columns a gathered tile advances by
+constexpr double MULTIPLIES_A_THREAD =
+    2e6;  // below this, starting a thread costs more than it brings
 
 constexpr uint64_t NAN_KEY = uint64_t(0xffffffffu) << 32;
 
@@ -100,8 +101,8 @@ struct Kept {
     std::vector<TopK> topks;
 };
 
-// The first stage: queries [begin, end) against every row, at most `keep` entries each, best first, into
-// out [end - begin, keep] with their counts.
+// The first stage: queries [begin, end) against every row, at most `keep` entries each, best first,
+// into out [end - begin, keep] with their counts.
 Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries, int64_t begin,
                 int64_t end, Metric metric, int64_t dim, int64_t keep, int threads, Entry* out,
                 int64_t* counts) {
@@ -168,7 +169,8 @@ Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries
     return overflow ? Status::OVERFLOW_ : Status::OK;
 }
 
-// Carries one query's candidates from column `from` to column `to` and orders the best `keep` of them first.
+// Carries one query's candidates from column `from` to column `to` and orders the best `keep` of
+// them first.
 Status advance_all(const Kernels& kernels, const Rows& rows, const float* query, Metric metric,
                    int64_t from, int64_t to, int64_t keep, std::vector<float>& tile,
                    std::vector<Entry>& candidates) {
@@ -188,8 +190,9 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
         for (int64_t column = from; column < to; column += COLUMN_BLOCK) {
             const Segment segment = {tile.data(), std::min(COLUMN_BLOCK, to - column)};
             for (int r = 0; r < n; ++r)
-                pointers[r] = static_cast<const char*>(rows.tail) +
-                              (row_of(group[r].key) * rows.stride + column - rows.packed_dim) * size;
+                pointers[r] =
+                    static_cast<const char*>(rows.tail) +
+                    (row_of(group[r].key) * rows.stride + column - rows.packed_dim) * size;
             if (!kernels.pack(pointers, rows.dtype, n, segment.cols, tile.data()))
                 return Status::NOT_FINITE;
             kernels.advance(metric, segment, query + column, sums);
@@ -254,14 +257,15 @@ Status search(const Kernels& kernels, const Rows& rows, const Queries& queries, 
     const Stage first = stages.front();
     const int64_t k = stages.back().keep, keep = std::min(first.keep, rows.n);
     const int64_t per_query = sizeof(Entry) * (threads + 1) * (keep + std::max<int64_t>(keep, 256));
-    const int64_t pass = std::max<int64_t>(
-        1, std::min(std::max<int64_t>(96, PANEL_BYTES / (4 * first.dim)), CANDIDATE_BYTES / per_query));
+    const int64_t pass =
+        std::max<int64_t>(1, std::min(std::max<int64_t>(96, PANEL_BYTES / (4 * first.dim)),
+                                      CANDIDATE_BYTES / per_query));
     for (int64_t begin = 0; begin < queries.n; begin += pass) {
         const int64_t end = std::min(begin + pass, queries.n);
         std::unique_ptr<Entry[]> entries(new Entry[(end - begin) * keep + 1]);
         std::vector<int64_t> counts(end - begin);
-        Status status = scan_all(kernels, rows, queries, begin, end, metric, first.dim, keep, threads,
-                                 entries.get(), counts.data());
+        Status status = scan_all(kernels, rows, queries, begin, end, metric, first.dim, keep,
+                                 threads, entries.get(), counts.data());
         if (status != Status::OK) return status;
         const double multiplies =
             stages.size() > 1 ? double(end - begin) * keep * (stages[1].dim - first.dim) : 0.0;
@@ -290,17 +294,19 @@ Status rerank(const Kernels& kernels, const Rows& rows, const Queries& queries, 
               float* scores, int64_t* ids) {
     check_rows(rows);
     if (rows.packed_dim != 0) throw std::invalid_argument("rerank reads row-major vectors only");
-    return each_query(
-        queries.n, double(queries.n) * count * dim, threads,
-        [&](int64_t q, std::vector<float>& tile, std::vector<Entry>& mine) {
-            mine.clear();
-            for (const int64_t* row = candidates + q * count; row < candidates + (q + 1) * count; ++row)
-                if (*row >= 0) mine.push_back({make_key(0.0f, *row), 0.0f, 0.0f});
-            const Status status =
-                advance_all(kernels, rows, queries.data + q * queries.stride, metric, 0, dim, k, tile, mine);
-            if (status == Status::OK) write(mine.data(), mine.size(), k, scores + q * k, ids + q * k);
-            return status;
-        });
+    return each_query(queries.n, double(queries.n) * count * dim, threads,
+                      [&](int64_t q, std::vector<float>& tile, std::vector<Entry>& mine) {
+                          mine.clear();
+                          for (const int64_t* row = candidates + q * count;
+                               row < candidates + (q + 1) * count; ++row)
+                              if (*row >= 0) mine.push_back({make_key(0.0f, *row), 0.0f, 0.0f});
+                          const Status status =
+                              advance_all(kernels, rows, queries.data + q * queries.stride, metric,
+                                          0, dim, k, tile, mine);
+                          if (status == Status::OK)
+                              write(mine.data(), mine.size(), k, scores + q * k, ids + q * k);
+                          return status;
+                      });
 }
 
 Status pack_rows(const Kernels& kernels, const void* data, DType dtype, int64_t stride, int64_t n,

@@ -1,7 +1,9 @@
-// Prefix dot products on the CPU: tiles of 64 rows side by side, one fused multiply-add a column and pair.
+// Prefix dot products on the CPU: tiles of 64 rows side by side, one fused multiply-add a column
+// and pair.
 //
-// The canonical score of a pair is one chain of multiply-adds over the columns in their order, so a partial score can be
-// carried from one prefix to the next, and no blocking, batching or threading can change a bit of it.
+// The canonical score of a pair is one chain of multiply-adds over the columns in their order, so a
+// partial score can be carried from one prefix to the next, and no blocking, batching or threading
+// can change a bit of it.
 #pragma once
 
 #include <cstddef>
@@ -33,7 +35,8 @@ struct Queries {
     int64_t stride;
 };
 
-// A kept row. `key` orders by (score descending, row ascending) when sorted descending; 0 is no row.
+// A kept row. `key` orders by (score descending, row ascending) when sorted descending; 0 is no
+// row.
 struct Entry {
     uint64_t key;
     float partial;  // the chain so far, to be carried to a longer prefix
@@ -50,12 +53,14 @@ struct Entry {
     return uint64_t(ordered) << 32 | (0xffffffffu - uint32_t(row));
 }
 
-// The best rows a thread has seen of one query: at most `capacity` entries, cut to the k best when full.
+// The best rows a thread has seen of one query: at most `capacity` entries, cut to the k best when
+// full.
 struct TopK {
     Entry* entries;
     int64_t count, capacity, k;
 };
-// Cuts to the k best; returns the k-th score: no later row of the same thread with a score <= it can matter.
+// Cuts to the k best; returns the k-th score: no later row of the same thread with a score <= it
+// can matter.
 float shrink(TopK& topk);
 
 struct Segment {
@@ -86,12 +91,13 @@ struct Kernels {
     // sums[r] continues the chain of one query with tile's rows.
     void (*advance)(Metric metric, Segment segment, const float* query, float* sums);
     void (*scan[3][MAX_GROUP])(const Scan&);  // [metric][group - 1]
-    // Online softmax statistics of z [cols]: row_max, Σ exp(z − row_max); and Σ soft·z where soft is given.
-    void (*softmax_stats)(const float* z, const float* soft, int64_t cols, float* row_max, float* sum,
-                          double* soft_sum);
+    // Online softmax statistics of z [cols]: row_max, Σ exp(z − row_max); and Σ soft·z where soft
+    // is given.
+    void (*softmax_stats)(const float* z, const float* soft, int64_t cols, float* row_max,
+                          float* sum, double* soft_sum);
     // grad[j] = soft_scale·soft[j] − p_scale·exp((z[j] − row_max) − log_sum).
-    void (*softmax_grad)(const float* z, const float* soft, int64_t cols, float row_max, float log_sum,
-                         float p_scale, float soft_scale, float* grad);
+    void (*softmax_grad)(const float* z, const float* soft, int64_t cols, float row_max,
+                         float log_sum, float p_scale, float soft_scale, float* grad);
 };
 
 const Kernels& portable_kernels();
@@ -107,11 +113,13 @@ struct Stage {
 
 enum class Status { OK, NOT_FINITE, OVERFLOW_ };
 
-// Runs the stages; the last stage's keep entries a query, best first, to scores and ids [queries.n, keep].
+// Runs the stages; the last stage's keep entries a query, best first, to scores and ids [queries.n,
+// keep].
 Status search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
               const std::vector<Stage>& stages, int threads, float* scores, int64_t* ids);
 
-// The k best of each query's candidates [queries.n, count] by their first `dim` columns; packed_dim must be 0.
+// The k best of each query's candidates [queries.n, count] by their first `dim` columns; packed_dim
+// must be 0.
 Status rerank(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
               const int64_t* candidates, int64_t count, int64_t dim, int64_t k, int threads,
               float* scores, int64_t* ids);

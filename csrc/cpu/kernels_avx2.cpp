@@ -26,7 +26,9 @@ struct Simd {
     static constexpr int WIDTH = 8;
     static constexpr bool TRANSPOSES = true;
     // Vectors of rows a group: enough chains to hide the latency, few enough to stay in registers.
-    static constexpr int rows_of([[maybe_unused]] int group) { return group == 1 ? 8 : group == 2 ? 4 : 2; }
+    static constexpr int rows_of([[maybe_unused]] int group) {
+        return group == 1 ? 8 : group == 2 ? 4 : 2;
+    }
 
     static Vec load(const float* x) { return _mm256_loadu_ps(x); }
     static void store(float* x, Vec v) { _mm256_storeu_ps(x, v); }

@@ -31,9 +31,7 @@ struct Simd {
     static Vec max(Vec a, Vec b) { return a > b ? a : b; }
     static Mask above(Vec a, Vec b) { return ~(a <= b); }
     static Mask either(Mask a, Mask b) { return a | b; }
-    static uint32_t bits(Mask m) {
-        return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
-    }
+    static uint32_t bits(Mask m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
     template <class T>
     static float transpose(const T* const*, int64_t, float*) {
         return 0.0f;

@@ -9,7 +9,8 @@
 
 namespace mrl {
 
-// Runs fn(thread) for thread in [0, threads), this thread included; rethrows what one of them threw.
+// Runs fn(thread) for thread in [0, threads), this thread included; rethrows what one of them
+// threw.
 template <class Fn>
 void parallel(int threads, const Fn& fn) {
     std::vector<std::exception_ptr> errors(threads);
@@ -35,7 +36,8 @@ void parallel(int threads, const Fn& fn) {
         if (error) std::rethrow_exception(error);
 }
 
-// Hands out [0, count) in ascending ranges of `grain`: what one thread receives, it receives in order.
+// Hands out [0, count) in ascending ranges of `grain`: what one thread receives, it receives in
+// order.
 class Ranges {
   public:
     Ranges(int64_t count, int64_t grain) : count_(count), grain_(grain) {}

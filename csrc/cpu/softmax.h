@@ -5,7 +5,8 @@
 
 namespace mrl {
 
-// Continues each row's running maximum, Σ exp(z − maximum), and Σ soft·z where soft [cols] is given.
+// Continues each row's running maximum, Σ exp(z − maximum), and Σ soft·z where soft [cols] is
+// given.
 void softmax_stats(const Kernels& kernels, const float* scores, int64_t rows, int64_t cols,
                    const float* soft, int threads, float* row_max, float* sum, double* soft_sum);
 

@@ -1,7 +1,9 @@
-// The kernels, written once over a `Simd` type. Included by one file an instruction set, inside a namespace of its own
-// and under its target options; includes nothing, so that no header's code is compiled for the wrong processor.
+// The kernels, written once over a `Simd` type. Included by one file an instruction set, inside a
+// namespace of its own and under its target options; includes nothing, so that no header's code is
+// compiled for the wrong processor.
 
-// --- packing -------------------------------------------------------------------------------------------------------
+// --- packing
+// -------------------------------------------------------------------------------------------------------
 
 inline float widen(const float* x) { return *x; }
 inline float widen(const BF16* x) {
@@ -11,7 +13,8 @@ inline float widen(const BF16* x) {
     return value;
 }
 inline float widen(const F16* x) {
-    const uint32_t h = x->bits, sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+    const uint32_t h = x->bits, sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31,
+                   mantissa = h & 1023;
     uint32_t bits;
     float value;
     if (exponent == 0) {
@@ -33,7 +36,8 @@ bool pack_as(const void* const* rows, int n, int64_t cols, float* tile) {
     if (Simd::TRANSPOSES) {
         blocked = cols / 8 * 8;
         for (; r + 8 <= n; r += 8) {
-            check += Simd::transpose(reinterpret_cast<const T* const*>(rows + r), blocked, tile + r);
+            check +=
+                Simd::transpose(reinterpret_cast<const T* const*>(rows + r), blocked, tile + r);
             for (int i = r; i < r + 8; ++i) {
                 const T* row = static_cast<const T*>(rows[i]);
                 for (int64_t c = blocked; c < cols; ++c) {
@@ -69,7 +73,8 @@ bool pack(const void* const* rows, DType dtype, int n, int64_t cols, float* tile
     }
 }
 
-// --- the chain -----------------------------------------------------------------------------------------------------
+// --- the chain
+// -----------------------------------------------------------------------------------------------------
 
 using Vec = Simd::Vec;
 constexpr int W = Simd::WIDTH;
@@ -121,7 +126,8 @@ void advance(Metric metric, Segment segment, const float* query, float* sums) {
         advance_as<Metric::IP>(segment, query, sums);
 }
 
-// --- scan: Q queries against a tile, V vectors of rows at a time ---------------------------------------------------
+// --- scan: Q queries against a tile, V vectors of rows at a time
+// ---------------------------------------------------
 
 template <Metric M, int Q, int V>
 void scan_as(const Scan& s) {
@@ -152,7 +158,8 @@ void scan_as(const Scan& s) {
         typename Simd::Mask any = {};
         for (int q = 0; q < Q; ++q) {
             const Vec threshold = Simd::broadcast(s.thresholds[q]);
-            for (int v = 0; v < V; ++v) any = Simd::either(any, Simd::above(score(q, v), threshold));
+            for (int v = 0; v < V; ++v)
+                any = Simd::either(any, Simd::above(score(q, v), threshold));
         }
         if (!Simd::bits(any)) continue;
         for (int q = 0; q < Q; ++q) {
@@ -178,13 +185,15 @@ void scan_as(const Scan& s) {
     }
 }
 
-// --- softmax -------------------------------------------------------------------------------------------------------
+// --- softmax
+// -------------------------------------------------------------------------------------------------------
 
 // exp(x) for x <= 0 to 2 ulp: 2^n · e^r with |r| <= ln(2)/2; 0 below −87.
 inline Vec exp_negative(Vec x) {
     const Vec low = Simd::broadcast(-87.0f);
     const Vec clamped = Simd::max(low, x);  // in this order NaN stays NaN
-    const Vec magic = Simd::broadcast(12582912.0f);  // 1.5 · 2^23: rounds to an integer in the low bits
+    const Vec magic =
+        Simd::broadcast(12582912.0f);  // 1.5 · 2^23: rounds to an integer in the low bits
     const Vec shifted = Simd::fma(clamped, Simd::broadcast(1.44269504088896341f), magic);
     const Vec n = shifted - magic;
     Vec r = Simd::fnma(n, Simd::broadcast(0.693145751953125f), clamped);
@@ -253,7 +262,8 @@ void softmax_grad(const float* z, const float* soft, int64_t cols, float row_max
         const bool whole = j + W <= cols;
         const Vec score = whole ? Simd::load(z + j) : load_rest(z + j, cols - j, 0.0f);
         Vec out = Simd::broadcast(0.0f);
-        if (soft) out = spread * (whole ? Simd::load(soft + j) : load_rest(soft + j, cols - j, 0.0f));
+        if (soft)
+            out = spread * (whole ? Simd::load(soft + j) : load_rest(soft + j, cols - j, 0.0f));
         out = Simd::fnma(scale, exp_negative((score - top) - log_total), out);
         if (whole) {
             Simd::store(grad + j, out);
@@ -265,7 +275,8 @@ void softmax_grad(const float* z, const float* soft, int64_t cols, float row_max
     }
 }
 
-// --- table ---------------------------------------------------------------------------------------------------------
+// --- table
+// ---------------------------------------------------------------------------------------------------------
 
 template <Metric M>
 void fill_scans(Kernels& kernels) {
