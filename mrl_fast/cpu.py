@@ -241,8 +241,8 @@ def pack(vectors: Tensor, tiles: Tensor) -> None:
     """Writes ``[n, p]`` vectors into vertical tiles ``[ceil(n / TILE), p, TILE]`` fp32; padding is
     0."""
     problem = _C.pack_rows(
-        vectors.data_ptr(), DTYPES[vectors.dtype], vectors.stride(0), len(vectors), vectors.shape[1],
-        torch.get_num_threads(), ISA, tiles.data_ptr(),
+        vectors.data_ptr(), DTYPES[vectors.dtype], vectors.stride(0),
+        len(vectors), vectors.shape[1], torch.get_num_threads(), ISA, tiles.data_ptr(),
     )  # fmt: skip
     _refuse(problem, vectors)
 

@@ -1,4 +1,4 @@
-"""The package's import graph is the designed one, and neither Triton nor an extra is needed to import it."""
+"""The import graph is the designed one, and the package needs neither Triton nor an extra."""
 
 import ast
 import subprocess
@@ -29,7 +29,11 @@ def imported(path: Path) -> set[str]:
     """Modules of mrl_fast that a file imports, by their first name."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mrl_fast":
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] == "mrl_fast"
+        ):
             parts = node.module.split(".")[1:]
             names |= {parts[0]} if parts else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
@@ -54,7 +58,9 @@ def test_kernels_know_only_kernels():
             name.split(".")[0]
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.Import | ast.ImportFrom)
-            for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+            for name in (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            )
         }
         assert "os" not in top, f"{path}: kernels read no environment"
 

@@ -1,4 +1,4 @@
-"""matryoshka_logits and the modules around the losses, on the CPU."""
+"""matryoshka_logits and the modules around the losses."""
 
 import pytest
 import torch
@@ -27,8 +27,12 @@ def make_head(tied, *, rows=19, classes=70, seed=0):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "separate"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("workspace", [64 << 20, 1], ids=["whole", "chunked"])
-def test_error_budget(tied, dtype, workspace, monkeypatch):
+@pytest.mark.parametrize(
+    ("impl", "workspace"),
+    [("cpp", 64 << 20), ("cpp", 1), ("triton", 64 << 20)],
+    ids=["cpp", "cpp-chunked", "triton"],
+)
+def test_error_budget(impl, tied, dtype, workspace, monkeypatch):
     monkeypatch.setattr(cpu, "WORKSPACE_BYTES", workspace)
     x, weight, bias = make_head(tied)
     grad = torch.randn(len(DIMS), 19, 70, generator=torch.Generator().manual_seed(1))
@@ -46,7 +50,7 @@ def test_error_budget(tied, dtype, workspace, monkeypatch):
         return [logits.detach(), leaf_x.grad, *(p.grad for p in parameters)]
 
     results = zip(
-        run(dtype, "cpp"), run(torch.float64, "reference"), run(dtype, "reference"), strict=True
+        run(dtype, impl), run(torch.float64, "reference"), run(dtype, "reference"), strict=True
     )
     for i, (actual, exact, native) in enumerate(results):
         assert actual.dtype == dtype
@@ -80,7 +84,9 @@ def test_modules_agree_with_torch(tied, bias):
     expected = torch.autograd.grad((per_dim * torch.tensor([1.0, 2, 3])).sum(), head.parameters())
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
-    assert sum(p.numel() for p in head.parameters()) == 7 * ((40 if tied else 59) + bias * len(actual) // (1 + bias))
+    assert sum(p.numel() for p in head.parameters()) == 7 * (
+        (40 if tied else 59) + bias * len(actual) // (1 + bias)
+    )
 
 
 def test_loss_module_without_options_is_the_functional():
@@ -95,7 +101,11 @@ def test_loss_module_without_options_is_the_functional():
 
 def test_a_training_step_lowers_every_prefix_loss():
     torch.manual_seed(0)
-    encoder, head, loss_fn = torch.nn.Linear(20, 40), MRLLinear(DIMS, 4), MatryoshkaCrossEntropyLoss()
+    encoder, head, loss_fn = (
+        torch.nn.Linear(20, 40),
+        MRLLinear(DIMS, 4),
+        MatryoshkaCrossEntropyLoss(),
+    )
     x, target = torch.randn(64, 20), torch.randint(0, 4, (64,))
     optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=0.01)
     first = None

@@ -19,8 +19,6 @@ constexpr int64_t COLUMN_BLOCK = 256;                    // columns a gathered t
 constexpr double MULTIPLIES_A_THREAD =
     2e6;  // below this, starting a thread costs more than it brings
 
-constexpr uint64_t NAN_KEY = uint64_t(0xffffffffu) << 32;
-
 bool better(const Entry& a, const Entry& b) { return a.key > b.key; }
 
 float score_of(uint64_t key) {
@@ -31,6 +29,12 @@ float score_of(uint64_t key) {
     return score;
 }
 int64_t row_of(uint64_t key) { return int64_t(0xffffffffu - uint32_t(key)); }
+
+// Whether the best or the worst of sorted entries has a score that is infinite or NaN.
+bool beyond_float(const Entry* sorted, int64_t count) {
+    return count > 0 && !(std::isfinite(score_of(sorted[0].key)) &&
+                          std::isfinite(score_of(sorted[count - 1].key)));
+}
 
 // 0 for a norm of 0; NaN, which is reported, where the square overflowed.
 float inverse_norm(float sqnorm) {
@@ -163,7 +167,7 @@ Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries
                 std::nth_element(all.begin(), all.begin() + counts[q], all.end(), better);
             std::sort(all.begin(), all.begin() + counts[q], better);
             std::copy(all.begin(), all.begin() + counts[q], out + q * keep);
-            if (counts[q] > 0 && all[0].key >= NAN_KEY) overflow = true;
+            if (beyond_float(all.data(), counts[q])) overflow = true;
         }
     });
     return overflow ? Status::OVERFLOW_ : Status::OK;
@@ -209,7 +213,7 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
         std::nth_element(candidates.begin(), candidates.begin() + keep, candidates.end(), better);
     std::sort(candidates.begin(), candidates.begin() + keep, better);
     candidates.resize(keep);
-    return keep > 0 && candidates[0].key >= NAN_KEY ? Status::OVERFLOW_ : Status::OK;
+    return beyond_float(candidates.data(), keep) ? Status::OVERFLOW_ : Status::OK;
 }
 
 void write(const Entry* entries, int64_t count, int64_t k, float* scores, int64_t* ids) {

@@ -1,0 +1,171 @@
+"""What the compiler makes of every Triton kernel that ships, on every architecture; needs no GPU.
+
+    python benchmarks/static_gates.py          # the table
+    python benchmarks/static_gates.py --json
+
+Registers and spilled bytes a thread, shared memory a program, and the matrix instructions in the
+machine code: half precision must use the tensor cores, exact fp32 must not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: this compiles
+
+import triton
+from mrl_fast.kernels import cross_entropy, logits, retrieval, tiling
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program
+MATRIX = {80: r"HMMA", 90: r"HGMMA", 100: r"UTCHMMA|UTCQMMA"}  # tensor core instructions
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class Case(NamedTuple):
+    name: str
+    kernel: Any
+    types: dict[str, str]  # of runtime arguments
+    constants: dict[str, Any]
+    options: dict[str, int]
+    precision: str | None  # "half", "tf32", "ieee"; None has no matrix product
+
+
+def cases() -> Iterator[Case]:
+    for dtype in ("bf16", "fp16", "fp32"):
+        for precision in ("half",) if WIDTH[dtype] == 2 else ("ieee", "tf32"):
+            ir_precision = "ieee" if precision == "half" else precision
+            blocks = tiling.CONFIGS[WIDTH[dtype]]._asdict()
+            storing = tiling.STORING_CONFIGS[WIDTH[dtype]]._asdict()
+            common = {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
+            flags = {"HAS_BIAS": True, "ALIGNMENT": 8, "PRECISION": ir_precision}
+            label = f"{dtype} {precision}" if WIDTH[dtype] == 4 else dtype
+            out = {"out_ptr": f"*{dtype}"}
+            yield case(
+                f"logits {label}",
+                logits._nested_logits_kernel,
+                common | out,
+                flags,
+                storing,
+                precision,
+            )
+            loss = {"target_ptr": "*i64", "soft_ptr": "*fp32"}
+            for soft in (False, True):
+                name = label + (" soft" if soft else "")
+                loss_flags = flags | {"HAS_SOFT": soft}
+                yield case(
+                    f"statistics {name}", cross_entropy._statistics_kernel, common | loss,
+                    loss_flags, blocks, precision,
+                )  # fmt: skip
+                yield case(
+                    f"score gradients {name}", cross_entropy._score_gradients_kernel,
+                    common | loss | out, loss_flags, storing,
+                    precision,
+                )  # fmt: skip
+            search = {"q_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
+            for metric, code in retrieval.METRICS.items():
+                yield case(
+                    f"bucket max {label} {metric}", retrieval._bucket_max_kernel, search,
+                    {"METRIC": code, "BUCKET": retrieval.BUCKET, "PRECISION": ir_precision},
+                    retrieval.scan_blocks(Elements(WIDTH[dtype])), precision,
+                )  # fmt: skip
+                if ir_precision == "ieee":
+                    yield case(
+                        f"pair scores {dtype} {metric}", retrieval._pair_scores_kernel,
+                        search | {"rows_ptr": "*i64"}, {"METRIC": code}, retrieval.PAIR_BLOCKS,
+                        None,
+                    )  # fmt: skip
+
+
+class Elements:
+    """Stands for a tensor where only the width of an element is asked for."""
+
+    def __init__(self, width: int):
+        self.width = width
+
+    def element_size(self) -> int:
+        return self.width
+
+
+def case(name, kernel, types, constants, blocks, precision) -> Case:
+    options = {k: v for k, v in blocks.items() if k.startswith("num_")}
+    constants = constants | {k: v for k, v in blocks.items() if not k.startswith("num_")}
+    return Case(name, kernel, types, constants, options, precision)
+
+
+def compile_case(item: tuple[Case, int]) -> dict[str, Any]:
+    one, capability = item
+    signature, attributes = {}, {}
+    for i, name in enumerate(one.kernel.arg_names):
+        if name in one.constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = one.types.get(name, "*fp32" if name != "schedule_ptr" else "*i32")
+        else:
+            signature[name] = "i32"
+        # As the launcher finds them for widths of whole cache lines.
+        if name.endswith("_ptr") or name.startswith("stride_") or name == "dim":
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(one.kernel, signature, one.constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=one.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = tool("cuobjdump", "-res-usage", cubin.name)
+        sass = tool("nvdisasm", "-c", cubin.name)
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    return {
+        "kernel": one.name,
+        "arch": capability,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spill_bytes": stack + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "shared_bytes": compiled.metadata.shared,
+        "matrix_instructions": len(re.findall(MATRIX[capability], sass)),
+        "fma_instructions": len(re.findall(r"\bFFMA2?\b", sass)),
+        "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
+        "precision": one.precision,
+    }
+
+
+def tool(name: str, *arguments: str) -> str:
+    return subprocess.run(
+        [TOOLS / name, *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    as_json, only = vars(parser.parse_args()).values()
+    work = [(one, cc) for one in cases() if only in one.name for cc in SHARED_LIMIT]
+    with tempfile.TemporaryDirectory() as cache:
+        triton.knobs.cache.dir = cache
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            rows = list(pool.map(compile_case, work))
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print("| kernel | sm | registers | spill B | shared KiB | matrix | FFMA | async copies |")
+    print("|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        cells = (
+            r["kernel"], r["arch"], r["registers"], r["spill_bytes"], r["shared_bytes"] >> 10,
+            r["matrix_instructions"], r["fma_instructions"], r["async_copies"],
+        )  # fmt: skip
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The stream of nested score tiles: S_g = Σ_{h <= g} X[:, slab h] · W[:, slab h]ᵀ.
+
+One program owns a tile of rows × classes and walks one flat list of column blocks, made on the
+host. A block that ends a slab is flagged with that slab's g; there the program folds S_g into its
+loss. G and the dims stay runtime values, so one binary a dtype serves every nesting.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WORKSPACE_BYTES = 256 << 20  # of scores or score gradients held at a time
+
+
+class Config(NamedTuple):
+    BLOCK_B: int
+    BLOCK_V: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
+# What ships, by the width of an element in bytes. Kernels that store whole tiles of scores take
+# narrower ones: a tile, its exponentials and its gradients are in registers at once.
+CONFIGS = {2: Config(128, 128, 64, 8, 3), 4: Config(64, 64, 32, 4, 3)}
+STORING_CONFIGS = {2: Config(128, 64, 64, 8, 3), 4: Config(64, 64, 32, 8, 3)}
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, where ``tl.dot`` is right in fp32 only."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def operand(x: Tensor) -> Tensor:
+    """What a kernel reads in place of x: x, or an fp32 copy in the interpreter."""
+    return x.float() if interpreted() else x
+
+
+def config(x: Tensor, configs: dict[int, Config] = CONFIGS) -> Config:
+    return Config(16, 16, 16, 1, 1) if interpreted() else configs[x.element_size()]
+
+
+def precision(x: Tensor) -> str:
+    """How fp32 products are made, by PyTorch's own setting; half precision has one way only."""
+    exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def slabs(dims: Sequence[int]) -> list[slice]:
+    """The columns that are new to each prefix."""
+    return [slice(begin, end) for begin, end in zip((0, *dims), dims, strict=False)]
+
+
+def make_schedule(dims: Sequence[int], block_d: int, device: torch.device) -> Tensor:
+    """``[steps, 4]`` int32: a block's first column, its columns [lo, hi), and g where it ends slab
+    g (else −1). Blocks start at multiples of ``block_d``; one that straddles slabs is repeated."""
+    entries = []
+    for g, slab in enumerate(slabs(dims)):
+        for start in range(slab.start // block_d * block_d, slab.stop, block_d):
+            lo, hi = max(slab.start, start), min(slab.stop, start + block_d)
+            entries.append((start, lo, hi, g if hi == slab.stop else -1))
+    return torch.tensor(entries, dtype=torch.int32).to(device, non_blocking=True)
+
+
+def row_chunks(rows: int, bytes_a_row: int) -> Iterator[slice]:
+    step = max(128, WORKSPACE_BYTES // max(1, bytes_a_row) // 128 * 128)
+    for begin in range(0, rows, step):
+        yield slice(begin, min(begin + step, rows))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in fp32, whatever the operands are."""
+    if a.dtype == b.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b.to(a.dtype), out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+@triton.jit
+def add_block(
+    acc,  # [BLOCK_B, BLOCK_V] fp32
+    x_ptr,  # [B, D]
+    w_ptr,  # [V, D]
+    schedule_ptr,  # [steps, 4] int32
+    step,
+    rows,  # [BLOCK_B] in [0, B)
+    classes,  # [BLOCK_V] in [0, V)
+    stride_xb,
+    stride_wv,
+    BLOCK_D: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + x · wᵀ over one block of columns. Both operands are masked: what stands in a later
+    slab, an infinity say, must not reach this one."""
+    entry = schedule_ptr + step * 4
+    start = tl.multiple_of(tl.load(entry), BLOCK_D)
+    lo = tl.multiple_of(tl.load(entry + 1), ALIGNMENT)
+    hi = tl.multiple_of(tl.load(entry + 2), ALIGNMENT)
+    offs_d = start + tl.arange(0, BLOCK_D)
+    mask_d = (offs_d >= lo) & (offs_d < hi)
+    x = tl.load(x_ptr + rows[:, None] * stride_xb + offs_d[None, :], mask_d[None, :], other=0.0)
+    w = tl.load(w_ptr + classes[None, :] * stride_wv + offs_d[:, None], mask_d[:, None], other=0.0)
+    return tl.dot(x, w, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tile_of(axis: tl.constexpr, size, BLOCK: tl.constexpr):
+    """This program's offsets along an axis, which of them exist, and the same kept in range: rows
+    past the end are read as the last one and dropped at the store, so that no load needs a mask."""
+    offs = tl.program_id(axis).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return offs, offs < size, tl.minimum(offs, size - 1)
+
+
+@triton.jit
+def score_offsets(V, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Where this program's tile of a ``[B, V]`` matrix begins, and its elements from there: 32-bit,
+    for a tile of 64-bit offsets would take half the registers."""
+    rows, classes = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_V)
+    begin = tl.program_id(1).to(tl.int64) * BLOCK_B * V + tl.program_id(0) * BLOCK_V
+    return begin, rows[:, None] * V + classes[None, :]
+
+
+def alignment(dims: Sequence[int]) -> int:
+    """What every slab's ends are a multiple of, as far as wide loads care."""
+    return 8 if all(d % 8 == 0 for d in dims) else 1
