@@ -24,6 +24,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: this comp
 
 import triton
 from mrl_fast.kernels import cross_entropy, logits, retrieval, tiling
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -124,18 +125,21 @@ def compile_case(item: tuple[Case, int]) -> dict[str, Any]:
         cubin.flush()
         usage = tool("cuobjdump", "-res-usage", cubin.name)
         sass = tool("nvdisasm", "-c", cubin.name)
-    stack = int(re.search(r"STACK:(\d+)", usage)[1])
     return {
         "kernel": one.name,
         "arch": capability,
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spill_bytes": stack + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "registers": counted("REG", usage),
+        "spill_bytes": counted("STACK", usage) + counted("LOCAL", usage),
         "shared_bytes": compiled.metadata.shared,
         "matrix_instructions": len(re.findall(MATRIX[capability], sass)),
         "fma_instructions": len(re.findall(r"\bFFMA2?\b", sass)),
         "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
         "precision": one.precision,
     }
+
+
+def counted(resource: str, usage: str) -> int:
+    return int(re.findall(rf"\b{resource}:(\d+)", usage)[0])
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -145,13 +149,13 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Compiles every Triton kernel that ships.")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     as_json, only = vars(parser.parse_args()).values()
     work = [(one, cc) for one in cases() if only in one.name for cc in SHARED_LIMIT]
     with tempfile.TemporaryDirectory() as cache:
-        triton.knobs.cache.dir = cache
+        knobs.cache.dir = cache
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             rows = list(pool.map(compile_case, work))
     if as_json:

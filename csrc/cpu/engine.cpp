@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <limits>
 #include <stdexcept>
@@ -92,10 +93,13 @@ class Panel {
     std::vector<Group> groups_;
 };
 
+// Entries beyond k before a cut: as many again halve the cuts' cost, a few let the gate close soon.
+int64_t spare(int64_t k) { return std::max<int64_t>(k, 32); }
+
 // One thread's kept rows of each query.
 struct Kept {
     Kept(int64_t queries, int64_t k, int64_t rows) : thresholds(queries, NAN), topks(queries) {
-        const int64_t capacity = std::min(rows, std::min(k, rows) + std::max<int64_t>(k, 256)) + 1;
+        const int64_t capacity = std::min(rows, std::min(k, rows) + spare(k)) + 1;
         entries.reset(new Entry[queries * capacity]);
         for (int64_t q = 0; q < queries; ++q)
             topks[q] = {entries.get() + q * capacity, 0, capacity, std::min(k, rows)};
@@ -113,11 +117,22 @@ Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries
     const Panel panel(queries, begin, end, dim, metric);
     const int64_t tiles = (rows.n + TILE - 1) / TILE, tail = dim - rows.packed_dim;
     threads = threads_for(double(rows.n) * dim * (end - begin + 1), threads);
+    // Many queries are shared out, each thread seeing every row: its gates close sooner than those
+    // of two threads that see half the rows each. Few queries: the rows are shared out.
+    const std::vector<Panel::Group>& groups = panel.groups();
+    const int64_t parts = int64_t(groups.size()) >= 2 * threads ? threads : 1;
+    auto first_group = [&](int64_t part) { return part * int64_t(groups.size()) / parts; };
+    auto first_query = [&](int64_t part) {
+        return part < parts ? groups[first_group(part)].first : end - begin;
+    };
     std::vector<std::unique_ptr<Kept>> kept(threads);
     std::atomic<bool> finite{true};
-    Ranges ranges(tiles, std::max<int64_t>(1, std::min<int64_t>(64, tiles / (threads * 8))));
+    std::deque<Ranges> ranges;
+    for (int64_t part = 0; part < parts; ++part)
+        ranges.emplace_back(tiles, std::clamp<int64_t>(tiles / (threads * 8), 1, 64));
     parallel(threads, [&](int thread) {
-        kept[thread].reset(new Kept(end - begin, keep, rows.n));
+        const int64_t part = thread % parts, offset = first_query(part);
+        kept[thread].reset(new Kept(first_query(part + 1) - offset, keep, rows.n));
         Kept& mine = *kept[thread];
         std::vector<float> unpacked(tail * TILE);
         const void* pointers[TILE];
@@ -125,7 +140,7 @@ Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries
         Scan scan = {};
         scan.row_scale = scale;
         scan.row_sqnorm = sqnorm;
-        for (int64_t tile, last; ranges.next(&tile, &last);) {
+        for (int64_t tile, last; ranges[part].next(&tile, &last);) {
             for (; tile < last; ++tile) {
                 scan.first_row = tile * TILE;
                 scan.rows = int(std::min<int64_t>(TILE, rows.n - scan.first_row));
@@ -141,11 +156,12 @@ Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries
                     for (const Segment& segment : scan.segments) kernels.sqnorms(segment, sqnorm);
                     for (int r = 0; r < TILE; ++r) scale[r] = inverse_norm(sqnorm[r]);
                 }
-                for (const Panel::Group& group : panel.groups()) {
+                for (int64_t g = first_group(part); g < first_group(part + 1); ++g) {
+                    const Panel::Group& group = groups[g];
                     scan.panel = group.data;
                     scan.query_scale = panel.scales() + group.first;
-                    scan.topk = mine.topks.data() + group.first;
-                    scan.thresholds = mine.thresholds.data() + group.first;
+                    scan.topk = mine.topks.data() + group.first - offset;
+                    scan.thresholds = mine.thresholds.data() + group.first - offset;
                     kernels.scan[int(metric)][group.size - 1](scan);
                 }
             }
@@ -154,21 +170,26 @@ Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries
     if (!finite) return Status::NOT_FINITE;
 
     std::atomic<bool> overflow{false};
-    Ranges merges(end - begin, 1);
+    Ranges merges(end - begin, 8);
+    auto merge = [&](int64_t q, std::vector<Entry>& all) {
+        all.clear();
+        for (int thread = 0; thread < threads; ++thread) {
+            const int64_t part = thread % parts;
+            if (q < first_query(part) || q >= first_query(part + 1)) continue;
+            const TopK& topk = kept[thread]->topks[q - first_query(part)];
+            all.insert(all.end(), topk.entries, topk.entries + topk.count);
+        }
+        counts[q] = std::min<int64_t>(keep, all.size());
+        if (counts[q] < int64_t(all.size()))
+            std::nth_element(all.begin(), all.begin() + counts[q], all.end(), better);
+        std::sort(all.begin(), all.begin() + counts[q], better);
+        std::copy(all.begin(), all.begin() + counts[q], out + q * keep);
+        if (beyond_float(all.data(), counts[q])) overflow = true;
+    };
     parallel(std::min<int64_t>(threads, end - begin), [&](int) {
         std::vector<Entry> all;
-        for (int64_t q, last; merges.next(&q, &last);) {
-            all.clear();
-            for (const auto& one : kept)
-                all.insert(all.end(), one->topks[q].entries,
-                           one->topks[q].entries + one->topks[q].count);
-            counts[q] = std::min<int64_t>(keep, all.size());
-            if (counts[q] < int64_t(all.size()))
-                std::nth_element(all.begin(), all.begin() + counts[q], all.end(), better);
-            std::sort(all.begin(), all.begin() + counts[q], better);
-            std::copy(all.begin(), all.begin() + counts[q], out + q * keep);
-            if (beyond_float(all.data(), counts[q])) overflow = true;
-        }
+        for (int64_t q, last; merges.next(&q, &last);)
+            for (; q < last; ++q) merge(q, all);
     });
     return overflow ? Status::OVERFLOW_ : Status::OK;
 }
@@ -260,7 +281,7 @@ Status search(const Kernels& kernels, const Rows& rows, const Queries& queries, 
     check_rows(rows);
     const Stage first = stages.front();
     const int64_t k = stages.back().keep, keep = std::min(first.keep, rows.n);
-    const int64_t per_query = sizeof(Entry) * (threads + 1) * (keep + std::max<int64_t>(keep, 256));
+    const int64_t per_query = sizeof(Entry) * (threads + 1) * (keep + spare(keep));
     const int64_t pass =
         std::max<int64_t>(1, std::min(std::max<int64_t>(96, PANEL_BYTES / (4 * first.dim)),
                                       CANDIDATE_BYTES / per_query));
