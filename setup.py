@@ -21,6 +21,7 @@ setup(
             cxx_std=17,
             extra_compile_args=["-O3", "-fno-math-errno", "-pthread", "-Wall", "-Wextra"],
             extra_link_args=["-pthread"],
+            libraries=["dl"],
         )
     ],
 )

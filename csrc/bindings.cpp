@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/engine.h"
+#include "cpu/parallel.h"
 #include "cpu/softmax.h"
 
 namespace py = pybind11;
@@ -43,6 +44,7 @@ std::string message(Status status) {
 
 PYBIND11_MODULE(_C, m) {
     m.attr("TILE") = TILE;
+    m.def("use_openmp", [](const std::string& library) { return use_openmp(library.c_str()); });
     m.def("available", [] {
         std::vector<std::string> names;
         for (const Kernels* kernels : available_kernels()) names.push_back(kernels->name);

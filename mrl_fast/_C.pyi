@@ -2,6 +2,7 @@
 
 TILE: int  # rows of a vertical tile
 
+def use_openmp(library: str, /) -> bool: ...
 def available() -> list[str]: ...  # instruction sets of this processor, best first
 
 # An empty string, or what is wrong with the vectors.

@@ -4,6 +4,7 @@ everything else."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ DTYPES = {
     torch.float16: 1,
     torch.bfloat16: 2,
 }  # as enum DType in csrc/cpu/engine.h
+# PyTorch's own thread team, where it is GNU OpenMP's; else the kernels start threads of their own.
+OPENMP = any(map(_C.use_openmp, map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*"))))
 ISA = ""  # the instruction set; empty is the best this processor has. Tests set it.
 
 Matrices = tuple[Tensor, Tensor, Tensor | None]  # dx, dw, db

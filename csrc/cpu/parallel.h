@@ -1,38 +1,45 @@
-// Plain threads a call: no pool and no OpenMP, so nothing competes with the caller's own runtimes.
+// Threads for one call: PyTorch's own OpenMP team where its runtime was named, else plain threads.
+//
+// A team that has just worked spins for a while in wait of more; threads beside it would share its
+// cores with that. And a second OpenMP runtime would bring a second team.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <thread>
 #include <vector>
 
 namespace mrl {
 
-// Runs fn(thread) for thread in [0, threads), this thread included; rethrows what one of them
-// threw.
+// Uses the GNU OpenMP runtime of this path, already loaded, from now on; false where it is none.
+bool use_openmp(const char* library);
+
+// Runs member(data) on up to `threads` threads, this thread included.
+void run_team(int threads, void (*member)(void*), void* data);
+
+// Runs fn(thread) once for each thread in [0, threads); rethrows what one of them threw.
 template <class Fn>
 void parallel(int threads, const Fn& fn) {
-    std::vector<std::exception_ptr> errors(threads);
-    auto guarded = [&](int thread) {
-        try {
-            fn(thread);
-        } catch (...) {
-            errors[thread] = std::current_exception();
-        }
-    };
-    std::vector<std::thread> others;
-    others.reserve(threads);
-    for (int thread = 1; thread < threads; ++thread) {
-        try {
-            others.emplace_back(guarded, thread);
-        } catch (...) {
-            errors[thread] = std::current_exception();
-        }
-    }
-    guarded(0);
-    for (std::thread& other : others) other.join();
-    for (const std::exception_ptr& error : errors)
+    struct Team {
+        const Fn& fn;
+        int threads;
+        std::atomic<int> next;
+        std::vector<std::exception_ptr> errors;
+    } team = {fn, threads, {0}, std::vector<std::exception_ptr>(threads)};
+    run_team(
+        threads,
+        [](void* data) {
+            Team& team = *static_cast<Team*>(data);
+            for (int thread; (thread = team.next++) < team.threads;) {
+                try {
+                    team.fn(thread);
+                } catch (...) {
+                    team.errors[thread] = std::current_exception();
+                }
+            }
+        },
+        &team);
+    for (const std::exception_ptr& error : team.errors)
         if (error) std::rethrow_exception(error);
 }
 
