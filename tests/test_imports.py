@@ -22,6 +22,8 @@ ALLOWED = {
     "retrieval": {"_types", "_checks", "_arrays", "_dispatch"},
     "index": {"_types", "_checks", "_arrays", "_C", "cpu"},
     "modules": {"_checks", "losses"},
+    "evaluate": {"_types", "modules", "retrieval"},
+    "cli": {"demo"},
 }
 
 

@@ -18,7 +18,7 @@ from mrl_fast.evaluate import linear_probe_accuracy, nearest_neighbour_accuracy
 
 PROBE_STEPS = 600
 # Full width and epochs: digits are few and small, and their training takes seconds either way.
-SETTINGS = {"digits": ((2, 4, 8, 16, 32, 64), 30), "Fashion-MNIST": ((8, 16, 32, 64, 128, 256), 8)}
+SETTINGS = {"digits": ((2, 4, 8, 16, 32, 64), 30), "Fashion-MNIST": ((8, 16, 32, 64, 128, 256), 6)}
 
 
 def run_demo(out: Path, data_folder: Path | None, *, seed: int = 0, quick: bool = False) -> None:

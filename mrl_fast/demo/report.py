@@ -17,6 +17,7 @@ from mrl_fast.demo.search import BATCH, K, Row
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter  # noqa: E402
 
 ACCURACY_COLUMNS = ("MRL", "truncated", "PCA")
 COLOURS = {"MRL": "#0072B2", "truncated": "#D55E00", "PCA": "#009E73"}  # Okabe and Ito's
@@ -121,12 +122,15 @@ def plot_recall(path: Path, rows: Sequence[Row], points: Sequence[Row], data: st
             x = row.time_ms[batch] / batch
             axis.plot(x, row.recall, marker, ms=10, mec="black", mew=0.8, ls="", label=row.name)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("ms a query")
         axis.set_title(f"{data}, {batch} {'query' if batch == 1 else 'queries'} a call")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel(f"recall@{K} of exact full-width search")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=8)
-    save(figure, path, right=0.76)
+    save(figure, path, right=0.83)
 
 
 def save(figure, path: Path, right: float = 1.0) -> None:

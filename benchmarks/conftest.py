@@ -1,0 +1,89 @@
+"""How every row is measured: rivals and we take turns in one run, on whatever device is here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture
+def compare(benchmark):
+    """``compare(ours, rivals, repetitions=, **counts)`` times all in turn and keeps, beside our own
+    time, each rival's and the median of its pairwise ratios to ours; counts are FLOPs and bytes."""
+
+    def run(
+        ours: Callable[[], object],
+        rivals: dict[str, Callable[[], object]],
+        *,
+        repetitions: int,
+        flops: float = 0.0,
+        read_bytes: float = 0.0,
+    ) -> None:
+        calls = {"mrl_fast": ours} | rivals
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for repetition in range(repetitions + 1):
+            for name, call in calls.items():
+                elapsed = seconds_of(call)
+                if repetition:  # the first warms up
+                    seconds[name].append(elapsed)
+        mine = seconds["mrl_fast"]
+        best = min(rivals, key=lambda name: median(seconds[name]))
+        info = {f"{name}_ms": round(1e3 * median(times), 3) for name, times in seconds.items()}
+        info |= {
+            f"{name}_ratio": round(median(t / m for t, m in zip(times, mine, strict=True)), 2)
+            for name, times in seconds.items()
+            if name != "mrl_fast"
+        }
+        p20, *_, p80 = quantiles(mine, n=5)
+        info |= {"p20_ms": round(1e3 * p20, 3), "p80_ms": round(1e3 * p80, 3), "best_rival": best}
+        if flops:
+            info |= {"gflops": round(flops / median(mine) / 1e9, 1)}
+            info |= {
+                "multiply_gflops": round(multiply_gflops(), 1)
+            }  # what one matrix product makes
+        if read_bytes:
+            info |= {"read_gbps": round(read_bytes / median(mine) / 1e9, 1)}
+            info |= {"copy_gbps": round(copy_gbps(), 1)}
+        info |= {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"}
+        benchmark.extra_info.update(info)
+        benchmark.pedantic(ours, rounds=1, iterations=1)
+        print("\n" + "  ".join(f"{key}={value}" for key, value in info.items()))
+
+    return run
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    if DEVICE == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def multiply_gflops() -> float:
+    size = 8192 if DEVICE == "cuda" else 1536
+    x = torch.randn(size, size, device=DEVICE)
+    return 2 * size**3 / median(seconds_of(lambda: x @ x) for _ in range(5)) / 1e9
+
+
+def copy_gbps() -> float:
+    source = torch.ones((1 << 30 if DEVICE == "cuda" else 1 << 28) // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    times = [seconds_of(lambda: target.copy_(source)) for _ in range(5)]
+    return 2 * 4 * source.numel() / median(times) / 1e9
