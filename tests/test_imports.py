@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ import sys
 for name in ("triton", "faiss", "sklearn", "matplotlib", "rich", "typer"):
     sys.modules[name] = None
 import torch, mrl_fast
-x = torch.randn(5, 4)
+x = torch.eye(5)
 print(mrl_fast.prefix_topk(x, x, 1).ids.ravel().tolist())
 try:
     mrl_fast.prefix_topk(x, x, 1, impl="triton")
@@ -119,8 +120,6 @@ index = mrl_fast.MatryoshkaIndex((2, 8))
 index.add(torch.eye(8))
 print(index.search(torch.eye(8), 1).ids.ravel().tolist())
 """
-    import zipfile
-
     zipfile.ZipFile(wheel).extractall(f"{wheel}.dir")
     done = python(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
