@@ -112,7 +112,7 @@ def compile_case(item: tuple[Case, int]) -> dict[str, Any]:
         if name in one.constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = one.types.get(name, "*fp32" if name != "schedule_ptr" else "*i32")
+            signature[name] = one.types.get(name, "*fp32" if name != "schedule_ptr" else "*i16")
         else:
             signature[name] = "i32"
         # As the launcher finds them for widths of whole cache lines.
@@ -131,11 +131,21 @@ def compile_case(item: tuple[Case, int]) -> dict[str, Any]:
         "registers": counted("REG", usage),
         "spill_bytes": counted("STACK", usage) + counted("LOCAL", usage),
         "shared_bytes": compiled.metadata.shared,
+        "stage_bytes": stage_bytes(one),
         "matrix_instructions": len(re.findall(MATRIX[capability], sass)),
         "fma_instructions": len(re.findall(r"\bFFMA2?\b", sass)),
         "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
         "precision": one.precision,
     }
+
+
+def stage_bytes(one: Case) -> int:
+    """What a block of columns of both operands takes in shared memory; 0 without a product."""
+    if one.precision is None:
+        return 0
+    blocks = one.constants
+    rows = blocks["BLOCK_B"] + blocks.get("BLOCK_V", blocks.get("BLOCK_N"))
+    return rows * blocks["BLOCK_D"] * WIDTH[one.types["x_ptr"][1:]]
 
 
 def counted(resource: str, usage: str) -> int:

@@ -3,30 +3,31 @@
 Forward: one program owns BLOCK_B × BLOCK_V scores and, at each slab's end, folds them into one
 maximum and one sum of exponentials a row; the host folds those over the tiles. Backward: the same
 programs compute the same scores again and write each prefix's gradient A_g to a workspace of a
-chunk of rows, then re-read their own tiles from the widest prefix down and make them the suffix
+chunk of scores, then re-read their own tiles from the widest prefix down and make them the suffix
 sums T_g = Σ_{h >= g} A_h, which two matrix products a slab turn into the gradients of x and weight.
 
 The maximum and the log-sum stay apart, and 1 − p is taken in fp32 before anything is rounded:
 near p = 1 either shortcut would leave no digits.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
+from mrl_fast.kernels.gradients import nested_gradients
 from mrl_fast.kernels.tiling import (
     STORING_CONFIGS,
     add_block,
     alignment,
+    chunks,
     config,
     make_schedule,
     operand,
     precision,
-    product,
-    row_chunks,
+    row_step,
     score_offsets,
-    slabs,
     tile_of,
 )
 from torch import Tensor
@@ -39,7 +40,7 @@ def _statistics_kernel(
     bias_ptr,  # [V]
     target_ptr,  # [B] int64
     soft_ptr,  # [V] fp32
-    schedule_ptr,  # [steps, 4] int32
+    schedule_ptr,  # [steps, 4] int16
     max_ptr,  # [G, tiles, B] fp32, as the next and the last
     sum_ptr,
     z_target_ptr,  # [G, B] fp32
@@ -64,7 +65,7 @@ def _statistics_kernel(
         tl.int32
     )  # in this tile, if >= 0 and < BLOCK_V
     lanes = tl.arange(0, BLOCK_V)
-    here = (lane >= 0) & (lane < BLOCK_V) & mask_b
+    here = (lane >= 0) & (lane < tl.minimum(V - tile * BLOCK_V, BLOCK_V)) & mask_b
     acc = tl.zeros((BLOCK_B, BLOCK_V), tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + classes).to(tl.float32)[None, :]
@@ -75,18 +76,19 @@ def _statistics_kernel(
             acc, x_ptr, w_ptr, schedule_ptr, step, rows, classes, stride_xb, stride_wv,
             BLOCK_D, ALIGNMENT, PRECISION,
         )  # fmt: skip
-        g = tl.load(schedule_ptr + step * 4 + 3)
+        g = tl.load(schedule_ptr + step * 4 + 3).to(tl.int32)
         if g >= 0:
             z = tl.where(mask_v[None, :], acc, -float("inf"))
             top = tl.max(z, axis=1)
-            total = tl.sum(tl.exp(z - top[:, None]), axis=1)
+            shift = tl.where(top == -float("inf"), 0.0, top)  # a tile may hold no finite score
+            total = tl.sum(tl.exp(z - shift[:, None]), axis=1)
             z_target = tl.sum(tl.where(lanes[None, :] == lane[:, None], acc, 0.0), axis=1)
             part = (g.to(tl.int64) * tl.num_programs(0) + tile) * B + offs_b
             tl.store(max_ptr + part, top, mask_b)
             tl.store(sum_ptr + part, total, mask_b)
             tl.store(z_target_ptr + g.to(tl.int64) * B + offs_b, z_target, here)
             if HAS_SOFT:
-                shifted = (acc - top[:, None]) * soft[None, :]
+                shifted = (acc - shift[:, None]) * soft[None, :]
                 tl.store(soft_sum_ptr + part, tl.sum(shifted, axis=1), mask_b)
 
 
@@ -97,7 +99,7 @@ def _score_gradients_kernel(
     bias_ptr,  # [V]
     target_ptr,  # [B] int64
     soft_ptr,  # [V] fp32
-    schedule_ptr,  # [steps, 4] int32
+    schedule_ptr,  # [steps, 4] int16
     row_max_ptr,  # [G, B] fp32 with row stride stride_g, as the next four
     log_sum_ptr,
     d_target_ptr,
@@ -137,7 +139,7 @@ def _score_gradients_kernel(
             acc, x_ptr, w_ptr, schedule_ptr, step, rows, classes, stride_xb, stride_wv,
             BLOCK_D, ALIGNMENT, PRECISION,
         )  # fmt: skip
-        g = tl.load(schedule_ptr + step * 4 + 3)
+        g = tl.load(schedule_ptr + step * 4 + 3).to(tl.int32)
         if g >= 0:
             at = g.to(tl.int64) * stride_g + rows
             shifted = acc - tl.load(row_max_ptr + at)[:, None]
@@ -169,31 +171,39 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Row maximum, log Σ exp(z − maximum), target's and soft targets' log-probability: each
     ``[G, B]`` fp32."""
-    x, weight = operand(x), operand(weight)
-    (B, _), V, G = x.shape, len(weight), len(dims)
+    x, weight, bias, soft = (None if t is None else operand(t) for t in (x, weight, bias, soft))
+    target = target.contiguous()
+    B, V, G = len(x), len(weight), len(dims)
     blocks = config(x)
     schedule = make_schedule(dims, blocks.BLOCK_D, x.device)
     tiles = triton.cdiv(V, blocks.BLOCK_V)
-    part_max, part_sum = (torch.empty(G, tiles, B, device=x.device) for _ in range(2))
-    part_soft = None if soft is None else torch.empty_like(part_sum)
-    z_target = torch.empty(G, B, device=x.device)
-    if B:
-        _statistics_kernel[(tiles, triton.cdiv(B, blocks.BLOCK_B))](
-            x, weight, bias, target, soft, schedule, part_max, part_sum, z_target, part_soft,
-            B, V, len(schedule), x.stride(0), weight.stride(0),
+    row_max, log_sum, logp_target = (torch.empty(G, B, device=x.device) for _ in range(3))
+    logp_soft = None if soft is None else torch.empty_like(log_sum)
+    if soft is not None:
+        padded = torch.nn.functional.pad(soft, (0, tiles * blocks.BLOCK_V - V))
+        soft_tiles = padded.view(tiles, -1).sum(1)[:, None]  # [tiles, 1]
+    for rows in chunks(B, row_step(24 * G * tiles)):  # six fp32 values a row, prefix and tile
+        part, size = x[rows], rows.stop - rows.start
+        part_max, part_sum = (torch.empty(G, tiles, size, device=x.device) for _ in range(2))
+        part_soft = None if soft is None else torch.empty_like(part_sum)
+        # a target that is no class is nobody's: NaN, not whatever stood there
+        z_target = torch.full((G, size), torch.nan, device=x.device)
+        _statistics_kernel[(tiles, triton.cdiv(size, blocks.BLOCK_B))](
+            part, weight, bias, target[rows], soft, schedule,
+            part_max, part_sum, z_target, part_soft,
+            size, V, len(schedule), part.stride(0), weight.stride(0),
             HAS_BIAS=bias is not None, HAS_SOFT=soft is not None,
             ALIGNMENT=alignment(dims), PRECISION=precision(x), **blocks._asdict(),
         )  # fmt: skip
-    row_max = part_max.amax(dim=1)
-    log_sum = (part_sum * (part_max - row_max[:, None]).exp()).sum(dim=1).log()
-    logp_target = (z_target - row_max) - log_sum
-    if soft is None or part_soft is None:
-        return row_max, log_sum, logp_target, None
-    # A tile's sum is relative to its own maximum: Σ soft·(z − max_t) + Σ_t soft·(max_t − row_max)
-    pad = tiles * blocks.BLOCK_V - V
-    soft_tiles = torch.nn.functional.pad(soft, (0, pad)).view(tiles, -1).sum(1)[:, None]
-    relative = part_soft + soft_tiles * (part_max - row_max[:, None])
-    logp_soft = relative.sum(dim=1) - soft_tiles.sum() * log_sum
+        top = part_max.amax(dim=1)
+        above = part_max - top[:, None]  # <= 0
+        total = (part_sum * above.exp()).sum(dim=1).log()
+        row_max[:, rows], log_sum[:, rows] = top, total
+        logp_target[:, rows] = (z_target - top) - total
+        if soft is not None:
+            # A tile's sum is relative to its own maximum: Σ soft·(z − max_t), then max_t − top
+            relative = part_soft.addcmul_(soft_tiles, above).sum(dim=1)
+            logp_soft[:, rows] = relative - soft_tiles.sum() * total
     return row_max, log_sum, logp_target, logp_soft
 
 
@@ -210,36 +220,41 @@ def cross_entropy_backward(
     d_soft: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients from those of the two log-probabilities, ``[G, B]`` fp32 each."""
-    dtype, weight_dtype, x, weight = x.dtype, weight.dtype, operand(x), operand(weight)
-    (B, _), V, G = x.shape, len(weight), len(dims)
+    dtype, weight_dtype = x.dtype, weight.dtype
+    bias_dtype = None if bias is None else bias.dtype
+    x, weight, bias, soft = (None if t is None else operand(t) for t in (x, weight, bias, soft))
+    target = target.contiguous()
+    B, G = len(x), len(dims)
     blocks = config(x, STORING_CONFIGS)
     schedule = make_schedule(dims, blocks.BLOCK_D, x.device)
-    has_soft = soft is not None and d_soft is not None
     # Half-precision tiles hold gradients relative to the largest: 1/n must not flush them to zero.
-    sources = [d_target, d_soft * soft.sum(), d_soft] if has_soft else [d_target]
+    sources = [d_target]
+    if soft is not None and d_soft is not None:
+        sources += [d_soft * soft.sum(), d_soft]
     largest = torch.stack([d.abs().amax() for d in sources]).amax() if B else d_target.sum()
     scale = torch.where(largest > 0, largest, 1.0)
-    scaled = [(d / scale).contiguous() for d in sources]
+    scaled = [(d / scale).contiguous() for d in sources] + [None] * (3 - len(sources))
+    statistics = [row_max, log_sum, *scaled]  # [G, B]
+    workspace = torch.empty(0, dtype=x.dtype, device=x.device)
 
-    dx = torch.zeros_like(x)
-    dw = torch.zeros_like(weight, dtype=torch.float32)
-    db = torch.zeros(V, device=x.device)
-    for chunk in row_chunks(B, G * V * x.element_size()):
-        part, size = x[chunk], chunk.stop - chunk.start
-        suffix = torch.empty(G, size, V, dtype=x.dtype, device=x.device)  # A_g, then T_g
-        grid = triton.cdiv(V, blocks.BLOCK_V), triton.cdiv(size, blocks.BLOCK_B)
+    def suffix_sums(rows: slice, classes: slice) -> Iterator[Tensor]:
+        nonlocal workspace
+        part, w = x[rows], weight[classes]
+        shape = G, len(part), len(w)
+        if workspace.numel() < math.prod(shape):  # the first chunk is the largest
+            workspace = x.new_empty(math.prod(shape))
+        out = workspace[: math.prod(shape)].view(shape)  # A_g, then T_g
+        grid = triton.cdiv(len(w), blocks.BLOCK_V), triton.cdiv(len(part), blocks.BLOCK_B)
         _score_gradients_kernel[grid](
-            part, weight, bias, target[chunk], soft, schedule,
-            row_max[:, chunk], log_sum[:, chunk], scaled[0][:, chunk],
-            scaled[1][:, chunk] if has_soft else None, scaled[2][:, chunk] if has_soft else None,
-            suffix,
-            size, V, G, len(schedule), part.stride(0), weight.stride(0), B,
-            HAS_BIAS=bias is not None, HAS_SOFT=has_soft,
+            part, w, None if bias is None else bias[classes], target[rows] - classes.start,
+            None if soft is None else soft[classes], schedule,
+            *(None if s is None else s[:, rows] for s in statistics), out,
+            len(part), len(w), G, len(schedule), part.stride(0), w.stride(0), B,
+            HAS_BIAS=bias is not None, HAS_SOFT=len(sources) > 1,
             ALIGNMENT=alignment(dims), PRECISION=precision(x), **blocks._asdict(),
         )  # fmt: skip
-        for g, slab in enumerate(slabs(dims)):
-            dx[chunk, slab] = (product(suffix[g], weight[:, slab]) * scale).to(x.dtype)
-            dw[:, slab] += product(suffix[g].T, part[:, slab])
-        db += suffix[0].sum(0, dtype=torch.float32)
-    dw, db = dw.mul_(scale).to(weight_dtype), db.mul_(scale)
-    return dx.to(dtype), dw, None if bias is None else db.to(bias.dtype)
+        return reversed(out.unbind())
+
+    bytes_a_score = G * x.element_size()
+    dx, dw, db = nested_gradients(x, weight, dims, bytes_a_score, suffix_sums, scale)
+    return dx.to(dtype), dw.to(weight_dtype), None if bias is None else db.to(bias_dtype)

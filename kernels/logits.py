@@ -4,11 +4,12 @@ One program owns BLOCK_B × BLOCK_V scores and stores them at each slab's end; x
 once a tile, not once a prefix.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
+from mrl_fast.kernels.gradients import nested_gradients
 from mrl_fast.kernels.tiling import (
     STORING_CONFIGS,
     add_block,
@@ -17,10 +18,7 @@ from mrl_fast.kernels.tiling import (
     make_schedule,
     operand,
     precision,
-    product,
-    row_chunks,
     score_offsets,
-    slabs,
     tile_of,
 )
 from torch import Tensor
@@ -32,7 +30,7 @@ def _nested_logits_kernel(
     w_ptr,  # [V, D]
     bias_ptr,  # [V]
     out_ptr,  # [G, B, V], contiguous
-    schedule_ptr,  # [steps, 4] int32
+    schedule_ptr,  # [steps, 4] int16
     B,
     V,
     steps,
@@ -58,7 +56,7 @@ def _nested_logits_kernel(
             acc, x_ptr, w_ptr, schedule_ptr, step, rows, classes, stride_xb, stride_wv,
             BLOCK_D, ALIGNMENT, PRECISION,
         )  # fmt: skip
-        g = tl.load(schedule_ptr + step * 4 + 3)
+        g = tl.load(schedule_ptr + step * 4 + 3).to(tl.int32)
         if g >= 0:
             tl.store(
                 out_ptr + plane * g + offsets,
@@ -71,6 +69,7 @@ def logits_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, dims: Sequence[int]
 ) -> Tensor:  # [G, B, V]
     dtype, x, weight = x.dtype, operand(x), operand(weight)
+    bias = None if bias is None else operand(bias)
     (B, _), V = x.shape, len(weight)
     blocks = config(x, STORING_CONFIGS)
     schedule = make_schedule(dims, blocks.BLOCK_D, x.device)
@@ -87,15 +86,13 @@ def logits_forward(
 def logits_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dims: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    dx = torch.zeros_like(x)
-    dw = torch.zeros_like(weight, dtype=torch.float32)
-    db = torch.zeros(len(weight), device=x.device)
-    for chunk in row_chunks(len(x), 8 * len(weight)):
-        suffix = torch.zeros_like(grad[0, chunk], dtype=torch.float32)  # T_g = Σ_{h >= g} A_h
-        for g, slab in reversed(list(enumerate(slabs(dims)))):
-            suffix += grad[g, chunk]
-            rounded = suffix.to(x.dtype)
-            dx[chunk, slab] = product(rounded, weight[:, slab]).to(x.dtype)
-            dw[:, slab] += product(rounded.T, x[chunk, slab])
-        db += suffix.sum(0)
-    return dx, dw.to(weight.dtype), None if bias is None else db.to(bias.dtype)
+    def suffix_sums(rows: slice, classes: slice) -> Iterator[Tensor]:
+        suffix = torch.zeros_like(grad[0, rows, classes], dtype=torch.float32)
+        for part in reversed(grad[:, rows, classes].unbind()):
+            suffix += part
+            yield suffix
+
+    bytes_a_score = 4 + x.element_size()  # the sum, and the sum rounded
+    one = torch.ones((), device=x.device)
+    dx, dw, db = nested_gradients(x, weight, dims, bytes_a_score, suffix_sums, one)
+    return dx, dw, None if bias is None else db.to(bias.dtype)

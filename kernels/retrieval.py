@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from mrl_fast.kernels.tiling import interpreted, operand, precision, tile_of
+from mrl_fast.kernels.tiling import chunks, interpreted, operand, precision, tile_of
 from torch import Tensor
 
 BUCKET = 32  # consecutive rows
@@ -71,27 +71,39 @@ def _bucket_max_kernel(
 
 
 @triton.jit
+def _sum_columns(x, ROWS: tl.constexpr, LOG_COLUMNS: tl.constexpr):  # [ROWS, 2^LOG_COLUMNS]
+    """Sums of neighbours, then of neighbouring sums. tl.sum adds in an order that follows from how
+    the loads were vectorised, hence from the strides: equal vectors would score differently."""
+    for i in tl.static_range(LOG_COLUMNS):
+        even, odd = tl.split(tl.reshape(x, (ROWS, 1 << (LOG_COLUMNS - 1 - i), 2)))
+        x = even + odd
+    return tl.reshape(x, (ROWS,))
+
+
+@triton.jit
 def _pair_scores_kernel(
     q_ptr,  # [B, dim]
     x_ptr,  # [N, dim]
     rows_ptr,  # [B, C] int64, −1 is no row
     out_ptr,  # [B, C] fp32, contiguous
     C,
+    tiles,  # of BLOCK_C candidates; the grid is B · tiles, for its second axis ends at 65535
     dim,
     stride_qb,  # in elements, as the next two; last axes are contiguous
     stride_xn,
     stride_rb,
     METRIC: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    LOG_BLOCK_D: tl.constexpr,
 ):
-    b = tl.program_id(1).to(tl.int64)
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    BLOCK_D: tl.constexpr = 1 << LOG_BLOCK_D
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    offs_c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     rows = tl.load(rows_ptr + b * stride_rb + offs_c, mask_c, other=-1)
     acc = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
     x_sq = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
-    q_sq = tl.zeros((BLOCK_D,), tl.float32)
+    q_sq = tl.zeros((1, BLOCK_D), tl.float32)
     for start in range(0, dim, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask_d = offs_d < dim
@@ -104,11 +116,12 @@ def _pair_scores_kernel(
             acc += q[None, :] * x
         if METRIC == 1:
             x_sq += x * x
-            q_sq += q * q
-    score = tl.sum(acc, axis=1)
+            q_sq += q[None, :] * q[None, :]
+    score = _sum_columns(acc, BLOCK_C, LOG_BLOCK_D)
     if METRIC == 1:
-        norm = tl.sqrt(tl.sum(x_sq, axis=1)) * tl.sqrt(tl.sum(q_sq, axis=0))
-        score = tl.where(norm > 0, score / tl.where(norm > 0, norm, 1.0), 0.0)
+        x_norm = tl.sqrt(_sum_columns(x_sq, BLOCK_C, LOG_BLOCK_D))
+        norm = x_norm * tl.sqrt(_sum_columns(q_sq, 1, LOG_BLOCK_D))
+        score = tl.where(norm == 0, 0.0, score / tl.where(norm == 0, 1.0, norm))  # NaN stays NaN
     score = tl.where(rows >= 0, score, -float("inf"))
     tl.store(out_ptr + b * C + offs_c, score, mask_c)
 
@@ -121,7 +134,7 @@ def scan_blocks(x: Tensor) -> dict[str, int]:
     return dict(BLOCK_B=64, BLOCK_N=128, BLOCK_D=32, num_warps=4, num_stages=3)
 
 
-PAIR_BLOCKS = dict(BLOCK_C=32, BLOCK_D=64, num_warps=4)  # BLOCK_D fixes the order of summation
+PAIR_BLOCKS = dict(BLOCK_C=32, LOG_BLOCK_D=6, num_warps=4)  # 64 columns: the order of summation
 
 
 def bucket_maxima(q: Tensor, x: Tensor, row_values: Tensor | None, dim: int, metric: str) -> Tensor:
@@ -140,8 +153,9 @@ def pair_scores(q: Tensor, x: Tensor, rows: Tensor, dim: int, metric: str) -> Te
     """The canonical score of each query with its own rows ``[B, C]``; −inf where there is none."""
     out = torch.empty(rows.shape, device=q.device)
     if out.numel():
-        _pair_scores_kernel[(triton.cdiv(rows.shape[1], PAIR_BLOCKS["BLOCK_C"]), len(q))](
-            q, x, rows, out, rows.shape[1], dim, q.stride(0), x.stride(0), rows.stride(0),
+        tiles = triton.cdiv(rows.shape[1], PAIR_BLOCKS["BLOCK_C"])
+        _pair_scores_kernel[(len(q) * tiles,)](
+            q, x, rows, out, rows.shape[1], tiles, dim, q.stride(0), x.stride(0), rows.stride(0),
             METRIC=METRICS[metric], **PAIR_BLOCKS,
         )  # fmt: skip
     return out
@@ -159,11 +173,24 @@ def select(scores: Tensor, rows: Tensor, k: int) -> Result:
     return pad(found[1], missing, value=-torch.inf), pad(found[0], missing, value=-1)
 
 
-def relative_error(x: Tensor, dim: int) -> float:
-    """How far the scan's score may be from the canonical one, in units of the norms' product: both
-    round every product and sum, and the metric's own terms; TF32 also rounds the operands."""
-    rounding = 2 * (dim + 16) * 2.0**-24
-    return rounding + (2.0**-9 if precision(x) == "tf32" else 0.0)
+def scan_error(q: Tensor, x: Tensor, norms: Tensor, metric: str) -> Tensor:
+    """Bound on how far a scan's score may be from the canonical one, ``[B]``.
+
+    Both round every product and sum, tensor cores by truncation, and the metric's own terms: in all
+    fewer than 2(d + 16) roundings of numbers no larger than the norms' product. TF32 also cuts the
+    operands. Where squares leave fp32's normal range no such bound holds: infinite, so all rows are
+    looked at."""
+    dim = x.shape[1]
+    relative = 2 * (dim + 16) * 2.0**-24 + (2.0**-9 if precision(x) == "tf32" else 0.0)
+    q_norms = torch.linalg.vector_norm(q, dim=1, dtype=torch.float32)
+    widest = norms.max()
+    unit = {"ip": q_norms * widest, "cosine": q_norms, "l2": (q_norms + widest) ** 2}[metric]
+    error = unit * relative + dim * torch.finfo(torch.float32).tiny
+    if metric == "cosine":
+        smallest = torch.where(norms > 0, norms, torch.inf).min()
+        safe = torch.minimum(smallest, q_norms.where(q_norms > 0, torch.inf)) > 2.0**-40
+        error = torch.where(safe, error, torch.inf)
+    return error
 
 
 def prefix_topk(queries: Tensor, database: Tensor, k: int, dim: int, metric: str) -> Result:
@@ -174,51 +201,68 @@ def prefix_topk(queries: Tensor, database: Tensor, k: int, dim: int, metric: str
     if kept == buckets:  # every row is looked at: nothing to scan for
         return score_all(q, x, k, dim, metric)
     norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)  # [N]
-    widest = norms.max()
-    row_values = {"ip": None, "cosine": norms.reciprocal().where(norms > 0, 0.0), "l2": norms**2}[
-        metric
-    ]
-    q_norms = torch.linalg.vector_norm(q, dim=1, dtype=torch.float32)  # [B]
-    unit = {"ip": q_norms * widest, "cosine": q_norms, "l2": (q_norms + widest) ** 2}[metric]
-    error = unit * relative_error(x, dim)
-    results = []
-    step = max(1, TEMPORARY_BYTES // (4 * buckets + 48 * kept * BUCKET))
-    for begin in range(0, len(q), step):
-        part = q[begin : begin + step]
-        best = bucket_maxima(part, x, row_values, dim, metric).topk(kept, dim=1)
-        lanes = torch.arange(BUCKET, device=q.device)
+    row_values = None
+    if metric == "cosine":
+        row_values = norms.reciprocal().where(norms != 0, 0.0)
+    if metric == "l2":
+        row_values = norms**2
+    error = scan_error(q, x, norms, metric)
+    lanes = torch.arange(BUCKET, device=q.device)
+    results = empty(q, k)
+    for part in chunks(len(q), query_step(buckets // 12 + kept * BUCKET)):
+        maxima = bucket_maxima(q[part], x, row_values, dim, metric)
+        best = maxima.topk(kept, dim=1)
         rows = (best.indices[:, :, None] * BUCKET + lanes).flatten(1)  # [b, kept · BUCKET]
         rows = torch.where(rows < len(x), rows, -1)
-        scores, ids = select(pair_scores(part, x, rows, dim, metric), rows, k)
+        scores, ids = select(pair_scores(q[part], x, rows, dim, metric), rows, k)
         # Not "worse by more than the error": true for NaN too
-        short = ~(best.values[:, -1] < best.values[:, k - 1] - 2 * error[begin : begin + step])
+        short = ~(best.values[:, -1] < best.values[:, k - 1] - 2 * error[part])
         again = short.nonzero()[:, 0]
         if len(again):
-            scores[again], ids[again] = score_all(part[again], x, k, dim, metric)
-        results.append((scores, ids))
-    if not results:
-        return q.new_empty(0, k, dtype=torch.float32), q.new_empty(0, k, dtype=torch.int64)
-    return torch.cat([s for s, _ in results]), torch.cat([i for _, i in results])
+            scores[again], ids[again] = score_all(q[part][again], x, k, dim, metric)
+        results[0][part], results[1][part] = scores, ids
+    return results
 
 
 def score_all(q: Tensor, x: Tensor, k: int, dim: int, metric: str) -> Result:
-    """The k best of all rows, every pair scored canonically; a chunk of rows at a time."""
-    scores = torch.full((len(q), k), -torch.inf, device=q.device)
-    ids = torch.full((len(q), k), -1, device=q.device)
-    step = max(BUCKET, TEMPORARY_BYTES // (48 * max(1, len(q))) - k)
-    for begin in range(0, len(x), step):
-        rows = torch.arange(begin, min(begin + step, len(x)), device=q.device).expand(len(q), -1)
-        found = pair_scores(q, x, rows, dim, metric)
-        scores, ids = select(torch.cat([scores, found], 1), torch.cat([ids, rows], 1), k)
-    return scores, ids
+    """The k best of all rows, every pair scored canonically; a chunk of queries and of rows at a
+    time, at least as many rows as are kept."""
+    results = empty(q, k)
+    row_step = max(4096, k)
+    for part in chunks(len(q), query_step(min(len(x), row_step) + k)):
+        size = part.stop - part.start
+        scores, ids = empty(q[part], k)
+        for found in chunks(len(x), max(row_step, TEMPORARY_BYTES // (48 * size) - k)):
+            rows = torch.arange(found.start, found.stop, device=q.device).expand(size, -1)
+            new = pair_scores(q[part], x, rows, dim, metric)
+            scores, ids = select(torch.cat([scores, new], 1), torch.cat([ids, rows], 1), k)
+        results[0][part], results[1][part] = scores, ids
+    return results
 
 
 def rerank(
     queries: Tensor, database: Tensor, candidates: Tensor, k: int, dim: int, metric: str
 ) -> Result:
-    q, x = operand(queries), operand(database)
-    rows = candidates.contiguous()
-    return select(pair_scores(q, x, rows, dim, metric), rows, k)
+    q, x, candidates = operand(queries), operand(database), candidates.contiguous()
+    results = empty(q, k)
+    for part in chunks(len(q), query_step(candidates.shape[1])):
+        rows = candidates[part]
+        found = select(pair_scores(q[part], x, rows, dim, metric), rows, k)
+        results[0][part], results[1][part] = found
+    return results
+
+
+def empty(q: Tensor, k: int) -> Result:
+    shape = len(q), k
+    return (
+        torch.full(shape, -torch.inf, device=q.device),
+        torch.full(shape, -1, dtype=torch.int64, device=q.device),
+    )
+
+
+def query_step(candidates: int) -> int:
+    """Queries whose candidates fit the temporaries: 48 bytes each, scores, rows and sorting."""
+    return max(1, TEMPORARY_BYTES // (48 * max(1, candidates)))
 
 
 def funnel_search(

@@ -5,6 +5,7 @@ host. A block that ends a slab is flagged with that slab's g; there the program 
 loss. G and the dims stay runtime values, so one binary a dtype serves every nesting.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -38,8 +39,10 @@ def interpreted() -> bool:
 
 
 def operand(x: Tensor) -> Tensor:
-    """What a kernel reads in place of x: x, or an fp32 copy in the interpreter."""
-    return x.float() if interpreted() else x
+    """What a kernel reads in place of x: x itself where its last axis is contiguous, whatever the
+    row stride; else a copy, as always in the interpreter (fp32)."""
+    x = x.float() if interpreted() else x
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def config(x: Tensor, configs: dict[int, Config] = CONFIGS) -> Config:
@@ -58,20 +61,35 @@ def slabs(dims: Sequence[int]) -> list[slice]:
 
 
 def make_schedule(dims: Sequence[int], block_d: int, device: torch.device) -> Tensor:
-    """``[steps, 4]`` int32: a block's first column, its columns [lo, hi), and g where it ends slab
-    g (else −1). Blocks start at multiples of ``block_d``; one that straddles slabs is repeated."""
-    entries = []
+    """``[steps, 4]`` int16: a block's number, its columns [lo, hi) counted from its first in units
+    of ``alignment(dims)``, and g where it ends slab g (else −1). A block that straddles two slabs
+    comes twice. 16 bits because Triton pipelines loads of 32 and more: that of an address would
+    take the stages meant for the tiles."""
+    entries, unit = [], alignment(dims)
     for g, slab in enumerate(slabs(dims)):
         for start in range(slab.start // block_d * block_d, slab.stop, block_d):
             lo, hi = max(slab.start, start), min(slab.stop, start + block_d)
-            entries.append((start, lo, hi, g if hi == slab.stop else -1))
-    return torch.tensor(entries, dtype=torch.int32).to(device, non_blocking=True)
+            ends = (lo - start) // unit, (hi - start) // unit
+            entries.append((start // block_d, *ends, g if hi == slab.stop else -1))
+    return torch.tensor(entries, dtype=torch.int16).to(device, non_blocking=True)
 
 
-def row_chunks(rows: int, bytes_a_row: int) -> Iterator[slice]:
-    step = max(128, WORKSPACE_BYTES // max(1, bytes_a_row) // 128 * 128)
-    for begin in range(0, rows, step):
-        yield slice(begin, min(begin + step, rows))
+def chunks(size: int, step: int) -> Iterator[slice]:
+    for begin in range(0, size, step):
+        yield slice(begin, min(begin + step, size))
+
+
+def row_step(bytes_a_row: int) -> int:
+    """Rows whose temporaries fit the workspace."""
+    return max(128, WORKSPACE_BYTES // bytes_a_row // 128 * 128)
+
+
+def chunk_steps(rows: int, classes: int, bytes_a_score: int) -> tuple[int, int]:
+    """Rows and classes of a chunk of scores that fits the workspace, about as high as it is wide:
+    the products over a chunk are as deep as its sides."""
+    area = WORKSPACE_BYTES // bytes_a_score
+    row_step = max(128, math.isqrt(area), area // max(1, classes)) // 128 * 128
+    return row_step, max(128, area // max(1, min(row_step, rows)) // 128 * 128)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -88,7 +106,7 @@ def add_block(
     acc,  # [BLOCK_B, BLOCK_V] fp32
     x_ptr,  # [B, D]
     w_ptr,  # [V, D]
-    schedule_ptr,  # [steps, 4] int32
+    schedule_ptr,  # [steps, 4] int16
     step,
     rows,  # [BLOCK_B] in [0, B)
     classes,  # [BLOCK_V] in [0, V)
@@ -101,11 +119,11 @@ def add_block(
     """acc + x · wᵀ over one block of columns. Both operands are masked: what stands in a later
     slab, an infinity say, must not reach this one."""
     entry = schedule_ptr + step * 4
-    start = tl.multiple_of(tl.load(entry), BLOCK_D)
-    lo = tl.multiple_of(tl.load(entry + 1), ALIGNMENT)
-    hi = tl.multiple_of(tl.load(entry + 2), ALIGNMENT)
-    offs_d = start + tl.arange(0, BLOCK_D)
-    mask_d = (offs_d >= lo) & (offs_d < hi)
+    lanes = tl.arange(0, BLOCK_D)
+    lo = tl.load(entry + 1).to(tl.int32) * ALIGNMENT  # a product is known to be a multiple
+    hi = tl.load(entry + 2).to(tl.int32) * ALIGNMENT
+    mask_d = (lanes >= lo) & (lanes < hi)
+    offs_d = tl.load(entry).to(tl.int32) * BLOCK_D + lanes
     x = tl.load(x_ptr + rows[:, None] * stride_xb + offs_d[None, :], mask_d[None, :], other=0.0)
     w = tl.load(w_ptr + classes[None, :] * stride_wv + offs_d[:, None], mask_d[:, None], other=0.0)
     return tl.dot(x, w, acc, input_precision=PRECISION)

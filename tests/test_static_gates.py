@@ -39,6 +39,11 @@ def test_resources(rows):
         assert row["shared_bytes"] <= SHARED_LIMIT[row["arch"]], row
 
 
+def test_the_next_blocks_load_during_a_product(rows):
+    for row in rows:  # two blocks in flight; asynchronous copies alone may be of one, waited for
+        assert row["shared_bytes"] >= 2 * row["stage_bytes"], row
+
+
 def test_matrix_instructions(rows):
     for row in rows:
         if row["precision"] in ("half", "tf32"):

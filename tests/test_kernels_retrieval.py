@@ -1,0 +1,176 @@
+"""The Triton search engine: its scan and margin, the rescan, and what may not change a score."""
+
+import pytest
+import torch
+from mrl_fast.kernels import retrieval
+
+from mrl_fast import kernels, reference
+from mrl_fast.testing import assert_same_topk
+
+METRICS = ["ip", "cosine", "l2"]
+
+
+def make_vectors(rows, width, device, *, seed=0, dtype=torch.float32):
+    """A slice of a wider matrix, so that strides are real."""
+    wide = torch.randn(rows, width + 3, generator=torch.Generator().manual_seed(seed))
+    return wide.to(device, dtype)[:, :width]
+
+
+@pytest.fixture
+def rescans(monkeypatch):
+    """A scan that keeps few buckets, so that small databases are scanned; counts the rescans."""
+    monkeypatch.setattr(retrieval, "SPARE_BUCKETS", 2)
+    counted, score_all = [], retrieval.score_all
+
+    def spy(q, *rest):
+        counted.append(len(q))
+        return score_all(q, *rest)
+
+    monkeypatch.setattr(retrieval, "score_all", spy)
+    return counted
+
+
+# aligned; ragged rows and columns; one column; one query
+@pytest.mark.parametrize("shape", [(4, 512, 16), (5, 421, 19), (3, 300, 1), (1, 333, 33)], ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+def test_scan_is_exact(metric, shape, rescans, triton_device):
+    B, N, dim = shape
+    q = make_vectors(B, dim, triton_device)
+    x = make_vectors(N, dim, triton_device, seed=1)
+    result = kernels.prefix_topk(q, x, 4, dim, metric)
+    exact = reference.scores(q, x, dim, metric)
+    assert_same_topk(result, exact, name=metric, tolerance=1e-5 * exact.abs().max().item())
+    if dim > 1 or metric == "l2":  # one column ties under cosine
+        assert not rescans, "the scan was to suffice, or it is not tested"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scan_of_half_precision(dtype, rescans, triton_device):
+    q = make_vectors(5, 24, triton_device, dtype=dtype)
+    x = make_vectors(400, 24, triton_device, seed=1, dtype=dtype)
+    result = kernels.prefix_topk(q, x, 4, 20, "cosine")
+    exact = reference.scores(q, x, 20, "cosine")
+    assert_same_topk(result, exact, name="cosine", tolerance=1e-6)
+    assert not rescans
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_errors_of_the_scan_within_its_margin_change_nothing(
+    metric, rescans, triton_device, monkeypatch
+):
+    q, x = make_vectors(6, 8, triton_device), make_vectors(500, 8, triton_device, seed=1)
+    x[100:400:3] = x[7] * (1 + 2e-7 * torch.randn(100, 1, device=x.device))  # near ties
+    x[11::60] = x[7]  # and ties
+    q[0] = x[7]
+    expected = kernels.prefix_topk(q, x, 5, 8, metric)
+    scan = retrieval.bucket_maxima
+    norms = torch.linalg.vector_norm(x, dim=1)
+    error = retrieval.scan_error(q, x, norms, metric)[:, None]
+    wrong = 0
+    for factor, seed in [(0.5, 0), (0.5, 1), (0.5, 2), (1e5, 0)]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def noisy(q, *rest, factor=factor, generator=generator):
+            maxima = scan(q, *rest)
+            noise = 2 * torch.rand(maxima.shape, generator=generator).to(maxima) - 1
+            return maxima + factor * noise * error
+
+        monkeypatch.setattr(retrieval, "bucket_maxima", noisy)
+        result = kernels.prefix_topk(q, x, 5, 8, metric)
+        if factor <= 1:
+            assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
+        else:
+            wrong += int((result[1] != expected[1]).sum())
+    assert wrong, "errors far beyond the margin were to show, or this test sees nothing"
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_more_ties_than_the_scan_keeps_are_rescanned(metric, rescans, triton_device):
+    x = make_vectors(1, 5, triton_device).repeat(5000, 1)
+    q = torch.cat([x[:1], -x[:1]])
+    scores, ids = kernels.prefix_topk(q, x, 40, 5, metric)
+    assert rescans == [2]
+    assert (ids == torch.arange(40, device=ids.device)).all()
+    assert (scores == scores[:, :1]).all()
+
+
+def test_only_the_queries_that_need_it_are_rescanned(rescans, triton_device):
+    x = torch.zeros(600, 2, device=triton_device)
+    x[:, 0] = 1.0
+    x[:, 1] = torch.arange(600)
+    q = torch.tensor([[0.0, 1.0], [1.0, 0.0]], device=triton_device)
+    _, ids = kernels.prefix_topk(q, x, 3, 2, "ip")
+    assert ids.tolist() == [[599, 598, 597], [0, 1, 2]] and rescans == [1]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nan_is_not_dropped(metric, rescans, triton_device):
+    q, x = make_vectors(2, 4, triton_device), make_vectors(500, 4, triton_device, seed=1)
+    x[321, 2] = torch.nan
+    scores, ids = kernels.prefix_topk(q, x, 3, 4, metric)
+    assert (ids[:, 0] == 321).all() and scores[:, 0].isnan().all()  # highest, as torch ranks it
+    assert scores[:, 1:].isfinite().all()
+
+
+def test_norms_of_zero_and_beyond_fp32(rescans, triton_device):
+    q, x = make_vectors(2, 4, triton_device), make_vectors(500, 4, triton_device, seed=1)
+    x[::7] = 0.0
+    scores, ids = kernels.prefix_topk(q, x, 500, 4, "cosine")
+    assert (scores.gather(1, ids.argsort(dim=1))[:, ::7] == 0).all()
+    rescans.clear()
+    x[1] *= 1e-15  # squares of it leave fp32's normal range: no margin holds
+    kernels.prefix_topk(q, x, 3, 4, "cosine")
+    assert rescans == [2]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_score_depends_on_nothing_but_the_pair(metric, rescans, triton_device, monkeypatch):
+    q, x = make_vectors(9, 21, triton_device), make_vectors(500, 21, triton_device, seed=1)
+    scores, ids = kernels.prefix_topk(q, x, 6, 21, metric)
+
+    def check(result, rows=slice(None)):
+        assert torch.equal(result[0], scores[rows]) and torch.equal(result[1], ids[rows])
+
+    for rows in (slice(0, 1), slice(3, 8)):  # another batch
+        check(kernels.prefix_topk(q[rows], x, 6, 21, metric), rows)
+    wide = torch.zeros(500, 32, device=x.device)  # other strides, other vector loads
+    wide[:, :21] = x
+    check(kernels.prefix_topk(q.contiguous(), wide, 6, 21, metric))
+    check(kernels.prefix_topk(q.T.contiguous().T, x.T.contiguous().T, 6, 21, metric))
+    check(kernels.rerank(q, x, ids.flip(1), 6, 21, metric))
+    check(kernels.funnel_search(q, x, [(5, 500), (21, 6)], metric))
+    monkeypatch.setattr(retrieval, "TEMPORARY_BYTES", 1)  # other chunks
+    check(kernels.prefix_topk(q, x, 6, 21, metric))
+    check(kernels.rerank(q, x, ids, 6, 21, metric))
+    check(retrieval.score_all(q, x, 6, 21, metric))
+
+
+def test_chunks_of_rows(triton_device, monkeypatch):
+    monkeypatch.setattr(retrieval, "TEMPORARY_BYTES", 1)
+    x = torch.arange(9000.0, device=triton_device)[:, None] // 4500
+    for k in (3, 4600):  # within a chunk of 4096 rows, and beyond one
+        _, ids = retrieval.score_all(torch.ones(1, 1, device=x.device), x, k, 1, "ip")
+        expected = torch.arange(9000, device=x.device).roll(-4500)[:k]
+        assert torch.equal(ids[0], expected)
+
+
+@pytest.mark.parametrize(("B", "N", "k"), [(0, 300, 3), (2, 0, 3), (2, 5, 9), (2, 200, 300)])
+def test_fewer_than_k(B, N, k, rescans, triton_device):
+    q, x = make_vectors(B, 4, triton_device), make_vectors(N, 4, triton_device, seed=1)
+    scores, ids = kernels.prefix_topk(q, x, k, 3, "ip")
+    assert scores.shape == ids.shape == (B, k) and ids.dtype == torch.int64
+    assert (ids[:, N:] == -1).all() and (scores[:, N:] == -torch.inf).all()
+    exact = reference.scores(q, x, 3, "ip")
+    if B:
+        assert_same_topk((scores, ids), exact, name="ip", tolerance=1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rerank_of_strided_candidates_with_repeats(metric, triton_device):
+    q, x = make_vectors(3, 10, triton_device), make_vectors(50, 10, triton_device, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    candidates = torch.randint(-1, 50, (3, 30), generator=generator).to(x.device)[:, ::2]
+    scores, ids = kernels.rerank(q, x, candidates, 20, 9, metric)
+    expected = reference.rerank(q, x, candidates, 20, 9, metric)
+    assert torch.equal(ids, expected.ids)
+    torch.testing.assert_close(scores, expected.scores, rtol=1e-5, atol=1e-5)
