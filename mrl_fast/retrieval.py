@@ -40,8 +40,7 @@ def prefix_topk(
 
     Equals ``torch.topk(queries[:, :dim] @ database[:, :dim].T, k)`` with ties in the order of rows,
     and no score matrix in memory. Nothing is copied: a prefix of a wide row-major matrix is read in
-    place. fp32 accumulation. Raises nothing and waits for nothing on a GPU, where finiteness is not
-    checked.
+    place. fp32 accumulation. On a GPU finiteness is not checked, and the call waits for the device.
 
     Args:
         queries: ``[B, D]`` (or only as wide as the prefix), float32, float16 or bfloat16; tensor,
