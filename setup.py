@@ -11,7 +11,13 @@ ParallelCompile("MRL_FAST_BUILD_JOBS", default=os.cpu_count() or 1).install()
 setup(
     # `kernels/` cannot be installed under its own name: PyPI has a package called kernels.
     package_dir={"mrl_fast": "mrl_fast", "mrl_fast.kernels": "kernels"},
-    packages=["mrl_fast", "mrl_fast.demo", "mrl_fast.kernels"],
+    packages=[
+        "mrl_fast",
+        "mrl_fast.cpu",
+        "mrl_fast.demo",
+        "mrl_fast.kernels",
+        "mrl_fast.losses",
+    ],
     ext_modules=[
         Pybind11Extension(
             "mrl_fast._C",

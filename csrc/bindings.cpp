@@ -7,8 +7,8 @@
 #include <string>
 
 #include "cpu/engine.h"
+#include "cpu/nested.h"
 #include "cpu/parallel.h"
-#include "cpu/softmax.h"
 
 namespace py = pybind11;
 using namespace mrl;
@@ -18,6 +18,11 @@ namespace {
 template <class T>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+T get(const py::dict& fields, const char* name, T otherwise = T()) {
+    return fields.contains(name) ? fields[name].cast<T>() : otherwise;
 }
 
 const Kernels& kernels_named(const std::string& name) {
@@ -82,22 +87,68 @@ PYBIND11_MODULE(_C, m) {
         return message(pack_rows(kernels, at<void>(data), DType(dtype), stride, n, cols, threads,
                                  at<float>(tiles)));
     });
-    m.def("softmax_stats",
-          [](uintptr_t scores, int64_t rows, int64_t cols, uintptr_t soft, int threads,
-             const std::string& isa, uintptr_t row_max, uintptr_t sum, uintptr_t soft_sum) {
+    // Fields as in nested.h; an address that is not named is null, a factor 1, a flag false.
+    py::class_<Scores>(m, "Scores").def(py::init([](const py::kwargs& fields) {
+        Scores s = {};
+        s.x = {at<float>(get<uintptr_t>(fields, "x")), get<int64_t>(fields, "x_stride")};
+        s.w = {at<float>(get<uintptr_t>(fields, "w")), get<int64_t>(fields, "w_stride")};
+        s.rows = get<int64_t>(fields, "rows");
+        s.cols = get<int64_t>(fields, "cols");
+        s.dims = fields["dims"].cast<std::vector<int64_t>>();
+        s.bias = at<float>(get<uintptr_t>(fields, "bias"));
+        s.row_scale = at<float>(get<uintptr_t>(fields, "row_scale"));
+        s.col_scale = at<float>(get<uintptr_t>(fields, "col_scale"));
+        s.cols_apart = get<int64_t>(fields, "cols_apart");
+        s.target = at<int64_t>(get<uintptr_t>(fields, "target"));
+        s.first_col = get<int64_t>(fields, "first_col");
+        s.period = get<int64_t>(fields, "period", 1);
+        s.exclude_own = get<bool>(fields, "exclude_own");
+        s.own_boost = get<float>(fields, "own_boost", 1.0f);
+        s.other_boost = get<float>(fields, "other_boost", 1.0f);
+        s.soft = at<float>(get<uintptr_t>(fields, "soft"));
+        s.soft_stride = get<int64_t>(fields, "soft_stride");
+        s.mask = at<uint8_t>(get<uintptr_t>(fields, "mask"));
+        s.mask_stride = get<int64_t>(fields, "mask_stride");
+        s.sigmoid = get<bool>(fields, "sigmoid");
+        return s;
+    }));
+    m.def("fold", [](const Scores& scores, int threads, const std::string& isa, uintptr_t row_max,
+                     uintptr_t row_sum, uintptr_t labels, uintptr_t soft_sum, uintptr_t hit,
+                     uintptr_t col_max, uintptr_t col_sum) {
+        const Kernels& kernels = kernels_named(isa);
+        py::gil_scoped_release unlocked;
+        fold(kernels, scores, threads, at<float>(row_max), at<double>(row_sum), at<int64_t>(labels),
+             at<double>(soft_sum), at<float>(hit), at<float>(col_max), at<double>(col_sum));
+    });
+    m.def("store_scores", [](const Scores& scores, int threads, const std::string& isa,
+                             uintptr_t out, int64_t out_apart, int64_t out_stride) {
+        const Kernels& kernels = kernels_named(isa);
+        py::gil_scoped_release unlocked;
+        store_scores(kernels, scores, threads, at<float>(out), out_apart, out_stride);
+    });
+    m.def("gradients",
+          [](const Scores& scores, int threads, const std::string& isa, const py::dict& given,
+             int64_t workspace_bytes, uintptr_t dx, int64_t dx_stride, uintptr_t dw,
+             int64_t dw_stride, uintptr_t d_row_scale, uintptr_t d_col_scale, uintptr_t db) {
               const Kernels& kernels = kernels_named(isa);
+              const auto array = [&](const char* name) {
+                  return at<const float>(get<uintptr_t>(given, name));
+              };
+              const Given from = {array("row_max"),
+                                  array("row_log"),
+                                  array("d_row"),
+                                  array("d_hit"),
+                                  array("d_soft"),
+                                  array("col_max"),
+                                  array("col_log"),
+                                  array("d_col"),
+                                  array("soft_total"),
+                                  array("grad"),
+                                  get<int64_t>(given, "grad_apart"),
+                                  get<int64_t>(given, "grad_stride")};
               py::gil_scoped_release unlocked;
-              softmax_stats(kernels, at<float>(scores), rows, cols, at<float>(soft), threads,
-                            at<float>(row_max), at<float>(sum), at<double>(soft_sum));
-          });
-    m.def("softmax_grad",
-          [](uintptr_t scores, int64_t rows, int64_t cols, uintptr_t soft, int threads,
-             const std::string& isa, uintptr_t row_max, uintptr_t log_sum, uintptr_t p_scale,
-             uintptr_t soft_scale, uintptr_t grad) {
-              const Kernels& kernels = kernels_named(isa);
-              py::gil_scoped_release unlocked;
-              softmax_grad(kernels, at<float>(scores), rows, cols, at<float>(soft), threads,
-                           at<float>(row_max), at<float>(log_sum), at<float>(p_scale),
-                           at<float>(soft_scale), at<float>(grad));
+              gradients(kernels, scores, from, threads, workspace_bytes, at<float>(dx), dx_stride,
+                        at<float>(dw), dw_stride, at<float>(d_row_scale), at<float>(d_col_scale),
+                        at<float>(db));
           });
 }

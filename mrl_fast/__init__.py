@@ -1,9 +1,20 @@
 """Matryoshka (nested) embeddings, trained and searched at the speed of the hardware."""
 
-from mrl_fast._types import NestedLoss, SearchResult
+from mrl_fast._types import NestedLoss, Prediction, SearchResult
+from mrl_fast.heads import matryoshka_logits, matryoshka_predict
 from mrl_fast.index import MatryoshkaIndex
-from mrl_fast.losses import matryoshka_cross_entropy, matryoshka_logits
-from mrl_fast.modules import MatryoshkaCrossEntropyLoss, MRLLinear
+from mrl_fast.losses import (
+    matryoshka_cross_entropy,
+    matryoshka_distill,
+    matryoshka_info_nce,
+    matryoshka_sigmoid_loss,
+)
+from mrl_fast.modules import (
+    MatryoshkaCrossEntropyLoss,
+    MatryoshkaInfoNCELoss,
+    MatryoshkaLoopLoss,
+    MRLLinear,
+)
 from mrl_fast.retrieval import funnel_search, prefix_topk, rerank
 
 __version__ = "0.1.0"
@@ -12,11 +23,18 @@ __all__ = [
     "MRLLinear",
     "MatryoshkaCrossEntropyLoss",
     "MatryoshkaIndex",
+    "MatryoshkaInfoNCELoss",
+    "MatryoshkaLoopLoss",
     "NestedLoss",
+    "Prediction",
     "SearchResult",
     "funnel_search",
     "matryoshka_cross_entropy",
+    "matryoshka_distill",
+    "matryoshka_info_nce",
     "matryoshka_logits",
+    "matryoshka_predict",
+    "matryoshka_sigmoid_loss",
     "prefix_topk",
     "rerank",
 ]

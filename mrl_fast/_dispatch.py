@@ -1,9 +1,8 @@
 """The one place that decides which implementation runs.
 
 Three modules offer the same functions: ``reference`` (plain PyTorch, the specification), ``cpu``
-    (C++ SIMD, called
-``impl="cpp"``) and ``kernels`` (Triton). None picks by device; a name that is given is used or
-refused, never replaced.
+(C++ SIMD, called ``impl="cpp"``) and ``kernels`` (Triton). None picks by device; a name that is
+given is used or refused, never replaced.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ MODULES = {
 }
 
 
-def implementation(impl: str | None, *tensors: torch.Tensor) -> ModuleType:
-    """The module that runs an op on these tensors.
+def choose(impl: str | None, *tensors: torch.Tensor) -> str:
+    """The name of the implementation that runs an op on these tensors.
 
     Args:
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; None picks by device and dtype.
@@ -52,7 +51,16 @@ def implementation(impl: str | None, *tensors: torch.Tensor) -> ModuleType:
                 f"impl: 'triton' runs on CUDA tensors, got tensors on {device} "
                 "(on a CPU, set TRITON_INTERPRET=1 before the first import of triton)"
             )
+    return impl
+
+
+def module_of(impl: str) -> ModuleType:
     return importlib.import_module(MODULES[impl])
+
+
+def implementation(impl: str | None, *tensors: torch.Tensor) -> ModuleType:
+    """The module that runs an op on these tensors; see ``choose``."""
+    return module_of(choose(impl, *tensors))
 
 
 def triton_is_interpreted() -> bool:

@@ -20,6 +20,18 @@ class NestedLoss(NamedTuple):
     per_dim: Tensor
 
 
+class Prediction(NamedTuple):
+    """What every nested prefix predicts.
+
+    Attributes:
+        labels: ``[G, B]`` int64, the first best class.
+        confidence: ``[G, B]``, its softmax probability.
+    """
+
+    labels: Tensor
+    confidence: Tensor
+
+
 class SearchResult(NamedTuple):
     """The k best rows of each query, best first; equal scores in the order of rows.
 

@@ -1,14 +1,19 @@
-"""Modules around the functional losses: a nested head, and a loss that is ready for a trainer."""
+"""Modules around the functional losses: a nested head, and losses that are ready for a trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mrl_fast._checks import check_dims, check_int
-from mrl_fast.losses import matryoshka_cross_entropy, matryoshka_logits
+from mrl_fast.heads import matryoshka_logits
+from mrl_fast.losses import matryoshka_cross_entropy, matryoshka_info_nce
+from mrl_fast.losses.common import check_dim_weights
 
 
 class MRLLinear(nn.Module):
@@ -107,3 +112,145 @@ class MatryoshkaCrossEntropyLoss(nn.Module):
             reduction=self.reduction,
         )
         return loss
+
+
+class MatryoshkaInfoNCELoss(nn.Module):
+    """InfoNCE of every nested prefix, ready for a trainer.
+
+    ``loss(queries, positives, negatives_1, …)`` equals sentence-transformers' MatryoshkaLoss over
+    MultipleNegativesRankingLoss on the same embeddings.
+
+    Args:
+        dims: Prefix widths, strictly ascending.
+        dim_weights: c_g, one a prefix; default all 1.
+        scale: Inverse temperature at the start.
+        learn_scale: Learn it, as the parameter ``log_scale`` (CLIP); else it stays.
+        options: ``directions``, ``partition_mode``, ``hardness_mode``, ``hardness_strength``,
+            ``normalize``, ``reduction`` and ``group``, as in ``matryoshka_info_nce``.
+
+    Attributes:
+        per_dim: The last call's detached loss of each prefix, ``[G]``.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        *,
+        dim_weights: Sequence[float] | None = None,
+        scale: float = 20.0,
+        learn_scale: bool = False,
+        **options: Any,
+    ):
+        super().__init__()
+        known = INFO_NCE_OPTIONS
+        if unknown := set(options) - known:
+            raise TypeError(
+                f"{sorted(unknown)[0]}: expected one of {', '.join(sorted(known))} as an option"
+            )
+        self.dims = check_dims(dims)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale: expected a positive number, got {scale!r}")
+        weights = None if dim_weights is None else torch.tensor(list(dim_weights))
+        self.dim_weights: Tensor | None
+        self.register_buffer("dim_weights", weights)
+        self.log_scale: nn.Parameter | None
+        log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learn_scale else None
+        self.register_parameter("log_scale", log_scale)
+        self.fixed_scale = scale
+        self.options = options
+        self.per_dim: Tensor | None = None
+
+    @property
+    def scale(self) -> Tensor | float:
+        return self.fixed_scale if self.log_scale is None else self.log_scale.exp()
+
+    def forward(
+        self,
+        queries: Tensor,
+        *documents: Tensor,
+        target: Tensor | None = None,
+        mask: Tensor | dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        loss, self.per_dim = matryoshka_info_nce(
+            queries,
+            documents if len(documents) != 1 else documents[0],
+            self.dims,
+            dim_weights=self.dim_weights,
+            scale=self.scale,
+            target=target,
+            mask=mask,
+            **self.options,
+        )
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"dims={list(self.dims)}, learn_scale={self.log_scale is not None}"
+
+
+INFO_NCE_OPTIONS = {
+    "directions",
+    "partition_mode",
+    "hardness_mode",
+    "hardness_strength",
+    "normalize",
+    "reduction",
+    "group",
+}
+
+
+class MatryoshkaLoopLoss(nn.Module):
+    """Any loss of embeddings, over every nested prefix, by a plain loop.
+
+    For losses that have no fused form (CoSENT, triplet, margin-MSE, cosine embedding). The first
+    call warns that this is what happens. ``loss(embeddings, *labels)`` equals ``sum(c *
+    inner(*[e[..., :d] for e in embeddings], *labels) for c, d in zip(dim_weights, dims))``.
+
+    Args:
+        inner: Takes the embeddings one by one, then the labels; returns a scalar.
+        dims: Prefix widths, strictly ascending.
+        dim_weights: c_g, one a prefix; default all 1.
+        normalize: Normalise each prefix first.
+
+    Attributes:
+        per_dim: The last call's detached loss of each prefix, ``[G]``.
+    """
+
+    def __init__(
+        self,
+        inner: Callable[..., Tensor],
+        dims: Sequence[int],
+        *,
+        dim_weights: Sequence[float] | None = None,
+        normalize: bool = False,
+    ):
+        super().__init__()
+        if not callable(inner):
+            raise TypeError(f"inner: expected a callable, got {type(inner).__name__}")
+        self.inner = inner
+        self.dims = check_dims(dims)
+        self.weights = check_dim_weights(dim_weights, len(self.dims), torch.empty(0)).tolist()
+        self.normalize = normalize
+        self.per_dim: Tensor | None = None
+        self.warned = False
+
+    def forward(self, embeddings: Sequence[Tensor], *labels: Any) -> Tensor:
+        if isinstance(embeddings, Tensor):
+            raise TypeError("embeddings: expected a sequence of tensors, got a tensor")
+        for i, e in enumerate(embeddings):
+            check_dims(self.dims, e.shape[-1], f"dims (of embeddings[{i}])")
+        if not self.warned:
+            self.warned = True
+            name = getattr(self.inner, "__name__", type(self.inner).__name__)
+            warnings.warn(
+                f"{name} has no fused form: it runs once for each of {len(self.dims)} prefixes",
+                stacklevel=2,
+            )
+        losses = []
+        for d in self.dims:
+            prefixes = [e[..., :d] for e in embeddings]
+            if self.normalize:
+                prefixes = [nn.functional.normalize(p, dim=-1) for p in prefixes]
+            losses.append(self.inner(*prefixes, *labels))
+        per_dim = torch.stack(losses)
+        self.per_dim = per_dim.detach()
+        return (per_dim * per_dim.new_tensor(self.weights)).sum()

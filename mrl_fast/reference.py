@@ -3,13 +3,13 @@ any float dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrl_fast._types import NestedLoss, SearchResult
+from mrl_fast._types import NestedLoss, Prediction, SearchResult
 
 
 def matryoshka_logits(
@@ -48,6 +48,103 @@ def matryoshka_cross_entropy(
         ]
     )  # [G] or [G, B]
     return NestedLoss(torch.tensordot(dim_weights.to(per_dim.dtype), per_dim, 1), per_dim.detach())
+
+
+def matryoshka_predict(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Prediction:
+    best = matryoshka_logits(x, weights, biases).softmax(-1).max(-1)
+    return Prediction(best.indices, best.values)
+
+
+def similarities(
+    x: Tensor, y: Tensor, dims: Sequence[int], normalize: bool = True
+) -> Tensor:  # [G, B, C]
+    def prefix(t: Tensor, d: int) -> Tensor:
+        return F.normalize(t[:, :d]) if normalize else t[:, :d]
+
+    return torch.stack([prefix(x, d) @ prefix(y, d).T for d in dims])
+
+
+def info_nce_rows(
+    queries: Tensor,
+    all_queries: Tensor,
+    positives: Tensor,
+    documents: Tensor,
+    dims: Sequence[int],
+    *,
+    impl: str,
+    scale: Tensor | float,
+    directions: Sequence[str],
+    partition_mode: str,
+    hardness_mode: str | None,
+    hardness_strength: float,
+    mask: Mapping[str, Tensor],
+    normalize: bool,
+    own_query: Tensor,
+    own_document: Tensor,
+    period: int,
+) -> Tensor:  # [G, B]
+    """``own_query`` and ``own_document`` ``[B]``: each row's own among all; documents that are equal
+    to it modulo ``period`` are its own too."""
+    sides = {"query": (queries, all_queries), "doc": (positives, documents)}
+    rows = torch.arange(len(queries), device=queries.device)
+    own = torch.arange(len(documents), device=queries.device) % period == own_document[:, None]
+    is_positive = torch.zeros_like(own)
+    is_positive[rows, own_document] = True
+    logits = {}
+    for name in directions:
+        left, right = name.split("_to_")
+        y = similarities(sides[left][0], sides[right][1], dims, normalize)
+        z = y * scale
+        if name == "query_to_doc" and hardness_mode is not None:
+            hard = {
+                "in_batch_negatives": ~own,
+                "hard_negatives": own & ~is_positive,
+                "all_negatives": ~is_positive,
+            }[hardness_mode]
+            z = z + torch.where(hard, hardness_strength * y.detach(), 0.0)
+        if name == "query_to_query":
+            itself = torch.arange(z.shape[2], device=z.device) == own_query[:, None]
+            z = z.masked_fill(itself, -torch.inf)
+        if name == "doc_to_doc":
+            z = z.masked_fill(own, -torch.inf)
+        if name in mask:
+            z = z.masked_fill(mask[name], -torch.inf)
+        logits[name] = z
+    hit = logits["query_to_doc"][:, rows, own_document]
+    if partition_mode == "joint":
+        return torch.cat(list(logits.values()), dim=2).logsumexp(2) - hit
+    return torch.stack([z.logsumexp(2) for z in logits.values()]).mean(0) - hit
+
+
+def sigmoid_rows(
+    queries: Tensor,
+    documents: Tensor,
+    dims: Sequence[int],
+    scale: Tensor | float,
+    bias: Tensor | float,
+    target: Tensor,
+) -> Tensor:  # [G, B]
+    sign = torch.full((len(queries), len(documents)), -1.0, dtype=queries.dtype)
+    sign[torch.arange(len(queries)), target] = 1.0
+    z = similarities(queries, documents, dims) * scale + bias
+    return -F.logsigmoid(sign.to(z.device) * z).sum(2)
+
+
+def distill_rows(
+    queries: Tensor,
+    documents: Tensor,
+    dims: Sequence[int],
+    rows: Tensor,
+    cols: Tensor | None,
+    temperature: float,
+) -> Tensor:  # [G, B]
+    """The teacher's two sides, or its scores and None."""
+    teacher = rows if cols is None else F.normalize(rows) @ F.normalize(cols).T
+    teacher = (teacher.detach() / temperature).to(queries.dtype).softmax(1)
+    logp = (similarities(queries, documents, dims) / temperature).log_softmax(2)
+    return F.kl_div(logp, teacher.expand_as(logp), reduction="none").sum(2)
 
 
 def scores(queries: Tensor, database: Tensor, dim: int, metric: str) -> Tensor:  # [B, N] fp64

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from mrl_fast import (
     MatryoshkaCrossEntropyLoss,
     MRLLinear,
-    cpu,
     matryoshka_cross_entropy,
     matryoshka_logits,
 )
+from mrl_fast.cpu import nested
 from mrl_fast.testing import assert_within_budget
 
 DIMS = (3, 16, 40)
@@ -33,7 +33,7 @@ def make_head(tied, *, rows=19, classes=70, seed=0):
     ids=["cpp", "cpp-chunked", "triton"],
 )
 def test_error_budget(impl, tied, dtype, workspace, monkeypatch):
-    monkeypatch.setattr(cpu, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(nested, "WORKSPACE_BYTES", workspace)
     x, weight, bias = make_head(tied)
     grad = torch.randn(len(DIMS), 19, 70, generator=torch.Generator().manual_seed(1))
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mrl_fast import SearchResult, cpu, funnel_search, prefix_topk, reference, rerank
+from mrl_fast import _C, SearchResult, funnel_search, prefix_topk, reference, rerank
+from mrl_fast.cpu import native
 from mrl_fast.testing import assert_same_topk
 
 IMPLS = ["cpp", "triton"]  # without a GPU, Triton runs in its interpreter
@@ -63,9 +64,9 @@ def test_against_float64(impl, dtype, metric, shape):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("isa", cpu._C.available())
+@pytest.mark.parametrize("isa", _C.available())
 def test_every_instruction_set(isa, metric, monkeypatch):
-    monkeypatch.setattr(cpu, "ISA", isa)
+    monkeypatch.setattr(native, "ISA", isa)
     q, x = vectors(13, 70), vectors(5000, 70, seed=1)
     exact = reference.scores(q, x, 70, metric)
     assert_same_topk(prefix_topk(q, x, 100, metric=metric), exact, name=isa, tolerance=2e-6)
@@ -75,8 +76,8 @@ def test_every_instruction_set(isa, metric, monkeypatch):
 def test_vector_widths_agree_to_the_bit(metric, monkeypatch):
     q, x = vectors(13, 70), vectors(3000, 70, seed=1)
     results = []
-    for isa in [name for name in cpu._C.available() if name != "portable"]:
-        monkeypatch.setattr(cpu, "ISA", isa)
+    for isa in [name for name in _C.available() if name != "portable"]:
+        monkeypatch.setattr(native, "ISA", isa)
         results.append(prefix_topk(q, x, 50, metric=metric))
     for other in results[1:]:
         assert torch.equal(other.scores, results[0].scores)

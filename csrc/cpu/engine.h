@@ -81,9 +81,15 @@ struct Scan {
     float* thresholds;  // [group]
 };
 
+struct Product;
+struct Block;
+struct Statistics;
+struct ScoreGradients;
+
 // What is compiled once an instruction set.
 struct Kernels {
     const char* name;
+    int width;  // lanes of a vector
     // tile[c][r] = rows[r][c], lanes >= n are 0; false if a value is not finite.
     bool (*pack)(const void* const* rows, DType dtype, int n, int64_t cols, float* tile);
     // sums[r] continues Σ_c tile[c][r]².
@@ -91,13 +97,10 @@ struct Kernels {
     // sums[r] continues the chain of one query with tile's rows.
     void (*advance)(Metric metric, Segment segment, const float* query, float* sums);
     void (*scan[3][MAX_GROUP])(const Scan&);  // [metric][group - 1]
-    // Online softmax statistics of z [cols]: row_max, Σ exp(z − row_max); and Σ soft·z where soft
-    // is given.
-    void (*softmax_stats)(const float* z, const float* soft, int64_t cols, float* row_max,
-                          float* sum, double* soft_sum);
-    // grad[j] = soft_scale·soft[j] − p_scale·exp((z[j] − row_max) − log_sum).
-    void (*softmax_grad)(const float* z, const float* soft, int64_t cols, float row_max,
-                         float log_sum, float p_scale, float soft_scale, float* grad);
+    // See nested.h.
+    void (*product)(const Product&);
+    void (*fold_block)(const Block&, const Statistics&);
+    void (*score_gradients)(const Block&, const ScoreGradients&);
 };
 
 const Kernels& portable_kernels();

@@ -1,5 +1,6 @@
 // The kernels for AVX2: 8 lanes, 16 registers.
 #include "cpu/engine.h"
+#include "cpu/nested.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -42,7 +43,7 @@ struct Simd {
     }
 };
 
-#include "cpu/tile_kernels.h"
+#include "cpu/kernel_table.h"
 
 }  // namespace avx2
 

@@ -1,5 +1,6 @@
 // The kernels for AVX-512: 16 lanes, 32 registers.
 #include "cpu/engine.h"
+#include "cpu/nested.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -40,7 +41,7 @@ struct Simd {
     }
 };
 
-#include "cpu/tile_kernels.h"
+#include "cpu/kernel_table.h"
 
 }  // namespace avx512
 

@@ -1,5 +1,6 @@
 // The kernels for any processor: 4-lane vectors, which compilers map to SSE2, NEON or plain code.
 #include "cpu/engine.h"
+#include "cpu/nested.h"
 
 namespace mrl {
 namespace portable {
@@ -38,7 +39,7 @@ struct Simd {
     }
 };
 
-#include "cpu/tile_kernels.h"
+#include "cpu/kernel_table.h"
 
 }  // namespace portable
 
