@@ -187,16 +187,6 @@ def refuse_double_backward(op: Any) -> None:
 refuse_double_backward(_fold_backward)
 
 
-@torch.library.custom_op("mrl_fast::inverse_norms", mutates_args=())
-def inverse_norms(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """``1 / max(‖x[:, :d]‖, 1e-12)`` of every prefix, ``[G, B]`` fp32: what ``F.normalize`` divides
-    by."""
-    squares = torch.stack(
-        [torch.linalg.vector_norm(part, dim=1).square() for part in _slabs(x.float(), dims)]
-    )
-    return squares.cumsum(0).sqrt().clamp_min(EPSILON).reciprocal()
-
-
 EPSILON = 1e-12  # of F.normalize
 
 
@@ -204,18 +194,29 @@ def _slabs(x: Tensor, dims: Sequence[int]) -> list[Tensor]:
     return [x[:, begin:end] for begin, end in zip((0, *dims), dims, strict=False)]
 
 
+def _norms(x: Tensor, dims: Sequence[int]) -> Tensor:  # [G, B] fp64
+    parts = [torch.linalg.vector_norm(s, dim=1, dtype=torch.float64) for s in _slabs(x, dims)]
+    return torch.stack(parts).square().cumsum(0).sqrt()
+
+
+@torch.library.custom_op("mrl_fast::inverse_norms", mutates_args=())
+def inverse_norms(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """``1 / max(‖x[:, :d]‖, 1e-12)`` of every prefix, ``[G, B]`` fp64: what ``F.normalize`` divides
+    by. An error here is one of all of a row's scores, and would not average out."""
+    return _norms(x, dims).clamp_min(EPSILON).reciprocal()
+
+
 @inverse_norms.register_fake
 def _(x, dims):
-    return x.new_empty((len(dims), x.shape[0]), dtype=torch.float32)
+    return x.new_empty((len(dims), x.shape[0]), dtype=torch.float64)
 
 
 @torch.library.custom_op("mrl_fast::inverse_norms_backward", mutates_args=())
-def _inverse_norms_backward(
-    x: Tensor, inverse: Tensor, grad: Tensor, dims: Sequence[int]
-) -> Tensor:
+def _inverse_norms_backward(x: Tensor, grad: Tensor, dims: Sequence[int]) -> Tensor:
     # d(1/n)/dx = −x/n³, and 0 where the norm was clamped; column j counts in every wider prefix
-    factor = torch.where(inverse < 1 / EPSILON, -grad * inverse.pow(3), 0.0)
-    factor = factor.flip(0).cumsum(0).flip(0)  # [G, B]
+    norms = _norms(x, dims)
+    factor = torch.where(norms > EPSILON, -grad.double() / norms.pow(3), 0.0)
+    factor = factor.flip(0).cumsum(0).flip(0).to(x.dtype)  # [G, B]
     out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     for to, part, of in zip(_slabs(out, dims), _slabs(x, dims), factor, strict=True):
         torch.mul(part, of[:, None], out=to)
@@ -223,13 +224,13 @@ def _inverse_norms_backward(
 
 
 @_inverse_norms_backward.register_fake
-def _(x, inverse, grad, dims):
+def _(x, grad, dims):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _save_norms(ctx, inputs, output) -> None:
     x, ctx.dims = inputs
-    ctx.save_for_backward(x, output)
+    ctx.save_for_backward(x)
 
 
 inverse_norms.register_autograd(

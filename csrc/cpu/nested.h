@@ -16,7 +16,8 @@ constexpr int ROWS = 48;                // rows of a block: whole strips of 6
 constexpr int MAX_WIDTH = 16;           // lanes of the widest vector
 constexpr float LOWEST_SCORE = -1e30f;  // a maximum below every score, and finite
 
-// out = in + a · b over columns [begin, end), which may be widened to whole vectors.
+// out = in + a · b over columns [begin, end), which may be widened to whole vectors. The product is
+// summed on its own first: a long sum of short ones keeps more digits.
 struct Product {
     const float* a;  // element (r, k) at r·a_row + k·a_step
     int64_t a_row, a_step;

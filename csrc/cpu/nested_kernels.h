@@ -8,9 +8,7 @@ void product_strip(const Product& p, int r, int c) {
     const float* b = p.b + c;
     Vec sum[R][V];
     for (int i = 0; i < R; ++i)
-        for (int v = 0; v < V; ++v)
-            sum[i][v] =
-                p.in ? Simd::load(p.in + (r + i) * TILE + c + v * W) : Simd::broadcast(0.0f);
+        for (int v = 0; v < V; ++v) sum[i][v] = Simd::broadcast(0.0f);
     for (int64_t k = 0; k < p.depth; ++k, a += p.a_step, b += TILE) {
         Vec row[V];
         for (int v = 0; v < V; ++v) row[v] = Simd::load(b + v * W);
@@ -20,7 +18,10 @@ void product_strip(const Product& p, int r, int c) {
         }
     }
     for (int i = 0; i < R; ++i)
-        for (int v = 0; v < V; ++v) Simd::store(p.out + (r + i) * TILE + c + v * W, sum[i][v]);
+        for (int v = 0; v < V; ++v) {
+            const int64_t at = (r + i) * TILE + c + v * W;
+            Simd::store(p.out + at, p.in ? Simd::load(p.in + at) + sum[i][v] : sum[i][v]);
+        }
 }
 
 template <int V>

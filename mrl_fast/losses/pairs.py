@@ -21,7 +21,7 @@ class Side(NamedTuple):
     """
 
     x: Tensor  # [B, D] fp32
-    inverse: Tensor  # [G, B] fp32
+    inverse_norms: Tensor  # [G, B] fp64
     compute_dtype: torch.dtype | None  # of the products
 
     @classmethod
@@ -30,11 +30,15 @@ class Side(NamedTuple):
         if normalize:
             inverse = inverse_norms(wide, dims)
         else:
-            inverse = torch.ones(len(dims), len(x), device=x.device)
+            inverse = torch.ones(len(dims), len(x), dtype=torch.float64, device=x.device)
         return cls(wide, inverse, None if x.dtype == torch.float32 else x.dtype)
 
-    def scaled(self, scale: Tensor | float) -> Tensor:
-        return self.inverse * (scale.float() if isinstance(scale, Tensor) else scale)
+    def scaled(self, scale: Tensor | float) -> Tensor:  # [G, B] fp32, rounded once
+        return (self.inverse_norms * scale).float()
+
+    @property
+    def inverse(self) -> Tensor:
+        return self.inverse_norms.float()
 
 
 def check_pairs(
