@@ -25,7 +25,7 @@ class Fold(NamedTuple):
     row_max: Tensor  # [G, B]
     row_log: Tensor  # [G, B]: log Σ_j exp(y − row_max); sigmoid: Σ_{j ≠ target} softplus(y)
     hit: Tensor  # [G, B]: y − row_max − row_log at the target; sigmoid: log σ(y); [0] without one
-    soft_sum: Tensor  # [G, B]: Σ_j soft · (y − row_max − row_log); [0] without soft
+    soft_sum: Tensor  # [G, B] fp64: Σ_j soft · (y − row_max − row_log); [0] without soft
     col_max: Tensor  # [G, V], as the next: the same of columns; [0] unless asked for
     col_log: Tensor
 
@@ -101,7 +101,9 @@ def _or_empty(x: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
 )
 def _fold(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *rest, impl = arguments
-    return tuple(_or_empty(x, module_of(impl).fold_forward(x, *rest)))
+    top, log, hit, soft_sum, *columns = module_of(impl).fold_forward(x, *rest)
+    soft_sum = x.new_empty(0, dtype=torch.float64) if soft_sum is None else soft_sum.double()
+    return tuple(_or_empty(x, (top, log, hit, soft_sum, *columns)))
 
 
 @_fold.register_fake
@@ -115,7 +117,7 @@ def _(
     hit = target is not None and not exclude_own
     rows, cols = x.shape[0], weight.shape[0]
     return (
-        of(True, rows), of(True, rows), of(hit, rows), of(soft is not None, rows),
+        of(True, rows), of(True, rows), of(hit, rows), of(soft is not None, rows).double(),
         of(columns, cols), of(columns, cols),
     )  # fmt: skip
 
@@ -163,7 +165,7 @@ def _gradients(ctx, d_row_max, d_row, d_hit, d_soft, d_col_max, d_col):
         col_max if d_col is not None else None, col_log if d_col is not None else None,
         torch.zeros_like(row_log) if d_row is None else d_row,
         torch.zeros_like(row_log) if d_hit is None and has_hit else d_hit,
-        d_soft if arrays[6] is not None else None, d_col, ctx.impl,
+        None if d_soft is None or arrays[6] is None else d_soft.float(), d_col, ctx.impl,
     )  # fmt: skip
     gradients = [None if of is None else grad for of, grad in zip(arrays[:5], out, strict=True)]
     return *gradients, *[None] * 12

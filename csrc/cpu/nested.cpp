@@ -5,7 +5,6 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <numeric>
 
 #include "cpu/parallel.h"
 
@@ -175,24 +174,24 @@ struct GroupStatistics {
     explicit GroupStatistics(const Scores& s)
         : prefixes(int64_t(s.dims.size())),
           ref(rows()),
-          pivot(rows()),
           top(rows() * MAX_WIDTH),
           sum(top.size()),
           best(top.size()),
-          soft(rows()) {}
+          soft(rows()),
+          weight(GROUP_ROWS) {}
     int64_t rows() const { return prefixes * GROUP_ROWS; }
     void reset() {
         std::fill(ref.begin(), ref.end(), LOWEST_SCORE);
-        std::fill(pivot.begin(), pivot.end(), LOWEST_SCORE);
+        std::fill(weight.begin(), weight.end(), 0.0);
         std::fill(top.begin(), top.end(), NEGATIVE_INFINITY);
         std::fill(sum.begin(), sum.end(), 0.0f);
         std::fill(best.begin(), best.end(), 0);
         std::fill(soft.begin(), soft.end(), 0.0);
     }
     int64_t prefixes;
-    std::vector<float> ref, pivot, top, sum;  // [blocks of rows][prefixes, ROWS(, MAX_WIDTH)]
+    std::vector<float> ref, top, sum;  // [blocks of rows][prefixes, ROWS(, MAX_WIDTH)]
     std::vector<int32_t> best;
-    std::vector<double> soft;
+    std::vector<double> soft, weight;
 };
 
 // Continues (maximum, Σ exp(y − maximum)) with another one, whose sum is relative to `ref`.
@@ -216,10 +215,6 @@ void fold(const Kernels& kernels, const Scores& s, int threads, float* row_max, 
     // Column statistics of each group of rows: ref, top and sum [G, tiles · TILE].
     const int64_t groups = blocks_of(s.rows, GROUP_ROWS), part = G * columns.apart;
     std::vector<float> parts(col_max ? groups * 3 * part : 0);
-    const auto soft_of = [&](int64_t row) {
-        const float* soft = s.soft + row * s.soft_stride;
-        return std::accumulate(soft, soft + s.cols, 0.0);
-    };
     const auto statistics = [&](GroupStatistics& scratch, int64_t row, int64_t tile) {
         const int64_t block = row % GROUP_ROWS / ROWS * scratch.prefixes * ROWS;
         Statistics to = {};
@@ -227,7 +222,7 @@ void fold(const Kernels& kernels, const Scores& s, int threads, float* row_max, 
         to.top = scratch.top.data() + block * MAX_WIDTH;
         to.sum = scratch.sum.data() + block * MAX_WIDTH;
         to.best = labels ? scratch.best.data() + block * MAX_WIDTH : nullptr;
-        to.pivot = scratch.pivot.data() + block;
+        to.weight = scratch.weight.data() + row % GROUP_ROWS / ROWS * ROWS;
         to.soft = scratch.soft.data() + block;
         to.hit = hit ? hit + row : nullptr;
         to.hit_apart = s.rows;
@@ -254,9 +249,7 @@ void fold(const Kernels& kernels, const Scores& s, int threads, float* row_max, 
                                statistics(scratch, row, tile));
         },
         [&](GroupStatistics& scratch, int64_t, int64_t begin, int64_t end) {
-            double soft = 0.0;  // Σ over the chunk
             for (int64_t row = begin; row < end; ++row) {
-                if (soft_sum && (row == begin || s.soft_stride)) soft = soft_of(row);
                 for (int64_t g = 0; g < G; ++g) {
                     const Statistics from = statistics(scratch, row, 0);
                     const int64_t at = g * ROWS + (row - begin) % ROWS, out = g * s.rows + row;
@@ -278,7 +271,9 @@ void fold(const Kernels& kernels, const Scores& s, int threads, float* row_max, 
                     if (labels && top[best] > row_max[out])
                         labels[out] = from.best[at * MAX_WIDTH + best];
                     merge(row_max + out, row_sum + out, top[best], total, from.ref[at]);
-                    if (soft_sum) soft_sum[out] += from.soft[at] + from.pivot[at] * soft;
+                    if (soft_sum)
+                        soft_sum[out] +=
+                            from.soft[at] + double(from.ref[at]) * from.weight[at % ROWS];
                 }
             }
         });

@@ -54,13 +54,13 @@ struct Block {
 // Running statistics of a block's rows; lanes are folded at the end. Σ exp is relative to `ref`,
 // the maximum so far of the row: the largest score counts exactly 1.
 struct Statistics {
-    float* ref;     // [prefixes, ROWS]
-    float* top;     // [prefixes, ROWS, MAX_WIDTH]
-    float* sum;     // [prefixes, ROWS, MAX_WIDTH]
-    int32_t* best;  // [prefixes, ROWS, MAX_WIDTH]: the column of top; or null
-    float* pivot;   // [prefixes, ROWS]
-    double* soft;   // [prefixes, ROWS]: Σ soft·(y − pivot)
-    float* hit;     // [prefixes, rows], hit_apart apart: y at the target; or null
+    float* ref;      // [prefixes, ROWS]
+    float* top;      // [prefixes, ROWS, MAX_WIDTH]
+    float* sum;      // [prefixes, ROWS, MAX_WIDTH]
+    int32_t* best;   // [prefixes, ROWS, MAX_WIDTH]: the column of top; or null
+    double* soft;    // [prefixes, ROWS]: Σ soft·(y − ref)
+    double* weight;  // [ROWS]: Σ soft
+    float* hit;      // [prefixes, rows], hit_apart apart: y at the target; or null
     int64_t hit_apart;
     float* col_ref;  // [prefixes, TILE], likewise; or null
     float* col_top;

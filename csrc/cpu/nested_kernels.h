@@ -212,6 +212,8 @@ void fold_block(const Block& b, const Statistics& s) {
     for (int r = 0; r < b.rows; ++r) {
         const Own own = own_columns(b, r);
         const float* soft = b.soft ? soft_row(b, r, padded) : nullptr;
+        const double weight = s.weight[r];
+        for (int c = 0; soft && c < TILE; ++c) s.weight[r] += soft[c];
         for (int g = 0; g < b.prefixes; ++g) {
             const int64_t at = g * ROWS + r;
             read_scores(b, g, r, own, y);
@@ -223,17 +225,17 @@ void fold_block(const Block& b, const Statistics& s) {
                 Simd::store(s.sum + at * MAX_WIDTH, sum);
                 continue;
             }
+            const double before = s.ref[at];
             fold_row(y, s, at, b.first_col);
             if (s.col_top) fold_columns(y, s, g * s.stats_apart);
-            if (soft) {  // relative to some score of the row: sums of large terms lose digits
-                if (s.pivot[at] <= LOWEST_SCORE) s.pivot[at] = s.ref[at];
-                const Vec zero = Simd::broadcast(0.0f), pivot = Simd::broadcast(s.pivot[at]);
+            if (soft) {  // a target's own score, the largest one, is then no distance away
+                const Vec zero = Simd::broadcast(0.0f), ref = Simd::broadcast(s.ref[at]);
                 Vec sum = zero;
                 for (int c = 0; c < TILE; c += W) {
                     const Vec t = Simd::load(soft + c);
-                    sum += t == zero ? zero : t * (Simd::load(y + c) - pivot);
+                    sum += t == zero ? zero : t * (Simd::load(y + c) - ref);
                 }
-                s.soft[at] += fold_sum(sum);
+                s.soft[at] += fold_sum(sum) + (before - s.ref[at]) * weight;
             }
         }
     }

@@ -122,7 +122,7 @@ def fold_forward(
         return torch.zeros(rows), row_sum.float(), None if hit is None else F.logsigmoid(hit), *[None] * 3
     row_log = log_of(row_sum)
     if soft is not None and soft_sum is not None:
-        soft_sum = (soft_sum - soft.double().sum(-1) * (row_max.double() + row_log)).float()
+        soft_sum = soft_sum - soft.double().sum(-1) * (row_max.double() + row_sum.log())
     hit = None if hit is None else (hit - row_max) - row_log
     return row_max, row_log, hit, soft_sum, col_max, log_of(col_sum)
 

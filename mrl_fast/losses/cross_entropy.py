@@ -99,7 +99,7 @@ def matryoshka_cross_entropy(
         )
         part = (1.0 - label_smoothing) * hit * -f.hit
         if soft is not None:
-            part = part - f.soft_sum
+            part = part - f.soft_sum.float()
         parts.append(torch.where(keep, part, 0.0))
     rows = torch.cat(parts)  # [G, B]
     return nested_loss(rows, dim_weights, reduction, hit.sum())

@@ -158,8 +158,8 @@ def _distill(x, weight, row_scale, col_scale, rows, cols, dims, temperature, com
             *_options(dims, len(weight)), False, compute_dtype,
         )  # fmt: skip
         row_max[:, part], row_log[:, part] = top, log
-        entropy = torch.where(p > 0, p * logp, 0.0).sum(1)  # −H, [b]
-        kl[:, part] = entropy - cross
+        entropy = torch.where(p > 0, p * logp, 0.0).double().sum(1)  # −H, [b]
+        kl[:, part] = (entropy - cross).float()  # a small difference of larger numbers
     return kl, row_max, row_log
 
 
