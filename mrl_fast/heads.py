@@ -148,7 +148,7 @@ def check_heads(
     heads: list[Head] = []
     for weight_name, bias_name, (w, b, head_dims) in named:
         check_same_device(check_matrix(w, weight_name), weight_name, x)
-        classes = len(heads[0].weight) if heads else max(len(w), 1)
+        classes = len(heads[0].weight) if heads else len(w)
         exact = not isinstance(weight, Tensor)
         if len(w) != classes or (
             w.shape[1] != head_dims[-1] if exact else w.shape[1] < head_dims[-1]

@@ -255,21 +255,22 @@ void fold(const Kernels& kernels, const Scores& s, int threads, float* row_max, 
                     const int64_t at = g * ROWS + (row - begin) % ROWS, out = g * s.rows + row;
                     const float* top = from.top + at * MAX_WIDTH;
                     const float* sum = from.sum + at * MAX_WIDTH;
+                    const auto column = [&](int lane) {
+                        return from.best[at * MAX_WIDTH + lane] + lane;
+                    };
                     int best = 0;
                     double total = 0.0;  // a sure score's 1 beside the small rest
                     for (int lane = 0; lane < width; ++lane) {
                         total += sum[lane];
                         if (top[lane] > top[best] ||
-                            (labels && top[lane] == top[best] &&
-                             from.best[at * MAX_WIDTH + lane] < from.best[at * MAX_WIDTH + best]))
+                            (labels && top[lane] == top[best] && column(lane) < column(best)))
                             best = lane;
                     }
                     if (s.sigmoid) {
                         row_sum[out] += total;
                         continue;
                     }
-                    if (labels && top[best] > row_max[out])
-                        labels[out] = from.best[at * MAX_WIDTH + best];
+                    if (labels && top[best] > row_max[out]) labels[out] = column(best);
                     merge(row_max + out, row_sum + out, top[best], total, from.ref[at]);
                     if (soft_sum)
                         soft_sum[out] +=

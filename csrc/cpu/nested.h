@@ -57,7 +57,7 @@ struct Statistics {
     float* ref;      // [prefixes, ROWS]
     float* top;      // [prefixes, ROWS, MAX_WIDTH]
     float* sum;      // [prefixes, ROWS, MAX_WIDTH]
-    int32_t* best;   // [prefixes, ROWS, MAX_WIDTH]: the column of top; or null
+    int32_t* best;   // [prefixes, ROWS, MAX_WIDTH]: where top's vector begins; or null
     double* soft;    // [prefixes, ROWS]: Σ soft·(y − ref)
     double* weight;  // [ROWS]: Σ soft
     float* hit;      // [prefixes, rows], hit_apart apart: y at the target; or null

@@ -1,0 +1,323 @@
+"""Losses in a training loop: torch.compile, autocast and GradScaler, checkpointing, ranks, memory."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mrl_fast import (
+    MatryoshkaLoopLoss,
+    engine,
+    matryoshka_cross_entropy,
+    matryoshka_distill,
+    matryoshka_info_nce,
+    matryoshka_logits,
+    matryoshka_predict,
+    matryoshka_sigmoid_loss,
+)
+from mrl_fast.testing import assert_within_budget
+
+DIMS = (8, 12, 48)
+
+
+def tensors(*shapes, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g).to(dtype).requires_grad_() for shape in shapes]
+
+
+TARGET = torch.arange(19)
+LOSSES = {
+    "cross_entropy": lambda x, w: matryoshka_cross_entropy(
+        x, w, TARGET, DIMS, label_smoothing=0.1
+    ).loss,
+    "info_nce": lambda x, w: matryoshka_info_nce(x, w, DIMS).loss,
+    "clip": lambda x, w: matryoshka_info_nce(
+        x, w, DIMS, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+    ).loss,
+    "all": lambda x, w: matryoshka_info_nce(
+        x, [w[:19], w[:19].flip(0)], DIMS, hardness_mode="all_negatives", hardness_strength=5.0,
+        directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
+    ).loss,
+    "sigmoid": lambda x, w: matryoshka_sigmoid_loss(x, w, DIMS, scale=10.0, bias=-10.0).loss,
+    "distill": lambda x, w: matryoshka_distill((x, w), (x, w), DIMS, temperature=0.1).loss,
+    "logits": lambda x, w: matryoshka_logits(x, w, DIMS).square().mean(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiles_as_one_graph(name):
+    x, w = tensors((19, 48), (30, 48))
+    expected = torch.autograd.grad(LOSSES[name](x, w), [x, w])
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own compiler
+        compiled = torch.compile(LOSSES[name], fullgraph=True, backend="aot_eager")
+        loss = compiled(x, w)
+        actual = torch.autograd.grad(loss, [x, w])
+    torch.testing.assert_close(loss, LOSSES[name](x, w))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_ops_keep_their_contracts_with_pytorch():
+    x, w = tensors((9, 48), (11, 48))
+    scales = [torch.rand(3, 9), torch.rand(3, 11)]
+    fixed = (None, *scales, TARGET[:9], None, None, list(DIMS), 11, False, 1.0, 1.0, "softmax")
+    torch.library.opcheck(engine._fold, (x, w, *fixed, True, None, "cpp"))
+    torch.library.opcheck(engine.inverse_norms, (x, list(DIMS)))
+    torch.library.opcheck(engine.nested_logits, (x, w, torch.rand(11), list(DIMS), "cpp"))
+    not_differentiable = ("test_schema", "test_faketensor")
+    predict = (x.detach(), w.detach(), None, list(DIMS), "cpp")
+    torch.library.opcheck(engine.predict, predict, test_utils=not_differentiable)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "info_nce", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_grad_scaler(name, dtype):
+    x, w = tensors((19, 48), (30, 48))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD([x, w], lr=1.0)
+    with torch.autocast("cpu", dtype):
+        loss = LOSSES[name](x, w)
+    assert loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    rounded = [t.detach().to(dtype).double().requires_grad_() for t in (x, w)]
+    exact = torch.autograd.grad(LOSSES[name](*rounded), rounded)
+    for leaf, e in zip((x, w), exact, strict=True):
+        assert leaf.grad.dtype == torch.float32
+        error = (leaf.grad - e).abs().max() / e.abs().max()
+        assert error < 2 * torch.finfo(dtype).eps
+
+
+def test_small_gradients_survive_half_precision():
+    # 1/n of a large batch is far below what float16 holds; only the end result is rounded
+    x, w = tensors((4096, 16), (50, 16), dtype=torch.float16)
+    target = torch.arange(4096) % 50
+    matryoshka_cross_entropy(x, w, target, (4, 16)).loss.mul(2.0**10).backward()
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    matryoshka_cross_entropy(*exact, target, (4, 16)).loss.mul(2.0**10).backward()
+    assert (x.grad != 0).float().mean() > 0.99
+    torch.testing.assert_close(x.grad.double(), exact[0].grad, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(w.grad.double(), exact[1].grad, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "info_nce", "distill"])
+def test_gradient_checkpointing(name):
+    x, w = tensors((19, 48), (30, 48))
+    encoder = torch.nn.Linear(48, 48)
+    plain = torch.autograd.grad(LOSSES[name](encoder(x), w), [x, w])
+
+    def loss(x, w):
+        return LOSSES[name](encoder(x), w)
+
+    checked = torch.utils.checkpoint.checkpoint(loss, x, w, use_reentrant=False)
+    for a, e in zip(torch.autograd.grad(checked, [x, w]), plain, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_runs_give_the_same_bits():
+    x, w = tensors((300, 48), (700, 48))
+    for loss in (
+        lambda: matryoshka_cross_entropy(x, w, torch.arange(300), DIMS).loss,
+        lambda: LOSSES["clip"](x, w[:300]),
+    ):
+        first, second = (torch.autograd.grad(loss(), [x, w]) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# --- ranks ---
+
+
+def info_nce_of_a_rank(rank, folder, options):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    q, p, n = (t.detach() for t in tensors((8, 48), (8, 48), (8, 48)))
+    mine = slice(4 * rank, 4 * rank + 4)
+    q, p, n = (t[mine].clone().requires_grad_() for t in (q, p, n))
+    group = dist.group.WORLD
+    if options == "sigmoid":
+        out = matryoshka_sigmoid_loss(q, p, DIMS, scale=10.0, bias=-10.0, group=group)
+        grads = [*torch.autograd.grad(out.loss, [q, p]), torch.zeros_like(n)]
+    else:
+        out = matryoshka_info_nce(q, [p, n], DIMS, group=group, **options)
+        grads = torch.autograd.grad(out.loss, [q, p, n])
+    torch.save([out.loss.detach(), *grads], f"{folder}/{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"),
+        dict(directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")),
+        dict(hardness_mode="all_negatives", hardness_strength=5.0),
+        "sigmoid",
+    ],
+    ids=str,
+)
+def test_two_ranks_equal_one_large_batch(options, tmp_path):
+    code = (
+        "import sys, importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('ranks', {__file__!r})\n"
+        "ranks = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(ranks)\n"
+        f"ranks.info_nce_of_a_rank(int(sys.argv[1]), {str(tmp_path)!r}, {options!r})\n"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(2)]
+    assert [child.wait(120) for child in children] == [0, 0]
+    results = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+
+    q, p, n = tensors((8, 48), (8, 48), (8, 48))
+    if options == "sigmoid":
+        loss = matryoshka_sigmoid_loss(q, p, DIMS, scale=10.0, bias=-10.0).loss
+        grads = [*torch.autograd.grad(loss, [q, p]), torch.zeros_like(n)]
+    else:
+        loss = matryoshka_info_nce(q, [p, n], DIMS, **options).loss
+        grads = torch.autograd.grad(loss, [q, p, n])
+    torch.testing.assert_close((results[0][0] + results[1][0]) / 2, loss.detach())
+    for i, grad in enumerate(grads):  # as DDP averages them
+        both = torch.cat([results[0][1 + i], results[1][1 + i]]) / 2
+        torch.testing.assert_close(both, grad)
+
+
+# --- any shape, width, dtype and stride ---
+
+
+@st.composite
+def problems(draw):
+    width = draw(st.integers(1, 150))
+    dims = sorted(draw(st.sets(st.integers(1, width), min_size=1, max_size=6)))
+    rows, classes = draw(st.integers(1, 130)), draw(st.integers(1, 200))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    strided = draw(st.sampled_from(["rows", "columns", "slice"]))
+    return rows, classes, width, tuple(dims), dtype, strided, draw(st.integers(0, 2**31))
+
+
+def laid(x, how):
+    """The same values, as a slice of something wider or with columns apart."""
+    if how == "columns":
+        return x.T.contiguous().T
+    if how == "slice":
+        return F.pad(x, (3, 2), value=torch.nan)[:, 3:-2]
+    return x
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_any_cross_entropy_and_info_nce(problem):
+    rows, classes, width, dims, dtype, strided, seed = problem
+    g = torch.Generator().manual_seed(seed)
+    x, w, p = (
+        torch.randn(n, width, generator=g).to(dtype) for n in (rows, classes, rows + classes)
+    )
+    target = torch.randint(classes, (rows,), generator=g)
+
+    def run(dtype, impl):
+        results = []
+        for other, loss in (
+            (w, lambda a, b: matryoshka_cross_entropy(a, b, target, dims, impl=impl)),
+            (p, lambda a, b: matryoshka_info_nce(a, b, dims, impl=impl)),
+        ):
+            a = laid(x.to(dtype), strided).detach().requires_grad_()
+            b = laid(other.to(dtype), strided).detach().requires_grad_()
+            out = loss(a, b)
+            out.loss.backward()
+            results += [out.per_dim, a.grad, b.grad]
+        return results
+
+    exact, native = run(torch.float64, "reference"), run(dtype, "reference")
+    norms = min(t[:, : dims[0]].double().norm(dim=1).min() for t in (x, p))
+    for i, (a, e, n) in enumerate(zip(run(dtype, "cpp"), exact, native, strict=True)):
+        # PyTorch may be exact by luck; and a radial part as large as this has cancelled
+        size = 20 / norms.clamp_min(1e-6) if i > 3 else max(e.abs().max(), 1.0)
+        if (a.double() - e).abs().max() > 8 * torch.finfo(dtype).eps * size:
+            assert_within_budget(a, e, n, name=f"result {i}", factor=4.0)
+
+
+# --- predictions ---
+
+
+@pytest.mark.parametrize("impl", ["cpp", "triton", "reference"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "separate"])
+def test_predictions(impl, tied):
+    x, w, b = (t.detach() for t in tensors((19, 48), (70, 48), (70,)))
+    weight = w if tied else [w[:, :d].contiguous() for d in DIMS]
+    bias = b if tied else [b + g for g in range(3)]
+    labels, confidence = matryoshka_predict(x, weight, DIMS, bias=bias, impl=impl)
+    expected = matryoshka_logits(x, weight, DIMS, bias=bias).softmax(-1).max(-1)
+    assert torch.equal(labels, expected.indices)
+    torch.testing.assert_close(confidence, expected.values)
+    same = matryoshka_predict(x, w[:1].expand(70, -1), DIMS, impl=impl)
+    assert (same.labels == 0).all()  # the first of equals
+    torch.testing.assert_close(same.confidence, torch.full((3, 19), 1 / 70))
+    assert matryoshka_predict(x[:0], w, DIMS, impl=impl).labels.shape == (3, 0)
+
+
+def test_predict_bad_input():
+    x, w = (t.detach() for t in tensors((19, 48), (70, 48)))
+    with pytest.raises(ValueError, match=r"weight: expected at least one class, got shape \[0"):
+        matryoshka_predict(x, w[:0], DIMS)
+
+
+# --- losses with no fused form ---
+
+
+def test_a_loss_with_no_fused_form_runs_in_a_loop_and_says_so_once():
+    a, b, c = tensors((9, 48), (9, 48), (9, 48))
+    loss_fn = MatryoshkaLoopLoss(torch.nn.TripletMarginLoss(), DIMS, dim_weights=(1, 2, 3))
+    with pytest.warns(UserWarning, match="TripletMarginLoss has no fused form: it runs once"):
+        loss = loss_fn([a, b, c])
+    loss_fn([a, b, c])  # no warning, which would be an error here
+    per_dim = torch.stack([F.triplet_margin_loss(a[:, :d], b[:, :d], c[:, :d]) for d in DIMS])
+    torch.testing.assert_close(loss_fn.per_dim, per_dim.detach())
+    torch.testing.assert_close(loss, (per_dim * torch.tensor([1.0, 2, 3])).sum())
+
+    def cosent(x, y, labels):
+        s = 20 * F.cosine_similarity(x, y)
+        pairs = labels[:, None] < labels[None, :]
+        return torch.cat([s.new_zeros(1), (s[:, None] - s[None, :])[pairs]]).logsumexp(0)
+
+    labels = torch.linspace(0, 1, 9)
+    ranked = MatryoshkaLoopLoss(cosent, DIMS, normalize=True)
+    with pytest.warns(UserWarning, match="cosent has no fused form"):
+        ranked([a, b], labels).backward()
+    assert a.grad.any() and ranked.per_dim.shape == (3,)
+    with pytest.raises(ValueError, match=r"dims \(of embeddings\[1\]\): expected widths of at"):
+        ranked([a, b[:, :40]], labels)
+    with pytest.raises(TypeError, match="inner: expected a callable, got int"):
+        MatryoshkaLoopLoss(3, DIMS)
+
+
+# --- memory ---
+
+MEMORY = """
+import torch
+from mrl_fast import matryoshka_info_nce
+q, p = torch.randn(2, 4096, 128)
+q.requires_grad_(), p.requires_grad_()
+matryoshka_info_nce(q[:64], p[:64], (8, 32, 64, 128)).loss.backward()
+q.grad = p.grad = None
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS:")
+matryoshka_info_nce(q, p, (8, 32, 64, 128)).loss.backward()
+print((status("VmHWM:") - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_score_matrix_is_held():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 64 + 16  # MiB: workspace and gradients; one matrix would be 64,
+    # and a loop keeps four of them several times over
