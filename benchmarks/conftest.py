@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
+import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median, quantiles
 
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -29,6 +35,7 @@ def compare(benchmark):
         repetitions: int,
         flops: float = 0.0,
         read_bytes: float = 0.0,
+        notes: dict[str, object] | None = None,
     ) -> None:
         calls = {"mrl_fast": ours} | rivals
         seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -39,7 +46,9 @@ def compare(benchmark):
                     seconds[name].append(elapsed)
         mine = seconds["mrl_fast"]
         best = min(rivals, key=lambda name: median(seconds[name]))
-        info = {f"{name}_ms": round(1e3 * median(times), 3) for name, times in seconds.items()}
+        info: dict[str, object] = {
+            f"{name}_ms": round(1e3 * median(times), 3) for name, times in seconds.items()
+        }
         info |= {
             f"{name}_ratio": round(median(t / m for t, m in zip(times, mine, strict=True)), 2)
             for name, times in seconds.items()
@@ -55,12 +64,37 @@ def compare(benchmark):
         if read_bytes:
             info |= {"read_gbps": round(read_bytes / median(mine) / 1e9, 1)}
             info |= {"copy_gbps": round(copy_gbps(), 1)}
-        info |= {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"}
+        info |= (notes or {}) | machine()
         benchmark.extra_info.update(info)
         benchmark.pedantic(ours, rounds=1, iterations=1)
         print("\n" + "  ".join(f"{key}={value}" for key, value in info.items()))
 
     return run
+
+
+def machine() -> dict[str, object]:
+    """What a row was measured on and from."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    return {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def processor() -> str:
+    if sys.platform != "linux":
+        return platform.processor()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    from mrl_fast import _C
+
+    return f"{name or platform.machine()}, {_C.available()[0]}"
 
 
 def seconds_of(call: Callable[[], object]) -> float:

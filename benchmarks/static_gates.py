@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: this compiles
 
 import triton
-from mrl_fast.kernels import cross_entropy, logits, retrieval, tiling
+from mrl_fast.kernels import fold_gradients, fold_statistics, logits, predict, retrieval, tiling
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -31,7 +31,30 @@ from triton.compiler import ASTSource
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program
 MATRIX = {80: r"HMMA", 90: r"HGMMA", 100: r"UTCHMMA|UTCQMMA"}  # tensor core instructions
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+WHOLE = ("dim", "width", "readable")  # multiples of 16, as strides are taken to be
+FLOATS = ("own_boost", "other_boost", "limit")
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+PREDICT = {"label_ptr": "*i32"}
+FOLD_TYPES = {"target_ptr": "*i32", "own_ptr": "*i32", "mask_ptr": "*u8"}
+FOLD = {
+    "HAS_BIAS": False, "HAS_SCALE": False, "HAS_TARGET": True, "HAS_HIT": True, "HAS_MASK": False,
+    "SOFT": "none", "OWN": "none", "LINK": "softmax", "COLUMNS": False,
+}  # fmt: skip
+SCALED = {"HAS_SCALE": True}
+FOLDS = {
+    "": {"HAS_BIAS": True},  # cross-entropy, as the next
+    "smooth": {"HAS_BIAS": True, "SOFT": "row"},
+    "scaled": SCALED,  # InfoNCE, as the next five
+    "columns": SCALED | {"COLUMNS": True},
+    "boost": SCALED | {"OWN": "boost", "COLUMNS": True},
+    "exclude": SCALED | {"OWN": "exclude", "HAS_HIT": False},
+    "mask": SCALED | {"HAS_MASK": True},
+    "sigmoid": SCALED | {"HAS_BIAS": True, "LINK": "sigmoid"},
+    "distill": SCALED | {"SOFT": "matrix", "HAS_TARGET": False, "HAS_HIT": False},
+    "all": SCALED
+    | {"HAS_BIAS": True, "HAS_MASK": True, "OWN": "boost", "COLUMNS": True, "SOFT": "matrix"},
+}
 
 
 class Case(NamedTuple):
@@ -61,18 +84,21 @@ def cases() -> Iterator[Case]:
                 storing,
                 precision,
             )
-            loss = {"target_ptr": "*i64", "soft_ptr": "*fp32"}
-            for soft in (False, True):
-                name = label + (" soft" if soft else "")
-                loss_flags = flags | {"HAS_SOFT": soft}
+            yield case(f"predict {label}", predict._predict_kernel, common | PREDICT, flags, blocks,
+                       precision)  # fmt: skip
+            for name, features in FOLDS.items():
+                if dtype == "fp16" and name not in ("", "scaled", "all"):
+                    continue  # as bf16, but for its bound
+                fold = FOLD | features | {"ALIGNMENT": 8, "PRECISION": ir_precision}
+                types, size = common | FOLD_TYPES, WIDTH[dtype]
                 yield case(
-                    f"statistics {name}", cross_entropy._statistics_kernel, common | loss,
-                    loss_flags, blocks, precision,
+                    f"statistics {label} {name}".strip(), fold_statistics._statistics_kernel, types,
+                    fold, fold_statistics.configs(fold)[size]._asdict(), precision,
                 )  # fmt: skip
                 yield case(
-                    f"score gradients {name}", cross_entropy._score_gradients_kernel,
-                    common | loss | out, loss_flags, storing,
-                    precision,
+                    f"score gradients {label} {name}".strip(),
+                    fold_gradients._score_gradients_kernel, types | out, fold,
+                    fold_gradients.configs(fold)[size]._asdict(), precision,
                 )  # fmt: skip
             search = {"q_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
             for metric, code in retrieval.METRICS.items():
@@ -114,9 +140,9 @@ def compile_case(item: tuple[Case, int]) -> dict[str, Any]:
         elif name.endswith("_ptr"):
             signature[name] = one.types.get(name, "*fp32" if name != "schedule_ptr" else "*i16")
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
         # As the launcher finds them for widths of whole cache lines.
-        if name.endswith("_ptr") or name.startswith("stride_") or name == "dim":
+        if name.endswith("_ptr") or name.startswith("stride_") or name in WHOLE:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(one.kernel, signature, one.constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=one.options)
