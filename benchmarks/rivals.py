@@ -154,7 +154,9 @@ def _clip(case: Case) -> dict[str, Step]:
         total = q.new_zeros(())
         for d in case.dims:
             logits = 20.0 * F.normalize(q[:, :d]) @ F.normalize(p[:, :d]).T
-            total = total + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            total = (
+                total + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            )
         return total
 
     options = dict(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
@@ -200,9 +202,9 @@ def _cross_entropy(case: Case) -> dict[str, Step]:
     steps = {
         "mrl_fast": step_of(
             leaves,
-            lambda: matryoshka_cross_entropy(
-                x, weights[0] if tied else weights, target, case.dims
-            ).loss,
+            lambda: (
+                matryoshka_cross_entropy(x, weights[0] if tied else weights, target, case.dims).loss
+            ),
         ),
         "loop": step_of(leaves, loop),
         "compiled": step_of(leaves, torch.compile(loop)),
@@ -301,7 +303,9 @@ def peak_mib(step: Step) -> float:
 def main() -> None:
     case, provider = ({**CASES, **GPU_CASES})[sys.argv[1]], sys.argv[2]
     # libraries and compiled code, without what a step of this size leaves in the allocator
-    small = case._replace(rows=64, classes=64 if case.kind in ("info_nce", "clip") else case.classes)
+    small = case._replace(
+        rows=64, classes=64 if case.kind in ("info_nce", "clip") else case.classes
+    )
     if provider == "compiled":
         providers(case)[provider]()
     else:

@@ -9,10 +9,10 @@ memory that T takes; sums over chunks are fp32.
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from mrl_fast.kernels.tiling import chunk_steps, chunks, product, slabs
+from mrl_fast.kernels.tiling import chunk_steps, chunks, product, slabs, whole_tiles
 from torch import Tensor
 
-Gradients = tuple[Tensor, Tensor, Tensor]  # dx [B, D], dw [V, W] in their dtypes, db [V] fp32
+Gradients = tuple[Tensor, Tensor, Tensor]  # dx [B, D], dw [V, W], db [V] fp32
 
 
 def nested_gradients(
@@ -22,13 +22,15 @@ def nested_gradients(
     bytes_a_score: int,
     suffix_sums: Callable[[slice, slice], Iterable[Tensor]],
     scale: Tensor,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
 ) -> Gradients:
     """``suffix_sums(rows, classes)`` gives T_g / scale, ``[rows, classes]``, from the widest prefix
-    down; ``scale`` is an fp32 scalar on the device."""
-    row_step, class_step = chunk_steps(len(x), len(weight), bytes_a_score)
+    down; ``scale`` is an fp32 scalar on the device; the dtypes are those of dx and dw."""
+    row_step, class_step = chunk_steps(len(x), whole_tiles(len(weight)), bytes_a_score)
     whole = row_step >= len(x)  # every element of dw is then made once
-    dx = torch.zeros_like(x)
-    dw = torch.zeros_like(weight, dtype=weight.dtype if whole else torch.float32)
+    dx = torch.zeros_like(x, dtype=x_dtype)
+    dw = torch.zeros_like(weight, dtype=weight_dtype if whole else torch.float32)
     db = torch.zeros(len(weight), device=x.device)
     for rows in chunks(len(x), row_step):
         dx_rows = torch.zeros(rows.stop - rows.start, dims[-1], device=x.device)
@@ -39,5 +41,5 @@ def nested_gradients(
                 dw[classes, slab] += product(rounded.T, x[rows, slab]).mul_(scale)
                 if slab.start == 0:
                     db[classes] += suffix.sum(0, dtype=torch.float32).mul_(scale)
-        dx[rows, : dims[-1]] = dx_rows.to(x.dtype)
-    return dx, dw.to(weight.dtype), db
+        dx[rows, : dims[-1]] = dx_rows.to(x_dtype)
+    return dx, dw.to(weight_dtype), db

@@ -94,5 +94,7 @@ def logits_backward(
 
     bytes_a_score = 4 + x.element_size()  # the sum, and the sum rounded
     one = torch.ones((), device=x.device)
-    dx, dw, db = nested_gradients(x, weight, dims, bytes_a_score, suffix_sums, one)
+    dx, dw, db = nested_gradients(
+        x, weight, dims, bytes_a_score, suffix_sums, one, x.dtype, weight.dtype
+    )
     return dx, dw, None if bias is None else db.to(bias.dtype)

@@ -25,10 +25,12 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# What ships, by the width of an element in bytes. Kernels that store whole tiles of scores take
-# narrower ones: a tile, its exponentials and its gradients are in registers at once.
+# What ships, by the width of an element in bytes. Kernels that keep more of a tile than its scores
+# and their exponentials in registers, to store it say, take narrower ones; a matrix of masks on top
+# of gradients the narrowest.
 CONFIGS = {2: Config(128, 128, 64, 8, 3), 4: Config(64, 64, 32, 4, 3)}
 STORING_CONFIGS = {2: Config(128, 64, 64, 8, 3), 4: Config(64, 64, 32, 8, 3)}
+MASKING_CONFIGS = {2: Config(64, 64, 64, 8, 3), 4: Config(64, 64, 32, 8, 3)}
 
 
 def interpreted() -> bool:
@@ -45,6 +47,11 @@ def operand(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def stored(dtype: torch.dtype) -> torch.dtype:
+    """Of a workspace: the interpreter cuts fp32 to bf16 short instead of rounding it."""
+    return torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
+
+
 def config(x: Tensor, configs: dict[int, Config] = CONFIGS) -> Config:
     return Config(16, 16, 16, 1, 1) if interpreted() else configs[x.element_size()]
 
@@ -53,6 +60,10 @@ def precision(x: Tensor) -> str:
     """How fp32 products are made, by PyTorch's own setting; half precision has one way only."""
     exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
+
+
+def whole_tiles(classes: int) -> int:
+    return triton.cdiv(classes, 128) * 128  # a multiple of every BLOCK_V
 
 
 def slabs(dims: Sequence[int]) -> list[slice]:
@@ -81,7 +92,7 @@ def chunks(size: int, step: int) -> Iterator[slice]:
 
 def row_step(bytes_a_row: int) -> int:
     """Rows whose temporaries fit the workspace."""
-    return max(128, WORKSPACE_BYTES // bytes_a_row // 128 * 128)
+    return max(128, WORKSPACE_BYTES // max(1, bytes_a_row) // 128 * 128)
 
 
 def chunk_steps(rows: int, classes: int, bytes_a_score: int) -> tuple[int, int]:
@@ -133,17 +144,18 @@ def add_block(
 def tile_of(axis: tl.constexpr, size, BLOCK: tl.constexpr):
     """This program's offsets along an axis, which of them exist, and the same kept in range: rows
     past the end are read as the last one and dropped at the store, so that no load needs a mask."""
-    offs = tl.program_id(axis).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return offs, offs < size, tl.minimum(offs, size - 1)
+    lanes, begin = tl.arange(0, BLOCK), tl.program_id(axis) * BLOCK
+    offs = begin.to(tl.int64) + lanes
+    return offs, lanes < size - begin, tl.minimum(offs, size - 1)
 
 
 @triton.jit
-def score_offsets(V, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr):
+def score_offsets(stride, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr):
     """Where this program's tile of a ``[B, V]`` matrix begins, and its elements from there: 32-bit,
     for a tile of 64-bit offsets would take half the registers."""
     rows, classes = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_V)
-    begin = tl.program_id(1).to(tl.int64) * BLOCK_B * V + tl.program_id(0) * BLOCK_V
-    return begin, rows[:, None] * V + classes[None, :]
+    begin = tl.program_id(1).to(tl.int64) * BLOCK_B * stride + tl.program_id(0) * BLOCK_V
+    return begin, rows[:, None] * stride + classes[None, :]
 
 
 def alignment(dims: Sequence[int]) -> int:

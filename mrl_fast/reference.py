@@ -85,8 +85,8 @@ def info_nce_rows(
     own_document: Tensor,
     period: int,
 ) -> Tensor:  # [G, B]
-    """``own_query`` and ``own_document`` ``[B]``: each row's own among all; documents that are equal
-    to it modulo ``period`` are its own too."""
+    """``own_query`` and ``own_document`` ``[B]``: each row's own among all; documents equal to it
+    modulo ``period`` are its own too."""
     sides = {"query": (queries, all_queries), "doc": (positives, documents)}
     rows = torch.arange(len(queries), device=queries.device)
     own = torch.arange(len(documents), device=queries.device) % period == own_document[:, None]

@@ -34,8 +34,8 @@ def ours(embeddings, dtype, impl, *, dims=DIMS, **options):
     q, *blocks = leaves(embeddings, dtype)
     documents = blocks[0] if len(blocks) == 1 else blocks
     out = matryoshka_info_nce(q, documents, dims, impl=impl, **options)
-    grads = torch.autograd.grad(out.loss.sum(), [q, *blocks])
-    return [out.loss.detach(), out.per_dim, *grads]
+    dq, *rest = torch.autograd.grad(out.loss.sum(), [q, *blocks])
+    return [out.loss.detach(), out.per_dim, dq, torch.cat(rest)]
 
 
 def peers(embeddings, dtype, *, dims=DIMS, dim_weights=None, **options):
@@ -46,7 +46,8 @@ def peers(embeddings, dtype, *, dims=DIMS, dim_weights=None, **options):
         [loss_fn.compute_loss_from_embeddings([c[:, :d] for c in columns], None) for d in dims]
     )
     loss = per_dim.sum() if dim_weights is None else per_dim @ torch.tensor(dim_weights).to(dtype)
-    return [loss.detach(), per_dim.detach(), *torch.autograd.grad(loss, columns)]
+    dq, *rest = torch.autograd.grad(loss, columns)
+    return [loss.detach(), per_dim.detach(), dq, torch.cat(rest)]
 
 
 def check_budget(actual, exact, native_):
@@ -55,6 +56,18 @@ def check_budget(actual, exact, native_):
             torch.testing.assert_close(a, e)
         else:
             assert_within_budget(a, e, n, name=f"result {i}")
+
+
+def judge(impl, dtype, several, options):
+    """Several problems as one: PyTorch's own error on a few numbers says little."""
+    runs = (
+        [ours(e, dtype, impl, **options) for e in several],
+        [peers(e, torch.float64, **options) for e in several],
+        [peers(e, dtype, **options) for e in several],
+    )
+    check_budget(
+        *([torch.cat([r.reshape(-1) for r in rs]) for rs in zip(*run, strict=True)] for run in runs)
+    )
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
@@ -87,18 +100,14 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("impl", ["cpp", "reference"])
 def test_equals_sentence_transformers(impl, options, negatives):
-    embeddings = make_embeddings(70 if impl == "cpp" else 19, negatives)
-    dtype = torch.float32 if impl == "cpp" else torch.float64
-    exact = peers(embeddings, torch.float64, **options)
-    check_budget(ours(embeddings, dtype, impl, **options), exact, peers(embeddings, dtype, **options))
+    rows, dtype = (70, torch.float32) if impl == "cpp" else (19, torch.float64)
+    judge(impl, dtype, [make_embeddings(rows, negatives, seed=seed) for seed in range(3)], options)
 
 
 @pytest.mark.parametrize("name", ["default", "clip", "gte", "hard-all"])
 def test_triton_equals_sentence_transformers(name):
-    embeddings = make_embeddings(19, 1)
-    exact = peers(embeddings, torch.float64, **OPTIONS[name])
-    native_ = peers(embeddings, torch.float32, **OPTIONS[name])
-    check_budget(ours(embeddings, torch.float32, "triton", **OPTIONS[name]), exact, native_)
+    several = [make_embeddings(19, 1, seed=seed) for seed in range(2)]
+    judge("triton", torch.float32, several, OPTIONS[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -206,13 +215,11 @@ def test_masks_as_gist_makes_them(impl):
             hid = [s.masked_fill(m, -torch.inf) for s, m in zip(scores, masks, strict=True)]
             losses.append(F.cross_entropy(20 * torch.cat(hid, 1), torch.arange(19)))
         per_dim = torch.stack(losses)
-        grads = torch.autograd.grad(per_dim.sum(), columns)
-        return [per_dim.sum().detach(), per_dim.detach(), *grads]
+        dq, *rest = torch.autograd.grad(per_dim.sum(), columns)
+        return [per_dim.sum().detach(), per_dim.detach(), dq, torch.cat(rest)]
 
     dtype = torch.float64 if impl == "reference" else torch.float32
-    actual = ours(
-        (q, p, n), dtype, impl, mask=mask, directions=("query_to_doc", "query_to_query")
-    )
+    actual = ours((q, p, n), dtype, impl, mask=mask, directions=("query_to_doc", "query_to_query"))
     check_budget(actual, gist(torch.float64), gist(dtype))
 
 

@@ -20,7 +20,8 @@ def vectors(*shapes, seed=0):
 
 
 def grads_of(loss, per_dim, leaves):
-    return [loss.detach(), per_dim.detach(), *torch.autograd.grad(loss, leaves)]
+    values = torch.cat([loss.detach().reshape(1), per_dim.detach()])
+    return [values, *torch.autograd.grad(loss, leaves)]
 
 
 def check(actual, exact, native):
@@ -145,7 +146,9 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(impl):
 
 def test_ambiguous_teacher_is_asked_about():
     (x,) = vectors((48, 48))
-    with pytest.raises(ValueError, match=r"teacher: a tensor of shape \[48, 48\] may be vectors or"):
+    with pytest.raises(
+        ValueError, match=r"teacher: a tensor of shape \[48, 48\] may be vectors or"
+    ):
         matryoshka_distill(x, x.clone(), DIMS)
     as_vectors = matryoshka_distill(x, x, DIMS, teacher_kind="vectors")
     as_scores = matryoshka_distill(x, x, DIMS, teacher_kind="scores")

@@ -28,7 +28,8 @@ def rows():
 def test_every_kernel_on_every_architecture(rows):
     kernels = {row["kernel"] for row in rows}
     assert len(rows) == 3 * len(kernels)
-    for family in ("logits", "statistics", "score gradients", "bucket max", "pair scores"):
+    families = "logits", "predict", "statistics", "score gradients", "bucket max", "pair scores"
+    for family in families:
         for dtype in ("fp32", "bf16", "fp16"):
             assert any(name.startswith(f"{family} {dtype}") for name in kernels), (family, dtype)
 

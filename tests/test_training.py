@@ -1,4 +1,4 @@
-"""Losses in a training loop: torch.compile, autocast and GradScaler, checkpointing, ranks, memory."""
+"""Losses in a training loop: torch.compile, autocast, checkpointing, ranks, any shape, memory."""
 
 import subprocess
 import sys

@@ -18,7 +18,7 @@ from mrl_fast import _C
 from mrl_fast.cpu import native
 from mrl_fast.cpu.native import address
 
-WORKSPACE_BYTES = 32 << 20  # of score gradients held at a time, whatever B and V are
+WORKSPACE_BYTES = 8 << 20  # of score gradients held at a time: they stay in the last cache
 PACKED_BYTES = 8 << 20  # of columns packed at a time: they stay in the last cache
 
 
@@ -119,7 +119,12 @@ def fold_forward(
         )  # fmt: skip
         del alive
     if link == "sigmoid":
-        return torch.zeros(rows), row_sum.float(), None if hit is None else F.logsigmoid(hit), *[None] * 3
+        return (
+            torch.zeros(rows),
+            row_sum.float(),
+            None if hit is None else F.logsigmoid(hit),
+            *[None] * 3,
+        )
     row_log = log_of(row_sum)
     if soft is not None and soft_sum is not None:
         soft_sum = soft_sum - soft.double().sum(-1) * (row_max.double() + row_sum.log())
