@@ -159,9 +159,9 @@ def configs(flags: dict[str, Any]) -> dict[int, Config]:
 
 
 def merged(part_max: Tensor, part_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """``[G, tiles, n]`` → ``[G, n]``: the maximum, and the sum relative to it."""
+    """``[G, tiles, n]`` → ``[G, n]``: the maximum, and the sum relative to it, fp64."""
     top = part_max.amax(dim=1)
-    return top, (part_sum * (part_max - finite(top)[:, None]).exp()).sum(dim=1)
+    return top, (part_max - finite(top)[:, None]).double().exp_().mul_(part_sum).sum(dim=1)
 
 
 def log_sum(total: Tensor) -> Tensor:
@@ -205,11 +205,11 @@ def fold_forward(
     soft_sum = None if soft is None else torch.empty_like(row_log, dtype=torch.float64)
     width = tiles * fold.blocks.BLOCK_V
     col_max = torch.full((G, width), -torch.inf, device=device) if columns else None
-    col_sum = torch.zeros(G, width, device=device) if columns else None
+    col_sum = torch.zeros(G, width, dtype=torch.float64, device=device) if columns else None
 
     col_log = None
     partials = tiles + (triton.cdiv(V, fold.blocks.BLOCK_B) if columns else 0)
-    row_bytes = 24 * G * partials + fold.copied_bytes() * V  # six values a row, prefix and tile
+    row_bytes = 32 * G * partials + fold.copied_bytes() * V  # eight values a row, prefix and tile
     for rows in chunks(B, row_step(row_bytes)):
         size = rows.stop - rows.start
         grid = fold.grid(rows, slice(0, V))
@@ -243,12 +243,12 @@ def fold_forward(
             above = finite(part_max).sub_(top[:, None])
             relative = (part_soft.double() + soft_total * above.double()).sum(dim=1)
             weight = soft_total.sum(dim=0, dtype=torch.float64)
-            soft_sum[:, rows] = relative - weight * log_sum(total.double())
+            soft_sum[:, rows] = relative - weight * log_sum(total)
         if columns:
             col_max, col_sum = merged(
                 torch.cat([col_max[:, None], part_col_max], dim=1),
                 torch.cat([col_sum[:, None], part_col_sum], dim=1),
             )
     if columns:
-        col_max, col_log = col_max[:, :V].contiguous(), log_sum(col_sum[:, :V])
+        col_max, col_log = col_max[:, :V].contiguous(), log_sum(col_sum[:, :V]).float()
     return row_max, row_log, hit, soft_sum, col_max, col_log

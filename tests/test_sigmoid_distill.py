@@ -105,7 +105,7 @@ def kl(student, teacher, temperature, dims=DIMS):
 @pytest.mark.parametrize("kind", ["self", "wider", "pair", "scores"])
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 def test_distill_error_budget(impl, kind, temperature, monkeypatch):
-    rows = 19 if impl == "triton" else 130
+    rows = 70 if impl == "triton" else 130
     monkeypatch.setattr(distill, "CHUNK_BYTES", 1)  # 64 rows
     dtype = torch.float64 if impl == "reference" else torch.float32
 
