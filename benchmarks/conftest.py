@@ -18,6 +18,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:  # rivals and compilers may warn as they like
+        item.add_marker(pytest.mark.filterwarnings("default"))
+
+
 @pytest.fixture
 def device() -> str:
     return DEVICE

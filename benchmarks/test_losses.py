@@ -25,6 +25,16 @@ def error_of(results: list[Tensor], exact: list[Tensor]) -> float:
     )
 
 
+def peak_mib(*arguments: str) -> float:
+    """A step's, in a process of its own."""
+    command = [sys.executable, Path(__file__).parent / "rivals.py", *arguments]
+    # without this, what is freed may stay and hide the next peak
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_losses(compare, name):
     case = CASES[name]
@@ -47,12 +57,7 @@ def test_losses(compare, name):
         assert error < ERROR, (provider, error)
         notes[f"{provider}_error"] = f"{error:.1e}"
     for provider in steps:
-        command = [sys.executable, Path(__file__).parent / "rivals.py", name, provider]
-        # without this, what is freed may stay and hide the next peak
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        notes[f"{provider}_peak_mib"] = float(done.stdout.split()[-1])
+        notes[f"{provider}_peak_mib"] = peak_mib(name, provider)
     ours = steps.pop("mrl_fast")
     flops = rivals.flops(case)
     compare(ours, steps, repetitions=case.repetitions, flops=flops, notes=notes)
