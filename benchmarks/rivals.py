@@ -43,19 +43,19 @@ VOCABULARY = (16, 32, 64, 128, 256, 512, 1024)
 RESNET = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 CASES = {
     # in-batch negatives of a text encoder, and half and twice as many
-    "info_nce": Case("info_nce", 8192, 8192, NOMIC),
-    "info_nce-half": Case("info_nce", 4096, 4096, NOMIC),
+    "info_nce": Case("info_nce", 8192, 8192, NOMIC, 3),
+    "info_nce-half": Case("info_nce", 4096, 4096, NOMIC, 5, True),
     "info_nce-double": Case("info_nce", 16384, 16384, NOMIC, 2, True),
-    "clip": Case("clip", 4096, 4096, NOMIC),
+    "clip": Case("clip", 4096, 4096, NOMIC, 3),
     # MRL-E over a vocabulary
-    "tied": Case("tied", 2048, 32768, VOCABULARY, 3),
-    "tied-half": Case("tied", 1024, 32768, VOCABULARY, 3, True),
+    "tied": Case("tied", 2048, 32768, VOCABULARY, 2),
+    "tied-half": Case("tied", 1024, 32768, VOCABULARY, 2, True),
     "tied-double": Case("tied", 4096, 32768, VOCABULARY, 2, True),
-    "separate": Case("separate", 2048, 32768, VOCABULARY, 3),
+    "separate": Case("separate", 2048, 32768, VOCABULARY, 2),
     # the paper's ImageNet head, MRL-E and MRL
-    "imagenet": Case("tied", 1024, 1000, RESNET, 15),
-    "imagenet-double": Case("tied", 2048, 1000, RESNET, 15),
-    "imagenet-separate": Case("separate", 1024, 1000, RESNET, 15),
+    "imagenet": Case("tied", 1024, 1000, RESNET, 9),
+    "imagenet-double": Case("tied", 2048, 1000, RESNET, 9),
+    "imagenet-separate": Case("separate", 1024, 1000, RESNET, 9),
     # no gradients: every logit, and the best class only
     "logits": Case("logits", 1024, 8192, VOCABULARY),
     "logits-double": Case("logits", 2048, 8192, VOCABULARY),
@@ -65,7 +65,7 @@ CASES = {
 GPU_CASES = {
     "info_nce-gpu": Case("info_nce", 32768, 32768, NOMIC, 9),
     "tied-gpu": Case("tied", 16384, 30522, (12, 24, 48, 96, 192, 384, 768), 9),
-    "imagenet-gpu": Case("tied", 4096, 1000, RESNET, 15),
+    "imagenet-gpu": Case("tied", 4096, 1000, RESNET, 9),
     "logits-gpu": Case("logits", 8192, 30522, (12, 24, 48, 96, 192, 384, 768), 9),
 }
 

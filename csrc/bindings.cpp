@@ -1,4 +1,4 @@
-// mrl_fast._C: raw pointers and sizes, as integers; mrl_fast/cpu.py owns the arrays and has checked
+// mrl_fast._C: raw pointers and sizes, as integers; mrl_fast/cpu owns the arrays and has checked
 // them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -272,7 +272,7 @@ def _(grad, x, weight, bias, dims, impl):
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(weight, memory_format=torch.contiguous_format),
-        x.new_empty((0,) if bias is None else bias.shape),
+        x.new_empty(0, dtype=torch.float32) if bias is None else torch.empty_like(bias),
     )
 
 

@@ -128,7 +128,7 @@ def check_heads(
             ("weight", weight),
             ("bias", [None] * len(dims) if bias is None else bias),
         ):
-            if isinstance(value, Tensor) or not isinstance(value, Sequence):
+            if isinstance(value, Tensor) or not hasattr(value, "__getitem__"):
                 kind = type(value).__name__
                 raise TypeError(f"{name}: expected a sequence of {len(dims)} tensors, got {kind}")
             if len(value) != len(dims):

@@ -252,5 +252,9 @@ class MatryoshkaLoopLoss(nn.Module):
                 prefixes = [nn.functional.normalize(p, dim=-1) for p in prefixes]
             losses.append(self.inner(*prefixes, *labels))
         per_dim = torch.stack(losses)
+        if per_dim.ndim != 1:
+            raise ValueError(
+                f"inner: expected a scalar loss, got one of shape {list(losses[0].shape)}"
+            )
         self.per_dim = per_dim.detach()
         return (per_dim * per_dim.new_tensor(self.weights)).sum()

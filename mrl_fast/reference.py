@@ -47,7 +47,8 @@ def matryoshka_cross_entropy(
             for logits in matryoshka_logits(x, weights, biases)
         ]
     )  # [G] or [G, B]
-    return NestedLoss(torch.tensordot(dim_weights.to(per_dim.dtype), per_dim, 1), per_dim.detach())
+    weights = dim_weights.to(per_dim.dtype).reshape(-1, *[1] * (per_dim.ndim - 1))
+    return NestedLoss((weights * per_dim).sum(0), per_dim.detach())
 
 
 def matryoshka_predict(
@@ -126,10 +127,10 @@ def sigmoid_rows(
     bias: Tensor | float,
     target: Tensor,
 ) -> Tensor:  # [G, B]
-    sign = torch.full((len(queries), len(documents)), -1.0, dtype=queries.dtype)
-    sign[torch.arange(len(queries)), target] = 1.0
+    columns = torch.arange(len(documents), device=queries.device)
+    sign = torch.where(columns == target[:, None], 1.0, -1.0).to(queries.dtype)
     z = similarities(queries, documents, dims) * scale + bias
-    return -F.logsigmoid(sign.to(z.device) * z).sum(2)
+    return -F.logsigmoid(sign * z).sum(2)
 
 
 def distill_rows(

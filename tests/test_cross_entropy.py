@@ -153,7 +153,7 @@ def test_chunks_of_classes_change_nothing_but_rounding(monkeypatch):
     problem = make_problem(rows=40, classes=500, confidence=0.1)
     whole = run(problem, torch.float32, "cpp", label_smoothing=0.1)
     monkeypatch.setattr(nested, "WORKSPACE_BYTES", 1)
-    assert len(list(nested.gradient_chunks(40, 500, 3))) == 8
+    assert len(list(nested.gradient_chunks(40, 500, 48, 3))) == 8
     check_budget(problem, dtype=torch.float32, label_smoothing=0.1)
     for name, value in run(problem, torch.float32, "cpp", label_smoothing=0.1).items():
         torch.testing.assert_close(value, whole[name])

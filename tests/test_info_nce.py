@@ -320,6 +320,13 @@ M = torch.zeros(4, 4, dtype=torch.bool)
         (dict(hardness_strength=-1.0), ValueError, r"hardness_strength: expected >= 0, got -1.0"),
         (dict(mask=M.float()), TypeError, r"mask: expected a bool tensor, got torch.float32"),
         (dict(mask=M[:3]), ValueError, r"mask: expected shape \[4, 4\], got \[3, 4\]"),
+        (
+            dict(mask={"doc_to_query": M[:, :1]}, directions=ALL),
+            ValueError,
+            r"mask\['doc_to_query'\]: expected shape \[4, 4\], got \[4, 1\]",
+        ),
+        (dict(mask=M[0, 0]), ValueError, r"mask: expected shape \[4, 4\], got \[\]"),
+        (dict(dim_weights=1.0), TypeError, r"dim_weights: expected a sequence, got float"),
         (dict(mask={"doc_to_doc": M}), ValueError, r"mask: expected one of 'query_to_doc'"),
         (dict(dim_weights=(1.0,)), ValueError, r"dim_weights: expected shape \[2\], got \[1\]"),
         (dict(reduction="avg"), ValueError, r"reduction: expected one of 'mean', .* got 'avg'"),

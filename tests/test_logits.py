@@ -57,6 +57,29 @@ def test_error_budget(impl, tied, dtype, workspace, monkeypatch):
         assert_within_budget(actual, exact, native, name=f"result {i}")
 
 
+@pytest.mark.parametrize("impl", ["cpp", "triton"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda z: F.cross_entropy(z.permute(1, 2, 0), torch.arange(57).view(19, 3) % 70),
+        lambda z: (z.sum(2) * torch.arange(19.0)).sum(),
+        lambda z: z.transpose(1, 2).contiguous().pow(2).sum(),
+        lambda z: z[:, :, ::3].pow(2).sum(),
+    ],
+    ids=["permuted", "expanded", "transposed", "strided"],
+)
+def test_gradients_of_any_layout(impl, read, monkeypatch):
+    monkeypatch.setattr(nested, "PACKED_BYTES", 1)  # chunks of columns
+    x, weight, bias = make_head(True)
+    grads = []
+    for name in (impl, "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        logits = matryoshka_logits(*leaves[:2], DIMS, bias=leaves[2], impl=name)
+        grads.append(torch.autograd.grad(read(logits), leaves))
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_equals_the_loop_over_linear():
     x, weight, bias = make_head(True)
     expected = torch.stack([F.linear(x[:, :d], weight[:, :d], bias) for d in DIMS])

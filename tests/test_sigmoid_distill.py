@@ -203,8 +203,28 @@ X, Y = torch.randn(4, 8), torch.randn(6, 8)
         ),
         (
             lambda: matryoshka_distill((X, X, X), Y, (8,)),
+            TypeError,
+            r"student: expected a tensor or a pair of tensors, got 3 of them",
+        ),
+        (
+            lambda: matryoshka_distill(X.long(), Y, (8,)),
+            TypeError,
+            r"student: expected a floating-point tensor, got torch.int64",
+        ),
+        (
+            lambda: matryoshka_distill((X, X[:, :6]), X, (6,)),
             ValueError,
-            r"student: expected a tensor or a pair, got 3 tensors",
+            r"student\[1\]: expected width 8 as student\[0\], got 6",
+        ),
+        (
+            lambda: matryoshka_distill(X, None, (8,)),
+            TypeError,
+            r"teacher: expected a tensor or a pair of tensors, got NoneType",
+        ),
+        (
+            lambda: matryoshka_distill((X, Y), (X, Y), (8,), teacher_kind="bogus"),
+            ValueError,
+            r"teacher_kind: expected one of 'vectors', 'scores', got 'bogus'",
         ),
         (
             lambda: matryoshka_distill(X, Y[:4, :3], (8,), temperature=0.0),

@@ -281,7 +281,9 @@ void score_gradients(const Block& b, const ScoreGradients& s) {
                     if (soft) grad = Simd::fma(Simd::broadcast(d_soft), Simd::load(soft + c), grad);
                     Simd::store(a + c, grad);
                 }
-                if (own.target >= 0 && !b.exclude_own) {
+                const bool masked =
+                    b.mask && own.target >= 0 && b.mask[r * b.mask_stride + own.target];
+                if (own.target >= 0 && !b.exclude_own && !masked) {
                     // p − 1 by expm1: near p = 1 a difference would keep few digits
                     const int64_t t = own.target;
                     float value =

@@ -20,6 +20,7 @@ from mrl_fast.cpu.native import address
 
 WORKSPACE_BYTES = 8 << 20  # of score gradients held at a time: they stay in the last cache
 PACKED_BYTES = 8 << 20  # of columns packed at a time: they stay in the last cache
+ROWS, GROUP_ROWS = 48, 96  # as in csrc/cpu/nested.h and nested_forward.cpp
 
 
 def chunks(size: int, step: int) -> Iterator[slice]:
@@ -29,11 +30,23 @@ def chunks(size: int, step: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, size))
 
 
-def gradient_chunks(rows: int, cols: int, prefixes: int) -> Iterator[slice]:
-    """Ranges of columns whose score gradients fit the workspace with about as many rows: products
-    over a chunk are as deep as its sides."""
+def statistics_chunks(
+    rows: int, cols: int, depth: int, prefixes: int, columns: bool
+) -> Iterator[slice]:
+    """Ranges of columns whose packed form stays in the last cache, and so does what groups of rows
+    leave of their statistics."""
+    bytes_a_column = 4 * depth
+    if columns:  # three numbers a prefix and group, see csrc/cpu/nested_forward.cpp
+        bytes_a_column += 12 * prefixes * (rows // GROUP_ROWS + 1)
+    return chunks(cols, PACKED_BYTES // bytes_a_column)
+
+
+def gradient_chunks(rows: int, cols: int, depth: int, prefixes: int) -> Iterator[slice]:
+    """Ranges of columns whose packed form and score gradients fit, the latter with about as many
+    rows: products over a chunk are as deep as its sides."""
     area = WORKSPACE_BYTES // (4 * prefixes)
-    return chunks(cols, max(math.isqrt(area), area // max(1, rows)))
+    widest = max(math.isqrt(area), area // max(ROWS, rows))
+    return chunks(cols, min(widest, PACKED_BYTES // (4 * depth)))
 
 
 class _Problem:
@@ -47,16 +60,17 @@ class _Problem:
             for name in ("period", "exclude_own", "own_boost", "other_boost")
             if name in arrays
         }
-        self.arrays: dict[str, Tensor | None] = {
-            name: None if value is None else value.contiguous() for name, value in arrays.items()
-        }
-        if (bias := self.arrays.get("bias")) is not None:
-            self.arrays["bias"] = bias.float()
+        self.arrays: dict[str, Tensor] = {}
+        for name, value in arrays.items():
+            if name == "mask" and value is not None:
+                self.arrays[name] = rows_of(value)  # any row stride
+            elif value is not None:
+                self.arrays[name] = (value if name == "target" else value.float()).contiguous()
 
     def chunk(self, columns: slice) -> tuple[Any, tuple[Any, ...]]:
         """Scores against some columns, and what has to live as long."""
         w = rows_of(self.weight[columns, : self.dims[-1]].float())
-        cut = {name: array for name, array in self.arrays.items() if array is not None}
+        cut = self.arrays
         fields: dict[str, Any] = {name: array.data_ptr() for name, array in cut.items()}
         for name in ("bias", "col_scale", "soft", "mask"):
             if name in cut:  # columns are the last axis of each
@@ -109,7 +123,7 @@ def fold_forward(
     soft_sum = None if soft is None else torch.zeros(rows, dtype=torch.float64)
     col_max = torch.empty(cols) if columns else None
     col_sum = torch.empty(cols, dtype=torch.float64) if columns else None
-    for part in chunks(len(weight), PACKED_BYTES // (4 * dims[-1])):
+    for part in statistics_chunks(len(x), len(weight), dims[-1], len(dims), columns):
         scores, alive = problem.chunk(part)
         _C.fold(
             scores, torch.get_num_threads(), native.ISA, row_max.data_ptr(), row_sum.data_ptr(), 0,
@@ -190,16 +204,16 @@ def _backward(
     bias, row_scale, col_scale = (
         problem.arrays.get(name) for name in ("bias", "row_scale", "col_scale")
     )
-    dx, dw = torch.zeros_like(x, memory_format=torch.contiguous_format), torch.zeros_like(weight)
+    dx, dw = x.new_zeros(x.shape), weight.new_zeros(weight.shape)
     db = None if bias is None else torch.zeros_like(bias)
     d_row_scale, d_col_scale = (
         None if scale is None else torch.zeros_like(scale) for scale in (row_scale, col_scale)
     )
     prefixes = len(problem.dims)
-    for part in gradient_chunks(len(x), len(weight), prefixes):
+    for part in gradient_chunks(len(x), len(weight), depth, prefixes):
         scores, alive = problem.chunk(part)
         width = part.stop - part.start
-        whole = dw.dtype == torch.float32 and dw.stride(-1) == 1
+        whole = dw.dtype == torch.float32
         dw_part = dw[part] if whole else torch.zeros(width, depth)
         addresses: dict[str, int] = {name: t.data_ptr() for name, t in given.items()}
         for name in ("col_max", "col_log", "d_col"):
@@ -207,9 +221,9 @@ def _backward(
                 addresses[name] += 4 * part.start
         if (grad := given.get("grad")) is not None:
             grad = grad[:, :, part].float()
-            strides = dict(grad_apart=grad.stride(0), grad_stride=grad.stride(1))
             grad = grad if grad.stride(2) == 1 else grad.contiguous()
-            addresses |= dict(grad=grad.data_ptr(), **strides)
+            addresses["grad"] = grad.data_ptr()
+            addresses |= dict(grad_apart=grad.stride(0), grad_stride=grad.stride(1))
         _C.gradients(
             scores, torch.get_num_threads(), native.ISA, addresses, WORKSPACE_BYTES,
             dx.data_ptr(), dx.stride(0), dw_part.data_ptr(), dw_part.stride(0),
@@ -264,4 +278,5 @@ def predict_forward(
             labels.data_ptr(), 0, 0, 0, 0,
         )  # fmt: skip
         del alive
-    return labels, (1.0 / row_sum).float()
+    # beside NaN softmax is NaN all over, and its maximum the first
+    return labels.masked_fill_(row_sum.isnan(), 0), (1.0 / row_sum).float()

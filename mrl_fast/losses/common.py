@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -20,7 +22,13 @@ def nested_loss(
     per_dim = rows if reduction == "none" else rows.sum(dim=1)
     if reduction == "mean":
         per_dim = per_dim / count if isinstance(count, Tensor) or count else per_dim * torch.nan
-    return NestedLoss(torch.tensordot(dim_weights.to(per_dim.dtype), per_dim, 1), per_dim.detach())
+    return NestedLoss(weighted_sum(dim_weights, per_dim), per_dim.detach())
+
+
+def weighted_sum(dim_weights: Tensor, per_dim: Tensor) -> Tensor:
+    """Over the first axis; no matrix product, which autocast would round."""
+    weights = dim_weights.to(per_dim.dtype).reshape(-1, *[1] * (per_dim.ndim - 1))
+    return (weights * per_dim).sum(0)
 
 
 def check_dim_weights(
@@ -29,6 +37,8 @@ def check_dim_weights(
     if dim_weights is None:
         return torch.ones(count, device=x.device)
     if not isinstance(dim_weights, Tensor):
+        if not isinstance(dim_weights, Iterable):
+            raise TypeError(f"dim_weights: expected a sequence, got {type(dim_weights).__name__}")
         dim_weights = torch.tensor(list(dim_weights), dtype=torch.float32)
     if dim_weights.shape != (count,):
         raise ValueError(f"dim_weights: expected shape [{count}], got {list(dim_weights.shape)}")
@@ -57,9 +67,9 @@ def check_scalar(value: Tensor | float, name: str, like: Tensor) -> Tensor | flo
         if value.device != like.device:
             raise ValueError(f"{name}: expected a tensor on {like.device}, got {value.device}")
         return value.reshape(())
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return float(value)
 

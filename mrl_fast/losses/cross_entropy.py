@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def matryoshka_cross_entropy(
     """
     x, heads = check_heads(x, weight, dims, bias)
     check_choice(reduction, "reduction", REDUCTIONS)
-    if not 0.0 <= label_smoothing <= 1.0:
+    if not isinstance(label_smoothing, Real) or not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
     num_classes = len(heads[0].weight)
     check_vector(target, "target", len(x), x, dtype=torch.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,10 +62,8 @@ def matryoshka_distill(
     Source: Hinton et al. 2015, section 2 (T²); Park et al. 2019 (relations between examples).
     """
     single = isinstance(student, Tensor)
-    pair = (student, student) if isinstance(student, Tensor) else tuple(student)
-    if len(pair) != 2:
-        raise ValueError(f"student: expected a tensor or a pair, got {len(pair)} tensors")
-    queries, (documents,), dims = check_pairs(*pair, dims)
+    first, second = _check_sides(student, "student")
+    queries, (documents,), dims = check_pairs(first, second, dims, "student[0]", "student[1]")
     if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
         raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
     dim_weights = check_dim_weights(dim_weights, len(dims), queries)
@@ -86,13 +85,28 @@ def matryoshka_distill(
     return nested_loss(kl * temperature**2, dim_weights, "mean", len(queries))
 
 
+def _check_sides(pair: Any, name: str) -> tuple[Tensor, Tensor]:
+    """A tensor twice, or the two of a pair."""
+    sides = (pair, pair) if isinstance(pair, Tensor) else pair
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2:
+        kind = f"{len(pair)} of them" if isinstance(pair, (tuple, list)) else type(pair).__name__
+        raise TypeError(f"{name}: expected a tensor or a pair of tensors, got {kind}")
+    check_matrix(sides[0], name if isinstance(pair, Tensor) else f"{name}[0]")
+    check_matrix(sides[1], name if isinstance(pair, Tensor) else f"{name}[1]")
+    return sides[0], sides[1]
+
+
 def _check_teacher(
     teacher: Pair, kind: str | None, queries: Tensor, documents: Tensor, single: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The teacher's two sides, or its scores and None."""
     shape = [len(queries), len(documents)]
+    if kind is not None:
+        check_choice(kind, "teacher_kind", ("vectors", "scores"))
+    rows, cols = _check_sides(teacher, "teacher")
     if not isinstance(teacher, Tensor):
-        rows, cols = teacher
+        if kind == "scores":
+            raise ValueError("teacher: expected one tensor of scores, got a pair")
         for name, side, count in (
             ("teacher[0]", rows, shape[0]),
             ("teacher[1]", cols, shape[1]),
@@ -111,7 +125,6 @@ def _check_teacher(
                 "teacher_kind='vectors' or 'scores'"
             )
         kind = "vectors" if single else "scores"
-    check_choice(kind, "teacher_kind", ("vectors", "scores"))
     if kind == "vectors":
         if not single:
             raise ValueError("teacher: expected a pair of vectors as the student's, got one tensor")
@@ -131,8 +144,10 @@ def _chunks(
     step = max(64, CHUNK_BYTES // (4 * max(1, columns)))
     for begin in range(0, len(rows), step):
         part = slice(begin, min(begin + step, len(rows)))
-        scores = rows[part].float() if cols is None else rows[part] @ cols.T
-        yield part, (scores / temperature).log_softmax(1)
+        with torch.autocast(rows.device.type, enabled=False):  # the same in every context
+            scores = rows[part].float() if cols is None else rows[part] @ cols.T
+            logp = (scores / temperature).log_softmax(1)
+        yield part, logp
 
 
 ARRAYS = (

@@ -20,7 +20,7 @@ from mrl_fast.losses.common import (
     check_scale,
     nested_loss,
 )
-from mrl_fast.losses.pairs import Side, check_pairs, gather_rows, rank_of
+from mrl_fast.losses.pairs import Side, check_pairs, gather_rows, rank_of, ranks_of
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 HARDNESS = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
@@ -50,9 +50,9 @@ def matryoshka_info_nce(
     By default equals ``sum(c * F.cross_entropy(scale * F.normalize(q[:, :d]) @ F.normalize(p[:,
     :d]).T, target) for c, d in zip(dim_weights, dims))`` with no score matrix in memory. Options as
     in sentence-transformers' MultipleNegativesRankingLoss; ``directions=("query_to_doc",
-    "doc_to_query"), partition_mode="per_direction"`` is CLIP's symmetric loss. Saves four fp32
-    numbers a row and prefix. fp32 statistics, norms and gradient sums for every input dtype.
-    Differentiable once.
+    "doc_to_query"), partition_mode="per_direction"`` is CLIP's symmetric loss. Saves a few
+    numbers a row and prefix, and fp32 copies of half-precision inputs. fp32 statistics and gradient
+    sums and fp64 norms for every input dtype. Differentiable once.
 
     Args:
         queries: ``[B, D]``, any row stride.
@@ -60,7 +60,8 @@ def matryoshka_info_nce(
             negatives_1, …]`` of ``[B, D]``: only a sequence says whose the negatives are.
         dims: Prefix widths, strictly ascending, each in ``[1, D]``.
         dim_weights: c_g, ``[G]``; default all 1: a sum over prefixes, not a mean.
-        scale: Inverse temperature, > 0; a tensor of one element may be learned.
+        scale: Inverse temperature, > 0; a tensor of one element may be learned (with a
+            ``hardness_mode`` its value is read, which waits for a GPU and breaks a graph).
         target: ``[B]`` int64, the positive's row in the documents (of a sequence, laid end to end);
             default: row i. A query's own documents are then its target alone.
         directions: Which similarities are in the denominator: ``"query_to_doc"``, always, and any
@@ -118,7 +119,8 @@ def matryoshka_info_nce(
     blocks = [gather_rows(part, group) for part in sequence]
     own_query = local + rank_of(group) * len(queries)
     own_document, period = positive + first, len(blocks[0])
-    mask = _check_mask(mask, len(queries), sum(map(len, blocks)), directions, queries)
+    widths = {"doc": sum(map(len, blocks)), "query": len(queries) * ranks_of(group)}
+    mask = _check_mask(mask, widths, directions, queries)
 
     arguments = dict(
         scale=scale, directions=tuple(directions), partition_mode=partition_mode,
@@ -164,7 +166,8 @@ def _rows(
     boosts = {}
     if hardness_mode is not None and hardness_strength > 0:
         # z + strength·cosine is z · (1 + strength / scale)
-        boost = 1.0 + hardness_strength / float(scale)
+        value = scale.detach() if isinstance(scale, Tensor) else scale
+        boost = 1.0 + hardness_strength / float(value)
         if hardness_mode != "hard_negatives":
             boosts["other_boost"] = boost
         if hardness_mode != "in_batch_negatives":
@@ -229,8 +232,9 @@ def _check_directions(directions: Sequence[str], partition_mode: str) -> None:
 
 
 def _check_mask(
-    mask: Masks, rows: int, documents: int, directions: Sequence[str], like: Tensor
+    mask: Masks, widths: Mapping[str, int], directions: Sequence[str], like: Tensor
 ) -> dict[str, Tensor]:
+    """Masks by direction; ``widths``: documents and queries there are in all."""
     masks = {"query_to_doc": mask} if isinstance(mask, Tensor) else dict(mask or {})
     for name, value in masks.items():
         label = "mask" if isinstance(mask, Tensor) else f"mask[{name!r}]"
@@ -238,11 +242,9 @@ def _check_mask(
         if not isinstance(value, Tensor) or value.dtype != torch.bool:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{label}: expected a bool tensor, got {kind}")
-        columns = documents if name.endswith("_doc") else value.shape[-1]
-        if value.shape != (rows, columns):
-            raise ValueError(
-                f"{label}: expected shape [{rows}, {columns}], got {list(value.shape)}"
-            )
+        expected = [len(like), widths[name.split("_to_")[1]]]
+        if list(value.shape) != expected:
+            raise ValueError(f"{label}: expected shape {expected}, got {list(value.shape)}")
         if value.device != like.device:
             raise ValueError(f"{label}: expected a tensor on {like.device}, got {value.device}")
     return masks

@@ -42,31 +42,34 @@ class Side(NamedTuple):
 
 
 def check_pairs(
-    queries: Tensor, documents: Tensor | Sequence[Tensor], dims: Sequence[int]
+    queries: Tensor,
+    documents: Tensor | Sequence[Tensor],
+    dims: Sequence[int],
+    left: str = "queries",
+    right: str = "documents",
 ) -> tuple[Tensor, list[Tensor], tuple[int, ...]]:
-    """Queries, a list of document blocks and dims, in the dtype of the products."""
-    check_matrix(queries, "queries")
+    """Queries, a list of document blocks and dims, in the dtype of the products; errors name
+    ``left`` and ``right``."""
+    check_matrix(queries, left)
     single = isinstance(documents, Tensor)
     if not single and not isinstance(documents, Sequence):
-        raise TypeError(
-            f"documents: expected a tensor or a sequence, got {type(documents).__name__}"
-        )
+        raise TypeError(f"{right}: expected a tensor or a sequence, got {type(documents).__name__}")
     blocks: list[Tensor] = [documents] if isinstance(documents, Tensor) else list(documents)
     if not blocks:
-        raise ValueError("documents: expected at least the positives, got an empty sequence")
+        raise ValueError(f"{right}: expected at least the positives, got an empty sequence")
     autocast = torch.is_autocast_enabled(queries.device.type) and queries.dtype != torch.float64
     dtype = torch.get_autocast_dtype(queries.device.type) if autocast else queries.dtype
     for i, block in enumerate(blocks):
-        name = "documents" if single else f"documents[{i}]"
+        name = right if single else f"{right}[{i}]"
         check_same_device(check_matrix(block, name), name, queries)
         if block.shape[1] != queries.shape[1]:
             raise ValueError(
-                f"{name}: expected width {queries.shape[1]} as queries, got {block.shape[1]}"
+                f"{name}: expected width {queries.shape[1]} as {left}, got {block.shape[1]}"
             )
         if not single and len(block) != len(queries):
             raise ValueError(f"{name}: expected {len(queries)} rows, got {len(block)}")
         if block.dtype != queries.dtype and not autocast:
-            raise TypeError(f"{name}: expected {queries.dtype} as queries, got {block.dtype}")
+            raise TypeError(f"{name}: expected {queries.dtype} as {left}, got {block.dtype}")
     return (
         queries.to(dtype),
         [block.to(dtype) for block in blocks],
@@ -98,3 +101,7 @@ def gather_rows(x: Tensor, group: Any) -> Tensor:
 
 def rank_of(group: Any) -> int:
     return 0 if group is None else dist.get_rank(group)
+
+
+def ranks_of(group: Any) -> int:
+    return 1 if group is None else dist.get_world_size(group)
