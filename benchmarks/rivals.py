@@ -42,15 +42,13 @@ NOMIC = (64, 128, 256, 512, 768)
 VOCABULARY = (16, 32, 64, 128, 256, 512, 1024)
 RESNET = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 CASES = {
-    # in-batch negatives of a text encoder, and half and twice as many
+    # in-batch negatives of a text encoder, and half as many
     "info_nce": Case("info_nce", 8192, 8192, NOMIC, 3),
     "info_nce-half": Case("info_nce", 4096, 4096, NOMIC, 5, True),
-    "info_nce-double": Case("info_nce", 16384, 16384, NOMIC, 2, True),
     "clip": Case("clip", 4096, 4096, NOMIC, 3),
     # MRL-E over a vocabulary
     "tied": Case("tied", 2048, 32768, VOCABULARY, 2),
     "tied-half": Case("tied", 1024, 32768, VOCABULARY, 2, True),
-    "tied-double": Case("tied", 4096, 32768, VOCABULARY, 2, True),
     "separate": Case("separate", 2048, 32768, VOCABULARY, 2),
     # the paper's ImageNet head, MRL-E and MRL
     "imagenet": Case("tied", 1024, 1000, RESNET, 9),
