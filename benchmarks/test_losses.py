@@ -18,6 +18,8 @@ ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}[rivals.DTYPE]  # of the larg
 
 def error_of(results: list[Tensor], exact: list[Tensor]) -> float:
     """The largest deviation, as a part of the largest value of the same tensor."""
+    if len(results) != len(exact):  # one tensor a prefix
+        results = [torch.stack(results)]
     return max(
         ((r.double() - e.double()).abs().max() / e.abs().max().clamp_min(1e-30)).item()
         for r, e in zip(results, exact, strict=True)

@@ -1,4 +1,4 @@
-"""Losses in a training loop: torch.compile, autocast, checkpointing, ranks, any shape, memory."""
+"""Losses in a training loop: torch.compile, autocast, checkpointing, ranks, memory."""
 
 import os
 import subprocess
@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mrl_fast import (
     MatryoshkaLoopLoss,
@@ -22,7 +20,6 @@ from mrl_fast import (
     matryoshka_predict,
     matryoshka_sigmoid_loss,
 )
-from mrl_fast.testing import assert_within_budget
 
 DIMS = (8, 12, 48)
 
@@ -207,60 +204,6 @@ def test_two_ranks_equal_one_large_batch(options, tmp_path):
     for i, grad in enumerate(grads):  # as DDP averages them
         both = torch.cat([results[0][1 + i], results[1][1 + i]]) / 2
         torch.testing.assert_close(both, grad)
-
-
-# --- any shape, width, dtype and stride ---
-
-
-@st.composite
-def problems(draw):
-    width = draw(st.integers(1, 150))
-    dims = sorted(draw(st.sets(st.integers(1, width), min_size=1, max_size=6)))
-    rows, classes = draw(st.integers(1, 130)), draw(st.integers(1, 200))
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    strided = draw(st.sampled_from(["rows", "columns", "slice"]))
-    return rows, classes, width, tuple(dims), dtype, strided, draw(st.integers(0, 2**31))
-
-
-def laid(x, how):
-    """The same values, as a slice of something wider or with columns apart."""
-    if how == "columns":
-        return x.T.contiguous().T
-    if how == "slice":
-        return F.pad(x, (3, 2), value=torch.nan)[:, 3:-2]
-    return x
-
-
-@settings(max_examples=60, deadline=None)
-@given(problems())
-def test_any_cross_entropy_and_info_nce(problem):
-    rows, classes, width, dims, dtype, strided, seed = problem
-    g = torch.Generator().manual_seed(seed)
-    x, w, p = (
-        torch.randn(n, width, generator=g).to(dtype) for n in (rows, classes, rows + classes)
-    )
-    target = torch.randint(classes, (rows,), generator=g)
-
-    def run(dtype, impl):
-        results = []
-        for other, loss in (
-            (w, lambda a, b: matryoshka_cross_entropy(a, b, target, dims, impl=impl)),
-            (p, lambda a, b: matryoshka_info_nce(a, b, dims, impl=impl)),
-        ):
-            a = laid(x.to(dtype), strided).detach().requires_grad_()
-            b = laid(other.to(dtype), strided).detach().requires_grad_()
-            out = loss(a, b)
-            out.loss.backward()
-            results += [out.per_dim, a.grad, b.grad]
-        return results
-
-    exact, native = run(torch.float64, "reference"), run(dtype, "reference")
-    norms = min(t[:, : dims[0]].double().norm(dim=1).min() for t in (x, p))
-    for i, (a, e, n) in enumerate(zip(run(dtype, "cpp"), exact, native, strict=True)):
-        # PyTorch may be exact by luck; and a radial part as large as this has cancelled
-        size = 20 / norms.clamp_min(1e-6) if i > 3 else max(e.abs().max(), 1.0)
-        if (a.double() - e).abs().max() > 8 * torch.finfo(dtype).eps * size:
-            assert_within_budget(a, e, n, name=f"result {i}", factor=4.0)
 
 
 # --- predictions ---
