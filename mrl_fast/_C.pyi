@@ -46,29 +46,40 @@ def rerank(
 def pack_rows(
     data: int, dtype: int, stride: int, n: int, cols: int, threads: int, isa: str, tiles: int, /
 ) -> str: ...
-def softmax_stats(
-    scores: int,
-    rows: int,
-    cols: int,
-    soft: int,
+
+class Scores:
+    """A chunk of nested scores; fields as in csrc/cpu/nested.h, addresses as integers."""
+
+    def __init__(self, **fields: object) -> None: ...
+
+def fold(
+    scores: Scores,
     threads: int,
     isa: str,
     row_max: int,
-    sum: int,
+    row_sum: int,
+    labels: int,
     soft_sum: int,
+    hit: int,
+    col_max: int,
+    col_sum: int,
     /,
 ) -> None: ...
-def softmax_grad(
-    scores: int,
-    rows: int,
-    cols: int,
-    soft: int,
+def store_scores(
+    scores: Scores, threads: int, isa: str, out: int, out_apart: int, out_stride: int, /
+) -> None: ...
+def gradients(
+    scores: Scores,
     threads: int,
     isa: str,
-    row_max: int,
-    log_sum: int,
-    p_scale: int,
-    soft_scale: int,
-    grad: int,
+    given: dict[str, int],
+    workspace_bytes: int,
+    dx: int,
+    dx_stride: int,
+    dw: int,
+    dw_stride: int,
+    d_row_scale: int,
+    d_col_scale: int,
+    db: int,
     /,
 ) -> None: ...

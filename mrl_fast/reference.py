@@ -47,8 +47,8 @@ def matryoshka_cross_entropy(
             for logits in matryoshka_logits(x, weights, biases)
         ]
     )  # [G] or [G, B]
-    weights = dim_weights.to(per_dim.dtype).reshape(-1, *[1] * (per_dim.ndim - 1))
-    return NestedLoss((weights * per_dim).sum(0), per_dim.detach())
+    c = dim_weights.to(per_dim.dtype).reshape(-1, *[1] * (per_dim.ndim - 1))
+    return NestedLoss((c * per_dim).sum(0), per_dim.detach())
 
 
 def matryoshka_predict(

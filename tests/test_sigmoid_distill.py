@@ -144,6 +144,17 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(impl):
     assert abs(out.loss) < 1e-6 and x.grad.abs().max() < 1e-6
 
 
+def test_reference_gradients():
+    q, d, t = (v.requires_grad_() for v in vectors((4, 5), (4, 5), (4, 7)))
+    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, -1.0))
+
+    def sigmoid(q, d, scale, bias):
+        return matryoshka_sigmoid_loss(q, d, (2, 5), scale=scale, bias=bias).loss
+
+    assert torch.autograd.gradcheck(sigmoid, (q, d, scale, bias))
+    assert torch.autograd.gradcheck(lambda q: matryoshka_distill(q, t, (2, 5)).loss, q)
+
+
 def test_ambiguous_teacher_is_asked_about():
     (x,) = vectors((48, 48))
     with pytest.raises(

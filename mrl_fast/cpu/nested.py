@@ -133,12 +133,8 @@ def fold_forward(
         )  # fmt: skip
         del alive
     if link == "sigmoid":
-        return (
-            torch.zeros(rows),
-            row_sum.float(),
-            None if hit is None else F.logsigmoid(hit),
-            *[None] * 3,
-        )
+        hit = None if hit is None else F.logsigmoid(hit)
+        return torch.zeros(rows), row_sum.float(), hit, None, None, None
     row_log = log_of(row_sum)
     if soft is not None and soft_sum is not None:
         soft_sum = soft_sum - soft.double().sum(-1) * (row_max.double() + row_sum.log())
@@ -188,8 +184,9 @@ def fold_backward(
     if d_col is not None and col_max is not None:
         given |= dict(col_max=finite_or_0(col_max), col_log=col_log, d_col=d_col)
     given = {name: t.contiguous() for name, t in given.items() if t is not None}
-    dx, dw, db, *scales = _backward(problem, given)
-    return dx.to(x.dtype), dw, None if db is None or bias is None else db.to(bias.dtype), *scales
+    dx, dw, db, d_row_scale, d_col_scale = _backward(problem, given)
+    db = None if db is None or bias is None else db.to(bias.dtype)
+    return dx.to(x.dtype), dw, db, d_row_scale, d_col_scale
 
 
 def finite_or_0(maximum: Tensor) -> Tensor:

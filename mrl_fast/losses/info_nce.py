@@ -122,7 +122,7 @@ def matryoshka_info_nce(
     widths = {"doc": sum(map(len, blocks)), "query": len(queries) * ranks_of(group)}
     mask = _check_mask(mask, widths, directions, queries)
 
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         scale=scale, directions=tuple(directions), partition_mode=partition_mode,
         hardness_mode=hardness_mode, hardness_strength=float(hardness_strength), mask=mask,
         normalize=normalize, own_query=own_query, own_document=own_document, period=period,
@@ -162,8 +162,8 @@ def _rows(
         return Side.of(x, dims, normalize)
 
     q, d = side(queries), side(documents)
-    shared = dict(dims=dims, impl=impl, compute_dtype=q.compute_dtype)
-    boosts = {}
+    shared: dict[str, Any] = dict(dims=dims, impl=impl, compute_dtype=q.compute_dtype)
+    boosts: dict[str, Any] = {}
     if hardness_mode is not None and hardness_strength > 0:
         # z + strength·cosine is z · (1 + strength / scale)
         value = scale.detach() if isinstance(scale, Tensor) else scale
