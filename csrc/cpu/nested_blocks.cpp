@@ -1,13 +1,30 @@
 #include "cpu/nested_blocks.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cstring>
+#include <new>
 
 namespace mrl {
 namespace {
 
 constexpr double MULTIPLIES_A_THREAD = 8e6;  // below this, waking a thread costs more
 
+constexpr size_t HUGE_PAGE = 2 << 20;
+
 }  // namespace
+
+Buffer::Buffer(int64_t size) {
+    const size_t bytes = std::max<int64_t>(size, 1) * sizeof(float);
+    const size_t unit = bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
+    data.reset(static_cast<float*>(std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit)));
+    if (!data) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (unit == HUGE_PAGE) madvise(data.get(), bytes, MADV_HUGEPAGE);  // a wish
+#endif
+}
 
 int threads_for(const Scores& s, int threads) {
     const double multiplies = double(s.rows) * s.cols * s.dims.back();

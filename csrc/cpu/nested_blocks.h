@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -16,11 +17,15 @@ constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
 inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-// Memory that is written before it is read.
+// Memory that is written before it is read; large ones in huge pages, for they are walked by
+// columns.
 struct Buffer {
-    explicit Buffer(int64_t size) : data(new float[std::max<int64_t>(size, 1)]) {}
+    explicit Buffer(int64_t size);
     float* get() const { return data.get(); }
-    std::unique_ptr<float[]> data;
+    struct Free {
+        void operator()(float* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<float, Free> data;
 };
 
 // Threads that a chunk is worth.
