@@ -9,6 +9,9 @@ from pathlib import Path
 import rivals
 
 
+SOURCE = ("commit", "date", "device", "threads", "torch", "python")
+
+
 def rows(path: Path) -> list[str]:
     cases = {**rivals.CASES, **rivals.GPU_CASES}
     lines = [
@@ -16,6 +19,7 @@ def rows(path: Path) -> list[str]:
         "leanest rival MiB | error | loop's error | GFLOP/s | of one product |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    sources: set[str] = set()
     for bench in json.loads(path.read_text())["benchmarks"]:
         name, info = bench["param"], bench["extra_info"]
         if name not in cases:
@@ -34,7 +38,8 @@ def rows(path: Path) -> list[str]:
             info[f"{naive}_error"], info["gflops"], f"{efficiency:.2f}",
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+        sources.add(" ".join(f"{key} {info[key]}," for key in SOURCE).rstrip(","))
+    return [*lines, "", *sorted(sources)]
 
 
 if __name__ == "__main__":
