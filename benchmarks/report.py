@@ -8,7 +8,6 @@ from pathlib import Path
 
 import rivals
 
-
 SOURCE = ("commit", "date", "device", "threads", "torch", "python")
 
 
