@@ -49,6 +49,8 @@ std::string message(Status status) {
 
 PYBIND11_MODULE(_C, m) {
     m.attr("TILE") = TILE;
+    m.attr("ROWS") = ROWS;
+    m.attr("GROUP_ROWS") = GROUP_ROWS;
     m.def("use_openmp", [](const std::string& library) { return use_openmp(library.c_str()); });
     m.def("available", [] {
         std::vector<std::string> names;

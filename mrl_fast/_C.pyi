@@ -1,6 +1,8 @@
 """Raw addresses and sizes; ``mrl_fast.cpu`` is the only caller. See csrc/bindings.cpp."""
 
 TILE: int  # rows of a vertical tile
+ROWS: int  # rows of a block of nested scores
+GROUP_ROWS: int  # rows that share column statistics
 
 def use_openmp(library: str, /) -> bool: ...
 def available() -> list[str]: ...  # instruction sets of this processor, best first

@@ -5,7 +5,7 @@ gives every prefix's scores. ``fold`` reduces them as they appear, to a maximum 
 (and column) and prefix; its backward computes them again and turns the statistics' gradients into
 those of x, weight, bias and scales. A loss is what it makes of the statistics: see ``losses/``.
 
-Registered with ``torch.library``, so that ``torch.compile`` sees one opaque call.
+Custom ops with fake kernels, so that ``torch.compile`` sees one opaque call.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from mrl_fast._dispatch import module_of
 
@@ -93,7 +94,7 @@ def _or_empty(x: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [x.new_empty(0, dtype=torch.float32) if t is None else t for t in tensors]
 
 
-@torch.library.custom_op(
+@custom_op(
     "mrl_fast::fold",
     mutates_args=(),
     schema=f"({ARRAYS}{OPTIONS}bool columns, ScalarType? compute_dtype, str impl) "
@@ -122,7 +123,7 @@ def _(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
+@custom_op(
     "mrl_fast::fold_backward",
     mutates_args=(),
     schema=f"({ARRAYS}{OPTIONS}ScalarType? compute_dtype, Tensor row_max, Tensor row_log, "
@@ -151,7 +152,7 @@ def _(x, weight, bias, row_scale, col_scale, *_):
 def _save(ctx, inputs, output) -> None:
     *arrays, ctx.dims, ctx.period = inputs[:10]
     ctx.options = inputs[10:14]  # exclude_own … link
-    ctx.columns, ctx.compute_dtype, ctx.impl = inputs[14:]
+    ctx.compute_dtype, ctx.impl = inputs[15:]
     row_max, row_log, _, _, col_max, col_log = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*arrays, row_max, row_log, col_max, col_log)
@@ -201,7 +202,7 @@ def _norms(x: Tensor, dims: Sequence[int]) -> Tensor:  # [G, B] fp64
     return torch.stack(parts).square().cumsum(0).sqrt()
 
 
-@torch.library.custom_op("mrl_fast::inverse_norms", mutates_args=())
+@custom_op("mrl_fast::inverse_norms", mutates_args=())
 def inverse_norms(x: Tensor, dims: Sequence[int]) -> Tensor:
     """``1 / max(‖x[:, :d]‖, 1e-12)`` of every prefix, ``[G, B]`` fp64: what ``F.normalize`` divides
     by. An error here is one of all of a row's scores, and would not average out."""
@@ -213,7 +214,7 @@ def _(x, dims):
     return x.new_empty((len(dims), x.shape[0]), dtype=torch.float64)
 
 
-@torch.library.custom_op("mrl_fast::inverse_norms_backward", mutates_args=())
+@custom_op("mrl_fast::inverse_norms_backward", mutates_args=())
 def _inverse_norms_backward(x: Tensor, grad: Tensor, dims: Sequence[int]) -> Tensor:
     # d(1/n)/dx = −x/n³, and 0 where the norm was clamped; column j counts in every wider prefix
     norms = _norms(x, dims)
@@ -242,7 +243,7 @@ inverse_norms.register_autograd(
 refuse_double_backward(_inverse_norms_backward)
 
 
-@torch.library.custom_op(
+@custom_op(
     "mrl_fast::nested_logits",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, int[] dims, str impl) -> Tensor",
@@ -257,7 +258,7 @@ def _(x, weight, bias, dims, impl):
     return x.new_empty((len(dims), x.shape[0], weight.shape[0]))
 
 
-@torch.library.custom_op(
+@custom_op(
     "mrl_fast::nested_logits_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, int[] dims, str impl) "
@@ -293,7 +294,7 @@ nested_logits.register_autograd(_logits_gradients, setup_context=_save_logits)
 refuse_double_backward(_nested_logits_backward)
 
 
-@torch.library.custom_op(
+@custom_op(
     "mrl_fast::predict",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, int[] dims, str impl) -> (Tensor, Tensor)",

@@ -74,7 +74,6 @@ def info_nce_rows(
     documents: Tensor,
     dims: Sequence[int],
     *,
-    impl: str,
     scale: Tensor | float,
     directions: Sequence[str],
     partition_mode: str,

@@ -13,6 +13,7 @@
 namespace mrl {
 
 constexpr int ROWS = 48;                // rows of a block: whole strips of 6
+constexpr int GROUP_ROWS = 2 * ROWS;    // rows that share a tile of columns while it is in L2
 constexpr int MAX_WIDTH = 16;           // lanes of the widest vector
 constexpr float LOWEST_SCORE = -1e30f;  // a maximum below every score, and finite
 
@@ -34,7 +35,7 @@ struct Product {
 struct Block {
     const float* scores;  // [prefixes, ROWS, TILE]
     int prefixes, rows, cols;
-    const float* row_scale;  // [prefixes, rows] with rows of prefixes scale_apart apart; null is 1
+    const float* row_scale;  // [prefixes, rows], prefixes row_apart apart; null is 1
     int64_t row_apart;
     const float* col_scale;  // [prefixes, TILE], likewise; padded with 0
     int64_t col_apart;

@@ -3,10 +3,9 @@
 #include "cpu/nested_blocks.h"
 
 namespace mrl {
+namespace {
 
 constexpr int64_t SEGMENT_ROWS = 5 * ROWS;  // rows of a unit of work
-
-namespace {
 
 // A [G, cols] array as [G, tiles · TILE], padded.
 std::vector<float> padded(const float* data, const Scores& s, int64_t apart, float fill) {
@@ -187,8 +186,8 @@ void gradients(const Kernels& kernels, const Scores& s, const Given& from, int t
 
         if (d_row_scale)
             for (int64_t g = 0; g < G; ++g) {
-                for (int64_t row = 0; row < count; ++row)
-                    for (int64_t t = 0; t < tiles; ++t)
+                for (int64_t t = 0; t < tiles; ++t)
+                    for (int64_t row = 0; row < count; ++row)
                         d_row_scale[g * s.rows + begin + row] += row_sums[(t * G + g) * step + row];
                 for (int64_t c = 0; c < s.cols; ++c)
                     for (int64_t i = 0; i < parts; ++i)

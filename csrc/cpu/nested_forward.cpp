@@ -6,10 +6,8 @@
 namespace mrl {
 namespace {
 
-constexpr int64_t GROUP_ROWS = 2 * ROWS;  // rows that share a tile of columns while it is in L2
-
-// Runs fn(thread's scratch, first row, rows, tile) with the scores of each block of a chunk, tiles
-// in order for a group of rows; before(scratch, group) and after(scratch, group) around them.
+// Runs each(scratch, scores, first row, rows, tile) on each block of a chunk, tiles in order for a
+// group of rows; before(scratch, group) and after(scratch, group, begin, end) around them.
 template <class Scratch, class Before, class Each, class After>
 void walk(const Kernels& kernels, const Scores& s, int threads, const Before& before,
           const Each& each, const After& after) {

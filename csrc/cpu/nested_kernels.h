@@ -53,8 +53,8 @@ void product(const Product& p) {
 
 constexpr float NEGATIVE_INFINITY = -__builtin_inff();
 
-inline Vec load_scale(const float* scale, int64_t at) {
-    return Simd::broadcast(scale ? scale[at] : 1.0f);
+inline float row_scale(const Block& b, int g, int r) {
+    return b.row_scale ? b.row_scale[g * b.row_apart + r] : 1.0f;
 }
 
 // The first of a row's own columns in the block, >= TILE if there is none; and its target's.
@@ -73,7 +73,7 @@ inline Own own_columns(const Block& b, int r) {
 inline void read_scores(const Block& b, int g, int r, Own own, float* y) {
     const float* s = b.scores + (g * ROWS + r) * TILE;
     const float* cs = b.col_scale + g * b.col_apart;
-    const float scale = b.row_scale ? b.row_scale[g * b.row_apart + r] : 1.0f;
+    const float scale = row_scale(b, g, r);
     const Vec rs = Simd::broadcast(scale), boost = Simd::broadcast(b.other_boost);
     for (int c = 0; c < TILE; c += W)
         Simd::store(
@@ -297,7 +297,7 @@ void score_gradients(const Block& b, const ScoreGradients& s) {
                     a[t] = value + sum;
                 }
             }
-            const Vec rs = load_scale(b.row_scale, g * b.row_apart + r);
+            const Vec rs = Simd::broadcast(row_scale(b, g, r));
             const float* scores = b.scores + (g * ROWS + r) * TILE;
             const float* col_scale = b.col_scale + g * b.col_apart;
             float* out = s.suffix + g * s.suffix_apart + r * TILE;

@@ -20,7 +20,6 @@ from mrl_fast.cpu.native import address
 
 WORKSPACE_BYTES = 8 << 20  # of score gradients held at a time: they stay in the last cache
 PACKED_BYTES = 8 << 20  # of columns packed at a time: they stay in the last cache
-ROWS, GROUP_ROWS = 48, 96  # as in csrc/cpu/nested.h and nested_forward.cpp
 
 
 def chunks(size: int, step: int) -> Iterator[slice]:
@@ -30,14 +29,14 @@ def chunks(size: int, step: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, size))
 
 
-def statistics_chunks(
-    rows: int, cols: int, depth: int, prefixes: int, columns: bool
+def forward_chunks(
+    rows: int, cols: int, depth: int, prefixes: int, columns: bool = False
 ) -> Iterator[slice]:
     """Ranges of columns whose packed form stays in the last cache, and so does what groups of rows
     leave of their statistics."""
     bytes_a_column = 4 * depth
     if columns:  # three numbers a prefix and group, see csrc/cpu/nested_forward.cpp
-        bytes_a_column += 12 * prefixes * (rows // GROUP_ROWS + 1)
+        bytes_a_column += 12 * prefixes * (rows // _C.GROUP_ROWS + 1)
     return chunks(cols, PACKED_BYTES // bytes_a_column)
 
 
@@ -45,7 +44,7 @@ def gradient_chunks(rows: int, cols: int, depth: int, prefixes: int) -> Iterator
     """Ranges of columns whose packed form and score gradients fit, the latter with about as many
     rows: products over a chunk are as deep as its sides."""
     area = WORKSPACE_BYTES // (4 * prefixes)
-    widest = max(math.isqrt(area), area // max(ROWS, rows))
+    widest = max(math.isqrt(area), area // max(_C.ROWS, rows))
     return chunks(cols, min(widest, PACKED_BYTES // (4 * depth)))
 
 
@@ -123,7 +122,7 @@ def fold_forward(
     soft_sum = None if soft is None else torch.zeros(rows, dtype=torch.float64)
     col_max = torch.empty(cols) if columns else None
     col_sum = torch.empty(cols, dtype=torch.float64) if columns else None
-    for part in statistics_chunks(len(x), len(weight), dims[-1], len(dims), columns):
+    for part in forward_chunks(len(x), len(weight), dims[-1], len(dims), columns):
         scores, alive = problem.chunk(part)
         _C.fold(
             scores, torch.get_num_threads(), native.ISA, row_max.data_ptr(), row_sum.data_ptr(), 0,
@@ -238,8 +237,7 @@ def logits_forward(
 ) -> Tensor:  # [G, B, V] in x's dtype
     problem = _Problem(x, weight, dims, bias=bias)
     out = x.new_empty(len(dims), len(x), len(weight))
-    step = PACKED_BYTES // (4 * dims[-1])
-    for part in chunks(len(weight), step):
+    for part in forward_chunks(len(x), len(weight), dims[-1], len(dims)):
         scores, alive = problem.chunk(part)
         to = out[:, :, part]
         if out.dtype != torch.float32:
@@ -268,7 +266,7 @@ def predict_forward(
     shape = len(dims), len(x)
     row_max, row_sum = torch.full(shape, -torch.inf), torch.zeros(shape, dtype=torch.float64)
     labels = torch.zeros(shape, dtype=torch.int64)
-    for part in chunks(len(weight), PACKED_BYTES // (4 * dims[-1])):
+    for part in forward_chunks(len(x), len(weight), dims[-1], len(dims)):
         scores, alive = problem.chunk(part)
         _C.fold(
             scores, torch.get_num_threads(), native.ISA, row_max.data_ptr(), row_sum.data_ptr(),

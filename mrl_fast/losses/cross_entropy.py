@@ -34,7 +34,7 @@ def matryoshka_cross_entropy(
     """Cross-entropy of every nested prefix, summed, with no logits in memory.
 
     Equals ``sum(c * F.cross_entropy(F.linear(x[:, :d], weight[:, :d], bias), target, ...) for c, d
-    in zip(dim_weights, dims))``. Saves two fp32 numbers a row and prefix; the backward computes the
+    in zip(dim_weights, dims))``. Saves a few numbers a row and prefix; the backward computes the
     scores again. fp32 statistics and gradient accumulation for every input dtype. Differentiable
     once.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
 from mrl_fast import reference
 from mrl_fast._checks import check_choice, check_matrix, check_same_device
@@ -160,7 +161,7 @@ def _options(dims: Sequence[int], columns: int) -> tuple:
     return dims, columns, False, 1.0, 1.0, "softmax"
 
 
-@torch.library.custom_op(
+@custom_op(
     "mrl_fast::distill", mutates_args=(), schema=f"({ARRAYS}str impl) -> (Tensor, Tensor, Tensor)"
 )
 def _distill(x, weight, row_scale, col_scale, rows, cols, dims, temperature, compute_dtype, impl):
@@ -183,7 +184,7 @@ def _(x, weight, row_scale, *_):
     return tuple(torch.empty_like(row_scale) for _ in range(3))
 
 
-@torch.library.custom_op(
+@custom_op(
     "mrl_fast::distill_backward",
     mutates_args=(),
     schema=f"({ARRAYS}Tensor row_max, Tensor row_log, Tensor grad, str impl) "

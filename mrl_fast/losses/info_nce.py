@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,19 +135,19 @@ def matryoshka_info_nce(
     all_documents = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     # of the local rows
     positives = sequence[0][: len(queries)] if target is None else sequence[0][target]
-    compute = reference.info_nce_rows if impl == "reference" else _rows
-    rows = compute(queries, all_queries, positives, all_documents, dims, impl=impl, **arguments)
+    compute = reference.info_nce_rows if impl == "reference" else partial(_rows, impl)
+    rows = compute(queries, all_queries, positives, all_documents, dims, **arguments)
     return nested_loss(rows, dim_weights, reduction, len(queries))
 
 
 def _rows(
+    impl: str,
     queries: Tensor,
     all_queries: Tensor,
     positives: Tensor,
     documents: Tensor,
     dims: tuple[int, ...],
     *,
-    impl: str,
     scale: Tensor | float,
     directions: tuple[str, ...],
     partition_mode: str,
@@ -174,10 +175,7 @@ def _rows(
             boosts["own_boost"] = boost
     both_ways = "doc_to_query" in directions
     # A document's scores are a column of the queries' unless something tells the two apart.
-    by_columns = (
-        both_ways and not boosts and not mask and len(all_queries) == len(queries)
-        and all_queries is queries
-    )  # fmt: skip
+    by_columns = both_ways and not boosts and not mask and all_queries is queries
     to_doc = fold(
         q.x, d.x, **shared, row_scale=q.scaled(scale), col_scale=d.inverse, target=own_document,
         period=period, mask=mask.get("query_to_doc"), columns=by_columns, **boosts,
