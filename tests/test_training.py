@@ -302,6 +302,7 @@ print((status("VmHWM:") - before) / 1024)
         (4096, 4096, 128, 1),
         (8192, 8192, 33, 1),  # narrow: many columns a chunk
         (2, 200_000, 33, 0),  # two rows against many classes
+        (2, 20_000, 1024, 0),  # the same, wide: few columns packed at a time
     ],
 )
 def test_no_score_matrix_is_held(rows, columns, width, clip):
