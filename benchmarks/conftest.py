@@ -14,8 +14,20 @@ from statistics import median, quantiles
 import pytest
 import torch
 
+from mrl_fast import _C
+from mrl_fast.cpu import native
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--isa", default="", help="instruction set of our kernels, e.g. avx2")
+
+
+@pytest.fixture(autouse=True)
+def instruction_set(request, monkeypatch):
+    monkeypatch.setattr(native, "ISA", request.config.getoption("isa"))
 
 
 def pytest_collection_modifyitems(items):
@@ -97,9 +109,7 @@ def processor() -> str:
         return platform.processor()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    from mrl_fast import _C
-
-    return f"{name or platform.machine()}, {_C.available()[0]}"
+    return f"{name or platform.machine()}, {native.ISA or _C.available()[0]}"
 
 
 def seconds_of(call: Callable[[], object]) -> float:
