@@ -139,7 +139,7 @@ def _info_nce(case: Case) -> dict[str, Step]:
     nested = losses.MatryoshkaLoss(model, inner, [*case.dims])  # pyright: ignore
     cached = losses.CachedMultipleNegativesRankingLoss(
         model,  # pyright: ignore[reportArgumentType]
-        mini_batch_size=512,
+        mini_batch_size=512,  # 32 is a tenth leaner and five times slower, 2048 a quarter faster
     )
     losses.MatryoshkaLoss(model, cached, [*case.dims])  # pyright: ignore[reportArgumentType]
 
