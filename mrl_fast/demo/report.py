@@ -122,7 +122,7 @@ def plot_recall(path: Path, rows: Sequence[Row], points: Sequence[Row], data: st
             x = row.time_ms[batch] / batch
             axis.plot(x, row.recall, marker, ms=10, mec="black", mew=0.8, ls="", label=row.name)
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("ms a query")
