@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
-import subprocess
-import sys
-import time
+import os
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 
 import pytest
-import torch
+from measure import DEVICE, alternate, copy_gbps, machine, multiply_gflops
 
-from mrl_fast import _C
 from mrl_fast.cpu import native
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROOT = Path(__file__).parent.parent
 
 
 def pytest_addoption(parser):
     parser.addoption("--isa", default="", help="instruction set of our kernels, e.g. avx2")
+    parser.addoption("--rows", type=int, default=500_000, help="database rows of a search")
+    parser.addoption(
+        "--graph-rows", type=int, default=100_000,
+        help="rows where HNSW and IVF take part, whose building takes minutes",
+    )  # fmt: skip
+    parser.addoption(
+        "--data", type=Path, default=os.environ.get("MRL_FAST_DATA"),
+        help="folder of real vectors: fashion_mnist.npz, vectors.npy; default: $MRL_FAST_DATA",
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +55,7 @@ def compare(benchmark):
         read_bytes: float = 0.0,
         notes: dict[str, object] | None = None,
     ) -> None:
-        calls = {"mrl_fast": ours} | rivals
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for repetition in range(repetitions + 1):
-            for name, call in calls.items():
-                elapsed = seconds_of(call)
-                if repetition:  # the first warms up
-                    seconds[name].append(elapsed)
+        seconds = alternate({"mrl_fast": ours} | rivals, repetitions)
         mine = seconds["mrl_fast"]
         best = min(rivals, key=lambda name: median(seconds[name]))
         info: dict[str, object] = {
@@ -87,52 +82,3 @@ def compare(benchmark):
         print("\n" + "  ".join(f"{key}={value}" for key, value in info.items()))
 
     return run
-
-
-def machine() -> dict[str, object]:
-    """What a row was measured on and from."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    return {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def processor() -> str:
-    if sys.platform != "linux":
-        return platform.processor()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    return f"{name or platform.machine()}, {native.ISA or _C.available()[0]}"
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    if DEVICE == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
-def multiply_gflops() -> float:
-    size = 8192 if DEVICE == "cuda" else 1536
-    x = torch.randn(size, size, device=DEVICE)
-    return 2 * size**3 / median(seconds_of(lambda: x @ x) for _ in range(5)) / 1e9
-
-
-def copy_gbps() -> float:
-    source = torch.ones((1 << 30 if DEVICE == "cuda" else 1 << 28) // 4, device=DEVICE)
-    target = torch.empty_like(source)
-    times = [seconds_of(lambda: target.copy_(source)) for _ in range(5)]
-    return 2 * 4 * source.numel() / median(times) / 1e9

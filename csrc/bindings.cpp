@@ -5,10 +5,13 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cpu/engine.h"
+#include "cpu/memory.h"
 #include "cpu/nested.h"
 #include "cpu/parallel.h"
+#include "cpu/search.h"
 
 namespace py = pybind11;
 using namespace mrl;
@@ -57,37 +60,58 @@ PYBIND11_MODULE(_C, m) {
         for (const Kernels* kernels : available_kernels()) names.push_back(kernels->name);
         return names;
     });
-    m.def("search",
-          [](uintptr_t packed, int64_t packed_dim, uintptr_t tail, int dtype, int64_t stride,
-             int64_t n, uintptr_t queries, int64_t num_queries, int64_t query_stride, int metric,
-             const std::vector<std::pair<int64_t, int64_t>>& stages, int threads,
+    m.def("advise_huge_pages",
+          [](uintptr_t begin, size_t bytes) { advise_huge_pages(at<void>(begin), bytes); });
+    // Spans are tuples (first, rows, packed, codes, tail, stride, stats, stats_stride) in order.
+    py::class_<Rows>(m, "Rows").def(py::init(
+        [](const std::vector<std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
+                                        uintptr_t, int64_t>>& spans,
+           int64_t packed_dim, int64_t code_dim, int dtype, const std::vector<int64_t>& levels) {
+            Rows rows = {{}, packed_dim, code_dim, DType(dtype), levels};
+            for (const auto& [first, n, packed, codes, tail, stride, stats, stats_stride] : spans)
+                rows.spans.push_back({first, n, at<float>(packed), at<uint8_t>(codes),
+                                      at<void>(tail), stride, at<float>(stats), stats_stride});
+            return rows;
+        }));
+    m.def("search", [](const Rows& rows, uintptr_t queries, int64_t num_queries,
+                       int64_t query_stride, int metric,
+                       const std::vector<std::pair<int64_t, int64_t>>& stages, int threads,
+                       const std::string& isa, uintptr_t scores, uintptr_t ids) {
+        const Kernels& kernels = kernels_named(isa);
+        std::vector<Stage> list;
+        for (const auto& [dim, keep] : stages) list.push_back({dim, keep});
+        py::gil_scoped_release unlocked;
+        return message(search(kernels, rows, {at<float>(queries), num_queries, query_stride},
+                              Metric(metric), list, threads, at<float>(scores), at<int64_t>(ids)));
+    });
+    m.def("exact_search", [](const Rows& rows, uintptr_t queries, int64_t num_queries,
+                             int64_t query_stride, int metric, int64_t dim, int64_t k, int threads,
+                             const std::string& isa, uintptr_t scores, uintptr_t ids,
+                             uintptr_t touched) {
+        const Kernels& kernels = kernels_named(isa);
+        py::gil_scoped_release unlocked;
+        return message(exact_search(kernels, rows, {at<float>(queries), num_queries, query_stride},
+                                    Metric(metric), dim, k, threads, at<float>(scores),
+                                    at<int64_t>(ids), at<int64_t>(touched)));
+    });
+    m.def("rerank",
+          [](const Rows& rows, uintptr_t queries, int64_t num_queries, int64_t query_stride,
+             int metric, uintptr_t candidates, int64_t count, int64_t dim, int64_t k, int threads,
              const std::string& isa, uintptr_t scores, uintptr_t ids) {
               const Kernels& kernels = kernels_named(isa);
-              std::vector<Stage> list;
-              for (const auto& [dim, keep] : stages) list.push_back({dim, keep});
               py::gil_scoped_release unlocked;
-              return message(search(
-                  kernels, {at<float>(packed), packed_dim, at<void>(tail), DType(dtype), stride, n},
-                  {at<float>(queries), num_queries, query_stride}, Metric(metric), list, threads,
-                  at<float>(scores), at<int64_t>(ids)));
+              return message(rerank(kernels, rows, {at<float>(queries), num_queries, query_stride},
+                                    Metric(metric), at<int64_t>(candidates), count, dim, k, threads,
+                                    at<float>(scores), at<int64_t>(ids)));
           });
-    m.def("rerank", [](uintptr_t data, int dtype, int64_t stride, int64_t n, uintptr_t queries,
-                       int64_t num_queries, int64_t query_stride, int metric, uintptr_t candidates,
-                       int64_t count, int64_t dim, int64_t k, int threads, const std::string& isa,
-                       uintptr_t scores, uintptr_t ids) {
+    m.def("store", [](const Rows& rows, uintptr_t data, int dtype, int64_t stride, int64_t dim,
+                      int64_t begin, int64_t n, int threads, const std::string& isa,
+                      uintptr_t packed, uintptr_t codes, uintptr_t stats, int64_t stats_stride) {
         const Kernels& kernels = kernels_named(isa);
         py::gil_scoped_release unlocked;
-        return message(rerank(kernels, {nullptr, 0, at<void>(data), DType(dtype), stride, n},
-                              {at<float>(queries), num_queries, query_stride}, Metric(metric),
-                              at<int64_t>(candidates), count, dim, k, threads, at<float>(scores),
-                              at<int64_t>(ids)));
-    });
-    m.def("pack_rows", [](uintptr_t data, int dtype, int64_t stride, int64_t n, int64_t cols,
-                          int threads, const std::string& isa, uintptr_t tiles) {
-        const Kernels& kernels = kernels_named(isa);
-        py::gil_scoped_release unlocked;
-        return message(pack_rows(kernels, at<void>(data), DType(dtype), stride, n, cols, threads,
-                                 at<float>(tiles)));
+        return message(store(kernels, rows, at<void>(data), DType(dtype), stride, dim, begin, n,
+                             threads, at<float>(packed), at<uint8_t>(codes), at<float>(stats),
+                             stats_stride));
     });
     // Fields as in nested.h; an address that is not named is null, a factor 1, a flag false.
     py::class_<Scores>(m, "Scores").def(py::init([](const py::kwargs& fields) {

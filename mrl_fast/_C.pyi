@@ -6,15 +6,25 @@ GROUP_ROWS: int  # rows that share column statistics
 
 def use_openmp(library: str, /) -> bool: ...
 def available() -> list[str]: ...  # instruction sets of this processor, best first
+def advise_huge_pages(begin: int, bytes: int, /) -> None: ...
+
+class Rows:
+    """Vectors to search, as spans ``(first, rows, packed, codes, tail, stride, stats,
+    stats_stride)``; see csrc/cpu/search.h. Holds addresses, not the arrays."""
+
+    def __init__(
+        self,
+        spans: list[tuple[int, ...]],
+        packed_dim: int,
+        code_dim: int,
+        dtype: int,
+        levels: list[int],
+        /,
+    ) -> None: ...
 
 # An empty string, or what is wrong with the vectors.
 def search(
-    packed: int,
-    packed_dim: int,
-    tail: int,
-    dtype: int,
-    stride: int,
-    n: int,
+    rows: Rows,
     queries: int,
     num_queries: int,
     query_stride: int,
@@ -26,11 +36,23 @@ def search(
     ids: int,
     /,
 ) -> str: ...
+def exact_search(
+    rows: Rows,
+    queries: int,
+    num_queries: int,
+    query_stride: int,
+    metric: int,
+    dim: int,
+    k: int,
+    threads: int,
+    isa: str,
+    scores: int,
+    ids: int,
+    touched: int,
+    /,
+) -> str: ...
 def rerank(
-    data: int,
-    dtype: int,
-    stride: int,
-    n: int,
+    rows: Rows,
     queries: int,
     num_queries: int,
     query_stride: int,
@@ -45,8 +67,21 @@ def rerank(
     ids: int,
     /,
 ) -> str: ...
-def pack_rows(
-    data: int, dtype: int, stride: int, n: int, cols: int, threads: int, isa: str, tiles: int, /
+def store(
+    rows: Rows,
+    data: int,
+    dtype: int,
+    stride: int,
+    dim: int,
+    begin: int,
+    n: int,
+    threads: int,
+    isa: str,
+    packed: int,
+    codes: int,
+    stats: int,
+    stats_stride: int,
+    /,
 ) -> str: ...
 
 class Scores:

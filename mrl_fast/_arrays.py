@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mrl_fast._types import SearchResult
+from mrl_fast._types import ExactResult, SearchResult
 
 
 def as_tensor(x: Any, name: str) -> Tensor:
@@ -62,4 +62,7 @@ def like(x: Any) -> Callable[[Tensor], Any]:
 
 def result_like(x: Any, result: SearchResult) -> SearchResult:
     convert = like(x)
-    return SearchResult(convert(result.scores), convert(result.ids))
+    converted = type(result)(convert(result.scores), convert(result.ids))
+    if isinstance(result, ExactResult) and isinstance(converted, ExactResult):
+        converted.rows_touched = convert(result.rows_touched)
+    return converted

@@ -43,3 +43,14 @@ class SearchResult(NamedTuple):
 
     scores: Any  # a tensor or an array: the kind of the queries
     ids: Any
+
+
+class ExactResult(SearchResult):
+    """The k best rows of each query, certified.
+
+    Attributes:
+        rows_touched: ``[B]`` int64, rows whose columns beyond the prefix were read; all of them
+            where bounds would not have paid.
+    """
+
+    rows_touched: Any

@@ -1,8 +1,7 @@
 """An index over nested vectors: search a short prefix of every row, rerank the few that are left.
 
-No column is stored twice: the first prefix lies in vertical tiles for scanning, the other columns
-    row-major for
-reranking, and a search that wants both goes from one to the other.
+The first prefix lies in tiles for scanning, as it is or as int8, and the other columns row-major
+for reranking; a search goes from one to the other, and no fp32 column is stored twice.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mrl_fast import cpu
+from mrl_fast import tune as tuning
 from mrl_fast._arrays import as_tensor, like, result_like
-from mrl_fast._C import TILE
 from mrl_fast._checks import (
     METRICS,
     check_choice,
@@ -25,9 +24,11 @@ from mrl_fast._checks import (
     check_matrix,
     check_stages,
 )
-from mrl_fast._types import SearchResult
+from mrl_fast._types import ExactResult, SearchResult
+from mrl_fast.rotation import Rotation
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PREFIX_DTYPES = ("float32", "int8")
 
 
 class MatryoshkaIndex:
@@ -38,23 +39,40 @@ class MatryoshkaIndex:
             D; the first is laid out for scanning, so it should be the dim that searches start with.
         metric: ``"cosine"`` (each prefix normalised on its own), ``"ip"`` or ``"l2"`` (scores are
             −squared distance).
-        dtype: What the columns after the first prefix are stored as: ``"float32"``, ``"float16"``
-            or ``"bfloat16"``. Vectors are rounded to it as they are added; the first prefix keeps
-            the rounded values in fp32.
+        dtype: What vectors are stored as: ``"float32"``, ``"float16"`` or ``"bfloat16"``. They are
+            rounded to it as they are added.
+        prefix_dtype: What the first prefix is scanned as: ``"float32"``, or ``"int8"``, a quarter
+            of the bytes: a code for a shortlist and for bounds, one unit a row, from which no score
+            is returned; reranking starts at the first column of the vectors as stored.
+        rotation: ``"pca"`` for vectors that were not trained to be cut: an orthogonal rotation that
+            puts their energy first, fitted by ``fit`` or else on the first vectors that are added.
+            Inner products, distances and full-width cosines keep their values up to rounding.
 
     Raises:
-        ValueError, TypeError: Dims that do not ascend, an unknown metric or dtype.
+        ValueError, TypeError: Dims that do not ascend, an unknown metric, dtype or rotation.
     """
 
-    def __init__(self, dims: Sequence[int], *, metric: str = "cosine", dtype: str = "float32"):
+    def __init__(
+        self,
+        dims: Sequence[int],
+        *,
+        metric: str = "cosine",
+        dtype: str = "float32",
+        prefix_dtype: str = "float32",
+        rotation: str | None = None,
+    ):
         self.dims = check_dims(dims)
         self.metric = check_choice(metric, "metric", METRICS)
         self.dtype = check_choice(dtype, "dtype", tuple(DTYPES))
-        self._count = 0
-        self._next_id = 0  # one more than the largest id
-        self._tiles = torch.empty(0, self.dims[0], TILE)  # columns [0, dims[0]), fp32
-        self._tail = torch.empty(0, self.width - self.dims[0], dtype=DTYPES[dtype])  # the others
+        self.prefix_dtype = check_choice(prefix_dtype, "prefix_dtype", PREFIX_DTYPES)
+        if rotation is not None:
+            check_choice(rotation, "rotation", ("pca",))
+        self._rotation = None if rotation is None else Rotation(self.width)
+        layout = cpu.Layout(self.dims[0], self.width, DTYPES[dtype], coded=prefix_dtype == "int8")
+        self._store = cpu.Store(layout)
         self._ids = torch.empty(0, dtype=torch.int64)
+        self._next_id = 0  # one more than the largest id
+        self._tuned: tuple[list[tuple[int, int]] | None, int, int] | None = None  # stages, k, rows
 
     @property
     def width(self) -> int:
@@ -64,24 +82,52 @@ class MatryoshkaIndex:
     @property
     def ids(self) -> Tensor:
         """The rows' ids in the order they were added, ``[N]`` int64."""
-        return self._ids[: self._count].clone()
+        return self._ids.clone()
+
+    @property
+    def rotation(self) -> Tensor | None:
+        """The rotation, ``[D, D]`` fp32, its rows the new axes; None where there is none yet."""
+        return None if self._rotation is None else self._rotation.axes
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes, room for growth included."""
-        return sum(t.numel() * t.element_size() for t in (self._tiles, self._tail, self._ids))
+        """Memory held, in bytes: vectors, codes, norms, ids."""
+        return self._store.nbytes + 8 * len(self._ids)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._ids)
 
     def __repr__(self) -> str:
+        prefix = "" if self.prefix_dtype == "float32" else f", prefix_dtype={self.prefix_dtype!r}"
+        rotation = "" if self._rotation is None else ", rotation='pca'"
         return (
-            f"MatryoshkaIndex(dims={self.dims}, metric={self.metric!r}, dtype={self.dtype!r}): "
-            f"{len(self):,} vectors, {self.nbytes / 2**20:,.1f} MiB"
+            f"MatryoshkaIndex(dims={self.dims}, metric={self.metric!r}, dtype={self.dtype!r}"
+            f"{prefix}{rotation}): {len(self):,} vectors, {self.nbytes / 2**20:,.1f} MiB"
         )
+
+    def fit(self, samples: Any) -> None:
+        """Fits the rotation to samples, instead of to the first vectors that are added.
+
+        Args:
+            samples: ``[n, D]`` floating point; a few times D of them are enough.
+
+        Raises:
+            ValueError, TypeError: An index without rotation, or one that holds vectors already;
+                samples of a wrong shape or dtype, NaN or infinite values, or none.
+        """
+        if self._rotation is None:
+            raise ValueError("rotation: expected 'pca' where samples are given, got None")
+        if len(self):
+            raise ValueError(f"samples: expected an empty index, got {len(self)} vectors in it")
+        x = self._check_vectors(samples, "samples")
+        if not len(x):
+            raise ValueError("samples: expected at least one vector, got none")
+        self._rotation = Rotation(self.width).fit(x)
 
     def add(self, vectors: Any, ids: Any = None) -> None:
         """Appends vectors; all of them or, where anything is wrong, none.
+
+        Vectors that are stored never move: adding costs what the new vectors cost.
 
         Args:
             vectors: ``[n, D]`` floating point, any row stride: tensor, numpy array or DLPack
@@ -94,24 +140,24 @@ class MatryoshkaIndex:
                 taken.
         """
         x = self._check_vectors(vectors, "vectors")
-        if x.dtype != DTYPES[self.dtype]:
-            x = x.to(DTYPES[self.dtype])
-            check_finite(x, f"vectors as {self.dtype}")
         new_ids = self._check_ids(ids, len(x))
-        begin, end, prefix = self._count, self._count + len(x), self.dims[0]
         if not len(x):
             return
-        self._reserve(end)
-        self._tail[begin:end] = x[:, prefix:]
-        self._ids[begin:end] = new_ids
-        # A tile that is already begun is completed lane by lane; the rest starts at a tile.
-        lane = begin % TILE
-        fill = min(-begin % TILE, len(x))
-        if fill:
-            self._tiles[begin // TILE, :, lane : lane + fill] = x[:fill, :prefix].T
-        if fill < len(x):
-            cpu.pack(x[fill:, :prefix], self._tiles[(begin + fill) // TILE :])
-        self._count = end
+        rotation = self._rotation
+        if rotation is not None and rotation.axes is None:
+            rotation = Rotation(self.width).fit(x)
+
+        def convert(part: Tensor) -> Tensor:
+            if rotation is not None:
+                part = rotation.apply(part)
+            stored = part.to(DTYPES[self.dtype])
+            if stored.dtype != part.dtype:
+                check_finite(stored, f"vectors as {self.dtype}")
+            return stored
+
+        self._store.append(x, convert)
+        self._rotation = rotation
+        self._ids = torch.cat([self._ids, new_ids])
         self._next_id = max(self._next_id, int(new_ids.max()) + 1)
 
     def search(
@@ -129,14 +175,17 @@ class MatryoshkaIndex:
             k: Neighbours a query, at least 1; beyond the vectors there are they are missing.
             stages: ``(dim, keep)`` pairs, dims of the index ascending, keeps not growing, the last
                 at least k: search all rows by the first dim and rerank what each stage keeps by the
-                next. None searches all rows at width D.
-            exact: Insist on the answer at width D; an error together with stages.
+                next. None: the stages that ``tune`` chose, where it did, for at least this k, and
+                at most a tenth of the vectors were added since; else exact.
+            exact: The k best at width D by fp64 scores, provably: rows are dropped only where a
+                bound on their score says that they cannot be among them. An error together with
+                stages.
 
         Returns:
             SearchResult: scores ``[B, k]`` fp32 at the last stage's dim and ids ``[B, k]`` int64,
-                best first, of the
-            kind of the queries; −inf and −1 where missing. Equal scores are in the order the
-            vectors were added.
+                best first, of the kind of the queries; −inf and −1 where missing. Equal scores are
+                in the order the vectors were added. An exact search's is an ExactResult, which says
+                how many rows were read.
 
         Raises:
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, stages that do
@@ -144,29 +193,67 @@ class MatryoshkaIndex:
         """
         q = self._check_vectors(queries, "queries").float()
         k = check_int(k, "k", 1)
-        if stages is None:
-            checked = [(self.width, k)]
-        elif exact:
+        if exact and stages is not None:
             raise ValueError("exact: expected False where stages are given, got True")
+        if self._rotation is not None and len(self):
+            q = self._rotation.apply(q)
+        checked = self._tuned_stages(k) if stages is None else self._check_stages(stages, k)
+        rows = self._store.rows
+        if exact or checked is None:
+            scores, found, touched = cpu.exact_search(q, rows, self.width, k, self.metric)
+            result = ExactResult(scores, self._ids_of(found))
+            result.rows_touched = touched
         else:
-            checked = list(check_stages(stages))
-            for i, (dim, _) in enumerate(checked):
-                if dim not in self.dims:
-                    raise ValueError(f"stages[{i}] dim: expected one of {self.dims}, got {dim}")
-            if checked[-1][1] < k:
-                raise ValueError(
-                    f"stages: expected a last keep of at least k={k}, got {checked[-1][1]}"
-                )
-            checked[-1] = (checked[-1][0], k)
-        scores, rows = cpu.search_rows(
-            q, self._tiles, self._tail, self._count, checked, self.metric
-        )
-        if self._count:
-            rows = torch.where(rows >= 0, self._ids[rows.clamp(min=0)], -1)
-        return result_like(queries, SearchResult(scores, rows))
+            scores, found = cpu.search_rows(q, rows, checked, self.metric)
+            result = SearchResult(scores, self._ids_of(found))
+        return result_like(queries, result)
+
+    def tune(
+        self,
+        queries: Any,
+        k: int = 10,
+        recall: float = 0.99,
+        *,
+        batch: int | None = None,
+        progress: bool = True,
+    ) -> tuning.TuneReport:
+        """Finds the fastest stages that reach a recall, by measuring on this machine.
+
+        Plain searches for at most this k use them from then on.
+
+        Args:
+            queries: ``[n, D]`` samples of what will be asked, at least 256, none of them used to
+                train or to tune before.
+            k: Neighbours a query. recall: Share of the exact k best that must be found, in (0, 1).
+            batch: Queries a call whose time counts; None is all of them at once.
+            progress: Show a bar.
+
+        Returns:
+            TuneReport: ``stages`` (None where the exact search is the fastest or nothing else is
+            safe) and a row for every list that was tried; ``print`` shows the table, ``plot(path)``
+            draws it.
+
+        Raises:
+            ValueError, TypeError: Too few queries, a wrong shape or dtype; an empty index.
+        """
+        q = self._check_vectors(queries, "queries").float()
+        report = tuning.tune(self, q, k, recall, batch=batch, progress=progress)
+        self._tuned = (report.stages, report.k, len(self))
+        return report
+
+    def explain(self, stages: Sequence[tuple[int, int]], *, batch: int = 1) -> tuning.Explanation:
+        """What a stage list costs a query: rows visited, multiply-adds, bytes read.
+
+        Args:
+            stages: As in ``search``.
+            batch: Queries a call; they share what is read of the first stage.
+        """
+        checked = self._check_stages(stages, 1)
+        return tuning.explain(self, checked, batch=batch)
 
     def reconstruct(self, ids: Any) -> Any:
-        """The vectors of these ids, ``[n, D]`` fp32, as stored.
+        """The vectors of these ids, ``[n, D]`` fp32, as stored; rotated back where they were
+        rotated.
 
         Args:
             ids: ``[n]`` int64.
@@ -177,16 +264,37 @@ class MatryoshkaIndex:
         wanted = as_tensor(ids, "ids")
         if wanted.dtype != torch.int64 or wanted.ndim != 1:
             raise TypeError(f"ids: expected [n] int64, got {list(wanted.shape)} {wanted.dtype}")
-        by_id, order = self._ids[: self._count].sort()
+        by_id, order = self._ids.sort()
         place = torch.searchsorted(by_id, wanted)
         known = torch.zeros_like(wanted, dtype=torch.bool)
-        if self._count:
-            known = by_id[place.clamp(max=self._count - 1)] == wanted
+        if len(self):
+            known = by_id[place.clamp(max=len(self) - 1)] == wanted
         if not known.all():
             raise ValueError(f"ids: expected ids of the index, got {int(wanted[~known][0])}")
-        rows = order[place] if len(wanted) else wanted
-        prefix = self._tiles[rows // TILE, :, rows % TILE]
-        return like(ids)(torch.cat([prefix, self._tail[rows].float()], dim=1))
+        vectors = self._store.vectors(order[place] if len(wanted) else wanted)
+        if self._rotation is not None and len(self):
+            vectors = self._rotation.undo(vectors)
+        return like(ids)(vectors)
+
+    def _ids_of(self, rows: Tensor) -> Tensor:
+        return torch.where(rows >= 0, self._ids[rows.clamp(min=0)], -1) if len(self) else rows
+
+    def _tuned_stages(self, k: int) -> list[tuple[int, int]] | None:
+        stages, tuned_k, rows = self._tuned or (None, 0, 0)
+        if stages is None or k > tuned_k or len(self) > 1.1 * rows:
+            return None
+        return [*stages[:-1], (stages[-1][0], k)]
+
+    def _check_stages(self, stages: Any, k: int) -> list[tuple[int, int]]:
+        checked = list(check_stages(stages))
+        for i, (dim, _) in enumerate(checked):
+            if dim not in self.dims:
+                raise ValueError(f"stages[{i}] dim: expected one of {self.dims}, got {dim}")
+        if checked[-1][1] < k:
+            raise ValueError(
+                f"stages: expected a last keep of at least k={k}, got {checked[-1][1]}"
+            )
+        return [*checked[:-1], (checked[-1][0], k)]
 
     def _check_vectors(self, vectors: Any, name: str) -> Tensor:
         x = check_matrix(as_tensor(vectors, name), name)
@@ -209,26 +317,9 @@ class MatryoshkaIndex:
             raise ValueError(f"ids: expected ids of at least 0, got {int(new.min())}")
         ascending = not count or bool((new[0] >= self._next_id) & (new.diff() > 0).all())
         if not ascending:  # otherwise none can be taken
-            values, counts = torch.cat([self._ids[: self._count], new]).unique(return_counts=True)
-            if len(values) < self._count + count:
+            values, counts = torch.cat([self._ids, new]).unique(return_counts=True)
+            if len(values) < len(self) + count:
                 raise ValueError(
                     f"ids: expected ids that are not in use, got {int(values[counts > 1][0])}"
                 )
         return new
-
-    def _reserve(self, count: int) -> None:
-        """Room for ``count`` rows; grows by half at least, so that many small adds stay cheap."""
-        room = len(self._ids)
-        if count <= room:
-            return
-        rows = max(count, room + room // 2)
-        rows += -rows % TILE
-        self._tiles = _grown(self._tiles, rows // TILE, -(-self._count // TILE))
-        self._tail = _grown(self._tail, rows, self._count)
-        self._ids = _grown(self._ids, rows, self._count)
-
-
-def _grown(old: Tensor, length: int, used: int) -> Tensor:
-    new = old.new_empty(length, *old.shape[1:])
-    new[:used] = old[:used]
-    return new

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mrl_fast import MatryoshkaIndex, funnel_search, prefix_topk
+from mrl_fast import _C, MatryoshkaIndex, funnel_search, prefix_topk
+from mrl_fast.cpu import native, storage
 
 DIMS = (16, 32, 96)
 STAGES = [(16, 100), (32, 50), (96, 20)]
@@ -25,7 +26,7 @@ def test_equals_the_functional_ops(metric, dtype):
     assert len(index) == 1000
     assert torch.equal(index.reconstruct(torch.tensor([999, 0, 77])), stored[[999, 0, 77]])
     for ours, theirs in [
-        (index.search(q, 10), prefix_topk(q, stored, 10, metric=metric)),
+        (index.search(q, 10, stages=[(96, 10)]), prefix_topk(q, stored, 10, metric=metric)),
         (index.search(q, 20, stages=STAGES), funnel_search(q, stored, STAGES, metric=metric)),
         (
             index.search(q, 10, stages=[(32, 10)]),
@@ -77,14 +78,11 @@ def test_equal_vectors_come_in_the_order_of_adding():
     assert staged.ids.tolist() == [[100, 99, 98, 97, 96]]
 
 
-def test_many_small_adds_reserve_ahead():
+def test_many_small_adds_fill_few_blocks():
     index = MatryoshkaIndex((8,))
-    grown = 0
-    for i in range(500):
-        before = index.nbytes
+    for i in range(3000):
         index.add(torch.full((1, 8), float(i + 1)))
-        grown += index.nbytes != before
-    assert grown < 15 and len(index) == 500
+    assert len(index._store.blocks) == 3 and len(index) == 3000  # of 1,024, 1,024 and 2,048
 
 
 @pytest.mark.parametrize(
@@ -127,6 +125,12 @@ def test_many_small_adds_reserve_ahead():
         (lambda i: MatryoshkaIndex((8, 8)), ValueError, "dims: expected strictly ascending"),
         (lambda i: MatryoshkaIndex((8,), metric="dot"), ValueError, "metric: expected one of"),
         (lambda i: MatryoshkaIndex((8,), dtype="int8"), ValueError, "dtype: expected one of"),
+        (
+            lambda i: MatryoshkaIndex((8,), prefix_dtype="int4"),
+            ValueError,
+            "prefix_dtype: expected one of",
+        ),
+        (lambda i: MatryoshkaIndex((8,), rotation="opq"), ValueError, "rotation: expected one of"),
     ],
 )
 def test_bad_input(call, error, message):
@@ -142,3 +146,135 @@ def test_values_beyond_half_precision_are_refused():
     with pytest.raises(ValueError, match="vectors as float16: expected finite values"):
         index.add(vectors(1) * 1e6)
     assert len(index) == 0
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_prefix_chooses_and_the_vectors_score(metric, dtype):
+    x, q = vectors(3000), vectors(20, seed=1)
+    x[:, 16:] *= 0.1  # the prefix decides
+    index = MatryoshkaIndex((13, 96), metric=metric, dtype=dtype, prefix_dtype="int8")
+    for part in x.split([1, 70, 57, 0, 200, 2672]):
+        index.add(part)
+    stored = x.to(getattr(torch, dtype)).float()
+    assert torch.equal(index.reconstruct(torch.tensor([2999, 0, 77])), stored[[2999, 0, 77]])
+    exact = prefix_topk(q, stored, 10, metric=metric)
+    found = index.search(q, 10, stages=[(13, 300), (96, 10)])
+    same = found.ids == exact.ids
+    assert same.float().mean() > 0.95
+    assert torch.equal(found.scores[same], exact.scores[same])  # scored as vectors, to the bit
+    # All rows kept: what the codes say cannot matter any more.
+    for ours, theirs in [
+        (index.search(q, 10, stages=[(13, 3000), (96, 10)]), exact),
+        (
+            index.search(q, 10, stages=[(13, 10)]),
+            prefix_topk(q, stored, 10, dim=13, metric=metric),
+        ),
+    ]:
+        assert torch.equal(ours.scores, theirs.scores) and torch.equal(ours.ids, theirs.ids)
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+def test_codes_are_the_same_on_every_instruction_set(metric, monkeypatch):
+    x, q = vectors(3000), vectors(33, seed=1)
+    results = []
+    for isa in _C.available():
+        monkeypatch.setattr(native, "ISA", isa)
+        index = MatryoshkaIndex(DIMS, metric=metric, prefix_dtype="int8")
+        index.add(x)
+        results.append(index.search(q, 40, stages=[(16, 40), (96, 40)]).ids.sort().values)
+    assert all(torch.equal(ids, results[0]) for ids in results)
+
+
+def test_rows_lie_in_blocks_that_never_move(monkeypatch):
+    monkeypatch.setattr(storage, "BLOCK_ROWS", (192, 64))
+    x, q = vectors(1000), vectors(20, seed=1)
+    for prefix_dtype in ("float32", "int8"):
+        index = MatryoshkaIndex(DIMS, metric="ip", prefix_dtype=prefix_dtype)
+        places = []
+        for part in x.split(70):
+            index.add(part)
+            places.append([block.tail.data_ptr() for block in index._store.blocks])
+        assert all(a == places[-1][: len(a)] for a in places) and len(places[-1]) > 4
+        result = index.search(q, 20, stages=[(16, 1000), (32, 900), (96, 20)])
+        expected = prefix_topk(q, x, 20)
+        assert torch.equal(result.scores, expected.scores)
+        assert torch.equal(result.ids, expected.ids)
+        rows = torch.randperm(1000)[:300]
+        assert torch.equal(index.reconstruct(rows), x[rows])
+
+
+def test_memory_beyond_the_vectors():
+    for prefix_dtype in ("float32", "int8"):
+        index = MatryoshkaIndex((64, 768), prefix_dtype=prefix_dtype)
+        x = torch.randn(5000, 768)
+        index.add(x)
+        assert index.nbytes < 1.1 * x.numel() * 4
+
+
+def decaying(rows, seed=0):
+    """Vectors whose energy lies in a random subspace of few dimensions."""
+    generator = torch.Generator().manual_seed(5)
+    axes = torch.linalg.qr(torch.randn(96, 96, generator=generator)).Q
+    spread = 1 / (1 + torch.arange(96))
+    generator.manual_seed(seed)
+    return (torch.randn(rows, 96, generator=generator) * spread) @ axes
+
+
+@pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+def test_rotation(metric, prefix_dtype):
+    x, q = decaying(2000), decaying(30, seed=1)
+    index = MatryoshkaIndex(DIMS, metric=metric, prefix_dtype=prefix_dtype, rotation="pca")
+    assert index.search(q, 3).ids.tolist() == [[-1] * 3] * 30 and index.rotation is None
+    index.add(x[:1500])
+    axes = index.rotation
+    index.add(x[1500:])
+    assert torch.equal(index.rotation, axes)
+    torch.testing.assert_close(axes @ axes.T, torch.eye(96), atol=2e-6, rtol=0)
+    torch.testing.assert_close(index.reconstruct(index.ids[:50]), x[:50], atol=2e-6, rtol=0)
+    exact = prefix_topk(q, x, 10, metric=metric)
+    found = index.search(q, 10, exact=True)
+    torch.testing.assert_close(found.scores, exact.scores, atol=1e-5, rtol=1e-5)
+    assert (found.ids == exact.ids).float().mean() > 0.99
+
+    def recall(index):
+        ids = index.search(q, 10, stages=[(16, 60), (96, 10)]).ids
+        return (ids[:, :, None] == exact.ids[:, None]).any(dim=2).float().mean()
+
+    plain = MatryoshkaIndex(DIMS, metric=metric, prefix_dtype=prefix_dtype)
+    plain.add(x)
+    assert recall(index) > 0.99 > 0.95 > recall(plain)
+    single = index.search(q[4:5], 10, stages=[(16, 60), (96, 10)])
+    batch = index.search(q, 10, stages=[(16, 60), (96, 10)])
+    assert torch.equal(single.scores[0], batch.scores[4])  # a query's rotation is its own
+
+
+def test_rotation_fitted_on_samples():
+    x = decaying(500)
+    index = MatryoshkaIndex(DIMS, rotation="pca")
+    index.fit(decaying(300, seed=2).numpy())
+    axes = index.rotation
+    index.add(x[:2])
+    assert torch.equal(index.rotation, axes)
+    moments = axes @ (decaying(300, seed=2).T @ decaying(300, seed=2)) @ axes.T
+    energy = moments.diagonal()
+    assert (energy[:-1] >= energy[1:] - 1e-4).all()
+    assert (moments - energy.diag()).abs().max() < 1e-3 * energy[0]
+    with pytest.raises(ValueError, match="samples: expected an empty index, got 2 vectors"):
+        index.fit(x)
+    with pytest.raises(ValueError, match="rotation: expected 'pca'"):
+        MatryoshkaIndex(DIMS).fit(x)
+    with pytest.raises(ValueError, match="samples: expected at least one vector"):
+        MatryoshkaIndex(DIMS, rotation="pca").fit(x[:0])
+
+
+def test_a_failed_add_leaves_everything_as_it_was():
+    index = MatryoshkaIndex(DIMS, dtype="float16", rotation="pca")
+    x = vectors(3)
+    x[2] *= 1e6  # beyond half precision once all others are stored
+    with pytest.raises(ValueError, match="vectors as float16: expected finite values"):
+        index.add(x)
+    assert len(index) == 0 and index.rotation is None
+    index.add(vectors(3))
+    assert len(index) == 3 and index.ids.tolist() == [0, 1, 2]

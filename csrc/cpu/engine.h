@@ -1,39 +1,24 @@
-// Prefix dot products on the CPU: tiles of 64 rows side by side, one fused multiply-add a column
-// and pair.
+// What the kernels are and what they work on: prefix dot products of queries with tiles of 64 rows
+// side by side, one fused multiply-add a column and pair.
 //
 // The canonical score of a pair is one chain of multiply-adds over the columns in their order, so a
 // partial score can be carried from one prefix to the next, and no blocking, batching or threading
-// can change a bit of it.
+// can change a bit of it. Scores of int8 codes are sums of integers: exact in any order.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 namespace mrl {
 
 constexpr int TILE = 64;      // rows of a tile
 constexpr int MAX_GROUP = 6;  // queries scored together
+constexpr int MAX_TERMS = 4;  // of a score's linear form
 
 enum class DType : int { F32, F16, BF16 };
 enum class Metric : int { IP, COSINE, L2 };
-
-// The database. Columns [0, packed_dim) lie in vertical tiles, the others row-major in `tail`.
-struct Rows {
-    const float* packed;  // [ceil(n / TILE), packed_dim, TILE]
-    int64_t packed_dim;
-    const void* tail;  // tail column 0 is column packed_dim
-    DType dtype;
-    int64_t stride;  // of the tail, in elements
-    int64_t n;
-};
-
-struct Queries {
-    const float* data;  // [n, stride]
-    int64_t n;
-    int64_t stride;
-};
+enum class Source : int { PRODUCT, DIFFERENCE, CODES };  // Σ q·x, −Σ (q − x)², Σ code·code
 
 // A kept row. `key` orders by (score descending, row ascending) when sorted descending; 0 is no
 // row.
@@ -68,17 +53,27 @@ struct Segment {
     int64_t cols;
 };
 
-// One tile against one group of queries.
+// One tile against one group of queries. A score is
+// sum · row_scale · query_scale + Σ_j term_factors[j] · term_values[j].
 struct Scan {
-    Segment segments[2];
-    const float* panel;        // [cols, group]
-    const float* query_scale;  // [group], inverse norms; cosine only
-    const float* row_scale;    // [TILE], inverse norms; cosine only
-    const float* row_sqnorm;   // [TILE]; cosine only
+    Segment segments[2];        // fp32 columns
+    const uint8_t* codes;       // [quads, TILE, 4], a code plus 128
+    int64_t quads;              // of four columns
+    const void* panel;          // [cols, group] fp32; of codes [quads, group, Kernels::quad_bytes]
+    const int32_t* offsets;     // [group], −128 · Σ of a query's codes
+    const float* row_scale;     // [TILE]; null: scores are the bare sums and have no terms
+    const float* query_scale;   // [group]
+    const float* row_sqnorm;    // [TILE], kept in the entries
+    int terms;                  // <= MAX_TERMS
+    const float* term_values;   // [terms, TILE]
+    const float* term_factors;  // [terms, group]
+    const char* ahead;          // memory to prefetch meanwhile, up to ahead_end, some lines a step
+    const char* ahead_end;
+    int64_t ahead_lines;
     int64_t first_row;
     int rows;           // of the tile, <= TILE
     TopK* topk;         // [group]
-    float* thresholds;  // [group]
+    float* thresholds;  // [group]; a row is dropped where its score is <= this
 };
 
 struct Product;
@@ -89,14 +84,20 @@ struct ScoreGradients;
 // What is compiled once an instruction set.
 struct Kernels {
     const char* name;
-    int width;  // lanes of a vector
-    // tile[c][r] = rows[r][c], lanes >= n are 0; false if a value is not finite.
-    bool (*pack)(const void* const* rows, DType dtype, int n, int64_t cols, float* tile);
+    int width;       // lanes of a vector
+    int quad_bytes;  // of a query's four codes: 4 as int8, 8 as int16 in the order 0 2 1 3
+    // tile[c][r] = rows[r][c], lanes >= n are 0; false if a value is not finite. `ahead`, where not
+    // null, are rows to prefetch meanwhile.
+    bool (*pack)(const void* const* rows, const void* const* ahead, DType dtype, int n,
+                 int64_t cols, float* tile);
     // sums[r] continues Σ_c tile[c][r]².
     void (*sqnorms)(Segment segment, float* sums);
     // sums[r] continues the chain of one query with tile's rows.
     void (*advance)(Metric metric, Segment segment, const float* query, float* sums);
-    void (*scan[3][MAX_GROUP])(const Scan&);  // [metric][group - 1]
+    void (*scan[3][MAX_GROUP])(Scan&);  // [source][group - 1]
+    // sums[i] += Σ_c query[c] · rows[i][c], in no particular order of columns.
+    void (*dots)(const float* query, const void* const* rows, DType dtype, int n, int64_t cols,
+                 float* sums);
     // See nested.h.
     void (*product)(const Product&);
     void (*fold_block)(const Block&, const Statistics&);
@@ -104,31 +105,11 @@ struct Kernels {
 };
 
 const Kernels& portable_kernels();
-const Kernels* avx2_kernels();  // null, as the next, where it was not compiled
+const Kernels* avx2_kernels();  // null, as the next two, where it was not compiled
 const Kernels* avx512_kernels();
+const Kernels* avx512vnni_kernels();
 
 // What this processor runs, best first.
 std::vector<const Kernels*> available_kernels();
-
-struct Stage {
-    int64_t dim, keep;
-};
-
-enum class Status { OK, NOT_FINITE, OVERFLOW_ };
-
-// Runs the stages; the last stage's keep entries a query, best first, to scores and ids [queries.n,
-// keep].
-Status search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-              const std::vector<Stage>& stages, int threads, float* scores, int64_t* ids);
-
-// The k best of each query's candidates [queries.n, count] by their first `dim` columns; packed_dim
-// must be 0.
-Status rerank(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-              const int64_t* candidates, int64_t count, int64_t dim, int64_t k, int threads,
-              float* scores, int64_t* ids);
-
-// A row-major matrix [n, cols] into vertical tiles [ceil(n / TILE), cols, TILE].
-Status pack_rows(const Kernels& kernels, const void* data, DType dtype, int64_t stride, int64_t n,
-                 int64_t cols, int threads, float* tiles);
 
 }  // namespace mrl

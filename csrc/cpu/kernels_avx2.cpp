@@ -38,8 +38,32 @@ struct Simd {
     static Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
     static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
     template <class T>
-    static float transpose(const T* const* rows, int64_t cols, float* tile) {
-        return transpose8(rows, cols, tile);
+    static Vec load(const T* x) {
+        return load8(x);
+    }
+    template <class T>
+    static float transpose(const T* const* rows, const void* const* ahead, int64_t cols,
+                           float* tile) {
+        return transpose8(rows, ahead, cols, tile);
+    }
+
+    // Even and odd columns apart, as 16-bit values: their products' sums in pairs cannot saturate.
+    struct Bytes {
+        __m256i even, odd;
+    };
+    static constexpr int QUAD_BYTES = 8;
+    static Int broadcast_int(int32_t x) { return Int(_mm256_set1_epi32(x)); }
+    static Vec to_float(Int x) { return _mm256_cvtepi32_ps(__m256i(x)); }
+    static Bytes load_bytes(const uint8_t* x) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+        return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
+    }
+    static Int dot4(Bytes row, const char* query, Int sum) {
+        int32_t even, odd;
+        __builtin_memcpy(&even, query, 4);
+        __builtin_memcpy(&odd, query + 4, 4);
+        return sum + Int(_mm256_madd_epi16(row.even, _mm256_set1_epi32(even))) +
+               Int(_mm256_madd_epi16(row.odd, _mm256_set1_epi32(odd)));
     }
 };
 

@@ -1,7 +1,8 @@
 #include "cpu/nested_blocks.h"
 
+#include "cpu/memory.h"
+
 #ifdef __linux__
-#include <sys/mman.h>
 #endif
 
 #include <cstring>
@@ -12,8 +13,6 @@ namespace {
 
 constexpr double MULTIPLIES_A_THREAD = 8e6;  // below this, waking a thread costs more
 
-constexpr size_t HUGE_PAGE = 2 << 20;
-
 }  // namespace
 
 Buffer::Buffer(int64_t size) {
@@ -21,9 +20,7 @@ Buffer::Buffer(int64_t size) {
     const size_t unit = bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
     data.reset(static_cast<float*>(std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit)));
     if (!data) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (unit == HUGE_PAGE) madvise(data.get(), bytes, MADV_HUGEPAGE);  // a wish
-#endif
+    advise_huge_pages(data.get(), (bytes + unit - 1) / unit * unit);
 }
 
 int threads_for(const Scores& s, int threads) {
@@ -46,7 +43,7 @@ void pack_tile(const Kernels& kernels, const Scores& s, int64_t tile, float* out
     const void* rows[TILE];
     const int n = int(std::min<int64_t>(TILE, s.cols - tile * TILE));
     for (int r = 0; r < n; ++r) rows[r] = s.w.data + (tile * TILE + r) * s.w.stride;
-    kernels.pack(rows, DType::F32, n, s.dims.back(), out);
+    kernels.pack(rows, nullptr, DType::F32, n, s.dims.back(), out);
 }
 
 std::vector<Step> steps_of(const std::vector<int64_t>& dims) {

@@ -59,4 +59,15 @@ class Ranges {
     std::atomic<int64_t> next_{0};
 };
 
+// Calls fn(i) for each i below count.
+template <class Fn>
+void each(int64_t count, int threads, const Fn& fn) {
+    if (count < threads) threads = count > 1 ? int(count) : 1;
+    Ranges ranges(count, count < 64 * threads ? 1 : 8);
+    parallel(threads, [&](int) {
+        for (int64_t i, last; ranges.next(&i, &last);)
+            for (; i < last; ++i) fn(i);
+    });
+}
+
 }  // namespace mrl

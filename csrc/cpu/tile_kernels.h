@@ -29,15 +29,15 @@ inline float widen(const F16* x) {
 }
 
 template <class T>
-bool pack_as(const void* const* rows, int n, int64_t cols, float* tile) {
+bool pack_as(const void* const* rows, const void* const* ahead, int n, int64_t cols, float* tile) {
     float check = 0.0f;  // becomes NaN on the first value that is not finite
     int64_t blocked = 0;
     int r = 0;
     if (Simd::TRANSPOSES) {
         blocked = cols / 8 * 8;
         for (; r + 8 <= n; r += 8) {
-            check +=
-                Simd::transpose(reinterpret_cast<const T* const*>(rows + r), blocked, tile + r);
+            check += Simd::transpose(reinterpret_cast<const T* const*>(rows + r),
+                                     ahead ? ahead + r : nullptr, blocked, tile + r);
             for (int i = r; i < r + 8; ++i) {
                 const T* row = static_cast<const T*>(rows[i]);
                 for (int64_t c = blocked; c < cols; ++c) {
@@ -62,14 +62,15 @@ bool pack_as(const void* const* rows, int n, int64_t cols, float* tile) {
     return check == 0.0f;
 }
 
-bool pack(const void* const* rows, DType dtype, int n, int64_t cols, float* tile) {
+bool pack(const void* const* rows, const void* const* ahead, DType dtype, int n, int64_t cols,
+          float* tile) {
     switch (dtype) {
         case DType::F16:
-            return pack_as<F16>(rows, n, cols, tile);
+            return pack_as<F16>(rows, ahead, n, cols, tile);
         case DType::BF16:
-            return pack_as<BF16>(rows, n, cols, tile);
+            return pack_as<BF16>(rows, ahead, n, cols, tile);
         default:
-            return pack_as<float>(rows, n, cols, tile);
+            return pack_as<float>(rows, ahead, n, cols, tile);
     }
 }
 
@@ -80,9 +81,9 @@ using Vec = Simd::Vec;
 constexpr int W = Simd::WIDTH;
 
 // One column of one pair: the only place where a score grows.
-template <Metric M>
+template <Source S>
 inline Vec step(Vec query, Vec row, Vec sum) {
-    if constexpr (M == Metric::L2) {
+    if constexpr (S == Source::DIFFERENCE) {
         const Vec difference = query - row;
         return Simd::fnma(difference, difference, sum);
     } else {
@@ -104,7 +105,7 @@ void sqnorms(Segment segment, float* sums) {
     }
 }
 
-template <Metric M>
+template <Source S>
 void advance_as(Segment segment, const float* query, float* sums) {
     constexpr int V = TILE / W < 8 ? TILE / W : 8;
     for (int r = 0; r < TILE; r += V * W) {
@@ -113,7 +114,7 @@ void advance_as(Segment segment, const float* query, float* sums) {
         for (int64_t c = 0; c < segment.cols; ++c) {
             const Vec q = Simd::broadcast(query[c]);
             for (int v = 0; v < V; ++v)
-                sum[v] = step<M>(q, Simd::load(segment.tile + c * TILE + r + v * W), sum[v]);
+                sum[v] = step<S>(q, Simd::load(segment.tile + c * TILE + r + v * W), sum[v]);
         }
         for (int v = 0; v < V; ++v) Simd::store(sums + r + v * W, sum[v]);
     }
@@ -121,40 +122,124 @@ void advance_as(Segment segment, const float* query, float* sums) {
 
 void advance(Metric metric, Segment segment, const float* query, float* sums) {
     if (metric == Metric::L2)
-        advance_as<Metric::L2>(segment, query, sums);
+        advance_as<Source::DIFFERENCE>(segment, query, sums);
     else
-        advance_as<Metric::IP>(segment, query, sums);
+        advance_as<Source::PRODUCT>(segment, query, sums);
+}
+
+// --- dots: rows one by one, columns in lanes
+// --------------------------------------------------------------------------
+
+template <class T, int R>
+void dots_of(const float* query, const void* const* rows, int64_t cols, float* sums) {
+    Vec sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = Simd::broadcast(0.0f);
+    int64_t c = 0;
+    for (; c + W <= cols; c += W) {
+        const Vec q = Simd::load(query + c);
+        for (int r = 0; r < R; ++r)
+            sum[r] = Simd::fma(q, Simd::load(static_cast<const T*>(rows[r]) + c), sum[r]);
+    }
+    for (int r = 0; r < R; ++r) {
+        float lanes[W], total = 0.0f;
+        Simd::store(lanes, sum[r]);
+        for (int lane = 0; lane < W; ++lane) total += lanes[lane];
+        for (int64_t rest = c; rest < cols; ++rest)
+            total += query[rest] * widen(static_cast<const T*>(rows[r]) + rest);
+        sums[r] += total;
+    }
+}
+
+template <class T>
+void dots_as(const float* query, const void* const* rows, int n, int64_t cols, float* sums) {
+    constexpr int R = 4;
+    int i = 0;
+    for (; i + R <= n; i += R) {
+        for (int r = i + R; r < i + 2 * R && r < n; ++r)
+            for (int64_t c = 0; c < cols; c += 64 / int64_t(sizeof(T)))
+                __builtin_prefetch(static_cast<const T*>(rows[r]) + c);
+        dots_of<T, R>(query, rows + i, cols, sums + i);
+    }
+    for (; i < n; ++i) dots_of<T, 1>(query, rows + i, cols, sums + i);
+}
+
+void dots(const float* query, const void* const* rows, DType dtype, int n, int64_t cols,
+          float* sums) {
+    switch (dtype) {
+        case DType::F16:
+            return dots_as<F16>(query, rows, n, cols, sums);
+        case DType::BF16:
+            return dots_as<BF16>(query, rows, n, cols, sums);
+        default:
+            return dots_as<float>(query, rows, n, cols, sums);
+    }
 }
 
 // --- scan: Q queries against a tile, V vectors of rows at a time
 // ---------------------------------------------------
 
-template <Metric M, int Q, int V>
-void scan_as(const Scan& s) {
-    for (int r = 0; r < s.rows; r += V * W) {
-        Vec sum[Q][V];
-        for (int q = 0; q < Q; ++q)
-            for (int v = 0; v < V; ++v) sum[q][v] = Simd::broadcast(0.0f);
-        const float* query = s.panel;
-        for (const Segment& segment : s.segments) {
-            const float* x = segment.tile + r;
-            for (int64_t c = 0; c < segment.cols; ++c, x += TILE, query += Q) {
-                Vec row[V];
-                for (int v = 0; v < V; ++v) row[v] = Simd::load(x + v * W);
-                for (int q = 0; q < Q; ++q) {
-                    const Vec value = Simd::broadcast(query[q]);
-                    for (int v = 0; v < V; ++v) sum[q][v] = step<M>(value, row[v], sum[q][v]);
-                }
+// A burst of prefetches would wait for memory; a few a step are hidden behind the sums.
+inline void prefetch_some(Scan& s) {
+    for (int64_t i = 0; i < s.ahead_lines && s.ahead < s.ahead_end; ++i, s.ahead += 64)
+        __builtin_prefetch(s.ahead);
+}
+
+template <Source S, int Q, int V>
+inline void sum_columns(Scan& s, int r, Vec (&sum)[Q][V]) {
+    for (int q = 0; q < Q; ++q)
+        for (int v = 0; v < V; ++v) sum[q][v] = Simd::broadcast(0.0f);
+    const float* query = static_cast<const float*>(s.panel);
+    for (const Segment& segment : s.segments) {
+        const float* x = segment.tile + r;
+        for (int64_t c = 0; c < segment.cols; ++c, x += TILE, query += Q) {
+            prefetch_some(s);
+            Vec row[V];
+            for (int v = 0; v < V; ++v) row[v] = Simd::load(x + v * W);
+            for (int q = 0; q < Q; ++q) {
+                const Vec value = Simd::broadcast(query[q]);
+                for (int v = 0; v < V; ++v) sum[q][v] = step<S>(value, row[v], sum[q][v]);
             }
         }
-        // Gate: what is not <= threshold, so that NaN passes and is reported later.
+    }
+}
+
+template <int Q, int V>
+inline void sum_codes(Scan& s, int r, Vec (&sum)[Q][V]) {
+    Simd::Int dot[Q][V];
+    for (int q = 0; q < Q; ++q)
+        for (int v = 0; v < V; ++v) dot[q][v] = Simd::broadcast_int(s.offsets[q]);
+    const char* query = static_cast<const char*>(s.panel);
+    const uint8_t* x = s.codes + r * 4;
+    for (int64_t i = 0; i < s.quads; ++i, x += TILE * 4) {
+        prefetch_some(s);
+        Simd::Bytes row[V];
+        for (int v = 0; v < V; ++v) row[v] = Simd::load_bytes(x + v * W * 4);
+        for (int q = 0; q < Q; ++q, query += Simd::QUAD_BYTES)
+            for (int v = 0; v < V; ++v) dot[q][v] = Simd::dot4(row[v], query, dot[q][v]);
+    }
+    for (int q = 0; q < Q; ++q)
+        for (int v = 0; v < V; ++v) sum[q][v] = Simd::to_float(dot[q][v]);
+}
+
+template <Source S, int Q, int V>
+void scan_as(Scan& s) {
+    for (int r = 0; r < s.rows; r += V * W) {
+        Vec sum[Q][V];
+        if constexpr (S == Source::CODES)
+            sum_codes<Q, V>(s, r, sum);
+        else
+            sum_columns<S, Q, V>(s, r, sum);
+        const bool bare = s.row_scale == nullptr;
         auto score = [&](int q, int v) __attribute__((always_inline)) {
-            if constexpr (M == Metric::COSINE)
-                return sum[q][v] *
-                       (Simd::load(s.row_scale + r + v * W) * Simd::broadcast(s.query_scale[q]));
-            else
-                return sum[q][v];
+            if (bare) return sum[q][v];
+            Vec value = sum[q][v] *
+                        (Simd::load(s.row_scale + r + v * W) * Simd::broadcast(s.query_scale[q]));
+            for (int j = 0; j < s.terms; ++j)
+                value = Simd::fma(Simd::load(s.term_values + j * TILE + r + v * W),
+                                  Simd::broadcast(s.term_factors[j * Q + q]), value);
+            return value;
         };
+        // Gate: what is not <= threshold, so that NaN passes and is reported later.
         typename Simd::Mask any = {};
         for (int q = 0; q < Q; ++q) {
             const Vec threshold = Simd::broadcast(s.thresholds[q]);
@@ -162,24 +247,27 @@ void scan_as(const Scan& s) {
                 any = Simd::either(any, Simd::above(score(q, v), threshold));
         }
         if (!Simd::bits(any)) continue;
+        const uint64_t real = s.rows - r < 64 ? (uint64_t(1) << (s.rows - r)) - 1 : ~uint64_t(0);
         for (int q = 0; q < Q; ++q) {
+            const Vec threshold = Simd::broadcast(s.thresholds[q]);
+            uint64_t lanes = 0;
+            for (int v = 0; v < V; ++v)
+                lanes |= uint64_t(Simd::bits(Simd::above(score(q, v), threshold))) << (v * W);
+            lanes &= real;
+            if (!lanes) continue;
+            float scores[V * W], partials[V * W];
             for (int v = 0; v < V; ++v) {
-                const Vec scored = score(q, v);
-                uint32_t passed = Simd::bits(Simd::above(scored, Simd::broadcast(s.thresholds[q])));
-                if (!passed) continue;
-                float scores[W], partials[W];
-                Simd::store(scores, scored);
-                Simd::store(partials, sum[q][v]);
-                TopK& topk = s.topk[q];
-                for (; passed; passed &= passed - 1) {
-                    const int lane = __builtin_ctz(passed), row = r + v * W + lane;
-                    if (row >= s.rows) break;
-                    if (scores[lane] <= s.thresholds[q]) continue;  // it rose within this vector
-                    topk.entries[topk.count++] = {make_key(scores[lane], s.first_row + row),
-                                                  partials[lane],
-                                                  M == Metric::COSINE ? s.row_sqnorm[row] : 0.0f};
-                    if (topk.count == topk.capacity) s.thresholds[q] = shrink(topk);
-                }
+                Simd::store(scores + v * W, score(q, v));
+                Simd::store(partials + v * W, sum[q][v]);
+            }
+            TopK& topk = s.topk[q];
+            for (; lanes; lanes &= lanes - 1) {
+                const int lane = __builtin_ctzll(lanes), row = r + lane;
+                if (scores[lane] <= s.thresholds[q]) continue;  // it rose since
+                topk.entries[topk.count++] = {make_key(scores[lane], s.first_row + row),
+                                              partials[lane],
+                                              s.row_sqnorm ? s.row_sqnorm[row] : 0.0f};
+                if (topk.count == topk.capacity) s.thresholds[q] = shrink(topk);
             }
         }
     }

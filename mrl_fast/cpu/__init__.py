@@ -7,15 +7,18 @@ from mrl_fast.cpu.nested import (
     logits_forward,
     predict_forward,
 )
-from mrl_fast.cpu.search import funnel_search, pack, prefix_topk, rerank, search_rows
+from mrl_fast.cpu.search import exact_search, funnel_search, prefix_topk, rerank, search_rows
+from mrl_fast.cpu.storage import Layout, Store
 
 __all__ = [
+    "Layout",
+    "Store",
+    "exact_search",
     "fold_backward",
     "fold_forward",
     "funnel_search",
     "logits_backward",
     "logits_forward",
-    "pack",
     "predict_forward",
     "prefix_topk",
     "rerank",

@@ -27,35 +27,48 @@ def prefix_topk(
 def funnel_search(
     queries: Tensor, database: Tensor, stages: Sequence[tuple[int, int]], metric: str
 ) -> tuple[Tensor, Tensor]:
-    none = torch.empty(0, 0)
-    return search_rows(queries, none, database, len(database), stages, metric)
+    return search_rows(queries, row_major(database), stages, metric, database[:, : stages[-1][0]])
+
+
+def row_major(database: Tensor) -> _C.Rows:
+    span = (0, len(database), 0, 0, database.data_ptr(), database.stride(0), 0, 0)
+    return _C.Rows([span], 0, 0, DTYPES[database.dtype], [])
 
 
 def search_rows(
     queries: Tensor,
-    packed: Tensor,
-    tail: Tensor,
-    rows: int,
+    rows: _C.Rows,
     stages: Sequence[tuple[int, int]],
     metric: str,
+    unchecked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Searches rows whose first columns lie in vertical tiles and whose others lie row-major.
+    """Runs the stages. The first one's dim is at least the rows' packed columns.
 
-    Args:
-        packed: ``[ceil(rows / TILE), p, TILE]`` fp32, or empty where p is 0. The first stage's dim
-            is at least p.
-        tail: ``[>= rows, D - p]``, the other columns.
+    ``unchecked``: the vectors, where it is not known yet that they are finite.
     """
-    packed_dim = packed.shape[1]
     q = queries.float()  # [B, D]; a half-precision value is exact in fp32
     scores, ids = _results(q, stages[-1][1])
     problem = _C.search(
-        packed.data_ptr(), packed_dim, tail.data_ptr(), DTYPES[tail.dtype], tail.stride(0), rows,
-        q.data_ptr(), len(q), q.stride(0), METRICS.index(metric), list(stages),
+        rows, q.data_ptr(), len(q), q.stride(0), METRICS.index(metric), list(stages),
         torch.get_num_threads(), native.ISA, scores.data_ptr(), ids.data_ptr(),
     )  # fmt: skip
-    _refuse(problem, tail[:rows, : stages[-1][0] - packed_dim])
+    _refuse(problem, unchecked)
     return scores, ids
+
+
+def exact_search(
+    queries: Tensor, rows: _C.Rows, dim: int, k: int, metric: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best by fp64 scores; and how many rows of each query were read beyond their prefix."""
+    scores, ids = _results(queries, k)
+    touched = torch.empty(len(queries), dtype=torch.int64)
+    problem = _C.exact_search(
+        rows, queries.data_ptr(), len(queries), queries.stride(0), METRICS.index(metric), dim, k,
+        torch.get_num_threads(), native.ISA,
+        scores.data_ptr(), ids.data_ptr(), touched.data_ptr(),
+    )  # fmt: skip
+    _refuse(problem)
+    return scores, ids, touched
 
 
 def rerank(
@@ -64,32 +77,22 @@ def rerank(
     q, candidates = queries.float(), candidates.contiguous()
     scores, ids = _results(q, k)
     problem = _C.rerank(
-        database.data_ptr(), DTYPES[database.dtype], database.stride(0), len(database),
-        q.data_ptr(), len(q), q.stride(0), METRICS.index(metric), candidates.data_ptr(),
-        candidates.shape[1], dim, k, torch.get_num_threads(), native.ISA,
+        row_major(database), q.data_ptr(), len(q), q.stride(0), METRICS.index(metric),
+        candidates.data_ptr(), candidates.shape[1], dim, k, torch.get_num_threads(), native.ISA,
         scores.data_ptr(), ids.data_ptr(),
     )  # fmt: skip
     _refuse(problem, database[:, :dim])
     return scores, ids
 
 
-def pack(vectors: Tensor, tiles: Tensor) -> None:
-    """Writes ``[n, p]`` vectors into vertical tiles ``[ceil(n / TILE), p, TILE]`` fp32; padding is
-    0."""
-    problem = _C.pack_rows(
-        vectors.data_ptr(), DTYPES[vectors.dtype], vectors.stride(0),
-        len(vectors), vectors.shape[1], torch.get_num_threads(), native.ISA, tiles.data_ptr(),
-    )  # fmt: skip
-    _refuse(problem, vectors)
-
-
 def _results(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
 
 
-def _refuse(problem: str, vectors: Tensor) -> None:
+def _refuse(problem: str, unchecked: Tensor | None = None) -> None:
     if problem:
-        check_finite(vectors, "database")
+        if unchecked is not None:
+            check_finite(unchecked, "database")
         raise ValueError(
             "database: expected scores within float32, got one beyond (vectors too large)"
         )

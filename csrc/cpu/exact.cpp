@@ -1,0 +1,241 @@
+// Certified exact search: rows that provably cannot be among the k best are dropped level by level,
+// the few others are scored in fp64. θ is near its end from the start: it is that of what the
+// prefix finds. Where a sample says that bounds will not pay for a query, all its rows are scored
+// in fp32, and in fp64 where that is too close to tell.
+#include <algorithm>
+#include <mutex>
+#include <numeric>
+
+#include "cpu/bounds.h"
+#include "cpu/parallel.h"
+
+namespace mrl {
+namespace {
+
+constexpr int64_t SAMPLE_STEP = 16;  // every 16th tile makes a guess at θ
+constexpr int64_t SEED_STEP = 2;  // every second makes a first real one; every tile where codes do
+constexpr int64_t PREDICT_TILES = 48;  // predict what bounds leave
+constexpr int64_t PANEL_BYTES = 512 << 10, PASS_BYTES = int64_t(256) << 20;  // of one pass
+
+// Queries side by side in memory.
+struct Gathered {
+    Gathered(const Problem& p, const std::vector<int64_t>& which) {
+        for (int64_t q : which) data.insert(data.end(), p.data[q], p.data[q] + p.dim);
+        queries = {data.data(), int64_t(which.size()), p.dim};
+    }
+    std::vector<float> data;
+    Queries queries;
+};
+
+Panel panel_of(const Problem& p, const std::vector<int64_t>& which) {
+    if (p.rows.code_dim) {
+        std::vector<Codes> coded;
+        for (int64_t q : which) coded.push_back(p.codes[q]);
+        return Panel(p.kernels, coded);
+    }
+    return Panel(Gathered(p, which).queries, p.prefix());
+}
+
+// Reranks what looks best by the prefix among every step-th tile and raises θ to the k-th best fp64
+// score of these rows; also a guess at the θ of all rows, whose k best are k / step of these.
+Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int threads,
+            std::vector<double>* guess) {
+    const int64_t n = which.size();
+    if (n == 0) return Status::OK;
+    const Gathered gathered(p, which);
+    const Source source = p.rows.code_dim          ? Source::CODES
+                          : p.metric == Metric::L2 ? Source::DIFFERENCE
+                                                   : Source::PRODUCT;
+    const int64_t dim = p.prefix(), keep = std::min(2 * p.k + 32, p.rows.count());
+    std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
+    std::vector<int64_t> counts(n);
+    Status status = scan_all(p.kernels, p.rows, gathered.queries, p.metric, source, dim, keep, step,
+                             threads, entries.get(), counts.data());
+    if (status != Status::OK) return status;
+    each(n, threads, [&](int64_t i) {
+        const int64_t q = which[i];
+        const Entry* mine = entries.get() + i * keep;
+        std::vector<Entry> candidates(mine, mine + counts[i]);
+        std::vector<float> room;
+        if (source == Source::CODES)
+            for (Entry& entry : candidates) entry.partial = entry.sqnorm = 0.0f;
+        // An overflow shows again in the scores of the end.
+        advance_all(p.kernels, p.rows, p.data[q], p.metric, source == Source::CODES ? 0 : dim,
+                    p.dim, p.k, room, candidates);
+        std::vector<double> scores;
+        for (const Entry& entry : candidates)
+            scores.push_back(p.score(q, row_of(entry.key), &room));
+        std::sort(scores.rbegin(), scores.rend());
+        const int64_t rank = (p.k + step - 1) / step;
+        if (rank <= int64_t(scores.size())) (*guess)[q] = scores[rank - 1];
+        if (int64_t(scores.size()) == p.k) raise(p.theta[q], scores.back());
+    });
+    return Status::OK;
+}
+
+// Bounds every row of some of the queries; appends each thread's best to theirs.
+bool run(Problem& p, const std::vector<int64_t>& which, int threads,
+         std::vector<std::vector<Final>>* best) {
+    if (which.empty()) return true;
+    const Panel panel = panel_of(p, which);
+    const int64_t tiles = TileReader::count(p.rows);
+    threads = threads_for(double(tiles) * TILE * p.prefix() * which.size(), threads);
+    std::atomic<bool> finite{true};
+    Ranges ranges((tiles + CHUNK_TILES - 1) / CHUNK_TILES, 1);
+    std::mutex merging;
+    parallel(threads, [&](int) {
+        Pass pass(p, which, panel);
+        for (int64_t at, last; ranges.next(&at, &last);)
+            if (!pass.run(at * CHUNK_TILES, std::min(last * CHUNK_TILES, tiles), nullptr))
+                finite = false;
+        const std::lock_guard<std::mutex> lock(merging);
+        for (size_t i = 0; i < which.size(); ++i) {
+            std::vector<Final>& all = (*best)[which[i]];
+            all.insert(all.end(), pass.heaps[i].begin(), pass.heaps[i].end());
+        }
+    });
+    return finite;
+}
+
+// The least and the greatest norm of a row that is not 0.
+std::pair<double, double> norms(const Rows& rows) {
+    float least = INFINITY, greatest = 0.0f;
+    for (const Span& span : rows.spans) {
+        const float* prefix = span.stats + PREFIX_NORM * span.stats_stride;
+        const float* tail =
+            rows.levels.empty() ? nullptr : span.stats + TAIL_NORM * span.stats_stride;
+        for (int64_t row = 0; row < span.rows; ++row) {
+            const float norm = prefix[row] + (tail ? tail[row] : 0.0f);  // within a factor √2
+            greatest = std::max(greatest, norm);
+            if (norm > 0.0f) least = std::min(least, norm);
+        }
+    }
+    return {least * 0.7, greatest};
+}
+
+// Scores every row in fp32 and, of the best, in fp64 those that may be among the k best. A query
+// where the others may be so too, because very many rows score alike, goes to `undecided`.
+Status scan_fully(Problem& p, const std::vector<int64_t>& which, int threads,
+                  std::vector<int64_t>* undecided, std::vector<std::vector<Final>>* best) {
+    if (which.empty()) return Status::OK;
+    const Gathered gathered(p, which);
+    const Source source = p.metric == Metric::L2 ? Source::DIFFERENCE : Source::PRODUCT;
+    const int64_t n = which.size(), count = p.rows.count(), keep = std::min(2 * p.k + 32, count);
+    std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
+    std::vector<int64_t> counts(n);
+    const Status status = scan_all(p.kernels, p.rows, gathered.queries, p.metric, source, p.dim,
+                                   keep, 1, threads, entries.get(), counts.data());
+    if (status != Status::OK) return status;
+    const auto [least, greatest] = norms(p.rows);
+    std::vector<char> open(n, 0);
+    each(n, threads, [&, least = least, greatest = greatest](int64_t i) {
+        const int64_t q = which[i];
+        const Entry* mine = entries.get() + i * keep;
+        // The most by which a fp64 score can differ from this one.
+        auto error = [&](double score) {
+            if (p.metric == Metric::L2) return 4.0 * p.margin * std::abs(score) + 1e-36;
+            if (p.metric == Metric::COSINE) return 3.0 * p.margin;
+            return p.margin * p.norm[q] * greatest + 1e-36;
+        };
+        const double kth = score_of(mine[p.k - 1].key);
+        const double last = score_of(mine[keep - 1].key);
+        p.touched[q] = count;
+        std::vector<float> room;
+        std::vector<Final>& all = (*best)[q];
+        for (int64_t e = 0; e < keep; ++e) {
+            const double score = score_of(mine[e].key);
+            if (score + error(score) < kth - error(kth)) break;
+            all.push_back({p.score(q, row_of(mine[e].key), &room), row_of(mine[e].key)});
+        }
+        const bool plain = ordinary(p.norm[q] * p.norm[q]) && greatest * greatest < LARGEST &&
+                           (least * least > SMALLEST || least > greatest);
+        open[i] = keep < count && !(plain && last + error(last) < kth - error(kth));
+        if (!open[i]) return;
+        all.clear();
+        if (plain) raise(p.theta[q], kth - error(kth));
+    });
+    for (int64_t i = 0; i < n; ++i)
+        if (open[i]) undecided->push_back(which[i]);
+    return Status::OK;
+}
+
+// The queries for which bounds cost less than reading every row does, by a sample of the rows and a
+// guess at each θ.
+void split(Problem& p, const std::vector<int64_t>& all, const std::vector<double>& guess,
+           int threads, std::vector<int64_t>* bounded, std::vector<int64_t>* full) {
+    const int64_t n = all.size();
+    const Panel panel = panel_of(p, all);
+    // A gathered column costs as much as this many of a scan: of memory at a few queries, of
+    // arithmetic at many.
+    const double penalty = std::min(3.0 + 0.5 * n, 20.0);
+    const int64_t tiles = TileReader::count(p.rows), sampled = std::min(tiles, PREDICT_TILES);
+    const Pass::Trial trial = {guess, double(sampled) * TILE * p.dim / penalty};
+    std::vector<std::atomic<int64_t>> columns(n);
+    for (std::atomic<int64_t>& count : columns) count = 0;
+    Ranges ranges(sampled, 1);
+    parallel(threads_for(double(sampled) * TILE * p.dim * n / penalty, threads), [&](int) {
+        Pass pass(p, all, panel);
+        for (int64_t at, last; ranges.next(&at, &last);)
+            pass.run(at * tiles / sampled, at * tiles / sampled + 1, &trial);
+        for (int64_t q = 0; q < n; ++q) columns[q] += pass.columns_read[q];
+    });
+    for (int64_t q = 0; q < n; ++q) (columns[q] < trial.budget ? bounded : full)->push_back(q);
+}
+
+Status search_pass(Problem& p, int threads, std::vector<std::vector<Final>>* best) {
+    std::vector<int64_t> all(p.data.size()), bounded, full;
+    std::iota(all.begin(), all.end(), 0);
+    if (!p.prunes()) {
+        full.swap(all);
+    } else {
+        const int64_t tiles = TileReader::count(p.rows), needed = (8 * p.k + 4095) / TILE;
+        const int64_t step = std::clamp<int64_t>(tiles / needed, 1, SAMPLE_STEP);
+        std::vector<double> guess(all.size(), -INFINITY);
+        Status status = seed(p, all, step, threads, &guess);
+        if (status != Status::OK) return status;
+        split(p, all, guess, threads, &bounded, &full);
+        const int64_t seed_step = p.rows.code_dim ? 1 : SEED_STEP;
+        if (step > seed_step) status = seed(p, bounded, seed_step, threads, &guess);
+        if (status != Status::OK) return status;
+    }
+    const Status status = scan_fully(p, full, threads, &bounded, best);
+    if (status != Status::OK) return status;
+    return run(p, bounded, threads, best) ? Status::OK : Status::NOT_FINITE;
+}
+
+}  // namespace
+
+Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
+                    int64_t dim, int64_t k, int threads, float* scores, int64_t* ids,
+                    int64_t* touched) {
+    std::atomic<bool> overflow{false};
+    const int64_t keep = std::max<int64_t>(std::min(k, rows.count()), 1);
+    const int64_t pass = std::clamp<int64_t>(
+        PASS_BYTES / int64_t(sizeof(Final) * threads * keep + sizeof(Entry) * CHUNK_TILES * TILE),
+        1, std::clamp<int64_t>(PANEL_BYTES / (4 * dim), 96, 256));
+    for (int64_t begin = 0; begin < queries.n; begin += pass) {
+        const int64_t n = std::min(pass, queries.n - begin);
+        const Queries part = {queries.data + begin * queries.stride, n, queries.stride};
+        std::vector<std::vector<Final>> best(n);
+        std::unique_ptr<Problem> problem(new Problem(kernels, rows, part, metric, dim, keep));
+        if (rows.count() > 0) {
+            const Status status = search_pass(*problem, threads, &best);
+            if (status != Status::OK) return status;
+        }
+        each(n, threads, [&](int64_t q) {
+            std::sort(best[q].begin(), best[q].end());
+            best[q].resize(std::min<size_t>(best[q].size(), k));
+            for (int64_t i = 0; i < k; ++i) {
+                const bool found = i < int64_t(best[q].size());
+                const int64_t at = (begin + q) * k + i;
+                scores[at] = found ? float(best[q][i].score) : -INFINITY;
+                ids[at] = found ? best[q][i].row : -1;
+                if (found && std::isinf(scores[at])) overflow = true;
+            }
+            touched[begin + q] = std::min<int64_t>(problem->touched[q], rows.count());
+        });
+    }
+    return overflow ? Status::OVERFLOW_ : Status::OK;
+}
+
+}  // namespace mrl

@@ -1,0 +1,134 @@
+// What a scan reads: queries side by side, tiles one after the other.
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/scan.h"
+
+namespace mrl {
+
+float widen_half(uint16_t half, DType dtype) {
+    if (dtype == DType::BF16) {
+        const uint32_t bits = uint32_t(half) << 16;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
+    }
+    const int exponent = (half >> 10) & 31, mantissa = half & 1023;
+    const float size = exponent == 0    ? std::ldexp(float(mantissa), -24)
+                       : exponent == 31 ? (mantissa ? NAN : INFINITY)
+                                        : std::ldexp(float(mantissa + 1024), exponent - 25);
+    return half & 0x8000u ? -size : size;
+}
+
+Codes encode_query(const float* query, int64_t dim) {
+    Codes coded = {std::vector<int8_t>((dim + 3) / 4 * 4), 0.0f, 0.0};
+    float largest = 0.0f;
+    for (int64_t c = 0; c < dim; ++c) largest = std::max(largest, std::abs(query[c]));
+    if (largest < TINY) largest = 0.0f;  // the error says so
+    coded.unit = largest / 127.0f;
+    const float codes_a_unit = largest > 0.0f ? 127.0f / largest : 0.0f;
+    double error = 0.0;
+    for (int64_t c = 0; c < dim; ++c) {
+        coded.codes[c] =
+            int8_t(std::lrint(std::min(std::max(query[c] * codes_a_unit, -127.0f), 127.0f)));
+        const double rest = query[c] - double(coded.unit) * coded.codes[c];
+        error += rest * rest;
+    }
+    coded.error = std::sqrt(error);
+    return coded;
+}
+
+template <class Fn>
+void Panel::group(int64_t count, int64_t bytes_a_query, const Fn& fill) {
+    data_.reset(new char[count * bytes_a_query + 1]);
+    const int64_t groups = (count + MAX_GROUP - 1) / MAX_GROUP;
+    int64_t first = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t size = count / groups + (g < count % groups);
+        char* data = data_.get() + first * bytes_a_query;
+        for (int64_t q = 0; q < size; ++q) fill(first + q, data, size, q);
+        groups_.push_back({first, size, data});
+        first += size;
+    }
+}
+
+Panel::Panel(const Queries& queries, int64_t dim) {
+    group(queries.n, dim * sizeof(float), [&](int64_t q, char* data, int64_t size, int64_t at) {
+        const float* query = queries.data + q * queries.stride;
+        float* columns = reinterpret_cast<float*>(data);
+        for (int64_t c = 0; c < dim; ++c) columns[c * size + at] = query[c];
+    });
+}
+
+Panel::Panel(const Kernels& kernels, const std::vector<Codes>& coded) : offsets_(coded.size()) {
+    const int64_t dim = coded.empty() ? 0 : coded[0].codes.size(), bytes = kernels.quad_bytes;
+    group(coded.size(), dim / 4 * bytes, [&](int64_t q, char* data, int64_t size, int64_t at) {
+        const int8_t* code = coded[q].codes.data();
+        for (int64_t c = 0; c < dim; ++c) offsets_[q] -= 128 * code[c];
+        for (int64_t i = 0; i < dim / 4; ++i, code += 4) {
+            char* quad = data + (i * size + at) * bytes;
+            const int16_t wide[4] = {code[0], code[2], code[1], code[3]};
+            if (bytes == 4)
+                std::memcpy(quad, code, 4);
+            else
+                std::memcpy(quad, wide, 8);
+        }
+    });
+}
+
+TileReader::TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
+                       int64_t groups)
+    : kernels_(kernels),
+      rows_(rows),
+      source_(source),
+      dim_(dim),
+      groups_(std::max<int64_t>(groups, 1)),
+      tail_(source == Source::CODES ? 0 : std::max<int64_t>(dim - rows.packed_dim, 0)),
+      unpacked_(tail_ * TILE) {
+    int64_t tiles = 0;
+    for (const Span& span : rows.spans) {
+        starts_.push_back(tiles);
+        tiles += (span.rows + TILE - 1) / TILE;
+    }
+}
+
+int64_t TileReader::count(const Rows& rows) {
+    int64_t tiles = 0;
+    for (const Span& span : rows.spans) tiles += (span.rows + TILE - 1) / TILE;
+    return tiles;
+}
+
+// The tile after this one is prefetched while all groups are scanned.
+void TileReader::ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const {
+    scan->ahead = static_cast<const char*>(tile) + steps * bytes;
+    scan->ahead_end = scan->ahead + steps * bytes;
+    scan->ahead_lines = std::max<int64_t>(1, (bytes / 64 + groups_ - 1) / groups_);
+}
+
+bool TileReader::read(int64_t tile, Scan* scan) {
+    const auto after = std::upper_bound(starts_.begin(), starts_.end(), tile);
+    span_ = &rows_.spans[after - starts_.begin() - 1];
+    local_ = tile - *(after - 1);
+    const int64_t first = local_ * TILE;
+    scan->first_row = span_->first + first;
+    scan->rows = int(std::min<int64_t>(TILE, span_->rows - first));
+    if (source_ == Source::CODES) {
+        scan->quads = (rows_.code_dim + 3) / 4;
+        scan->codes = span_->codes + local_ * scan->quads * TILE * 4;
+        ahead(scan, scan->codes, scan->quads, 4 * TILE);
+        return true;
+    }
+    scan->segments[0] = {span_->packed + local_ * rows_.packed_dim * TILE,
+                         std::min(dim_, rows_.packed_dim)};
+    scan->segments[1] = {unpacked_.data(), tail_};
+    ahead(scan, scan->segments[0].tile, scan->segments[0].cols, TILE * sizeof(float));
+    if (tail_ == 0) return true;
+    const void *pointers[TILE], *ahead[TILE];
+    for (int r = 0; r < TILE; ++r) {
+        pointers[r] = tail_at(rows_, *span_, first + r, rows_.packed_dim);
+        ahead[r] = tail_at(rows_, *span_, first + r + TILE, rows_.packed_dim);
+    }
+    return kernels_.pack(pointers, ahead, rows_.dtype, scan->rows, tail_, unpacked_.data());
+}
+
+}  // namespace mrl
