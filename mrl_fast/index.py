@@ -248,8 +248,7 @@ class MatryoshkaIndex:
             stages: As in ``search``.
             batch: Queries a call; they share what is read of the first stage.
         """
-        checked = self._check_stages(stages, 1)
-        return tuning.explain(self, checked, batch=batch)
+        return tuning.explain(self, stages, batch=batch)
 
     def reconstruct(self, ids: Any) -> Any:
         """The vectors of these ids, ``[n, D]`` fp32, as stored; rotated back where they were

@@ -87,7 +87,7 @@ double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
 void Pass::factor(const Panel::Group& group, int64_t i) {
     const int64_t at = group.first + i, q = queries_[at];
     const double unit = p_.unit(q), room = p_.margin * p_.norm[q];
-    float* factors = factors_.data() + group.first * MAX_TERMS + i;
+    float* factors = factors_.data() + group.first * TERMS + i;
     const bool coded = source_ == Source::CODES;
     const double error = coded ? p_.codes[q].error : 0.0;
     scales_[at] = float(unit * (coded ? p_.codes[q].unit : 1.0));
@@ -100,7 +100,6 @@ void Pass::factor(const Panel::Group& group, int64_t i) {
 
 void Pass::prepare(Scan* scan) {
     scan->row_scale = nullptr;
-    scan->terms = 0;
     const bool coded = source_ == Source::CODES, tails = !p_.rows.levels.empty();
     const float *prefix = reader_.stat(PREFIX_NORM), *unit = reader_.stat(CODE_SCALE),
                 *error = reader_.stat(CODE_ERROR), *tail = reader_.stat(TAIL_NORM);
@@ -113,11 +112,10 @@ void Pass::prepare(Scan* scan) {
         terms_[0][r] = prefix[r] * inverse;
         terms_[1][r] = rest * inverse;
         terms_[2][r] = coded ? error[r] * inverse : 0.0f;
-        terms_[3][r] = square * float(1.0 - SLACK);
+        terms_[3][r] = p_.metric == Metric::L2 ? square * float(1.0 - SLACK) : 0.0f;
     }
     scan->row_scale = row_scale_;
     scan->term_values = terms_[0];
-    scan->terms = p_.metric == Metric::L2 ? 4 : coded ? 3 : 2;
 }
 
 bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
@@ -135,7 +133,7 @@ bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
             scan.panel = group.data;
             scan.offsets = panel_.offsets() + group.first;
             scan.query_scale = scales_.data() + group.first;
-            scan.term_factors = factors_.data() + group.first * MAX_TERMS;
+            scan.term_factors = factors_.data() + group.first * TERMS;
             scan.topk = topks_.data() + group.first;
             scan.thresholds = thresholds_.data() + group.first;
             p_.kernels.scan[int(source_)][group.size - 1](scan);

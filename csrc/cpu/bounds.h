@@ -87,7 +87,7 @@ class Pass {
           thetas_(queries.size()),
           thresholds_(queries.size()),
           scales_(queries.size()),
-          factors_(MAX_TERMS * queries.size()),
+          factors_(TERMS * queries.size()),
           entries_(new Entry[queries.size() * (CHUNK_ROWS + 1)]) {
         for (size_t i = 0; i < queries.size(); ++i)
             topks_.push_back({entries_.get() + i * (CHUNK_ROWS + 1), 0, CHUNK_ROWS + 1, 1});
@@ -115,10 +115,10 @@ class Pass {
     const Source source_;
     TileReader reader_;
     std::vector<double> thetas_;
-    std::vector<float> thresholds_, scales_, factors_;  // factors: [groups, MAX_TERMS, size]
+    std::vector<float> thresholds_, scales_, factors_;  // factors: [groups, TERMS, size]
     std::unique_ptr<Entry[]> entries_;
     std::vector<TopK> topks_;
-    float row_scale_[TILE], terms_[MAX_TERMS][TILE];
+    float row_scale_[TILE], terms_[TERMS][TILE];
     std::vector<float> vector_, sums_;
     std::vector<int64_t> local_;
     std::vector<const Span*> spans_;

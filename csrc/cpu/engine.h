@@ -14,7 +14,7 @@ namespace mrl {
 
 constexpr int TILE = 64;      // rows of a tile
 constexpr int MAX_GROUP = 6;  // queries scored together
-constexpr int MAX_TERMS = 4;  // of a score's linear form
+constexpr int TERMS = 4;      // of a score's linear form
 
 enum class DType : int { F32, F16, BF16 };
 enum class Metric : int { IP, COSINE, L2 };
@@ -64,9 +64,8 @@ struct Scan {
     const float* row_scale;     // [TILE]; null: scores are the bare sums and have no terms
     const float* query_scale;   // [group]
     const float* row_sqnorm;    // [TILE], kept in the entries
-    int terms;                  // <= MAX_TERMS
-    const float* term_values;   // [terms, TILE]
-    const float* term_factors;  // [terms, group]
+    const float* term_values;   // [TERMS, TILE]; null: no terms
+    const float* term_factors;  // [TERMS, group]
     const char* ahead;          // memory to prefetch meanwhile, up to ahead_end, some lines a step
     const char* ahead_end;
     int64_t ahead_lines;
@@ -105,9 +104,10 @@ struct Kernels {
 };
 
 const Kernels& portable_kernels();
-const Kernels* avx2_kernels();  // null, as the next two, where it was not compiled
+const Kernels* avx2_kernels();  // null, as the next three, where it was not compiled
 const Kernels* avx512_kernels();
 const Kernels* avx512vnni_kernels();
+const Kernels* neon_kernels();
 
 // What this processor runs, best first.
 std::vector<const Kernels*> available_kernels();

@@ -159,10 +159,12 @@ Status scan_fully(Problem& p, const std::vector<int64_t>& which, int threads,
     return Status::OK;
 }
 
-// The queries for which bounds cost less than reading every row does, by a sample of the rows and a
-// guess at each θ.
-void split(Problem& p, const std::vector<int64_t>& all, const std::vector<double>& guess,
-           int threads, std::vector<int64_t>* bounded, std::vector<int64_t>* full) {
+// Leaves in `which` the queries for which bounds cost less than reading every row does, by a sample
+// of the rows and a guess at each θ, and moves the others to `full`.
+void split(Problem& p, const std::vector<double>& guess, int threads, std::vector<int64_t>* which,
+           std::vector<int64_t>* full) {
+    if (which->empty()) return;
+    const std::vector<int64_t> all = *which;
     const int64_t n = all.size();
     const Panel panel = panel_of(p, all);
     // A gathered column costs as much as this many of a scan: of memory at a few queries, of
@@ -177,26 +179,30 @@ void split(Problem& p, const std::vector<int64_t>& all, const std::vector<double
         Pass pass(p, all, panel);
         for (int64_t at, last; ranges.next(&at, &last);)
             pass.run(at * tiles / sampled, at * tiles / sampled + 1, &trial);
-        for (int64_t q = 0; q < n; ++q) columns[q] += pass.columns_read[q];
+        for (int64_t i = 0; i < n; ++i) columns[i] += pass.columns_read[i];
     });
-    for (int64_t q = 0; q < n; ++q) (columns[q] < trial.budget ? bounded : full)->push_back(q);
+    which->clear();
+    for (int64_t i = 0; i < n; ++i) (columns[i] < trial.budget ? which : full)->push_back(all[i]);
 }
 
 Status search_pass(Problem& p, int threads, std::vector<std::vector<Final>>* best) {
-    std::vector<int64_t> all(p.data.size()), bounded, full;
-    std::iota(all.begin(), all.end(), 0);
+    std::vector<int64_t> bounded(p.data.size()), full;
+    std::iota(bounded.begin(), bounded.end(), 0);
     if (!p.prunes()) {
-        full.swap(all);
+        full.swap(bounded);
     } else {
         const int64_t tiles = TileReader::count(p.rows), needed = (8 * p.k + 4095) / TILE;
         const int64_t step = std::clamp<int64_t>(tiles / needed, 1, SAMPLE_STEP);
-        std::vector<double> guess(all.size(), -INFINITY);
-        Status status = seed(p, all, step, threads, &guess);
+        std::vector<double> guess(bounded.size(), -INFINITY);
+        Status status = seed(p, bounded, step, threads, &guess);
         if (status != Status::OK) return status;
-        split(p, all, guess, threads, &bounded, &full);
+        split(p, guess, threads, &bounded, &full);
         const int64_t seed_step = p.rows.code_dim ? 1 : SEED_STEP;
-        if (step > seed_step) status = seed(p, bounded, seed_step, threads, &guess);
-        if (status != Status::OK) return status;
+        if (step > seed_step) {
+            status = seed(p, bounded, seed_step, threads, &guess);
+            if (status != Status::OK) return status;
+            split(p, guess, threads, &bounded, &full);  // the first guess was a rough one
+        }
     }
     const Status status = scan_fully(p, full, threads, &bounded, best);
     if (status != Status::OK) return status;

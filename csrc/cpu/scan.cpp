@@ -50,11 +50,7 @@ class Scaling {
   public:
     Scaling(const Kernels& kernels, const Queries& queries, Metric metric, Source source,
             int64_t dim, const std::vector<Codes>& coded)
-        : kernels_(kernels),
-          metric_(metric),
-          source_(source),
-          query_scale_(queries.n, 1.0f),
-          factors_(queries.n, -1.0f) {
+        : kernels_(kernels), metric_(metric), source_(source), query_scale_(queries.n, 1.0f) {
         for (int64_t q = 0; q < queries.n; ++q) {
             if (metric == Metric::COSINE)
                 query_scale_[q] = query_scale(queries.data + q * queries.stride, dim);
@@ -69,11 +65,10 @@ class Scaling {
             for (int r = 0; r < scan->rows; ++r) {
                 row_scale_[r] = unit[r];
                 if (metric_ == Metric::COSINE) row_scale_[r] = norm[r] > 0 ? unit[r] / norm[r] : 0;
-                sqnorm_[r] = norm[r] * norm[r];  // 2⟨q, x⟩ − ‖x‖² orders as −‖q − x‖² does
+                terms_[r] = norm[r] * norm[r];  // 2⟨q, x⟩ − ‖x‖² orders as −‖q − x‖² does
             }
             scan->row_scale = row_scale_;
-            scan->terms = metric_ == Metric::L2;
-            scan->term_values = sqnorm_;
+            if (metric_ == Metric::L2) scan->term_values = terms_;
         } else if (metric_ == Metric::COSINE) {
             std::fill(sqnorm_, sqnorm_ + TILE, 0.0f);
             for (const Segment& segment : scan->segments) kernels_.sqnorms(segment, sqnorm_);
@@ -82,17 +77,19 @@ class Scaling {
             scan->row_sqnorm = sqnorm_;
         }
     }
-    void of_group(int64_t first, Scan* scan) const {
-        scan->query_scale = query_scale_.data() + first;
-        scan->term_factors = factors_.data() + first;
+    void of_group(const Panel::Group& group, Scan* scan) {
+        scan->query_scale = query_scale_.data() + group.first;
+        scan->term_factors = factors_;
+        std::fill(factors_, factors_ + TERMS * MAX_GROUP, 0.0f);
+        std::fill(factors_, factors_ + group.size, -1.0f);
     }
 
   private:
     const Kernels& kernels_;
     const Metric metric_;
     const Source source_;
-    std::vector<float> query_scale_, factors_;
-    float row_scale_[TILE], sqnorm_[TILE];
+    std::vector<float> query_scale_;
+    float row_scale_[TILE], sqnorm_[TILE], terms_[TERMS * TILE] = {}, factors_[TERMS * MAX_GROUP];
 };
 
 // Scans tiles for all queries and keeps each one's best.
@@ -166,7 +163,7 @@ bool Scanner::run(int64_t tiles, const TileAt& tile_at, int64_t keep,
                     const Panel::Group& group = groups[g];
                     scan.panel = group.data;
                     scan.offsets = panel_.offsets() + group.first;
-                    scaling.of_group(group.first, &scan);
+                    scaling.of_group(group, &scan);
                     scan.topk = mine.topks.data() + group.first - offset;
                     scan.thresholds = mine.thresholds.data() + group.first - offset;
                     kernels_.scan[int(source_)][group.size - 1](scan);

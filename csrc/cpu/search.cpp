@@ -122,6 +122,8 @@ std::vector<const Kernels*> available_kernels() {
     if (avx512 && __builtin_cpu_supports("avx512vnni")) available.push_back(avx512vnni_kernels());
     if (avx512) available.push_back(avx512_kernels());
     if (avx2) available.push_back(avx2_kernels());
+#elif defined(__aarch64__)
+    available.push_back(neon_kernels());
 #endif
     available.push_back(&portable_kernels());
     return available;

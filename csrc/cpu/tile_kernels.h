@@ -234,7 +234,8 @@ void scan_as(Scan& s) {
             if (bare) return sum[q][v];
             Vec value = sum[q][v] *
                         (Simd::load(s.row_scale + r + v * W) * Simd::broadcast(s.query_scale[q]));
-            for (int j = 0; j < s.terms; ++j)
+            if (s.term_values == nullptr) return value;
+            for (int j = 0; j < TERMS; ++j)
                 value = Simd::fma(Simd::load(s.term_values + j * TILE + r + v * W),
                                   Simd::broadcast(s.term_factors[j * Q + q]), value);
             return value;
