@@ -43,6 +43,8 @@ std::string message(Status status) {
             return "not finite";
         case Status::OVERFLOW_:
             return "overflow";
+        case Status::QUERY_NOT_FINITE:
+            return "query not finite";
         default:
             return "";
     }
@@ -63,11 +65,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("advise_huge_pages",
           [](uintptr_t begin, size_t bytes) { advise_huge_pages(at<void>(begin), bytes); });
     // Spans are tuples (first, rows, packed, codes, tail, stride, stats, stats_stride) in order.
-    py::class_<Rows>(m, "Rows").def(py::init(
-        [](const std::vector<std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
-                                        uintptr_t, int64_t>>& spans,
-           int64_t packed_dim, int64_t code_dim, int dtype, const std::vector<int64_t>& levels) {
-            Rows rows = {{}, packed_dim, code_dim, DType(dtype), levels};
+    py::class_<Rows>(m, "Rows").def(
+        py::init([](const std::vector<std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
+                                                 int64_t, uintptr_t, int64_t>>& spans,
+                    int64_t packed_dim, int64_t code_dim, int dtype,
+                    const std::vector<int64_t>& levels, uintptr_t ids) {
+            Rows rows = {{}, packed_dim, code_dim, DType(dtype), levels, at<int64_t>(ids)};
             for (const auto& [first, n, packed, codes, tail, stride, stats, stats_stride] : spans)
                 rows.spans.push_back({first, n, at<float>(packed), at<uint8_t>(codes),
                                       at<void>(tail), stride, at<float>(stats), stats_stride});

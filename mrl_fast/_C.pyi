@@ -19,6 +19,7 @@ class Rows:
         code_dim: int,
         dtype: int,
         levels: list[int],
+        ids: int,
         /,
     ) -> None: ...
 

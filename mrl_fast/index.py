@@ -70,7 +70,6 @@ class MatryoshkaIndex:
         self._rotation = None if rotation is None else Rotation(self.width)
         layout = cpu.Layout(self.dims[0], self.width, DTYPES[dtype], coded=prefix_dtype == "int8")
         self._store = cpu.Store(layout)
-        self._ids = torch.empty(0, dtype=torch.int64)
         self._next_id = 0  # one more than the largest id
         self._tuned: tuple[list[tuple[int, int]] | None, int, int] | None = None  # stages, k, rows
 
@@ -82,7 +81,7 @@ class MatryoshkaIndex:
     @property
     def ids(self) -> Tensor:
         """The rows' ids in the order they were added, ``[N]`` int64."""
-        return self._ids.clone()
+        return self._store.ids.clone()
 
     @property
     def rotation(self) -> Tensor | None:
@@ -92,10 +91,10 @@ class MatryoshkaIndex:
     @property
     def nbytes(self) -> int:
         """Memory held, in bytes: vectors, codes, norms, ids."""
-        return self._store.nbytes + 8 * len(self._ids)
+        return self._store.nbytes
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._store)
 
     def __repr__(self) -> str:
         prefix = "" if self.prefix_dtype == "float32" else f", prefix_dtype={self.prefix_dtype!r}"
@@ -155,9 +154,8 @@ class MatryoshkaIndex:
                 check_finite(stored, f"vectors as {self.dtype}")
             return stored
 
-        self._store.append(x, convert)
+        self._store.append(x, new_ids, convert)
         self._rotation = rotation
-        self._ids = torch.cat([self._ids, new_ids])
         self._next_id = max(self._next_id, int(new_ids.max()) + 1)
 
     def search(
@@ -191,21 +189,21 @@ class MatryoshkaIndex:
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, stages that do
                 not fit.
         """
-        q = self._check_vectors(queries, "queries").float()
+        q = self._check_matrix(queries, "queries").float()
         k = check_int(k, "k", 1)
         if exact and stages is not None:
             raise ValueError("exact: expected False where stages are given, got True")
         if self._rotation is not None and len(self):
             q = self._rotation.apply(q)
         checked = self._tuned_stages(k) if stages is None else self._check_stages(stages, k)
-        rows = self._store.rows
+        rows, _alive = self._store.snapshot
         if exact or checked is None:
             scores, found, touched = cpu.exact_search(q, rows, self.width, k, self.metric)
-            result = ExactResult(scores, self._ids_of(found))
+            result = ExactResult(scores, found)
             result.rows_touched = touched
         else:
             scores, found = cpu.search_rows(q, rows, checked, self.metric)
-            result = SearchResult(scores, self._ids_of(found))
+            result = SearchResult(scores, found)
         return result_like(queries, result)
 
     def tune(
@@ -263,7 +261,7 @@ class MatryoshkaIndex:
         wanted = as_tensor(ids, "ids")
         if wanted.dtype != torch.int64 or wanted.ndim != 1:
             raise TypeError(f"ids: expected [n] int64, got {list(wanted.shape)} {wanted.dtype}")
-        by_id, order = self._ids.sort()
+        by_id, order = self._store.ids.sort()
         place = torch.searchsorted(by_id, wanted)
         known = torch.zeros_like(wanted, dtype=torch.bool)
         if len(self):
@@ -274,9 +272,6 @@ class MatryoshkaIndex:
         if self._rotation is not None and len(self):
             vectors = self._rotation.undo(vectors)
         return like(ids)(vectors)
-
-    def _ids_of(self, rows: Tensor) -> Tensor:
-        return torch.where(rows >= 0, self._ids[rows.clamp(min=0)], -1) if len(self) else rows
 
     def _tuned_stages(self, k: int) -> list[tuple[int, int]] | None:
         stages, tuned_k, rows = self._tuned or (None, 0, 0)
@@ -296,12 +291,16 @@ class MatryoshkaIndex:
         return [*checked[:-1], (checked[-1][0], k)]
 
     def _check_vectors(self, vectors: Any, name: str) -> Tensor:
+        x = self._check_matrix(vectors, name)
+        check_finite(x, name)
+        return x
+
+    def _check_matrix(self, vectors: Any, name: str) -> Tensor:
         x = check_matrix(as_tensor(vectors, name), name)
         if x.device.type != "cpu":
             raise ValueError(f"{name}: expected vectors on the CPU, got {x.device}")
         if x.shape[1] != self.width:
             raise ValueError(f"{name}: expected width {self.width}, got {x.shape[1]}")
-        check_finite(x, name)
         return x
 
     def _check_ids(self, ids: Any, count: int) -> Tensor:
@@ -316,7 +315,7 @@ class MatryoshkaIndex:
             raise ValueError(f"ids: expected ids of at least 0, got {int(new.min())}")
         ascending = not count or bool((new[0] >= self._next_id) & (new.diff() > 0).all())
         if not ascending:  # otherwise none can be taken
-            values, counts = torch.cat([self._ids, new]).unique(return_counts=True)
+            values, counts = torch.cat([self._store.ids, new]).unique(return_counts=True)
             if len(values) < len(self) + count:
                 raise ValueError(
                     f"ids: expected ids that are not in use, got {int(values[counts > 1][0])}"

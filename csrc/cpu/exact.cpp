@@ -214,6 +214,7 @@ Status search_pass(Problem& p, int threads, std::vector<std::vector<Final>>* bes
 Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
                     int64_t dim, int64_t k, int threads, float* scores, int64_t* ids,
                     int64_t* touched) {
+    if (!finite(queries, dim)) return Status::QUERY_NOT_FINITE;
     std::atomic<bool> overflow{false};
     const int64_t keep = std::max<int64_t>(std::min(k, rows.count()), 1);
     const int64_t pass = std::clamp<int64_t>(
@@ -235,7 +236,8 @@ Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& que
                 const bool found = i < int64_t(best[q].size());
                 const int64_t at = (begin + q) * k + i;
                 scores[at] = found ? float(best[q][i].score) : -INFINITY;
-                ids[at] = found ? best[q][i].row : -1;
+                const int64_t row = found ? best[q][i].row : -1;
+                ids[at] = found && rows.ids ? rows.ids[row] : row;
                 if (found && std::isinf(scores[at])) overflow = true;
             }
             touched[begin + q] = std::min<int64_t>(problem->touched[q], rows.count());

@@ -6,6 +6,13 @@
 
 namespace mrl {
 
+bool finite(const Queries& queries, int64_t dim) {
+    float check = 0.0f;  // becomes NaN on the first value that is not finite
+    for (int64_t q = 0; q < queries.n; ++q)
+        for (int64_t c = 0; c < dim; ++c) check += queries.data[q * queries.stride + c] * 0.0f;
+    return check == 0.0f;
+}
+
 float widen_half(uint16_t half, DType dtype) {
     if (dtype == DType::BF16) {
         const uint32_t bits = uint32_t(half) << 16;
@@ -98,10 +105,14 @@ int64_t TileReader::count(const Rows& rows) {
     return tiles;
 }
 
-// The tile after this one is prefetched while all groups are scanned.
+// As many bytes as this tile has are prefetched while all groups are scanned, from far enough ahead
+// for memory to answer in time.
 void TileReader::ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const {
-    scan->ahead = static_cast<const char*>(tile) + steps * bytes;
-    scan->ahead_end = scan->ahead + steps * bytes;
+    constexpr int64_t FAR = 16 << 10;
+    const int64_t size = steps * bytes,
+                  tiles = std::max<int64_t>(1, FAR / std::max<int64_t>(size, 1));
+    scan->ahead = static_cast<const char*>(tile) + tiles * size;
+    scan->ahead_end = scan->ahead + size;
     scan->ahead_lines = std::max<int64_t>(1, (bytes / 64 + groups_ - 1) / groups_);
 }
 

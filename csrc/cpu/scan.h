@@ -20,6 +20,8 @@ inline float inverse_norm(float sqnorm) {
 }
 float query_scale(const float* query, int64_t dim);  // its inverse norm
 
+bool finite(const Queries& queries, int64_t dim);
+
 inline int64_t element_size(DType dtype) { return dtype == DType::F32 ? 4 : 2; }
 
 inline const Span& span_of(const Rows& rows, int64_t row) {

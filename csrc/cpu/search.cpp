@@ -12,10 +12,12 @@ namespace {
 constexpr int64_t PANEL_BYTES = 512 << 10;  // queries of one pass: their panel stays in L2
 constexpr int64_t CANDIDATE_BYTES = int64_t(256) << 20;  // kept rows of one pass, all threads
 
-void write(const Entry* entries, int64_t count, int64_t k, float* scores, int64_t* ids) {
+void write(const Rows& rows, const Entry* entries, int64_t count, int64_t k, float* scores,
+           int64_t* ids) {
     for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = row_of(entries[i].key);
         scores[i] = score_of(entries[i].key);
-        ids[i] = row_of(entries[i].key);
+        ids[i] = rows.ids ? rows.ids[row] : row;
     }
     std::fill(scores + count, scores + k, -std::numeric_limits<float>::infinity());
     std::fill(ids + count, ids + k, -1);
@@ -48,6 +50,7 @@ Status search(const Kernels& kernels, const Rows& rows, const Queries& queries, 
               const std::vector<Stage>& stages, int threads, float* scores, int64_t* ids) {
     check_rows(rows);
     const Stage first = stages.front();
+    if (!finite(queries, stages.back().dim)) return Status::QUERY_NOT_FINITE;
     // Codes choose a shortlist; scores that are returned come from the columns.
     const bool coded = first.dim == rows.code_dim && stages.size() > 1;
     const Source source = coded                  ? Source::CODES
@@ -82,7 +85,7 @@ Status search(const Kernels& kernels, const Rows& rows, const Queries& queries, 
                                     stages[s].keep, tile, candidates);
                     if (mine != Status::OK) return mine;
                 }
-                write(candidates.data(), candidates.size(), k, scores + (begin + q) * k,
+                write(rows, candidates.data(), candidates.size(), k, scores + (begin + q) * k,
                       ids + (begin + q) * k);
                 return Status::OK;
             });
@@ -106,7 +109,7 @@ Status rerank(const Kernels& kernels, const Rows& rows, const Queries& queries, 
                               advance_all(kernels, rows, queries.data + q * queries.stride, metric,
                                           0, dim, k, tile, mine);
                           if (status == Status::OK)
-                              write(mine.data(), mine.size(), k, scores + q * k, ids + q * k);
+                              write(rows, mine.data(), mine.size(), k, scores + q * k, ids + q * k);
                           return status;
                       });
 }

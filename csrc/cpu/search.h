@@ -27,8 +27,9 @@ struct Span {
 struct Rows {
     std::vector<Span> spans;  // in order
     int64_t packed_dim, code_dim;
-    DType dtype;                  // of the tail
-    std::vector<int64_t> levels;  // columns where TAIL_NORM is known; the first is the prefix
+    DType dtype;                   // of the tail
+    std::vector<int64_t> levels;   // columns where TAIL_NORM is known; the first is the prefix
+    const int64_t* ids = nullptr;  // of the rows, what a result calls them; null: their number
     int64_t count() const { return spans.empty() ? 0 : spans.back().first + spans.back().rows; }
 };
 
@@ -42,7 +43,7 @@ struct Stage {
     int64_t dim, keep;
 };
 
-enum class Status { OK, NOT_FINITE, OVERFLOW_ };
+enum class Status { OK, NOT_FINITE, OVERFLOW_, QUERY_NOT_FINITE };
 
 // Runs the stages; the last stage's keep entries a query, best first, to scores and ids [queries.n,
 // keep]. Where there are codes, a first stage at code_dim that is not the last ranks by them.

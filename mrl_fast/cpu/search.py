@@ -32,7 +32,7 @@ def funnel_search(
 
 def row_major(database: Tensor) -> _C.Rows:
     span = (0, len(database), 0, 0, database.data_ptr(), database.stride(0), 0, 0)
-    return _C.Rows([span], 0, 0, DTYPES[database.dtype], [])
+    return _C.Rows([span], 0, 0, DTYPES[database.dtype], [], 0)
 
 
 def search_rows(
@@ -52,7 +52,7 @@ def search_rows(
         rows, q.data_ptr(), len(q), q.stride(0), METRICS.index(metric), list(stages),
         torch.get_num_threads(), native.ISA, scores.data_ptr(), ids.data_ptr(),
     )  # fmt: skip
-    _refuse(problem, unchecked)
+    _refuse(problem, queries, unchecked)
     return scores, ids
 
 
@@ -67,7 +67,7 @@ def exact_search(
         torch.get_num_threads(), native.ISA,
         scores.data_ptr(), ids.data_ptr(), touched.data_ptr(),
     )  # fmt: skip
-    _refuse(problem)
+    _refuse(problem, queries)
     return scores, ids, touched
 
 
@@ -81,7 +81,7 @@ def rerank(
         candidates.data_ptr(), candidates.shape[1], dim, k, torch.get_num_threads(), native.ISA,
         scores.data_ptr(), ids.data_ptr(),
     )  # fmt: skip
-    _refuse(problem, database[:, :dim])
+    _refuse(problem, queries, database[:, :dim])
     return scores, ids
 
 
@@ -89,8 +89,9 @@ def _results(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
 
 
-def _refuse(problem: str, unchecked: Tensor | None = None) -> None:
+def _refuse(problem: str, queries: Tensor, unchecked: Tensor | None = None) -> None:
     if problem:
+        check_finite(queries, "queries")
         if unchecked is not None:
             check_finite(unchecked, "database")
         raise ValueError(

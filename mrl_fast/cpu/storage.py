@@ -35,9 +35,10 @@ class Layout:
             self.levels.append(prefix)
             prefix *= 2
 
-    def rows(self, spans: list[tuple[int, ...]]) -> _C.Rows:
+    def rows(self, spans: list[tuple[int, ...]], ids: Tensor | None = None) -> _C.Rows:
         code_dim = self.prefix if self.coded else 0
-        return _C.Rows(spans, self.packed, code_dim, DTYPES[self.dtype], self.levels)
+        dtype = DTYPES[self.dtype]
+        return _C.Rows(spans, self.packed, code_dim, dtype, self.levels, address(ids))
 
 
 class Block:
@@ -93,16 +94,19 @@ class Store:
         self.layout = layout
         self.blocks: list[Block] = []
         self.counts: list[int] = []  # rows of each block
-        self.rows = layout.rows([])  # what a search reads: it holds no row that is half written
+        self.ids = torch.empty(0, dtype=torch.int64)
+        # What a search reads, with the ids it points to: it holds no row that is half written.
+        self.snapshot = layout.rows([]), self.ids
 
     def __len__(self) -> int:
-        return sum(self.counts)
+        return len(self.ids)
 
     @property
     def nbytes(self) -> int:
-        return sum(b.nbytes(n) for b, n in zip(self.blocks, self.counts, strict=True))
+        blocks = zip(self.blocks, self.counts, strict=True)
+        return sum(b.nbytes(n) for b, n in blocks) + 8 * len(self.ids)
 
-    def append(self, vectors: Tensor, convert: Callable[[Tensor], Tensor]) -> None:
+    def append(self, vectors: Tensor, ids: Tensor, convert: Callable[[Tensor], Tensor]) -> None:
         """Appends all vectors or, where something is raised, none.
 
         ``convert`` turns a few vectors into those to be stored.
@@ -122,7 +126,9 @@ class Store:
             done += count
         firsts = torch.tensor([0, *counts]).cumsum(0).tolist()
         spans = [b.span(f, n) for b, f, n in zip(blocks, firsts, counts, strict=False)]
-        self.rows, self.blocks, self.counts = self.layout.rows(spans), blocks, counts
+        ids = torch.cat([self.ids, ids])
+        self.blocks, self.counts, self.ids = blocks, counts, ids
+        self.snapshot = self.layout.rows(spans, ids), ids
 
     def vectors(self, rows: Tensor) -> Tensor:
         """Rows by their number, ``[n, D]`` fp32."""
