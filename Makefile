@@ -1,32 +1,62 @@
-# make demo | test | bench | lint | gates; each sets up .venv first if it has to.
+# make demo | test | bench | lint | gates; each sets up .venv first if it has to. make sanitize needs
+# a C++ compiler only.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+CXX_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/cpp/*.cpp' 'tests/cpp/*.h'
 
-.PHONY: demo test lint format bench gates clean
+.PHONY: demo test lint format bench gates sanitize clean
 
 demo: $(READY)
 	$(BIN)/mrl-fast demo --out demo-out
 
-test: lint
+test: lint sanitize
 	$(BIN)/pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files $(CXX_FILES))
 	$(BIN)/pyright
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+	$(BIN)/clang-format -i $$(git ls-files $(CXX_FILES))
 
 bench: $(READY)
 	$(BIN)/pytest benchmarks
 
 gates: $(READY)
 	$(BIN)/python benchmarks/static_gates.py
+
+# The engine with tests/cpp, under AddressSanitizer with UndefinedBehaviorSanitizer, and under
+# ThreadSanitizer.
+SANITIZE_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+SANITIZED := $(wildcard csrc/cpu/*.cpp tests/cpp/*.cpp)
+checks_of_address := address,undefined
+checks_of_thread := thread
+
+sanitize:
+	$(MAKE) -j$(SANITIZE_JOBS) --no-print-directory sanitize-address sanitize-thread
+
+define SANITIZER
+.PHONY: sanitize-$(1)
+sanitize-$(1): build/sanitize/$(1)/run
+	UBSAN_OPTIONS=print_stacktrace=1 $$<
+
+build/sanitize/$(1)/run: $(SANITIZED:%.cpp=build/sanitize/$(1)/%.o)
+	$$(CXX) -fsanitize=$(checks_of_$(1)) -pthread $$^ -ldl -o $$@
+
+build/sanitize/$(1)/%.o: %.cpp
+	@mkdir -p $$(@D)
+	$$(CXX) -fsanitize=$(checks_of_$(1)) -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS \
+		-std=c++17 -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Wno-maybe-uninitialized \
+		-Icsrc -pthread -MMD -MP -c $$< -o $$@
+
+-include $(SANITIZED:%.cpp=build/sanitize/$(1)/%.d)
+endef
+$(foreach name,address thread,$(eval $(call SANITIZER,$(name))))
 
 # Rebuilt when what is installed changes; Python sources are used in place.
 $(READY): pyproject.toml constraints.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')

@@ -55,7 +55,7 @@ def trials(centres: int, target: float, count: int, rows: int) -> dict[str, obje
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--out", type=Path)
