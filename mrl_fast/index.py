@@ -65,6 +65,10 @@ class MatryoshkaIndex:
         self.metric = check_choice(metric, "metric", METRICS)
         self.dtype = check_choice(dtype, "dtype", tuple(DTYPES))
         self.prefix_dtype = check_choice(prefix_dtype, "prefix_dtype", PREFIX_DTYPES)
+        if prefix_dtype == "int8" and self.dims[0] > 1 << 15:  # sums of codes are int32
+            raise ValueError(
+                f"dims[0]: expected at most {1 << 15} with prefix_dtype='int8', got {self.dims[0]}"
+            )
         if rotation is not None:
             check_choice(rotation, "rotation", ("pca",))
         self._rotation = None if rotation is None else Rotation(self.width)

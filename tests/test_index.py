@@ -131,6 +131,12 @@ def test_many_small_adds_fill_few_blocks():
             "prefix_dtype: expected one of",
         ),
         (lambda i: MatryoshkaIndex((8,), rotation="opq"), ValueError, "rotation: expected one of"),
+        (
+            lambda i: MatryoshkaIndex((40000,), prefix_dtype="int8"),
+            ValueError,
+            r"dims\[0\]: expected at most 32768 with prefix_dtype='int8', got 40000",
+        ),
+        (lambda i: i.search(vectors(1) * torch.inf), ValueError, "queries: expected finite"),
     ],
 )
 def test_bad_input(call, error, message):

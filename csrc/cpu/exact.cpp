@@ -214,6 +214,7 @@ Status search_pass(Problem& p, int threads, std::vector<std::vector<Final>>* bes
 Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
                     int64_t dim, int64_t k, int threads, float* scores, int64_t* ids,
                     int64_t* touched) {
+    rows.check();
     if (!finite(queries, dim)) return Status::QUERY_NOT_FINITE;
     std::atomic<bool> overflow{false};
     const int64_t keep = std::max<int64_t>(std::min(k, rows.count()), 1);

@@ -23,10 +23,6 @@ void write(const Rows& rows, const Entry* entries, int64_t count, int64_t k, flo
     std::fill(ids + count, ids + k, -1);
 }
 
-void check_rows(const Rows& rows) {
-    if (rows.count() > 0xffffffffll) throw std::length_error("more than 2^32 - 1 rows");
-}
-
 // Runs fn(query, scratch) -> Status for every query on as many threads as `multiplies` are worth.
 template <class Fn>
 Status each_query(int64_t count, double multiplies, int threads, const Fn& fn) {
@@ -48,7 +44,7 @@ Status each_query(int64_t count, double multiplies, int threads, const Fn& fn) {
 
 Status search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
               const std::vector<Stage>& stages, int threads, float* scores, int64_t* ids) {
-    check_rows(rows);
+    rows.check();
     const Stage first = stages.front();
     if (!finite(queries, stages.back().dim)) return Status::QUERY_NOT_FINITE;
     // Codes choose a shortlist; scores that are returned come from the columns.
@@ -97,7 +93,7 @@ Status search(const Kernels& kernels, const Rows& rows, const Queries& queries, 
 Status rerank(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
               const int64_t* candidates, int64_t count, int64_t dim, int64_t k, int threads,
               float* scores, int64_t* ids) {
-    check_rows(rows);
+    rows.check();
     if (rows.packed_dim != 0) throw std::invalid_argument("rerank reads row-major vectors only");
     return each_query(queries.n, double(queries.n) * count * dim, threads,
                       [&](int64_t q, std::vector<float>& tile, std::vector<Entry>& mine) {

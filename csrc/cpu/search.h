@@ -1,6 +1,8 @@
 // Search on the CPU: the funnel, rerank, certified exact search, and what they read.
 #pragma once
 
+#include <stdexcept>
+
 #include "cpu/engine.h"
 
 namespace mrl {
@@ -31,6 +33,9 @@ struct Rows {
     std::vector<int64_t> levels;   // columns where TAIL_NORM is known; the first is the prefix
     const int64_t* ids = nullptr;  // of the rows, what a result calls them; null: their number
     int64_t count() const { return spans.empty() ? 0 : spans.back().first + spans.back().rows; }
+    void check() const {  // an entry's key has 32 bits for the row
+        if (count() > 0xffffffffll) throw std::length_error("more than 2^32 - 1 rows");
+    }
 };
 
 struct Queries {
