@@ -217,6 +217,7 @@ class MatryoshkaIndex:
         recall: float = 0.99,
         *,
         batch: int | None = None,
+        confidence: float = 0.95,
         progress: bool = True,
     ) -> tuning.TuneReport:
         """Finds the fastest stages that reach a recall, by measuring on this machine.
@@ -226,8 +227,9 @@ class MatryoshkaIndex:
         Args:
             queries: ``[n, D]`` samples of what will be asked, at least 256, none of them used to
                 train or to tune before.
-            k: Neighbours a query. recall: Share of the exact k best that must be found, in (0, 1).
+            k: Neighbours a query. recall: Share of the exact k best that must be found, in (0, 1].
             batch: Queries a call whose time counts; None is all of them at once.
+            confidence: That the stages reach it on further queries of this kind, in [0.5, 1).
             progress: Show a bar.
 
         Returns:
@@ -239,7 +241,9 @@ class MatryoshkaIndex:
             ValueError, TypeError: Too few queries, a wrong shape or dtype; an empty index.
         """
         q = self._check_vectors(queries, "queries").float()
-        report = tuning.tune(self, q, k, recall, batch=batch, progress=progress)
+        report = tuning.tune(
+            self, q, k, recall, batch=batch, confidence=confidence, progress=progress
+        )
         self._tuned = (report.stages, report.k, len(self))
         return report
 

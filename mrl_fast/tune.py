@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from os import PathLike
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mrl_fast._arrays import as_tensor
 from mrl_fast._checks import check_int, check_matrix, check_stages
@@ -26,6 +26,7 @@ from mrl_fast._types import SearchResult
 Stages = list[tuple[int, int]]  # (dim, keep)
 
 MIN_QUERIES = 256
+SLOWER = 2.0  # times the fastest good list: no more is timed
 UNSEEN = 0.5  # share of its neighbours that a query unlike any in the sample is held to lose
 TIE = 4 * torch.finfo(torch.float32).eps  # of the score: stages score in fp32, exact in fp64
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -127,7 +128,7 @@ def tune(
         recall: The target, in ``(0, 1]``.
         batch: Queries a call when timing, in ``[1, n]``; None is all of them.
         confidence: In ``[0.5, 1)``.
-        progress: Show a bar, where tqdm is installed.
+        progress: Show a bar.
 
     Returns:
         TuneReport: its ``stages`` are None where exact search is the fastest, or nothing else is
@@ -165,7 +166,8 @@ def tune(
     bounds = [(1.0, 1.0)]
     whole = q.split(batch)[: len(q) // batch]
     rounds = min(max(5, len(whole)), 50)
-    with _bar(sum(map(len, chains)) + rounds, progress) as tick:
+    with tqdm(total=sum(map(len, chains)) + rounds, desc="tune", disable=not progress) as bar:
+        tick = bar.update
         exact = search_all(None)
         for chain in chains:
             losses = (_losses(search_all(stages), exact, count) for stages in chain)
@@ -173,15 +175,22 @@ def tune(
                 bounds.append(found)
                 lists.append(stages)
                 tick()
-        calls = []
-        for i in range(rounds):
-            calls.append(_calls_ms(search, whole[i % len(whole)], lists))
+        calls = [[time_ms] for time_ms in _calls_ms(search, whole[0], lists)]
+        tick()
+        # Only what may be the fastest is worth more than one look.
+        best_ms = min(c[0] for c, (_, bound) in zip(calls, bounds, strict=True) if bound >= recall)
+        contenders = [i for i, times in enumerate(calls) if times[0] <= SLOWER * best_ms]
+        for i in range(1, rounds):
+            few = [lists[j] for j in contenders]
+            for j, time_ms in zip(
+                contenders, _calls_ms(search, whole[i % len(whole)], few), strict=True
+            ):
+                calls[j].append(time_ms)
             tick()
 
     rows: list[TuneRow] = []
-    times = map(median, zip(*calls, strict=True))
     for time_ms, (mean, bound), stages in sorted(
-        zip(times, bounds, lists, strict=True), key=lambda row: row[0]
+        zip(map(median, calls), bounds, lists, strict=True), key=lambda row: row[0]
     ):
         cost = explain(index, stages or [(index.dims[-1], k)], batch)
         work = cost.macs, cost.read_bytes
@@ -326,19 +335,6 @@ def _calls_ms(search: Callable[[Tensor, Any], object], part: Tensor, lists: Any)
         search(part, stages)
         times.append(time.perf_counter())
     return [1e3 * (end - begin) for begin, end in zip(times, times[1:], strict=False)]
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[[], object]]:
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        tqdm = None
-    if tqdm is None or not shown:
-        yield lambda: None
-    else:
-        with tqdm(total=total, desc="tune") as bar:
-            yield bar.update
 
 
 def _shown(stages: Stages | None) -> str:

@@ -7,17 +7,15 @@ void test_store();
 void test_search();
 void test_exact();
 void test_shared();
-void test_nested();
+void test_fold();
+void test_gradients();
 
 int main(int argc, char** argv) {
     const struct {
         const char* name;
         void (*run)();
-    } tests[] = {{"store", test_store},
-                 {"search", test_search},
-                 {"exact", test_exact},
-                 {"shared", test_shared},
-                 {"nested", test_nested}};
+    } tests[] = {{"store", test_store},   {"search", test_search}, {"exact", test_exact},
+                 {"shared", test_shared}, {"fold", test_fold},     {"gradients", test_gradients}};
     for (const auto& test : tests) {
         if (argc > 1 && !std::strstr(test.name, argv[1])) continue;
         const auto begin = std::chrono::steady_clock::now();

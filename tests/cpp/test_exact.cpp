@@ -109,7 +109,7 @@ Table scaled(const Table& table, const std::vector<float>& factors, DType dtype)
     return out;
 }
 
-void check_overflow(const Kernels& kernels, std::mt19937& random) {
+void check_results(const Kernels& kernels, std::mt19937& random) {
     const Table table = make_table(200, 24, DType::F32, random);
     const QueryRows queries(table, 2, random);
     const Table huge = scaled(table, {1e20f}, DType::F32);
@@ -150,7 +150,7 @@ void test_exact() {
     for (int64_t row = 1; row < same.n; ++row)
         std::copy_n(same.row(0), 32, same.values.begin() + row * 32);
     check_table(same, {8}, 7, random, &visits);
-    for (const Kernels* kernels : available_kernels()) check_overflow(*kernels, random);
+    for (const Kernels* kernels : available_kernels()) check_results(*kernels, random);
 }
 
 // Several threads search the same rows at once, as an index is searched without a lock.

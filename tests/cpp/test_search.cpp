@@ -276,6 +276,23 @@ void check_duplicates(const Kernels& kernels, std::mt19937& random) {
         }
 }
 
+// Results name rows by their ids where there are any.
+void check_ids(const Kernels& kernels, std::mt19937& random) {
+    const Table table = make_table(300, 20, DType::F32, random);
+    const QueryRows queries(table, 7, random);
+    const Database database(table, {0, false}, split(table.n), table.n, kernels, 1);
+    std::vector<int64_t> ids(table.n);
+    for (int64_t row = 0; row < table.n; ++row) ids[row] = (row * 7 + 1) % table.n + (1ll << 40);
+    const Case c = {table, queries, database, Metric::L2};
+    Database named(table, {0, false}, split(table.n), table.n, kernels, 1);
+    named.rows.ids = ids.data();
+    Found found = find(c, kernels, {{10, 50}, {20, 310}}, 1);
+    const Found renamed =
+        find({table, queries, named, Metric::L2}, kernels, {{10, 50}, {20, 310}}, 1);
+    for (int64_t& id : found.ids) id = id < 0 ? id : ids[id];
+    CHECK_EQUAL(renamed, found);
+}
+
 // NaN and infinite values in any stage, and scores beyond fp32.
 void check_refusals(const Kernels& kernels, std::mt19937& random) {
     for (DType dtype : DTYPES)
@@ -305,6 +322,12 @@ void check_refusals(const Kernels& kernels, std::mt19937& random) {
     Found found = room_for(7, 130);
     CHECK(search(kernels, database.rows, queries.queries, Metric::L2, {{31, 130}}, 1,
                  found.scores.data(), found.ids.data()) == Status::OVERFLOW_);
+    for (float bad : {NAN, INFINITY, -INFINITY}) {
+        std::vector<float> query(2 * 31);
+        query[61] = bad;
+        CHECK(search(kernels, database.rows, {query.data(), 2, 31}, Metric::IP, {{5, 9}, {31, 3}},
+                     1, found.scores.data(), found.ids.data()) == Status::QUERY_NOT_FINITE);
+    }
 }
 
 }  // namespace
@@ -334,6 +357,7 @@ void test_search() {
     for (const Kernels* kernels : available_kernels()) {
         scenario = std::string("search, ") + kernels->name;
         check_duplicates(*kernels, random);
+        check_ids(*kernels, random);
         check_refusals(*kernels, random);
     }
 }
