@@ -67,7 +67,7 @@ def compare(
     held_out, reported = queries[::2], queries[1::2]
     indexes = {}
     for i, dim in enumerate(dims[1:-1], start=1):
-        indexes[dim] = MatryoshkaIndex(dims[i:], metric="cosine", prefix_dtype="int8")
+        indexes[dim] = MatryoshkaIndex(dims[i:], metric="cosine")
         indexes[dim].add(database)
         on_step()
 
