@@ -1,6 +1,6 @@
 """Matryoshka (nested) embeddings, trained and searched at the speed of the hardware."""
 
-from mrl_fast._types import NestedLoss, Prediction, SearchResult
+from mrl_fast._types import ExactResult, NestedLoss, Prediction, SearchResult
 from mrl_fast.heads import matryoshka_logits, matryoshka_predict
 from mrl_fast.index import MatryoshkaIndex
 from mrl_fast.losses import (
@@ -20,6 +20,7 @@ from mrl_fast.retrieval import funnel_search, prefix_topk, rerank
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExactResult",
     "MRLLinear",
     "MatryoshkaCrossEntropyLoss",
     "MatryoshkaIndex",

@@ -161,12 +161,14 @@ class Problem {
             all->resize(G * rows * cols);
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t c = 0; c < cols; ++c) {
+                const float *a = x(r), *b = w(c);
                 double sum = 0.0, size = 0.0;
                 int64_t k = 0;
                 for (int64_t g = 0; g < G; ++g) {
-                    for (; k < dims[g]; ++k) {
-                        sum += double(x(r)[k]) * w(c)[k];
-                        size += std::abs(double(x(r)[k]) * w(c)[k]);
+                    for (const int64_t dim = dims[g]; k < dim; ++k) {
+                        const double product = double(a[k]) * b[k];
+                        sum += product;
+                        size += std::abs(product);
                     }
                     const int64_t i = at(g, r, c);
                     s[i] = sum;

@@ -75,7 +75,7 @@ void check_found(const Found& found, const Found& right) {
 void check_table(const Table& table, const std::vector<int64_t>& prefixes, int64_t count,
                  std::mt19937& random, Visits* visits) {
     const QueryRows queries(table, count, random);
-    const Kernels& best = *available_kernels().front();
+    const Kernels& best = *tested_kernels().front();
     const std::string name = scenario;
     for (Metric metric : METRICS) {
         const std::vector<double> scores = scores64(table, queries, metric);
@@ -85,7 +85,7 @@ void check_table(const Table& table, const std::vector<int64_t>& prefixes, int64
                 for (int64_t k : {int64_t(1), int64_t(10), int64_t(100), table.n + 3}) {
                     if (k > 1000) continue;
                     const Found right = brute_force(scores, count, table.n, k);
-                    for (const Kernels* kernels : available_kernels())
+                    for (const Kernels* kernels : tested_kernels())
                         for (int threads : THREADS) {
                             if (k > 10 && threads == 2) continue;
                             scenario = name + ", metric " + std::to_string(int(metric)) + ", k " +
@@ -150,7 +150,7 @@ void test_exact() {
     for (int64_t row = 1; row < same.n; ++row)
         std::copy_n(same.row(0), 32, same.values.begin() + row * 32);
     check_table(same, {8}, 7, random, &visits);
-    for (const Kernels* kernels : available_kernels()) check_results(*kernels, random);
+    for (const Kernels* kernels : tested_kernels()) check_results(*kernels, random);
 }
 
 // Several threads search the same rows at once, as an index is searched without a lock.
@@ -160,7 +160,7 @@ void test_shared() {
     const QueryRows queries(table, 24, random);
     for (bool coded : {false, true}) {
         scenario = coded ? "shared, coded" : "shared";
-        const Kernels& kernels = *available_kernels().front();
+        const Kernels& kernels = *tested_kernels().front();
         const Database database(table, {12, coded}, split(table.n), table.n, kernels, 1);
         const auto funnel = [&] {
             Found found = room_for(24, 10);

@@ -162,7 +162,7 @@ void check_labels(const Kernels& kernels, std::mt19937& random) {
 
 void test_fold() {
     std::mt19937 random(5);
-    const std::vector<const Kernels*> all = available_kernels();
+    const std::vector<const Kernels*> all = tested_kernels();
     each_problem(random, [&](const Problem& p, const std::string& name) {
         scenario = "fold, " + name;
         check_fold(p, all);

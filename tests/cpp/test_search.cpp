@@ -198,7 +198,7 @@ Found find_among(const Case& c, const Kernels& kernels, const Candidates& candid
 // Instruction sets that agree to the bit: those with multiply-adds, and the others.
 std::vector<std::vector<const Kernels*>> alike() {
     std::vector<std::vector<const Kernels*>> sets(2);
-    for (const Kernels* kernels : available_kernels())
+    for (const Kernels* kernels : tested_kernels())
         sets[std::string(kernels->name) == "portable"].push_back(kernels);
     if (sets[0].empty()) sets.erase(sets.begin());
     return sets;
@@ -343,8 +343,7 @@ void test_search() {
                 const DType dtype = DTYPES[(size + kind + metric) % 3];
                 const Layout layout = {kind ? width * 2 / 5 : 0, kind == 2};
                 const Table table = make_table(n, width, dtype, random);
-                const Database database(table, layout, split(n), 77, *available_kernels().back(),
-                                        1);
+                const Database database(table, layout, split(n), 77, *tested_kernels().back(), 1);
                 for (int64_t count : {int64_t(0), int64_t(1), counts[(size + kind) % 6]}) {
                     scenario = "search, " + std::to_string(n) + " rows of " +
                                std::to_string(width) + ", layout " + std::to_string(kind) +
@@ -354,7 +353,7 @@ void test_search() {
                     check_case({table, queries, database, METRICS[metric]}, layout, random);
                 }
             }
-    for (const Kernels* kernels : available_kernels()) {
+    for (const Kernels* kernels : tested_kernels()) {
         scenario = std::string("search, ") + kernels->name;
         check_duplicates(*kernels, random);
         check_ids(*kernels, random);

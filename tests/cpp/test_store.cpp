@@ -87,7 +87,7 @@ void check_not_finite(const Kernels& kernels, std::mt19937& random) {
 
 void test_store() {
     std::mt19937 random(1);
-    for (const Kernels* kernels : available_kernels()) {
+    for (const Kernels* kernels : tested_kernels()) {
         scenario = std::string("store, ") + kernels->name;
         check_pieces(*kernels, random);
         check_not_finite(*kernels, random);
@@ -95,7 +95,7 @@ void test_store() {
     scenario = "store, two threads";
     const Table table = make_table(12500, 330, DType::F32, random);
     for (bool coded : {false, true}) {
-        const Kernels& kernels = *available_kernels().front();
+        const Kernels& kernels = *tested_kernels().front();
         const Database alone(table, {20, coded}, {table.n}, table.n, kernels, 1);
         const Database both(table, {20, coded}, {table.n}, table.n, kernels, 2);
         CHECK(alone.blocks[0].packed == both.blocks[0].packed);
