@@ -1,6 +1,6 @@
 """How often what ``tune`` chooses keeps its promise: seeded trials, judged on other queries.
 
-    python benchmarks/tune_trials.py [--trials 100] [--rows 100000] [--out FILE.json]
+    python benchmarks/tune_trials.py [--trials 100] [--rows 50000] [--recall 0.95 ...] [--out FILE.json]
 
 Each trial tunes on 512 queries of its own and is judged by the recall of its stages on 5,000 that
 no trial has seen. The promise is a confidence of 95 %: at least 95 of 100 must reach the target.
@@ -38,7 +38,7 @@ def trials(centres: int, target: float, count: int, rows: int) -> dict[str, obje
     kept = 0
     for seed in range(count):
         draw = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:SAMPLE]
-        stages = index.tune(pool[draw], K, target, progress=False).stages
+        stages = index.tune(pool[draw], K, target, batch=64, progress=False).stages
         if str(stages) not in recalls:
             ids = index.search(judged, K, stages=stages).ids
             recalls[str(stages)] = recall_at_k(ids, exact, judged, x[:rows])
@@ -57,12 +57,13 @@ def trials(centres: int, target: float, count: int, rows: int) -> dict[str, obje
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--recall", type=float, nargs="+", default=[0.95])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     results = []
     for centres in (3000, 0):
-        for target in (0.9, 0.95, 0.98):
+        for target in args.recall:
             results.append(trials(centres, target, args.trials, args.rows))
             print(json.dumps(results[-1]))
     if args.out:

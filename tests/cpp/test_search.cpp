@@ -207,7 +207,7 @@ std::vector<std::vector<const Kernels*>> alike() {
 void check_case(const Case& c, Layout layout, std::mt19937& random) {
     const int64_t width = c.table.width, n = c.table.n;
     const int64_t first = layout.prefix ? layout.prefix : width / 3, middle = (first + width) / 2;
-    const int64_t most = n > 1000 ? 500 : n;
+    const int64_t most = std::min<int64_t>(n, 500);
     std::vector<std::vector<Stage>> searches = {
         {{width, 1}}, {{middle, 10}}, {{width, 100}}, {{first, most + 5}}};
     if (!layout.coded) {
@@ -330,6 +330,22 @@ void check_refusals(const Kernels& kernels, std::mt19937& random) {
     }
 }
 
+// Layouts 0, 1 and 2: row-major, tiles, codes.
+void check_table(int64_t n, int64_t width, int layout, DType dtype, Metric metric,
+                 const std::vector<int64_t>& counts, std::mt19937& random) {
+    const Layout laid_out = {layout ? width * 2 / 5 : 0, layout == 2};
+    const Table table = make_table(n, width, dtype, random);
+    const Database database(table, laid_out, split(n), 77, *tested_kernels().back(), 1);
+    for (int64_t count : counts) {
+        scenario = "search, " + std::to_string(n) + " rows of " + std::to_string(width) +
+                   ", layout " + std::to_string(layout) + ", dtype " + std::to_string(int(dtype)) +
+                   ", metric " + std::to_string(int(metric)) + ", " + std::to_string(count) +
+                   " queries";
+        const QueryRows queries(table, count, random);
+        check_case({table, queries, database, metric}, laid_out, random);
+    }
+}
+
 }  // namespace
 
 void test_search() {
@@ -337,22 +353,14 @@ void test_search() {
     const int64_t sizes[] = {1, 63, 64, 65, 1000, 5000}, widths[] = {17, 40, 23, 64, 51, 38},
                   counts[] = {130, 29, 7, 6, 5, 29};
     for (int size = 0; size < 6; ++size)
-        for (int kind = 0; kind < 3; ++kind)
-            for (int metric = 0; metric < 3; ++metric) {
-                const int64_t n = sizes[size], width = widths[(size + kind) % 6];
-                const DType dtype = DTYPES[(size + kind + metric) % 3];
-                const Layout layout = {kind ? width * 2 / 5 : 0, kind == 2};
-                const Table table = make_table(n, width, dtype, random);
-                const Database database(table, layout, split(n), 77, *tested_kernels().back(), 1);
-                for (int64_t count : {int64_t(0), int64_t(1), counts[(size + kind) % 6]}) {
-                    scenario = "search, " + std::to_string(n) + " rows of " +
-                               std::to_string(width) + ", layout " + std::to_string(kind) +
-                               ", dtype " + std::to_string(int(dtype)) + ", metric " +
-                               std::to_string(metric) + ", " + std::to_string(count) + " queries";
-                    const QueryRows queries(table, count, random);
-                    check_case({table, queries, database, METRICS[metric]}, layout, random);
-                }
-            }
+        for (int layout = 0; layout < 3; ++layout)
+            for (int metric = 0; metric < 3; ++metric)
+                check_table(sizes[size], widths[(size + layout) % 6], layout,
+                            DTYPES[(size + layout + metric) % 3], METRICS[metric],
+                            {0, 1, std::min(counts[(size + layout) % 6], 350000 / sizes[size])},
+                            random);
+    // So wide that the queries take two passes.
+    check_table(65, 1400, 1, DType::F16, Metric::COSINE, {100}, random);
     for (const Kernels* kernels : tested_kernels()) {
         scenario = std::string("search, ") + kernels->name;
         check_duplicates(*kernels, random);
