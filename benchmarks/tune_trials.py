@@ -1,6 +1,6 @@
 """How often what ``tune`` chooses keeps its promise: seeded trials, judged on other queries.
 
-    python benchmarks/tune_trials.py [--trials 100] [--rows 50000] [--recall 0.95 ...] [--out FILE.json]
+    python benchmarks/tune_trials.py [--trials 100] [--rows 50000] [--recall 0.95] [--out FILE]
 
 Each trial tunes on 512 queries of its own and is judged by the recall of its stages on 5,000 that
 no trial has seen. The promise is a confidence of 95 %: at least 95 of 100 must reach the target.
