@@ -139,6 +139,9 @@ class QueryRows {
         queries = {static_cast<const float*>(elements_->row(0)), n, width + 3};
     }
     const float* row(int64_t q) const { return values.data() + q * width; }
+    Queries some(int64_t first, int64_t n) const {
+        return {queries.data + first * queries.stride, n, queries.stride};
+    }
     const int64_t width;
     std::vector<float> values;
     Queries queries;
