@@ -7,7 +7,7 @@ from glob import glob
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
-# On ARM, GCC fuses multiplies and adds on its own; without that scores have x86's bits.
+# On ARM, compilers fuse multiplies and adds on their own; without that scores have x86's bits.
 UNFUSED = ["-ffp-contract=off"] if platform.machine() in ("aarch64", "arm64") else []
 
 ParallelCompile("MRL_FAST_BUILD_JOBS", default=os.cpu_count() or 1).install()

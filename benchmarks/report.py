@@ -82,7 +82,8 @@ def searches(infos: Sequence[dict]) -> list[str]:
             (
                 *row, info["mrl_fast_ms"], f"{info['p20_ms']}–{info['p80_ms']}",
                 f"{info['recall']:.4f}", best_of(info, [n for n in names if n in FLAT]),
-                best_of(info, [n for n in names if n not in FLAT]), touched, copied, multiplied,
+                best_of(info, [n for n in names if n not in (*FLAT, "own_scan")]), touched, copied,
+                multiplied,
             )
         )  # fmt: skip
         for name in names:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mrl_fast import SearchResult, prefix_topk
 from mrl_fast.evaluate import recall_at_k
+from mrl_fast.rotation import Rotation
 
 Search = Callable[[Tensor, int], Tensor]  # queries [B, D], k → ids [B, k] int64
 NAMES = ("clustered", "centreless", "fashion_mnist", "vectors")
@@ -97,9 +98,8 @@ def real(name: str, folder: Path | None, rows: int) -> tuple[Tensor, Tensor]:
             asked[:: max(10, len(x) // QUERIES)] = True
             x, q = x[~asked], x[asked][:QUERIES]
     x, q = F.normalize(x), F.normalize(q)
-    moment = x.T.double() @ x.double()
-    rotation = torch.linalg.eigh(moment)[1].flip(1).float()  # most energy first
-    return F.normalize(x @ rotation), F.normalize(q @ rotation)
+    rotation = Rotation(x.shape[1]).fit(x)
+    return F.normalize(rotation.apply(x)), F.normalize(rotation.apply(q))
 
 
 def load(name: str, rows: int, width: int = 768, folder: Path | None = None) -> Case:

@@ -83,7 +83,7 @@ def flat(x: Tensor, batch: int) -> dict[str, Rival]:
     whole = scan(batch if batch > 1 else 2)
     if batch >= MANY:  # where BLAS is FAISS's default as well
         return {"faiss_blas": Rival(with_blas(whole))}
-    found = {"faiss": Rival(whole), "torch": Rival(_torch_scan(x))}
+    found = {"faiss": Rival(whole), "torch": Rival(torch_scan(x))}
     if batch > 1:
         found["faiss_blas"] = Rival(with_blas(whole))
     elif torch.get_num_threads() > 1:
@@ -91,7 +91,7 @@ def flat(x: Tensor, batch: int) -> dict[str, Rival]:
     return found
 
 
-def _torch_scan(x: Tensor) -> Search:
+def torch_scan(x: Tensor) -> Search:
     def scan(q: Tensor, k: int) -> Tensor:
         return torch.cat([(part @ x.T).topk(k).indices for part in q.split(256)])
 

@@ -6,7 +6,8 @@ adaptive  A prefix of all rows, then the best of them at full width, 500,000 x 7
           bandwidth, 16 a server's batch, 256 and 4,096 are matrix products. The fp32 prefix against
           full scans; the int8 prefix against every other way too.
 graphs    The same on 100,000 rows against HNSW and an inverted file, which take minutes to build.
-exact     The certified answer against all that are exact, on sets that prune and one that does not.
+exact     The certified answer against all that are exact, on sets that prune and one that does not;
+          own_scan is our full scan, which it must not fall behind.
 growth    No rivals: that time is linear in rows, and in columns where it depends on them.
 """
 
@@ -126,7 +127,11 @@ def test_exact(case, compare, batch, prefix_dtype):
     row(
         compare, case, batch, f"{prefix_dtype} {prefix}, exact",
         lambda q, k: index.search(q, k, exact=True).ids,
-        flat(case.x, batch) | {"faiss_panorama": panorama(case, batch)},
+        flat(case.x, batch)
+        | {
+            "faiss_panorama": panorama(case, batch),
+            "own_scan": Rival(lambda q, k: index.search(q, k, stages=[(width, k)]).ids),
+        },
         {"rows_touched_share": touched / (len(q) * rows)},
         flops=2.0 * (len(q) * rows * prefix + touched * width),
         read_bytes=1.0 * BYTES[prefix_dtype] * rows * prefix + 4.0 * min(touched, rows) * width,

@@ -14,11 +14,10 @@ index_int8        the same rows in an index with an int8 prefix. Its codes decid
 from __future__ import annotations
 
 import pytest
-import torch
 import torch.nn.functional as F
 from measure import DEVICE
 from search_data import Search, standard
-from search_rivals import MANY, flat, usearch_scan
+from search_rivals import MANY, flat, torch_scan, usearch_scan
 from torch import Tensor
 
 from mrl_fast import MatryoshkaIndex, SearchResult, prefix_topk
@@ -60,10 +59,6 @@ def row(
         lambda: ours(q, k), calls, repetitions=REPETITIONS[len(q)], notes=notes,
         flops=128.0 * len(x) * len(q), read_bytes=64.0 * number_bytes * len(x),
     )  # fmt: skip
-
-
-def torch_scan(x: Tensor) -> Search:
-    return lambda q, k: torch.cat([(part @ x.T).topk(k).indices for part in q.split(256)])
 
 
 def full_scans(x: Tensor, batch: int) -> dict[str, Search]:

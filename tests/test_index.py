@@ -1,5 +1,8 @@
 """MatryoshkaIndex: the functional ops' answers to the bit, whatever the batches of add."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -216,6 +219,35 @@ def test_memory_beyond_the_vectors():
         x = torch.randn(5000, 768)
         index.add(x)
         assert index.nbytes < 1.1 * x.numel() * 4
+
+
+PEAK = """
+import sys, torch
+from mrl_fast import MatryoshkaIndex
+rows, parts, prefix_dtype, dtype = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+x = torch.ones(rows, 768) + torch.arange(768.0)
+warm = MatryoshkaIndex((64, 768), prefix_dtype=prefix_dtype, dtype=dtype)
+warm.add(x[:200])
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+index = MatryoshkaIndex((64, 768), prefix_dtype=prefix_dtype, dtype=dtype)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS:")
+for part in x.chunk(parts):
+    index.add(part)
+print((status("VmHWM:") - before) * 1024 / (rows * 768 * (4 if dtype == "float32" else 2)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("parts", [1, 40])
+def test_adding_needs_little_more_than_the_vectors(parts, prefix_dtype, dtype):
+    command = [sys.executable, "-c", PEAK, "80000", str(parts), prefix_dtype, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.2, done.stdout  # times the bytes of the vectors
 
 
 def decaying(rows, seed=0):

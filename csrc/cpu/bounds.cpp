@@ -13,17 +13,6 @@ float below(double x) {
 }
 float above(double x) { return std::nextafter(float(x), INFINITY); }
 
-double dot64(const float* x, const float* y, int64_t cols) {
-    double sums[8] = {};
-    int64_t c = 0;
-    for (; c + 8 <= cols; c += 8)
-        for (int i = 0; i < 8; ++i) sums[i] += double(x[c + i]) * y[c + i];
-    for (int i = 0; c < cols; ++c, ++i) sums[i] += double(x[c]) * y[c];
-    double sum = 0.0;
-    for (double part : sums) sum += part;
-    return sum;
-}
-
 double distance64(const float* x, const float* y, int64_t cols) {
     double sum = 0.0;
     for (int64_t c = 0; c < cols; ++c) sum += (double(x[c]) - y[c]) * (double(x[c]) - y[c]);
@@ -53,7 +42,7 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
         touched[q] = 0;
         for (int64_t level : rows.levels)
             tails.push_back(std::sqrt(dot64(query + level, query + level, dim - level)));
-        if (rows.code_dim) codes.push_back(encode_query(query, rows.code_dim));
+        if (rows.code_dim) codes.push_back(encode(query, rows.code_dim));
     }
 }
 
@@ -66,20 +55,14 @@ double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
     const Span& span = span_of(rows, row);
     const int64_t local = row - span.first, packed = rows.packed_dim, lane = local % TILE;
     x->resize(dim + 1);
+    float* values = x->data();
     for (int64_t c = 0; c < packed; ++c)
-        (*x)[c] = span.packed[(local / TILE * packed + c) * TILE + lane];
-    const void* tail = tail_at(rows, span, local, packed);
-    std::vector<float>& values = *x;
-    if (rows.dtype == DType::F32) {
-        std::copy_n(static_cast<const float*>(tail), dim - packed, values.begin() + packed);
-    } else {
-        for (int64_t c = packed; c < dim; ++c)
-            values[c] = widen_half(static_cast<const uint16_t*>(tail)[c - packed], rows.dtype);
-    }
-    if (metric == Metric::L2) return -distance64(data[q], values.data(), dim);
-    const double dot = dot64(data[q], values.data(), dim);
+        values[c] = span.packed[(local / TILE * packed + c) * TILE + lane];
+    widen_row(tail_at(rows, span, local, packed), rows.dtype, dim - packed, values + packed);
+    if (metric == Metric::L2) return -distance64(data[q], values, dim);
+    const double dot = dot64(data[q], values, dim);
     if (metric == Metric::IP) return dot + 0.0;
-    const double length = norm[q] * std::sqrt(dot64(values.data(), values.data(), dim));
+    const double length = norm[q] * std::sqrt(dot64(values, values, dim));
     return length > 0.0 ? dot / length + 0.0 : 0.0;
 }
 

@@ -28,8 +28,10 @@ struct Entry {
     float sqnorm;   // of the row's prefix; cosine only
 };
 
-// Always inlined: a shared copy could have been compiled for another processor.
-[[gnu::always_inline]] inline uint64_t make_key(float score, int64_t row) {
+// What follows is always inlined: a shared copy could have been compiled for another processor.
+#define MRL_INLINE [[gnu::always_inline]] inline
+
+MRL_INLINE uint64_t make_key(float score, int64_t row) {
     const float plain = score + 0.0f;  // −0 becomes +0
     int32_t bits;
     __builtin_memcpy(&bits, &plain, sizeof bits);
@@ -37,6 +39,50 @@ struct Entry {
     if (score != score) ordered = 0xffffffffu;  // NaN sorts first and is reported
     return uint64_t(ordered) << 32 | (0xffffffffu - uint32_t(row));
 }
+
+struct F16 {
+    uint16_t bits;
+};
+struct BF16 {
+    uint16_t bits;
+};
+MRL_INLINE float widen(const float* x) { return *x; }
+MRL_INLINE float widen(const BF16* x) {
+    const uint32_t bits = uint32_t(x->bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+MRL_INLINE float widen(const F16* x) {
+    const uint32_t h = x->bits, sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31,
+                   mantissa = h & 1023;
+    uint32_t bits;
+    float value;
+    if (exponent == 0) {
+        value = float(mantissa) * 5.9604644775390625e-8f;  // subnormal: mantissa · 2^-24
+        __builtin_memcpy(&bits, &value, 4);
+        bits |= sign;
+    } else {
+        bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (mantissa << 13);
+    }
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Prefetches eight rows in the order of their addresses, which is what memory is fastest in.
+struct Prefetch {
+    const void* const* rows;  // null: none
+    int64_t row_bytes;
+    int row;
+    int64_t byte;
+    MRL_INLINE void lines(int count) {
+        for (; rows && count > 0 && row < 8; --count) {
+            __builtin_prefetch(static_cast<const char*>(rows[row]) + byte);
+            byte += 64;
+            if (byte >= row_bytes) byte = 0, ++row;
+        }
+    }
+};
 
 // The best rows a thread has seen of one query: at most `capacity` entries, cut to the k best when
 // full.

@@ -8,13 +8,6 @@
 namespace mrl {
 namespace neon {
 
-struct BF16 {
-    uint16_t bits;
-};
-struct F16 {
-    uint16_t bits;
-};
-
 struct Simd {
     typedef float Vec __attribute__((vector_size(16)));
     typedef int32_t Int __attribute__((vector_size(16)));
@@ -58,22 +51,14 @@ struct Simd {
     }
 
     // tile[c][0..8) = rows[0..8)[c] for c < cols, a multiple of 8; 0, or NaN if a value is not
-    // finite. Prefetches as many columns of the 8 rows ahead, where there are any, in the order of
-    // addresses: that is what memory is fastest in.
+    // finite. Prefetches as many columns of the 8 rows ahead, where there are any.
     template <class T>
     static float transpose(const T* const* rows, const void* const* ahead, int64_t cols,
                            float* tile) {
-        constexpr int64_t LINE = 64;
-        const int64_t row_bytes = cols * int64_t(sizeof(T));
-        int row_ahead = 0;
-        int64_t byte_ahead = 0;
+        Prefetch prefetch = {ahead, cols * int64_t(sizeof(T)), 0, 0};
         Vec check[4] = {};
         for (int64_t c = 0; c < cols; c += 4, tile += 4 * TILE) {
-            for (int i = 0; ahead && i < int(sizeof(T)) / 2 && row_ahead < 8; ++i) {
-                __builtin_prefetch(static_cast<const char*>(ahead[row_ahead]) + byte_ahead);
-                byte_ahead += LINE;
-                if (byte_ahead >= row_bytes) byte_ahead = 0, ++row_ahead;
-            }
+            prefetch.lines(sizeof(T) / 2);  // as many as these columns have
             for (int r = 0; r < 8; r += 4) {
                 Vec row[4];
                 for (int i = 0; i < 4; ++i) {

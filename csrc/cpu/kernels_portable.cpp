@@ -5,13 +5,6 @@
 namespace mrl {
 namespace portable {
 
-struct BF16 {
-    uint16_t bits;
-};
-struct F16 {
-    uint16_t bits;
-};
-
 struct Simd {
     typedef float Vec __attribute__((vector_size(16)));
     typedef int32_t Int __attribute__((vector_size(16)));

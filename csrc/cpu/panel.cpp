@@ -13,32 +13,41 @@ bool finite(const Queries& queries, int64_t dim) {
     return check == 0.0f;
 }
 
-float widen_half(uint16_t half, DType dtype) {
-    if (dtype == DType::BF16) {
-        const uint32_t bits = uint32_t(half) << 16;
-        float value;
-        std::memcpy(&value, &bits, 4);
-        return value;
-    }
-    const int exponent = (half >> 10) & 31, mantissa = half & 1023;
-    const float size = exponent == 0    ? std::ldexp(float(mantissa), -24)
-                       : exponent == 31 ? (mantissa ? NAN : INFINITY)
-                                        : std::ldexp(float(mantissa + 1024), exponent - 25);
-    return half & 0x8000u ? -size : size;
+void widen_row(const void* row, DType dtype, int64_t cols, float* out) {
+    const auto widen_as = [&](auto* x) {
+        for (int64_t c = 0; c < cols; ++c) out[c] = widen(x + c);
+    };
+    if (dtype == DType::F16)
+        widen_as(static_cast<const F16*>(row));
+    else if (dtype == DType::BF16)
+        widen_as(static_cast<const BF16*>(row));
+    else
+        widen_as(static_cast<const float*>(row));
 }
 
-Codes encode_query(const float* query, int64_t dim) {
+double dot64(const float* x, const float* y, int64_t cols) {
+    double sums[8] = {};
+    int64_t c = 0;
+    for (; c + 8 <= cols; c += 8)
+        for (int i = 0; i < 8; ++i) sums[i] += double(x[c + i]) * y[c + i];
+    for (int i = 0; c < cols; ++c, ++i) sums[i] += double(x[c]) * y[c];
+    double sum = 0.0;
+    for (double part : sums) sum += part;
+    return sum;
+}
+
+Codes encode(const float* x, int64_t dim) {
     Codes coded = {std::vector<int8_t>((dim + 3) / 4 * 4), 0.0f, 0.0};
     float largest = 0.0f;
-    for (int64_t c = 0; c < dim; ++c) largest = std::max(largest, std::abs(query[c]));
+    for (int64_t c = 0; c < dim; ++c) largest = std::max(largest, std::abs(x[c]));
     if (largest < TINY) largest = 0.0f;  // the error says so
     coded.unit = largest / 127.0f;
     const float codes_a_unit = largest > 0.0f ? 127.0f / largest : 0.0f;
     double error = 0.0;
     for (int64_t c = 0; c < dim; ++c) {
-        coded.codes[c] =
-            int8_t(std::lrint(std::min(std::max(query[c] * codes_a_unit, -127.0f), 127.0f)));
-        const double rest = query[c] - double(coded.unit) * coded.codes[c];
+        const float scaled = std::min(std::max(x[c] * codes_a_unit, -127.0f), 127.0f);
+        coded.codes[c] = int8_t(std::lrint(scaled));
+        const double rest = x[c] - double(coded.unit) * coded.codes[c];
         error += rest * rest;
     }
     coded.error = std::sqrt(error);

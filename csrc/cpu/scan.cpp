@@ -104,7 +104,7 @@ class Scanner {
           source_(source),
           dim_(dim),
           threads_(threads),
-          coded_(source == Source::CODES ? encode(queries, dim) : std::vector<Codes>()),
+          coded_(source == Source::CODES ? encode_all(queries, dim) : std::vector<Codes>()),
           panel_(source == Source::CODES ? Panel(kernels, coded_) : Panel(queries, dim)) {}
 
     // Appends to `best` at least the `keep` best of tiles tile_at(0), ..., tile_at(tiles - 1) that
@@ -114,10 +114,10 @@ class Scanner {
              std::vector<std::vector<Entry>>* best) const;
 
   private:
-    static std::vector<Codes> encode(const Queries& queries, int64_t dim) {
+    static std::vector<Codes> encode_all(const Queries& queries, int64_t dim) {
         std::vector<Codes> coded;
         for (int64_t q = 0; q < queries.n; ++q)
-            coded.push_back(encode_query(queries.data + q * queries.stride, dim));
+            coded.push_back(encode(queries.data + q * queries.stride, dim));
         return coded;
     }
     const Kernels& kernels_;

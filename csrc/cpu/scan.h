@@ -38,20 +38,21 @@ inline const void* tail_at(const Rows& rows, const Span& span, int64_t row, int6
            (row * span.stride + column - rows.packed_dim) * element_size(rows.dtype);
 }
 
-float widen_half(uint16_t half, DType dtype);  // F16 or BF16
+void widen_row(const void* row, DType dtype, int64_t cols, float* out);
+double dot64(const float* x, const float* y, int64_t cols);
 
 // As many threads as the work is worth.
 int threads_for(double multiplies, int threads);
 
 constexpr float TINY = 1e-30f;  // smaller values have codes of 0
 
-// A query's first columns as int8 codes.
+// A vector's first columns as int8 codes.
 struct Codes {
     std::vector<int8_t> codes;  // [dim, rounded up to a multiple of four]
     float unit;                 // of a code
     double error;               // norm of the prefix less what the codes stand for
 };
-Codes encode_query(const float* query, int64_t dim);
+Codes encode(const float* x, int64_t dim);
 
 // Queries side by side in groups of up to MAX_GROUP, column by column: what a scan broadcasts.
 class Panel {
@@ -90,11 +91,11 @@ class TileReader {
     }
 
   private:
+    void ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const;
+
     const Kernels& kernels_;
     const Rows& rows_;
     const Source source_;
-    void ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const;
-
     const int64_t dim_, groups_, tail_;
     std::vector<int64_t> starts_;  // each span's first tile
     std::vector<float> unpacked_;  // [tail, TILE]

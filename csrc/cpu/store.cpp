@@ -1,7 +1,6 @@
 // Row-major vectors into what a search reads: vertical tiles, int8 codes, norms.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "cpu/parallel.h"
 #include "cpu/scan.h"
@@ -9,36 +8,20 @@
 namespace mrl {
 namespace {
 
-// One chain of fp64 sums, so a norm depends on its row only. Rounded up, with room for its error.
-float norm_above(const float* x, int64_t cols) {
-    double sum = 0.0;
-    for (int64_t c = 0; c < cols; ++c) sum += double(x[c]) * x[c];
-    const float norm = float(std::sqrt(sum) * (1.0 + 1e-12 * (cols + 1)));
-    return sum > 0.0 ? std::nextafter(norm, INFINITY) : 0.0f;
+// A norm in fp32, rounded up, with room for the error of its sum over so many columns.
+float above(double norm, int64_t cols) {
+    return norm > 0.0 ? std::nextafter(float(norm * (1.0 + 1e-12 * (cols + 1))), INFINITY) : 0.0f;
 }
 
-float widen(const void* row, DType dtype, int64_t c) {
-    if (dtype == DType::F32) return static_cast<const float*>(row)[c];
-    return widen_half(static_cast<const uint16_t*>(row)[c], dtype);
-}
-
-// codes: where lane 0 of the row's quads lies in its tile; error: norm of what they leave.
-void encode(const float* x, int64_t dim, uint8_t* codes, float* unit, float* error) {
-    float largest = 0.0f;
-    for (int64_t c = 0; c < dim; ++c) largest = std::max(largest, std::abs(x[c]));
-    if (largest < TINY) largest = 0.0f;  // the error says so
-    *unit = largest / 127.0f;
-    const float codes_a_unit = largest > 0.0f ? 127.0f / largest : 0.0f;
-    double sum = 0.0;
-    for (int64_t c = 0; c < (dim + 3) / 4 * 4; ++c) {
-        const float value = c < dim ? x[c] : 0.0f;
-        const float scaled = std::min(std::max(value * codes_a_unit, -127.0f), 127.0f);
-        const int code = int(std::lrint(scaled));
-        codes[c / 4 * TILE * 4 + c % 4] = uint8_t(code + 128);
-        const double rest = value - double(*unit) * code;
-        sum += rest * rest;
+// What a search knows of a row; `stats` are the row's, `apart` from one another.
+void describe(const float* x, int64_t dim, int64_t prefix, const std::vector<int64_t>& levels,
+              float* stats, int64_t apart) {
+    stats[PREFIX_NORM * apart] = above(std::sqrt(dot64(x, x, prefix)), prefix);
+    double square = 0.0;  // of the columns from a level on: each level's own, the last first
+    for (size_t l = levels.size(), end = dim; l-- > 0; end = levels[l]) {
+        square += dot64(x + levels[l], x + levels[l], end - levels[l]);
+        stats[(TAIL_NORM + l) * apart] = above(std::sqrt(square), dim);
     }
-    *error = std::nextafter(float(std::sqrt(sum) * (1.0 + 1e-12 * (dim + 1))), INFINITY);
 }
 
 }  // namespace
@@ -77,17 +60,17 @@ Status store(const Kernels& kernels, const Rows& rows, const void* data, DType d
                 }
                 if (!stats) continue;
                 for (int64_t row = from; row < from + count; ++row) {
-                    for (int64_t c = 0; c < dim; ++c) vector[c] = widen(row_at(row), dtype, c);
-                    const int64_t prefix = std::max(rows.packed_dim, rows.code_dim);
-                    stats[PREFIX_NORM * stats_stride + row] = norm_above(vector.data(), prefix);
-                    for (size_t l = 0; l < rows.levels.size(); ++l)
-                        stats[(TAIL_NORM + l) * stats_stride + row] =
-                            norm_above(vector.data() + rows.levels[l], dim - rows.levels[l]);
-                    if (codes)
-                        encode(vector.data(), rows.code_dim,
-                               codes + (tile * quads * TILE + row - tile * TILE) * 4,
-                               stats + CODE_SCALE * stats_stride + row,
-                               stats + CODE_ERROR * stats_stride + row);
+                    widen_row(row_at(row), dtype, dim, vector.data());
+                    float* mine = stats + row;
+                    describe(vector.data(), dim, std::max(rows.packed_dim, rows.code_dim),
+                             rows.levels, mine, stats_stride);
+                    if (!codes) continue;
+                    const Codes coded = encode(vector.data(), rows.code_dim);
+                    mine[CODE_SCALE * stats_stride] = coded.unit;
+                    mine[CODE_ERROR * stats_stride] = above(coded.error, rows.code_dim);
+                    uint8_t* quads_of_row = codes + (tile * quads * TILE + row - tile * TILE) * 4;
+                    for (size_t c = 0; c < coded.codes.size(); ++c)
+                        quads_of_row[c / 4 * TILE * 4 + c % 4] = uint8_t(coded.codes[c] + 128);
                 }
             }
     });

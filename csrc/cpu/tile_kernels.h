@@ -5,29 +5,6 @@
 // --- packing
 // -------------------------------------------------------------------------------------------------------
 
-inline float widen(const float* x) { return *x; }
-inline float widen(const BF16* x) {
-    const uint32_t bits = uint32_t(x->bits) << 16;
-    float value;
-    __builtin_memcpy(&value, &bits, 4);
-    return value;
-}
-inline float widen(const F16* x) {
-    const uint32_t h = x->bits, sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31,
-                   mantissa = h & 1023;
-    uint32_t bits;
-    float value;
-    if (exponent == 0) {
-        value = float(mantissa) * 5.9604644775390625e-8f;  // subnormal: mantissa · 2^-24
-        __builtin_memcpy(&bits, &value, 4);
-        bits |= sign;
-    } else {
-        bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (mantissa << 13);
-    }
-    __builtin_memcpy(&value, &bits, 4);
-    return value;
-}
-
 template <class T>
 bool pack_as(const void* const* rows, const void* const* ahead, int n, int64_t cols, float* tile) {
     float check = 0.0f;  // becomes NaN on the first value that is not finite

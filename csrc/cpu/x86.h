@@ -1,12 +1,5 @@
 // What AVX2 and AVX-512 share: packing by 8×8 transposes. Included like tile_kernels.h.
 
-struct BF16 {
-    uint16_t bits;
-};
-struct F16 {
-    uint16_t bits;
-};
-
 inline __m256 load8(const float* x) { return _mm256_loadu_ps(x); }
 inline __m256 load8(const F16* x) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
@@ -17,22 +10,14 @@ inline __m256 load8(const BF16* x) {
 }
 
 // tile[c][0..8) = rows[0..8)[c] for c < cols, a multiple of 8; 0, or NaN if a value is not finite.
-// Prefetches as many columns of the 8 rows ahead, where there are any, in the order of addresses:
-// that is what memory is fastest in.
+// Prefetches as many columns of the 8 rows ahead, where there are any.
 template <class T>
 inline float transpose8(const T* const* rows, const void* const* ahead, int64_t cols, float* tile) {
-    constexpr int64_t LINE = 64;
-    const int64_t row_bytes = cols * int64_t(sizeof(T));
-    int row_ahead = 0;
-    int64_t byte_ahead = 0;
+    Prefetch prefetch = {ahead, cols * int64_t(sizeof(T)), 0, 0};
     __m256 check = _mm256_setzero_ps();
     const __m256 zero = _mm256_setzero_ps();
     for (int64_t c = 0; c < cols; c += 8, tile += 8 * TILE) {
-        for (int i = 0; ahead && i < int(sizeof(T)) && row_ahead < 8; ++i) {
-            _mm_prefetch(static_cast<const char*>(ahead[row_ahead]) + byte_ahead, _MM_HINT_T0);
-            byte_ahead += LINE;
-            if (byte_ahead >= row_bytes) byte_ahead = 0, ++row_ahead;
-        }
+        prefetch.lines(sizeof(T));  // as many as these columns have
         __m256 a[8], b[8];
         for (int i = 0; i < 8; ++i) {
             a[i] = load8(rows[i] + c);

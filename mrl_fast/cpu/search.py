@@ -52,7 +52,7 @@ def search_rows(
         rows, q.data_ptr(), len(q), q.stride(0), METRICS.index(metric), list(stages),
         torch.get_num_threads(), native.ISA, scores.data_ptr(), ids.data_ptr(),
     )  # fmt: skip
-    _refuse(problem, queries, unchecked)
+    _refuse(problem, queries[:, : stages[-1][0]], unchecked)
     return scores, ids
 
 
@@ -81,7 +81,7 @@ def rerank(
         candidates.data_ptr(), candidates.shape[1], dim, k, torch.get_num_threads(), native.ISA,
         scores.data_ptr(), ids.data_ptr(),
     )  # fmt: skip
-    _refuse(problem, queries, database[:, :dim])
+    _refuse(problem, queries[:, :dim], database[:, :dim])
     return scores, ids
 
 
