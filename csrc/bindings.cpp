@@ -50,6 +50,24 @@ std::string message(Status status) {
     }
 }
 
+// What a range search found, of a size that is known only now.
+struct RangeFound {
+    std::string problem;
+    std::vector<std::vector<Neighbour>> neighbours;  // [queries]
+    std::vector<int64_t> counts() const {
+        std::vector<int64_t> counts;
+        for (const auto& mine : neighbours) counts.push_back(mine.size());
+        return counts;
+    }
+    void write(float* scores, int64_t* ids) const {
+        for (const auto& mine : neighbours)
+            for (const Neighbour& neighbour : mine) {
+                *scores++ = neighbour.score;
+                *ids++ = neighbour.id;
+            }
+    }
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -64,18 +82,25 @@ PYBIND11_MODULE(_C, m) {
     });
     m.def("advise_huge_pages",
           [](uintptr_t begin, size_t bytes) { advise_huge_pages(at<void>(begin), bytes); });
-    // Spans are tuples (first, rows, packed, codes, tail, stride, stats, stats_stride) in order.
-    py::class_<Rows>(m, "Rows").def(
-        py::init([](const std::vector<std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
-                                                 int64_t, uintptr_t, int64_t>>& spans,
-                    int64_t packed_dim, int64_t code_dim, int dtype,
-                    const std::vector<int64_t>& levels, uintptr_t ids) {
-            Rows rows = {{}, packed_dim, code_dim, DType(dtype), levels, at<int64_t>(ids)};
-            for (const auto& [first, n, packed, codes, tail, stride, stats, stats_stride] : spans)
-                rows.spans.push_back({first, n, at<float>(packed), at<uint8_t>(codes),
-                                      at<void>(tail), stride, at<float>(stats), stats_stride});
-            return rows;
-        }));
+    // Spans are tuples (first, rows, packed, codes, tail, stride, stats, stats_stride, ids) in
+    // order.
+    py::class_<Rows>(m, "Rows")
+        .def(py::init(
+            [](const std::vector<std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
+                                            int64_t, uintptr_t, int64_t, uintptr_t>>& spans,
+               int64_t packed_dim, int64_t code_dim, int dtype,
+               const std::vector<int64_t>& levels) {
+                Rows rows = {{}, packed_dim, code_dim, DType(dtype), levels};
+                for (const auto& [first, n, packed, codes, tail, stride, stats, stats_stride, ids] :
+                     spans)
+                    rows.spans.push_back({first, n, at<float>(packed), at<uint8_t>(codes),
+                                          at<void>(tail), stride, at<float>(stats), stats_stride,
+                                          at<int64_t>(ids)});
+                return rows;
+            }))
+        .def("restricted",
+             [](const Rows& rows, uintptr_t mask) { return rows.restricted(at<uint64_t>(mask)); })
+        .def_property_readonly("eligible", &Rows::eligible);
     m.def("search", [](const Rows& rows, uintptr_t queries, int64_t num_queries,
                        int64_t query_stride, int metric,
                        const std::vector<std::pair<int64_t, int64_t>>& stages, int threads,
@@ -97,6 +122,25 @@ PYBIND11_MODULE(_C, m) {
                                     Metric(metric), dim, k, threads, at<float>(scores),
                                     at<int64_t>(ids), at<int64_t>(touched)));
     });
+    m.def("range_search", [](const Rows& rows, uintptr_t queries, int64_t num_queries,
+                             int64_t query_stride, int metric, int64_t dim, double threshold,
+                             int threads, const std::string& isa) {
+        const Kernels& kernels = kernels_named(isa);
+        std::unique_ptr<RangeFound> found(new RangeFound);
+        {
+            py::gil_scoped_release unlocked;
+            found->problem =
+                message(range_search(kernels, rows, {at<float>(queries), num_queries, query_stride},
+                                     Metric(metric), dim, threshold, threads, &found->neighbours));
+        }
+        return found;
+    });
+    py::class_<RangeFound>(m, "RangeFound")
+        .def_readonly("problem", &RangeFound::problem)
+        .def_property_readonly("counts", &RangeFound::counts)
+        .def("write", [](const RangeFound& found, uintptr_t scores, uintptr_t ids) {
+            found.write(at<float>(scores), at<int64_t>(ids));
+        });
     m.def("rerank",
           [](const Rows& rows, uintptr_t queries, int64_t num_queries, int64_t query_stride,
              int metric, uintptr_t candidates, int64_t count, int64_t dim, int64_t k, int threads,

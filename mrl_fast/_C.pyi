@@ -10,7 +10,9 @@ def advise_huge_pages(begin: int, bytes: int, /) -> None: ...
 
 class Rows:
     """Vectors to search, as spans ``(first, rows, packed, codes, tail, stride, stats,
-    stats_stride)``; see csrc/cpu/search.h. Holds addresses, not the arrays."""
+    stats_stride, ids)``; see csrc/cpu/search.h. Holds addresses, not the arrays."""
+
+    eligible: int  # rows that may be found
 
     def __init__(
         self,
@@ -19,9 +21,14 @@ class Rows:
         code_dim: int,
         dtype: int,
         levels: list[int],
-        ids: int,
         /,
     ) -> None: ...
+    def restricted(self, mask: int, /) -> Rows: ...
+
+class RangeFound:
+    problem: str
+    counts: list[int]
+    def write(self, scores: int, ids: int, /) -> None: ...
 
 # An empty string, or what is wrong with the vectors.
 def search(
@@ -52,6 +59,18 @@ def exact_search(
     touched: int,
     /,
 ) -> str: ...
+def range_search(
+    rows: Rows,
+    queries: int,
+    num_queries: int,
+    query_stride: int,
+    metric: int,
+    dim: int,
+    threshold: float,
+    threads: int,
+    isa: str,
+    /,
+) -> RangeFound: ...
 def rerank(
     rows: Rows,
     queries: int,

@@ -1,6 +1,12 @@
 """Matryoshka (nested) embeddings, trained and searched at the speed of the hardware."""
 
-from mrl_fast._types import ExactResult, NestedLoss, Prediction, SearchResult
+from mrl_fast._types import (
+    ExactResult,
+    NestedLoss,
+    Prediction,
+    RangeResult,
+    SearchResult,
+)
 from mrl_fast.heads import matryoshka_logits, matryoshka_predict
 from mrl_fast.index import MatryoshkaIndex
 from mrl_fast.losses import (
@@ -28,6 +34,7 @@ __all__ = [
     "MatryoshkaLoopLoss",
     "NestedLoss",
     "Prediction",
+    "RangeResult",
     "SearchResult",
     "funnel_search",
     "matryoshka_cross_entropy",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mrl_fast._types import ExactResult, SearchResult
+from mrl_fast._types import ExactResult
 
 
 def as_tensor(x: Any, name: str) -> Tensor:
@@ -60,9 +60,10 @@ def like(x: Any) -> Callable[[Tensor], Any]:
     return lambda t: t
 
 
-def result_like(x: Any, result: SearchResult) -> SearchResult:
+def result_like(x: Any, result: Any) -> Any:
+    """A NamedTuple of tensors with each as the kind of array that ``x`` is."""
     convert = like(x)
-    converted = type(result)(convert(result.scores), convert(result.ids))
-    if isinstance(result, ExactResult) and isinstance(converted, ExactResult):
+    converted = type(result)(*map(convert, result))
+    if isinstance(result, ExactResult):
         converted.rows_touched = convert(result.rows_touched)
     return converted

@@ -45,6 +45,29 @@ class SearchResult(NamedTuple):
     ids: Any
 
 
+class Tuned(NamedTuple):
+    """Stages that ``tune`` chose, None where exact search is as good, for up to k neighbours; and
+    how many vectors there were."""
+
+    stages: list[tuple[int, int]] | None
+    k: int
+    rows: int
+
+
+class RangeResult(NamedTuple):
+    """The rows that reach a threshold, each query's best first; equal scores in the order of rows.
+
+    Attributes:
+        lims: ``[B + 1]`` int64; query b's are ``scores[lims[b]:lims[b + 1]]``.
+        scores: ``[lims[-1]]`` fp32.
+        ids: ``[lims[-1]]`` int64.
+    """
+
+    lims: Any  # tensors or arrays: the kind of the queries
+    scores: Any
+    ids: Any
+
+
 class ExactResult(SearchResult):
     """The k best rows of each query, certified.
 

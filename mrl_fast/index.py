@@ -1,38 +1,27 @@
-"""An index over nested vectors: search a short prefix of every row, rerank the few that are left.
-
-The first prefix lies in tiles for scanning, as it is or as int8, and the other columns row-major
-for reranking; a search goes from one to the other, and no fp32 column is stored twice.
-"""
+"""An index over nested vectors: search a short prefix of every row, rerank the few that are
+left."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mrl_fast import cpu
+from mrl_fast import _inputs as inputs
+from mrl_fast import cpu, files
 from mrl_fast import tune as tuning
-from mrl_fast._arrays import as_tensor, like, result_like
-from mrl_fast._checks import (
-    METRICS,
-    check_choice,
-    check_dims,
-    check_finite,
-    check_int,
-    check_matrix,
-    check_stages,
-)
-from mrl_fast._types import ExactResult, SearchResult
-from mrl_fast.rotation import Rotation
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PREFIX_DTYPES = ("float32", "int8")
+from mrl_fast._arrays import result_like
+from mrl_fast._checks import check_choice, check_int
+from mrl_fast._types import ExactResult, RangeResult, SearchResult, Tuned
+from mrl_fast.collection import Collection
 
 
-class MatryoshkaIndex:
-    """Exact and adaptive search over vectors whose prefixes are embeddings, in memory, on the CPU.
+class MatryoshkaIndex(Collection):
+    """Exact and adaptive search over vectors whose prefixes are embeddings, on the CPU.
+
+    Any number of threads may search while others add, remove, update or save: a search sees the
+    index as one of these left it, and they take turns.
 
     Args:
         dims: Prefix widths that stages may use, strictly ascending. The last is the vectors' width
@@ -61,106 +50,28 @@ class MatryoshkaIndex:
         prefix_dtype: str = "float32",
         rotation: str | None = None,
     ):
-        self.dims = check_dims(dims)
-        self.metric = check_choice(metric, "metric", METRICS)
-        self.dtype = check_choice(dtype, "dtype", tuple(DTYPES))
-        self.prefix_dtype = check_choice(prefix_dtype, "prefix_dtype", PREFIX_DTYPES)
-        if prefix_dtype == "int8" and self.dims[0] > 1 << 15:  # sums of codes are int32
-            raise ValueError(
-                f"dims[0]: expected at most {1 << 15} with prefix_dtype='int8', got {self.dims[0]}"
-            )
-        if rotation is not None:
-            check_choice(rotation, "rotation", ("pca",))
-        self._rotation = None if rotation is None else Rotation(self.width)
-        layout = cpu.Layout(self.dims[0], self.width, DTYPES[dtype], coded=prefix_dtype == "int8")
-        self._store = cpu.Store(layout)
-        self._next_id = 0  # one more than the largest id
-        self._tuned: tuple[list[tuple[int, int]] | None, int, int] | None = None  # stages, k, rows
+        super().__init__(
+            dims, metric=metric, dtype=dtype, prefix_dtype=prefix_dtype, rotation=rotation
+        )
+        self._tuned: Tuned | None = None
+        self._saved: files.Saved | None = None
 
     @property
-    def width(self) -> int:
-        """D, the width of the vectors."""
-        return self.dims[-1]
-
-    @property
-    def ids(self) -> Tensor:
-        """The rows' ids in the order they were added, ``[N]`` int64."""
-        return self._store.ids.clone()
-
-    @property
-    def rotation(self) -> Tensor | None:
-        """The rotation, ``[D, D]`` fp32, its rows the new axes; None where there is none yet."""
-        return None if self._rotation is None else self._rotation.axes
-
-    @property
-    def nbytes(self) -> int:
-        """Memory held, in bytes: vectors, codes, norms, ids."""
-        return self._store.nbytes
-
-    def __len__(self) -> int:
-        return len(self._store)
+    def tuned(self) -> Tuned | None:
+        """What ``tune`` chose: stages, k, and how many vectors there were."""
+        return self._tuned
 
     def __repr__(self) -> str:
+        now = self._store.snapshot
         prefix = "" if self.prefix_dtype == "float32" else f", prefix_dtype={self.prefix_dtype!r}"
         rotation = "" if self._rotation is None else ", rotation='pca'"
+        removed = f", {now.count - now.size:,} removed" if now.count > now.size else ""
+        tuned = "" if self._tuned is None or not self._tuned.stages else ", tuned"
         return (
             f"MatryoshkaIndex(dims={self.dims}, metric={self.metric!r}, dtype={self.dtype!r}"
-            f"{prefix}{rotation}): {len(self):,} vectors, {self.nbytes / 2**20:,.1f} MiB"
+            f"{prefix}{rotation}): {now.size:,} vectors{removed}, {now.nbytes / 2**20:,.1f} MiB"
+            f"{tuned}"
         )
-
-    def fit(self, samples: Any) -> None:
-        """Fits the rotation to samples, instead of to the first vectors that are added.
-
-        Args:
-            samples: ``[n, D]`` floating point; a few times D of them are enough.
-
-        Raises:
-            ValueError, TypeError: An index without rotation, or one that holds vectors already;
-                samples of a wrong shape or dtype, NaN or infinite values, or none.
-        """
-        if self._rotation is None:
-            raise ValueError("rotation: expected 'pca' where samples are given, got None")
-        if len(self):
-            raise ValueError(f"samples: expected an empty index, got {len(self)} vectors in it")
-        x = self._check_vectors(samples, "samples")
-        if not len(x):
-            raise ValueError("samples: expected at least one vector, got none")
-        self._rotation = Rotation(self.width).fit(x)
-
-    def add(self, vectors: Any, ids: Any = None) -> None:
-        """Appends vectors; all of them or, where anything is wrong, none.
-
-        Vectors that are stored never move: adding costs what the new vectors cost.
-
-        Args:
-            vectors: ``[n, D]`` floating point, any row stride: tensor, numpy array or DLPack
-                object.
-            ids: ``[n]`` int64, at least 0, none of them in use; default: consecutive after the
-                largest.
-
-        Raises:
-            ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, an id that is
-                taken.
-        """
-        x = self._check_vectors(vectors, "vectors")
-        new_ids = self._check_ids(ids, len(x))
-        if not len(x):
-            return
-        rotation = self._rotation
-        if rotation is not None and rotation.axes is None:
-            rotation = Rotation(self.width).fit(x)
-
-        def convert(part: Tensor) -> Tensor:
-            if rotation is not None:
-                part = rotation.apply(part)
-            stored = part.to(DTYPES[self.dtype])
-            if stored.dtype != part.dtype:
-                check_finite(stored, f"vectors as {self.dtype}")
-            return stored
-
-        self._store.append(x, new_ids, convert)
-        self._rotation = rotation
-        self._next_id = max(self._next_id, int(new_ids.max()) + 1)
 
     def search(
         self,
@@ -169,6 +80,7 @@ class MatryoshkaIndex:
         *,
         stages: Sequence[tuple[int, int]] | None = None,
         exact: bool = False,
+        allowed: Any = None,
     ) -> SearchResult:
         """The k nearest vectors of each query.
 
@@ -182,6 +94,9 @@ class MatryoshkaIndex:
             exact: The k best at width D by fp64 scores, provably: rows are dropped only where a
                 bound on their score says that they cannot be among them. An error together with
                 stages.
+            allowed: Searches these vectors only: ``[n]`` int64 ids, of which unknown ones are
+                ignored, or ``[N]`` bool, aligned with ``ids``. Where they are few (one in 32) they
+                alone are read.
 
         Returns:
             SearchResult: scores ``[B, k]`` fp32 at the last stage's dim and ids ``[B, k]`` int64,
@@ -193,14 +108,16 @@ class MatryoshkaIndex:
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, stages that do
                 not fit.
         """
-        q = self._check_matrix(queries, "queries").float()
+        q = inputs.matrix(queries, "queries", self.width).float()
         k = check_int(k, "k", 1)
         if exact and stages is not None:
             raise ValueError("exact: expected False where stages are given, got True")
-        if self._rotation is not None and len(self):
-            q = self._rotation.apply(q)
-        checked = self._tuned_stages(k) if stages is None else self._check_stages(stages, k)
-        rows, _alive = self._store.snapshot
+        now = self._store.snapshot
+        checked = (
+            self._tuned_stages(k, now) if stages is None else inputs.stages(stages, self.dims, k)
+        )
+        q = self._rotated(q, now)
+        rows, _held = self._allowed(allowed, now)
         if exact or checked is None:
             scores, found, touched = cpu.exact_search(q, rows, self.width, k, self.metric)
             result = ExactResult(scores, found)
@@ -209,6 +126,30 @@ class MatryoshkaIndex:
             scores, found = cpu.search_rows(q, rows, checked, self.metric)
             result = SearchResult(scores, found)
         return result_like(queries, result)
+
+    def range_search(self, queries: Any, threshold: float, *, allowed: Any = None) -> RangeResult:
+        """Every vector whose score at width D is at least a threshold, provably.
+
+        Equals what an exact search for all vectors returns, down to the threshold.
+
+        Args:
+            queries: ``[B, D]`` floating point.
+            threshold: Of scores: with ``"l2"``, −r² for the vectors within a distance r.
+            allowed: As in ``search``.
+
+        Returns:
+            RangeResult: limits ``[B + 1]`` int64, and scores fp32 and ids int64 of all queries one
+                after the other.
+
+        Raises:
+            ValueError, TypeError: A wrong shape or dtype, NaN or infinite values.
+        """
+        q = inputs.matrix(queries, "queries", self.width).float()
+        least = inputs.number(threshold, "threshold")
+        now = self._store.snapshot
+        rows, _held = self._allowed(allowed, now)
+        found = cpu.range_search(self._rotated(q, now), rows, self.width, least, self.metric)
+        return result_like(queries, RangeResult(*found))
 
     def tune(
         self,
@@ -240,11 +181,11 @@ class MatryoshkaIndex:
         Raises:
             ValueError, TypeError: Too few queries, a wrong shape or dtype; an empty index.
         """
-        q = self._check_vectors(queries, "queries").float()
+        q = inputs.vectors(queries, "queries", self.width).float()
         report = tuning.tune(
             self, q, k, recall, batch=batch, confidence=confidence, progress=progress
         )
-        self._tuned = (report.stages, report.k, len(self))
+        self._tuned = Tuned(report.stages, report.k, len(self))
         return report
 
     def explain(self, stages: Sequence[tuple[int, int]], *, batch: int = 1) -> tuning.Explanation:
@@ -256,76 +197,124 @@ class MatryoshkaIndex:
         """
         return tuning.explain(self, stages, batch=batch)
 
-    def reconstruct(self, ids: Any) -> Any:
-        """The vectors of these ids, ``[n, D]`` fp32, as stored; rotated back where they were
-        rotated.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes what the folder does not have yet; until that is done it holds what it held.
+
+        Writes new vectors only, where this index was saved to the folder, or loaded from it,
+        before. Its vectors then stay where they are, in memory.
 
         Args:
-            ids: ``[n]`` int64.
+            path: A folder: new, empty, or with an index, which is replaced.
 
         Raises:
-            ValueError, TypeError: An unknown id; a wrong shape or dtype.
+            ValueError: A folder with other files; one that another index has been saved to since
+                this one was.
+            OSError: The folder cannot be written to, or the disk is full.
         """
-        wanted = as_tensor(ids, "ids")
-        if wanted.dtype != torch.int64 or wanted.ndim != 1:
-            raise TypeError(f"ids: expected [n] int64, got {list(wanted.shape)} {wanted.dtype}")
-        by_id, order = self._store.ids.sort()
-        place = torch.searchsorted(by_id, wanted)
-        known = torch.zeros_like(wanted, dtype=torch.bool)
-        if len(self):
-            known = by_id[place.clamp(max=len(self) - 1)] == wanted
-        if not known.all():
-            raise ValueError(f"ids: expected ids of the index, got {int(wanted[~known][0])}")
-        vectors = self._store.vectors(order[place] if len(wanted) else wanted)
-        if self._rotation is not None and len(self):
-            vectors = self._rotation.undo(vectors)
-        return like(ids)(vectors)
+        tuned = self._tuned
+        with self._writing:
+            fields = {
+                "dims": list(self.dims),
+                "metric": self.metric,
+                "dtype": self.dtype,
+                "prefix_dtype": self.prefix_dtype,
+                "rotation": None if self._rotation is None else "pca",
+                "next_id": self._next_id,
+                "tuned": None if tuned is None else tuned._asdict(),
+            }
+            now = self._store.snapshot
+            saved = files.save(
+                Path(path), fields, self._layout, self.rotation, now, self._store.unmoved,
+                self._saved,
+            )  # fmt: skip
+            self._saved, self._store.unmoved = saved, now.count
 
-    def _tuned_stages(self, k: int) -> list[tuple[int, int]] | None:
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, device: str = "cpu", verify: bool = False
+    ) -> MatryoshkaIndex:
+        """Opens what ``save`` wrote, without reading it: vectors come from the file as they are
+        needed, so that an index may be larger than memory.
+
+        Args:
+            path: The folder. Its files must not be changed but by ``save``, which may run
+                meanwhile.
+            device: ``"cpu"``.
+            verify: Read every file and compare its checksum. The manifest's is always compared.
+
+        Raises:
+            FileNotFoundError: There is no index.
+            ValueError: Another version, or damage: names the file and the field.
+        """
+        check_choice(device, "device", ("cpu",))
+        index, loaded = files.load(Path(path), cls._of_fields, verify=verify)
+        saved = index._saved = loaded.saved
+        if index._rotation is not None:
+            index._rotation.axes = saved.axes
+        index._store.adopt(loaded.blocks, loaded.counts, saved.alive)
+        return index
+
+    @classmethod
+    def from_faiss(
+        cls,
+        index: Any,
+        dims: Sequence[int] | None = None,
+        *,
+        dtype: str = "float32",
+        prefix_dtype: str = "float32",
+        rotation: str | None = None,
+    ) -> MatryoshkaIndex:
+        """An index of what a FAISS index holds: flat, scalar-quantised, or IDMap of these.
+
+        Args:
+            index: Its metric and its ids are kept; codes are decoded.
+            dims: Default: the width, and its halves down to 64.
+            dtype, prefix_dtype, rotation: As for a new index.
+
+        Raises:
+            TypeError, ValueError: Another kind of index or metric.
+        """
+        from mrl_fast.integrations.faiss import from_faiss
+
+        return from_faiss(index, dims, dtype=dtype, prefix_dtype=prefix_dtype, rotation=rotation)
+
+    def to_faiss(self) -> Any:
+        """A FAISS flat index of the vectors: IDMap2 unless ids are 0, 1, 2, …; ``"cosine"``
+        becomes normalised vectors under inner products."""
+        from mrl_fast.integrations.faiss import to_faiss
+
+        return to_faiss(self)
+
+    @classmethod
+    def _of_fields(cls, fields: dict[str, Any]) -> tuple[MatryoshkaIndex, cpu.Layout]:
+        index = cls(
+            fields["dims"],
+            metric=fields["metric"],
+            dtype=fields["dtype"],
+            prefix_dtype=fields["prefix_dtype"],
+            rotation=fields["rotation"],
+        )
+        index._next_id = fields["next_id"]
+        if (tuned := fields["tuned"]) is not None:
+            if not isinstance(tuned, dict) or set(tuned) != set(Tuned._fields):
+                raise ValueError(f"tuned: expected {', '.join(Tuned._fields)}, got {tuned!r:.80}")
+            k = check_int(tuned["k"], "tuned k", 1)
+            stages = tuned["stages"]
+            index._tuned = Tuned(
+                None if stages is None else inputs.stages(stages, index.dims, k),
+                k,
+                check_int(tuned["rows"], "tuned rows", 0),
+            )
+        return index, index._layout
+
+    def _tuned_stages(self, k: int, now: cpu.Snapshot) -> list[tuple[int, int]] | None:
         stages, tuned_k, rows = self._tuned or (None, 0, 0)
-        if stages is None or k > tuned_k or len(self) > 1.1 * rows:
+        if stages is None or k > tuned_k or now.size > 1.1 * rows:
             return None
         return [*stages[:-1], (stages[-1][0], k)]
 
-    def _check_stages(self, stages: Any, k: int) -> list[tuple[int, int]]:
-        checked = list(check_stages(stages))
-        for i, (dim, _) in enumerate(checked):
-            if dim not in self.dims:
-                raise ValueError(f"stages[{i}] dim: expected one of {self.dims}, got {dim}")
-        if checked[-1][1] < k:
-            raise ValueError(
-                f"stages: expected a last keep of at least k={k}, got {checked[-1][1]}"
-            )
-        return [*checked[:-1], (checked[-1][0], k)]
-
-    def _check_vectors(self, vectors: Any, name: str) -> Tensor:
-        x = self._check_matrix(vectors, name)
-        check_finite(x, name)
-        return x
-
-    def _check_matrix(self, vectors: Any, name: str) -> Tensor:
-        x = check_matrix(as_tensor(vectors, name), name)
-        if x.device.type != "cpu":
-            raise ValueError(f"{name}: expected vectors on the CPU, got {x.device}")
-        if x.shape[1] != self.width:
-            raise ValueError(f"{name}: expected width {self.width}, got {x.shape[1]}")
-        return x
-
-    def _check_ids(self, ids: Any, count: int) -> Tensor:
-        if ids is None:
-            return torch.arange(self._next_id, self._next_id + count)
-        new = as_tensor(ids, "ids")
-        if new.dtype != torch.int64:
-            raise TypeError(f"ids: expected int64, got {new.dtype}")
-        if new.shape != (count,):
-            raise ValueError(f"ids: expected shape [{count}], got {list(new.shape)}")
-        if count and new.min() < 0:
-            raise ValueError(f"ids: expected ids of at least 0, got {int(new.min())}")
-        ascending = not count or bool((new[0] >= self._next_id) & (new.diff() > 0).all())
-        if not ascending:  # otherwise none can be taken
-            values, counts = torch.cat([self._store.ids, new]).unique(return_counts=True)
-            if len(values) < len(self) + count:
-                raise ValueError(
-                    f"ids: expected ids that are not in use, got {int(values[counts > 1][0])}"
-                )
-        return new
+    def _allowed(self, allowed: Any, now: cpu.Snapshot) -> tuple[Any, Any]:
+        """The rows to search, and what must be kept meanwhile."""
+        if allowed is None:
+            return now.rows, now
+        return now.restricted(inputs.allowed(allowed, now.size))

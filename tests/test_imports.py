@@ -25,7 +25,15 @@ ALLOWED = {
     "retrieval": {"_types", "_checks", "_arrays", "_dispatch"},
     "rotation": {"cpu"},
     "tune": {"_types", "_checks", "_arrays"},
-    "index": {"_types", "_checks", "_arrays", "cpu", "rotation", "tune"},
+    "_inputs": {"_arrays", "_checks"},
+    "_tensorfile": {"_arrays"},
+    "manifest": {"_C"},
+    "files": {"_C", "_tensorfile", "cpu", "manifest"},
+    "collection": {"_arrays", "_checks", "_inputs", "cpu", "rotation"},
+    "index": {
+        "_types", "_arrays", "_checks", "_inputs", "cpu", "collection", "files", "integrations",
+        "tune",
+    },  # fmt: skip
     "modules": {"_checks", "heads", "losses"},
     "evaluate": {"_types", "modules", "retrieval"},
     "cli": {"demo"},

@@ -42,6 +42,7 @@ struct Problem {
     Problem(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
             int64_t dim, int64_t k);
     int64_t prefix() const { return rows.code_dim ? rows.code_dim : rows.packed_dim; }
+    Source source() const { return rows.code_dim ? Source::CODES : Source::PRODUCT; }
     // Whether a bound costs less than a score.
     bool prunes() const { return rows.code_dim > 0 || !rows.levels.empty(); }
     double tail(int64_t q, size_t level) const {
@@ -58,7 +59,7 @@ struct Problem {
     double score(int64_t q, int64_t row, std::vector<float>* x) const;
 
     const Kernels& kernels;
-    const Rows& rows;
+    const Rows& rows;  // whose tiles are read in place: none are gathered
     const Metric metric;
     const int64_t dim, k;
     const double margin;         // of rounding, times ‖q‖·‖x‖
@@ -82,7 +83,7 @@ class Pass {
           p_(problem),
           queries_(queries),
           panel_(panel),
-          source_(p_.rows.code_dim ? Source::CODES : Source::PRODUCT),
+          source_(p_.source()),
           reader_(p_.kernels, p_.rows, source_, problem.prefix(), panel.groups().size()),
           thetas_(queries.size()),
           thresholds_(queries.size()),

@@ -117,6 +117,7 @@ struct Scan {
     int64_t ahead_lines;
     int64_t first_row;
     int rows;           // of the tile, <= TILE
+    uint64_t wanted;    // bit r: row r may be kept
     TopK* topk;         // [group]
     float* thresholds;  // [group]; a row is dropped where its score is <= this
 };

@@ -46,7 +46,7 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
     const Source source = p.rows.code_dim          ? Source::CODES
                           : p.metric == Metric::L2 ? Source::DIFFERENCE
                                                    : Source::PRODUCT;
-    const int64_t dim = p.prefix(), keep = std::min(2 * p.k + 32, p.rows.count());
+    const int64_t dim = p.prefix(), keep = std::min(2 * p.k + 32, p.rows.eligible());
     std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
     std::vector<int64_t> counts(n);
     Status status = scan_all(p.kernels, p.rows, gathered.queries, p.metric, source, dim, keep, step,
@@ -78,7 +78,7 @@ bool run(Problem& p, const std::vector<int64_t>& which, int threads,
          std::vector<std::vector<Final>>* best) {
     if (which.empty()) return true;
     const Panel panel = panel_of(p, which);
-    const int64_t tiles = TileReader::count(p.rows);
+    const int64_t tiles = TileReader::count(p.rows, p.source());
     threads = threads_for(double(tiles) * TILE * p.prefix() * which.size(), threads);
     std::atomic<bool> finite{true};
     Ranges ranges((tiles + CHUNK_TILES - 1) / CHUNK_TILES, 1);
@@ -115,16 +115,16 @@ std::pair<double, double> norms(const Rows& rows) {
 
 // Scores every row in fp32 and, of the best, in fp64 those that may be among the k best. A query
 // where the others may be so too, because very many rows score alike, goes to `undecided`.
-Status scan_fully(Problem& p, const std::vector<int64_t>& which, int threads,
+Status scan_fully(Problem& p, const Rows& rows, const std::vector<int64_t>& which, int threads,
                   std::vector<int64_t>* undecided, std::vector<std::vector<Final>>* best) {
     if (which.empty()) return Status::OK;
     const Gathered gathered(p, which);
     const Source source = p.metric == Metric::L2 ? Source::DIFFERENCE : Source::PRODUCT;
-    const int64_t n = which.size(), count = p.rows.count(), keep = std::min(2 * p.k + 32, count);
+    const int64_t n = which.size(), count = p.rows.eligible(), keep = std::min(2 * p.k + 32, count);
     std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
     std::vector<int64_t> counts(n);
-    const Status status = scan_all(p.kernels, p.rows, gathered.queries, p.metric, source, p.dim,
-                                   keep, 1, threads, entries.get(), counts.data());
+    const Status status = scan_all(p.kernels, rows, gathered.queries, p.metric, source, p.dim, keep,
+                                   1, threads, entries.get(), counts.data());
     if (status != Status::OK) return status;
     const auto [least, greatest] = norms(p.rows);
     std::vector<char> open(n, 0);
@@ -170,7 +170,8 @@ void split(Problem& p, const std::vector<double>& guess, int threads, std::vecto
     // A gathered column costs as much as this many of a scan: of memory at a few queries, of
     // arithmetic at many.
     const double penalty = std::min(3.0 + 0.5 * n, 20.0);
-    const int64_t tiles = TileReader::count(p.rows), sampled = std::min(tiles, PREDICT_TILES);
+    const int64_t tiles = TileReader::count(p.rows, p.source()),
+                  sampled = std::min(tiles, PREDICT_TILES);
     const Pass::Trial trial = {guess, double(sampled) * TILE * p.dim / penalty};
     std::vector<std::atomic<int64_t>> columns(n);
     for (std::atomic<int64_t>& count : columns) count = 0;
@@ -185,13 +186,15 @@ void split(Problem& p, const std::vector<double>& guess, int threads, std::vecto
     for (int64_t i = 0; i < n; ++i) (columns[i] < trial.budget ? which : full)->push_back(all[i]);
 }
 
-Status search_pass(Problem& p, int threads, std::vector<std::vector<Final>>* best) {
+Status search_pass(Problem& p, const Rows& rows, int threads,
+                   std::vector<std::vector<Final>>* best) {
     std::vector<int64_t> bounded(p.data.size()), full;
     std::iota(bounded.begin(), bounded.end(), 0);
-    if (!p.prunes()) {
+    if (!p.prunes() || !rows.few.empty()) {
         full.swap(bounded);
     } else {
-        const int64_t tiles = TileReader::count(p.rows), needed = (8 * p.k + 4095) / TILE;
+        const int64_t tiles = TileReader::count(p.rows, p.source()),
+                      needed = (8 * p.k + 4095) / TILE;
         const int64_t step = std::clamp<int64_t>(tiles / needed, 1, SAMPLE_STEP);
         std::vector<double> guess(bounded.size(), -INFINITY);
         Status status = seed(p, bounded, step, threads, &guess);
@@ -204,7 +207,7 @@ Status search_pass(Problem& p, int threads, std::vector<std::vector<Final>>* bes
             split(p, guess, threads, &bounded, &full);  // the first guess was a rough one
         }
     }
-    const Status status = scan_fully(p, full, threads, &bounded, best);
+    const Status status = scan_fully(p, rows, full, threads, &bounded, best);
     if (status != Status::OK) return status;
     return run(p, bounded, threads, best) ? Status::OK : Status::NOT_FINITE;
 }
@@ -217,7 +220,9 @@ Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& que
     rows.check();
     if (!finite(queries, dim)) return Status::QUERY_NOT_FINITE;
     std::atomic<bool> overflow{false};
-    const int64_t keep = std::max<int64_t>(std::min(k, rows.count()), 1);
+    Rows in_place = rows;
+    in_place.few.clear();
+    const int64_t keep = std::max<int64_t>(std::min(k, rows.eligible()), 1);
     const int64_t pass = std::clamp<int64_t>(
         PASS_BYTES / int64_t(sizeof(Final) * threads * keep + sizeof(Entry) * CHUNK_TILES * TILE),
         1, std::clamp<int64_t>(PANEL_BYTES / (4 * dim), 96, 256));
@@ -225,9 +230,9 @@ Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& que
         const int64_t n = std::min(pass, queries.n - begin);
         const Queries part = {queries.data + begin * queries.stride, n, queries.stride};
         std::vector<std::vector<Final>> best(n);
-        std::unique_ptr<Problem> problem(new Problem(kernels, rows, part, metric, dim, keep));
-        if (rows.count() > 0) {
-            const Status status = search_pass(*problem, threads, &best);
+        std::unique_ptr<Problem> problem(new Problem(kernels, in_place, part, metric, dim, keep));
+        if (rows.eligible() > 0) {
+            const Status status = search_pass(*problem, rows, threads, &best);
             if (status != Status::OK) return status;
         }
         each(n, threads, [&](int64_t q) {
@@ -237,11 +242,46 @@ Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& que
                 const bool found = i < int64_t(best[q].size());
                 const int64_t at = (begin + q) * k + i;
                 scores[at] = found ? float(best[q][i].score) : -INFINITY;
-                const int64_t row = found ? best[q][i].row : -1;
-                ids[at] = found && rows.ids ? rows.ids[row] : row;
+                ids[at] = found ? id_of(rows, best[q][i].row) : -1;
                 if (found && std::isinf(scores[at])) overflow = true;
             }
-            touched[begin + q] = std::min<int64_t>(problem->touched[q], rows.count());
+            touched[begin + q] = std::min<int64_t>(problem->touched[q], rows.eligible());
+        });
+    }
+    return overflow ? Status::OVERFLOW_ : Status::OK;
+}
+
+Status range_search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
+                    int64_t dim, double threshold, int threads,
+                    std::vector<std::vector<Neighbour>>* found) {
+    rows.check();
+    found->assign(queries.n, {});
+    if (!finite(queries, dim)) return Status::QUERY_NOT_FINITE;
+    std::atomic<bool> overflow{false};
+    Rows in_place = rows;
+    in_place.few.clear();
+    constexpr int64_t PASS = 96;  // queries
+    for (int64_t begin = 0; begin < queries.n && rows.eligible() > 0; begin += PASS) {
+        const int64_t n = std::min(PASS, queries.n - begin);
+        const Queries part = {queries.data + begin * queries.stride, n, queries.stride};
+        // More than there are, so that every row that reaches θ is kept.
+        std::unique_ptr<Problem> problem(
+            new Problem(kernels, in_place, part, metric, dim, rows.count() + 1));
+        // Some scores a little below round to the threshold.
+        const double theta = threshold - 1e-7 * std::abs(threshold) - 1e-36;
+        for (std::atomic<double>& each_theta : problem->theta) each_theta = theta;
+        std::vector<int64_t> all(n);
+        std::iota(all.begin(), all.end(), 0);
+        std::vector<std::vector<Final>> best(n);
+        if (!run(*problem, all, threads, &best)) return Status::NOT_FINITE;
+        each(n, threads, [&](int64_t q) {
+            std::sort(best[q].begin(), best[q].end());
+            for (const Final& final : best[q]) {
+                const float score = float(final.score);
+                if (std::isinf(score)) overflow = true;
+                if (score >= threshold)
+                    (*found)[begin + q].push_back({score, id_of(rows, final.row)});
+            }
         });
     }
     return overflow ? Status::OVERFLOW_ : Status::OK;

@@ -212,13 +212,14 @@ Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries
                 int64_t* counts) {
     constexpr int64_t SAMPLE = 8;  // every eighth tile
     const Scanner scanner(kernels, rows, queries, metric, source, dim, threads);
-    const int64_t tiles = (TileReader::count(rows) + step - 1) / step;
+    const int64_t tiles = (TileReader::count(rows, source) + step - 1) / step;
+    const bool gathers = TileReader::gathers(rows, source);
     std::vector<std::vector<Entry>> best(queries.n);
     std::vector<float> gates(queries.n, NAN);  // NaN: nothing is below it
     std::atomic<bool> overflow{false};
     auto every = [&](int64_t i) { return i * step; };
     bool finite;
-    if (queries.n < MAX_GROUP || tiles * TILE < 16 * SAMPLE * keep) {
+    if (queries.n < MAX_GROUP || rows.eligible() < 16 * SAMPLE * keep * step) {
         finite = scanner.run(tiles, every, keep, gates, &best);
     } else {
         // A sample gates the rest: of the k best, about k / SAMPLE are in it, hardly ever as many
@@ -239,6 +240,8 @@ Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries
     auto finish = [&](int64_t q, const std::vector<Entry>& all) {
         counts[q] = all.size();
         std::copy(all.begin(), all.end(), out + q * keep);
+        for (Entry* e = out + q * keep; gathers && e < out + q * keep + counts[q]; ++e)
+            e->key = with_row(e->key, rows.few[row_of(e->key)]);
         if (beyond_float(all.data(), counts[q])) overflow = true;
     };
     each(queries.n, threads, [&](int64_t q) {

@@ -12,6 +12,7 @@ namespace mrl {
 inline bool better(const Entry& a, const Entry& b) { return a.key > b.key; }
 float score_of(uint64_t key);
 inline int64_t row_of(uint64_t key) { return int64_t(0xffffffffu - uint32_t(key)); }
+inline uint64_t with_row(uint64_t key, int64_t row) { return (key | 0xffffffffu) - uint64_t(row); }
 
 // 0 for a norm of 0; NaN, which is reported, where the square overflowed.
 inline float inverse_norm(float sqnorm) {
@@ -31,6 +32,10 @@ inline const Span& span_of(const Rows& rows, int64_t row) {
         (rows.spans[middle].first <= row ? low : high) = middle;
     }
     return rows.spans[low];
+}
+inline int64_t id_of(const Rows& rows, int64_t row) {
+    const Span& span = span_of(rows, row);
+    return span.ids ? span.ids[row - span.first] : row;
 }
 // A row of a span, counted from the span's first, from a column of the tail on.
 inline const void* tail_at(const Rows& rows, const Span& span, int64_t row, int64_t column) {
@@ -76,29 +81,41 @@ class Panel {
     std::vector<Group> groups_;
 };
 
-// Tiles one after the other as a scan wants them; columns that lie row-major are packed on the way.
+// The tiles that hold rows to be found, one after the other as a scan wants them; columns that lie
+// row-major are packed on the way. Rows that are few are gathered, 64 a tile, unless codes are
+// read: there a scan's row is its number among them.
 class TileReader {
   public:
     // `groups` of queries will scan each tile.
     TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
                int64_t groups);
-    static int64_t count(const Rows& rows);
-    // Fills the columns, first_row and rows; false if a value is not finite.
+    static bool gathers(const Rows& rows, Source source) {
+        return source != Source::CODES && !rows.few.empty();
+    }
+    static int64_t count(const Rows& rows, Source source);
+    // Fills the columns, first_row, rows and wanted; false if a value is not finite.
     bool read(int64_t tile, Scan* scan);
-    // Of the last tile read: a row's statistic, by lane.
+    // Of the last tile read, which was not gathered: a row's statistic, by lane.
     const float* stat(int which) const {
         return span_->stats + which * span_->stats_stride + local_ * TILE;
     }
 
   private:
+    struct Place {
+        const Span* span;
+        int64_t tile;    // of the span
+        int64_t number;  // among all tiles
+    };
+    Place place(int64_t i) const;
+    bool gather(int64_t tile, Scan* scan);
     void ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const;
 
     const Kernels& kernels_;
     const Rows& rows_;
     const Source source_;
-    const int64_t dim_, groups_, tail_;
-    std::vector<int64_t> starts_;  // each span's first tile
-    std::vector<float> unpacked_;  // [tail, TILE]
+    const int64_t dim_, groups_, head_, tail_, count_;  // head: of the columns in tiles
+    std::vector<int64_t> starts_;                       // each span's first tile
+    std::vector<float> unpacked_;                       // [columns, TILE]
     const Span* span_ = nullptr;
     int64_t local_ = 0;  // tile of the span
 };

@@ -15,9 +15,8 @@ constexpr int64_t CANDIDATE_BYTES = int64_t(256) << 20;  // kept rows of one pas
 void write(const Rows& rows, const Entry* entries, int64_t count, int64_t k, float* scores,
            int64_t* ids) {
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = row_of(entries[i].key);
         scores[i] = score_of(entries[i].key);
-        ids[i] = rows.ids ? rows.ids[row] : row;
+        ids[i] = id_of(rows, row_of(entries[i].key));
     }
     std::fill(scores + count, scores + k, -std::numeric_limits<float>::infinity());
     std::fill(ids + count, ids + k, -1);
@@ -47,12 +46,13 @@ Status search(const Kernels& kernels, const Rows& rows, const Queries& queries, 
     rows.check();
     const Stage first = stages.front();
     if (!finite(queries, stages.back().dim)) return Status::QUERY_NOT_FINITE;
-    // Codes choose a shortlist; scores that are returned come from the columns.
-    const bool coded = first.dim == rows.code_dim && stages.size() > 1;
+    // Codes choose a shortlist; scores that are returned come from the columns, as a gathered
+    // row's.
+    const bool coded = first.dim == rows.code_dim && stages.size() > 1 && rows.few.empty();
     const Source source = coded                  ? Source::CODES
                           : metric == Metric::L2 ? Source::DIFFERENCE
                                                  : Source::PRODUCT;
-    const int64_t k = stages.back().keep, keep = std::min(first.keep, rows.count());
+    const int64_t k = stages.back().keep, keep = std::min(first.keep, rows.eligible());
     const int64_t per_query = sizeof(Entry) * (threads + 1) * 2 * std::max<int64_t>(keep, 32);
     const int64_t pass =
         std::max<int64_t>(1, std::min(std::max<int64_t>(96, PANEL_BYTES / (4 * first.dim)),

@@ -24,15 +24,26 @@ struct Span {
     int64_t stride;        // of the tail, in elements
     const float* stats;    // [Stat, stats_stride]
     int64_t stats_stride;
+    const int64_t* ids;  // [rows], what a result calls them; null: their number
+    int64_t tiles() const { return (rows + TILE - 1) / TILE; }
 };
 
 struct Rows {
     std::vector<Span> spans;  // in order
     int64_t packed_dim, code_dim;
-    DType dtype;                   // of the tail
-    std::vector<int64_t> levels;   // columns where TAIL_NORM is known; the first is the prefix
-    const int64_t* ids = nullptr;  // of the rows, what a result calls them; null: their number
+    DType dtype;                  // of the tail
+    std::vector<int64_t> levels;  // columns where TAIL_NORM is known; the first is the prefix
+
+    // The rows that may be found; without a mask all of them.
+    const uint64_t* mask = nullptr;   // [tiles of the spans], bit r: row r of the tile
+    std::vector<int64_t> tiles = {};  // that hold such a row
+    std::vector<int64_t> few = {};    // such rows, where so few that a scan gathers them
+    int64_t masked = 0;               // how many they are
+
     int64_t count() const { return spans.empty() ? 0 : spans.back().first + spans.back().rows; }
+    int64_t eligible() const { return mask ? masked : count(); }
+    // The same rows with another mask, which must outlive them.
+    Rows restricted(const uint64_t* to) const;
     void check() const {  // an entry's key has 32 bits for the row
         if (count() > 0xffffffffll) throw std::length_error("more than 2^32 - 1 rows");
     }
@@ -46,6 +57,11 @@ struct Queries {
 
 struct Stage {
     int64_t dim, keep;
+};
+
+struct Neighbour {
+    float score;
+    int64_t id;
 };
 
 enum class Status { OK, NOT_FINITE, OVERFLOW_, QUERY_NOT_FINITE };
@@ -66,6 +82,11 @@ Status rerank(const Kernels& kernels, const Rows& rows, const Queries& queries, 
 Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
                     int64_t dim, int64_t k, int threads, float* scores, int64_t* ids,
                     int64_t* touched);
+
+// Every row whose score by `dim` columns, rounded to fp32, is at least `threshold`.
+Status range_search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
+                    int64_t dim, double threshold, int threads,
+                    std::vector<std::vector<Neighbour>>* found);
 
 // Rows [begin, begin + n) of a span from a row-major matrix [n, dim]: their columns [0, packed_dim)
 // to tiles, codes and stats, whichever are not null.

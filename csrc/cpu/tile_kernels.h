@@ -201,6 +201,8 @@ inline void sum_codes(Scan& s, int r, Vec (&sum)[Q][V]) {
 template <Source S, int Q, int V>
 void scan_as(Scan& s) {
     for (int r = 0; r < s.rows; r += V * W) {
+        const uint64_t wanted = s.wanted >> r & (~uint64_t(0) >> (64 - V * W));
+        if (!wanted) continue;
         Vec sum[Q][V];
         if constexpr (S == Source::CODES)
             sum_codes<Q, V>(s, r, sum);
@@ -225,13 +227,12 @@ void scan_as(Scan& s) {
                 any = Simd::either(any, Simd::above(score(q, v), threshold));
         }
         if (!Simd::bits(any)) continue;
-        const uint64_t real = s.rows - r < 64 ? (uint64_t(1) << (s.rows - r)) - 1 : ~uint64_t(0);
         for (int q = 0; q < Q; ++q) {
             const Vec threshold = Simd::broadcast(s.thresholds[q]);
             uint64_t lanes = 0;
             for (int v = 0; v < V; ++v)
                 lanes |= uint64_t(Simd::bits(Simd::above(score(q, v), threshold))) << (v * W);
-            lanes &= real;
+            lanes &= wanted;
             if (!lanes) continue;
             float scores[V * W], partials[V * W];
             for (int v = 0; v < V; ++v) {

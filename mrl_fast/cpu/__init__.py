@@ -7,13 +7,24 @@ from mrl_fast.cpu.nested import (
     logits_forward,
     predict_forward,
 )
-from mrl_fast.cpu.search import exact_search, funnel_search, prefix_topk, rerank, search_rows
-from mrl_fast.cpu.storage import Layout, Store
+from mrl_fast.cpu.search import (
+    exact_search,
+    funnel_search,
+    prefix_topk,
+    range_search,
+    rerank,
+    search_rows,
+)
+from mrl_fast.cpu.snapshot import Snapshot, flags_of
+from mrl_fast.cpu.storage import Block, Layout, Store
 
 __all__ = [
+    "Block",
     "Layout",
+    "Snapshot",
     "Store",
     "exact_search",
+    "flags_of",
     "fold_backward",
     "fold_forward",
     "funnel_search",
@@ -21,6 +32,7 @@ __all__ = [
     "logits_forward",
     "predict_forward",
     "prefix_topk",
+    "range_search",
     "rerank",
     "search_rows",
 ]

@@ -31,8 +31,8 @@ def funnel_search(
 
 
 def row_major(database: Tensor) -> _C.Rows:
-    span = (0, len(database), 0, 0, database.data_ptr(), database.stride(0), 0, 0)
-    return _C.Rows([span], 0, 0, DTYPES[database.dtype], [], 0)
+    span = (0, len(database), 0, 0, database.data_ptr(), database.stride(0), 0, 0, 0)
+    return _C.Rows([span], 0, 0, DTYPES[database.dtype], [])
 
 
 def search_rows(
@@ -69,6 +69,22 @@ def exact_search(
     )  # fmt: skip
     _refuse(problem, queries)
     return scores, ids, touched
+
+
+def range_search(
+    queries: Tensor, rows: _C.Rows, dim: int, threshold: float, metric: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Limits, scores and ids of every row that reaches the threshold, as exact search scores it."""
+    found = _C.range_search(
+        rows, queries.data_ptr(), len(queries), queries.stride(0), METRICS.index(metric), dim,
+        threshold, torch.get_num_threads(), native.ISA,
+    )  # fmt: skip
+    _refuse(found.problem, queries)
+    limits = torch.tensor([0, *found.counts]).cumsum(0)
+    total = int(limits[-1])
+    scores, ids = torch.empty(total), torch.empty(total, dtype=torch.int64)
+    found.write(scores.data_ptr(), ids.data_ptr())
+    return limits, scores, ids
 
 
 def rerank(

@@ -285,7 +285,7 @@ void check_ids(const Kernels& kernels, std::mt19937& random) {
     for (int64_t row = 0; row < table.n; ++row) ids[row] = (row * 7 + 1) % table.n + (1ll << 40);
     const Case c = {table, queries, database, Metric::L2};
     Database named(table, {0, false}, split(table.n), table.n, kernels, 1);
-    named.rows.ids = ids.data();
+    for (Span& span : named.rows.spans) span.ids = ids.data() + span.first;
     Found found = find(c, kernels, {{10, 50}, {20, 310}}, 1);
     const Found renamed =
         find({table, queries, named, Metric::L2}, kernels, {{10, 50}, {20, 310}}, 1);

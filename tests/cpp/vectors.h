@@ -202,7 +202,7 @@ class Database {
                         std::min(batch, n - begin), threads, packed ? to.packed.data() : nullptr,
                         code ? to.codes.data() : nullptr, to.stats.data(), n) == Status::OK);
         rows.spans.push_back({first, n, to.packed.data(), to.codes.data(), to.tail.row(0),
-                              to.tail.stride, to.stats.data(), n});
+                              to.tail.stride, to.stats.data(), n, nullptr});
     }
 };
 

@@ -1,0 +1,139 @@
+// The rows that a search may find, and their tiles in order.
+#include <algorithm>
+
+#include "cpu/scan.h"
+
+namespace mrl {
+namespace {
+
+// Below one row in so many, gathering them reads less than their tiles hold.
+constexpr int64_t FEW = 32;
+
+int64_t tiles_of(const Rows& rows) {
+    int64_t tiles = 0;
+    for (const Span& span : rows.spans) tiles += span.tiles();
+    return tiles;
+}
+
+}  // namespace
+
+Rows Rows::restricted(const uint64_t* to) const {
+    Rows result = {spans, packed_dim, code_dim, dtype, levels};
+    result.mask = to;
+    for (int64_t tile = 0, all = tiles_of(*this); tile < all; ++tile) {
+        result.masked += __builtin_popcountll(to[tile]);
+        if (to[tile]) result.tiles.push_back(tile);
+    }
+    if (result.masked * FEW >= count()) return result;
+    int64_t before = 0;
+    auto tile = result.tiles.begin();
+    for (const Span& span : spans) {
+        for (; tile != result.tiles.end() && *tile < before + span.tiles(); ++tile)
+            for (uint64_t bits = to[*tile]; bits; bits &= bits - 1)
+                result.few.push_back(span.first + (*tile - before) * TILE + __builtin_ctzll(bits));
+        before += span.tiles();
+    }
+    return result;
+}
+
+TileReader::TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
+                       int64_t groups)
+    : kernels_(kernels),
+      rows_(rows),
+      source_(source),
+      dim_(dim),
+      groups_(std::max<int64_t>(groups, 1)),
+      head_(std::min(dim, rows.packed_dim)),
+      tail_(source == Source::CODES ? 0 : dim - head_),
+      count_(count(rows, source)),
+      unpacked_((gathers(rows, source) ? dim : tail_) * TILE) {
+    int64_t tiles = 0;
+    for (const Span& span : rows.spans) {
+        starts_.push_back(tiles);
+        tiles += span.tiles();
+    }
+}
+
+int64_t TileReader::count(const Rows& rows, Source source) {
+    if (gathers(rows, source)) return (int64_t(rows.few.size()) + TILE - 1) / TILE;
+    return rows.mask ? rows.tiles.size() : tiles_of(rows);
+}
+
+TileReader::Place TileReader::place(int64_t i) const {
+    const int64_t number = rows_.mask ? rows_.tiles[i] : i;
+    const auto after = std::upper_bound(starts_.begin(), starts_.end(), number);
+    return {&rows_.spans[after - starts_.begin() - 1], number - *(after - 1), number};
+}
+
+// As many bytes as this tile has are prefetched while all groups are scanned.
+void TileReader::ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const {
+    scan->ahead = static_cast<const char*>(tile);
+    scan->ahead_end = scan->ahead + steps * bytes;
+    scan->ahead_lines = std::max<int64_t>(1, (bytes / 64 + groups_ - 1) / groups_);
+}
+
+bool TileReader::read(int64_t tile, Scan* scan) {
+    if (gathers(rows_, source_)) return gather(tile, scan);
+    const Place here = place(tile);
+    span_ = here.span;
+    local_ = here.tile;
+    const int64_t first = local_ * TILE;
+    scan->first_row = span_->first + first;
+    scan->rows = int(std::min<int64_t>(TILE, span_->rows - first));
+    scan->wanted = ~uint64_t(0) >> (TILE - scan->rows);
+    if (rows_.mask) scan->wanted &= rows_.mask[here.number];
+    // The tile that is far enough ahead for memory to answer in time.
+    constexpr int64_t FAR = 16 << 10;
+    const int64_t quads = (rows_.code_dim + 3) / 4, code_bytes = quads * TILE * 4,
+                  head_bytes = head_ * TILE * int64_t(sizeof(float)),
+                  bytes = source_ == Source::CODES ? code_bytes : head_bytes,
+                  distance = std::max<int64_t>(1, FAR / std::max<int64_t>(bytes, 1));
+    const Place later = place(std::min(tile + distance, count_ - 1));
+    if (source_ == Source::CODES) {
+        scan->quads = quads;
+        scan->codes = span_->codes + local_ * code_bytes;
+        ahead(scan, later.span->codes + later.tile * code_bytes, quads, 4 * TILE);
+        return true;
+    }
+    const auto packed = [&](const Place& at) {
+        return at.span->packed + at.tile * rows_.packed_dim * TILE;
+    };
+    scan->segments[0] = {packed(here), head_};
+    scan->segments[1] = {unpacked_.data(), tail_};
+    ahead(scan, packed(later), head_, TILE * sizeof(float));
+    if (tail_ == 0) return true;
+    const Place next = place(std::min(tile + 1, count_ - 1));
+    const void *pointers[TILE], *coming[TILE];
+    for (int r = 0; r < TILE; ++r) {
+        pointers[r] = tail_at(rows_, *span_, first + r, rows_.packed_dim);
+        coming[r] = tail_at(rows_, *next.span, next.tile * TILE + r, rows_.packed_dim);
+    }
+    return kernels_.pack(pointers, coming, rows_.dtype, scan->rows, tail_, unpacked_.data());
+}
+
+bool TileReader::gather(int64_t tile, Scan* scan) {
+    const int64_t first = tile * TILE, last = int64_t(rows_.few.size()) - 1;
+    scan->first_row = first;
+    scan->rows = int(std::min<int64_t>(TILE, last + 1 - first));
+    scan->wanted = ~uint64_t(0) >> (TILE - scan->rows);
+    const void *pointers[TILE], *coming[TILE];
+    float* columns = unpacked_.data();
+    for (int r = 0; r < TILE; ++r) {
+        const int64_t row = rows_.few[std::min(first + r, last)];
+        const Span& span = span_of(rows_, row);
+        const int64_t local = row - span.first;
+        pointers[r] = tail_at(rows_, span, local, rows_.packed_dim);
+        const int64_t lane = local / TILE * rows_.packed_dim * TILE + local % TILE;
+        for (int64_t c = 0; c < head_; ++c) columns[c * TILE + r] = span.packed[lane + c * TILE];
+        const int64_t later = rows_.few[std::min(first + TILE + r, last)];
+        const Span& other = span_of(rows_, later);
+        coming[r] = tail_at(rows_, other, later - other.first, rows_.packed_dim);
+    }
+    scan->segments[0] = {columns, head_};
+    scan->segments[1] = {columns + head_ * TILE, tail_};
+    scan->ahead = scan->ahead_end = nullptr;
+    return tail_ == 0 ||
+           kernels_.pack(pointers, coming, rows_.dtype, scan->rows, tail_, columns + head_ * TILE);
+}
+
+}  // namespace mrl

@@ -1,0 +1,230 @@
+"""Nested vectors by id, as an index holds them: added, replaced, removed, while others read.
+
+The first prefix lies in tiles for scanning, as it is or as int8, and the other columns row-major
+for reranking: no fp32 column is stored twice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mrl_fast import _inputs as inputs
+from mrl_fast import cpu
+from mrl_fast._arrays import like
+from mrl_fast._checks import METRICS, check_choice, check_dims, check_finite
+from mrl_fast.rotation import Rotation
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PREFIX_DTYPES = ("float32", "int8")
+
+
+class Collection:
+    """Vectors by id in the order they were added; what MatryoshkaIndex searches."""
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        *,
+        metric: str = "cosine",
+        dtype: str = "float32",
+        prefix_dtype: str = "float32",
+        rotation: str | None = None,
+    ):
+        self.dims = check_dims(dims)
+        self.metric = check_choice(metric, "metric", METRICS)
+        self.dtype = check_choice(dtype, "dtype", tuple(DTYPES))
+        self.prefix_dtype = check_choice(prefix_dtype, "prefix_dtype", PREFIX_DTYPES)
+        if prefix_dtype == "int8" and self.dims[0] > 1 << 15:  # sums of codes are int32
+            raise ValueError(
+                f"dims[0]: expected at most {1 << 15} with prefix_dtype='int8', got {self.dims[0]}"
+            )
+        if rotation is not None:
+            check_choice(rotation, "rotation", ("pca",))
+        self._rotation = None if rotation is None else Rotation(self.width)
+        layout = cpu.Layout(self.dims[0], self.width, DTYPES[dtype], coded=prefix_dtype == "int8")
+        self._layout = layout
+        self._store = cpu.Store(layout)
+        self._next_id = 0  # one more than the largest id so far
+        self._writing = threading.RLock()  # held by who changes the index or saves it
+
+    @property
+    def width(self) -> int:
+        """D, the width of the vectors."""
+        return self.dims[-1]
+
+    @property
+    def ids(self) -> Tensor:
+        """The vectors' ids in the order they were added, ``[N]`` int64."""
+        return self._store.snapshot.ids
+
+    @property
+    def rotation(self) -> Tensor | None:
+        """The rotation, ``[D, D]`` fp32, its rows the new axes; None where there is none yet."""
+        return None if self._rotation is None else self._rotation.axes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of vectors, codes, norms and ids, in memory or mapped from files."""
+        return self._store.snapshot.nbytes
+
+    def __len__(self) -> int:
+        return self._store.snapshot.size
+
+    def fit(self, samples: Any) -> None:
+        """Fits the rotation to samples, instead of to the first vectors that are added.
+
+        Args:
+            samples: ``[n, D]`` floating point; a few times D of them are enough.
+
+        Raises:
+            ValueError, TypeError: An index without rotation, or one that held vectors already;
+                samples of a wrong shape or dtype, NaN or infinite values, or none.
+        """
+        if self._rotation is None:
+            raise ValueError("rotation: expected 'pca' where samples are given, got None")
+        x = inputs.vectors(samples, "samples", self.width)
+        if not len(x):
+            raise ValueError("samples: expected at least one vector, got none")
+        with self._writing:
+            if count := self._store.snapshot.count:
+                raise ValueError(f"samples: expected an empty index, got {count} vectors in it")
+            self._rotation = Rotation(self.width).fit(x)
+
+    def add(self, vectors: Any, ids: Any = None) -> None:
+        """Appends vectors; all of them or, where anything is wrong, none.
+
+        Vectors that are stored never move: adding costs what the new vectors cost.
+
+        Args:
+            vectors: ``[n, D]`` floating point, any row stride: tensor, numpy array or DLPack
+                object.
+            ids: ``[n]`` int64, at least 0, none of them in use; default: consecutive after the
+                largest so far.
+
+        Raises:
+            ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, an id that is
+                taken.
+        """
+        x = inputs.vectors(vectors, "vectors", self.width)
+        with self._writing:
+            if ids is None:
+                new = torch.arange(self._next_id, self._next_id + len(x))
+            else:
+                new = inputs.new_ids(ids, len(x))
+                # Above the largest none can be taken.
+                if len(new) and int(new.min()) < self._next_id:
+                    taken = new[self._store.snapshot.find(new) >= 0]
+                    if len(taken):
+                        raise ValueError(
+                            f"ids: expected ids that are not in use, got {int(taken[0])}"
+                        )
+            self._append(x, new)
+
+    def update(self, ids: Any, vectors: Any) -> None:
+        """Replaces the vectors of these ids; a search finds all the old ones or all the new.
+
+        They come last in the order of rows. What is replaced takes room until ``compact``.
+
+        Args:
+            ids: ``[n]`` int64, each in use, none twice.
+            vectors: ``[n, D]``, as in ``add``.
+
+        Raises:
+            ValueError, TypeError: As in ``add``; an unknown id.
+        """
+        x = inputs.vectors(vectors, "vectors", self.width)
+        with self._writing:
+            new = inputs.new_ids(ids, len(x))
+            self._append(x, new, self._rows_of(new, self._store.snapshot))
+
+    def remove(self, ids: Any) -> None:
+        """Removes the vectors of these ids; all of them or, where one is unknown, none.
+
+        They take room until ``compact``, and a little of each search's time.
+
+        Args:
+            ids: ``[n]`` int64.
+
+        Raises:
+            ValueError, TypeError: An unknown id; a wrong shape or dtype.
+        """
+        gone = inputs.ids(ids)
+        with self._writing:
+            rows = self._rows_of(gone, self._store.snapshot)
+            if len(rows):
+                self._store.remove(rows)
+
+    def compact(self) -> None:
+        """Frees the room of vectors that were removed or replaced, by moving those after the
+        first of them; while it runs the index may need twice its memory."""
+        with self._writing:
+            self._store.compact()
+
+    def contains(self, ids: Any) -> Any:
+        """Whether there is a vector of each id, ``[n]`` bool, of the kind of the ids.
+
+        Args:
+            ids: ``[n]`` int64.
+        """
+        return like(ids)(self._store.snapshot.find(inputs.ids(ids)) >= 0)
+
+    def reconstruct(self, ids: Any) -> Any:
+        """The vectors of these ids, ``[n, D]`` fp32, as stored; rotated back where they were
+        rotated.
+
+        Args:
+            ids: ``[n]`` int64.
+
+        Raises:
+            ValueError, TypeError: An unknown id; a wrong shape or dtype.
+        """
+        wanted, now = inputs.ids(ids), self._store.snapshot
+        vectors = now.vectors(self._rows_of(wanted, now), self.width)
+        if self._rotation is not None and len(vectors):
+            vectors = self._rotation.undo(vectors)
+        return like(ids)(vectors)
+
+    def _append(self, x: Tensor, ids: Tensor, replacing: Tensor | None = None) -> None:
+        if not len(x):
+            return
+        if self._next_id + len(x) >= 1 << 63 or int(ids.max()) >= (1 << 63) - 1:
+            raise ValueError(f"ids: expected ids below {(1 << 63) - 1}, got {int(ids.max())}")
+        rotation = self._rotation
+        fits = rotation is not None and rotation.axes is None
+        if fits:
+            self._rotation = Rotation(self.width).fit(x)  # before a search can find what it rotated
+        try:
+            self._store.append(x, ids, self._convert(), replacing)
+        except BaseException:
+            self._rotation = rotation
+            raise
+        self._next_id = max(self._next_id, int(ids.max()) + 1)
+
+    def _convert(self) -> Callable[[Tensor], Tensor]:
+        rotation, dtype = self._rotation, DTYPES[self.dtype]
+
+        def convert(part: Tensor) -> Tensor:
+            if rotation is not None:
+                part = rotation.apply(part)
+            stored = part.to(dtype)
+            if stored.dtype != part.dtype:
+                check_finite(stored, f"vectors as {self.dtype}")
+            return stored
+
+        return convert
+
+    def _rotated(self, queries: Tensor, now: cpu.Snapshot) -> Tensor:
+        if self._rotation is None or not now.count:
+            return queries
+        return self._rotation.apply(queries)
+
+    def _rows_of(self, ids: Tensor, now: cpu.Snapshot) -> Tensor:
+        rows = now.find(ids)
+        if bool((rows < 0).any()):
+            raise ValueError(f"ids: expected ids of the index, got {int(ids[rows < 0][0])}")
+        return rows
