@@ -167,46 +167,79 @@ void split(Problem& p, const std::vector<double>& guess, int threads, std::vecto
     const std::vector<int64_t> all = *which;
     const int64_t n = all.size();
     const Panel panel = panel_of(p, all);
-    // A gathered column costs as much as this many of a scan: of memory at a few queries, of
-    // arithmetic at many.
-    const double penalty = std::min(3.0 + 0.5 * n, 20.0);
     const int64_t tiles = TileReader::count(p.rows, p.source()),
                   sampled = std::min(tiles, PREDICT_TILES);
-    const Pass::Trial trial = {guess, double(sampled) * TILE * p.dim / penalty};
+    // In columns: what a scan of the rows costs, less that of the prefix, of a quarter of the bytes
+    // where it is of codes.
+    const double row = double(p.rows.eligible()) / tiles * p.dim,
+                 tile = double(TILE) * p.prefix() / (p.rows.code_dim ? 4 : 1);
+    // A gathered column costs as much as several of a scan for so many queries: of memory at a few,
+    // of arithmetic at many.
+    auto budget = [&](int64_t queries) {
+        return sampled * (row - tile) / std::min(3.0 + 0.5 * queries, 10.0);
+    };
+    const Pass::Trial trial = {guess, budget(1)};
     std::vector<std::atomic<int64_t>> columns(n);
     for (std::atomic<int64_t>& count : columns) count = 0;
     Ranges ranges(sampled, 1);
-    parallel(threads_for(double(sampled) * TILE * p.dim * n / penalty, threads), [&](int) {
+    parallel(threads_for(trial.budget * n, threads), [&](int) {
         Pass pass(p, all, panel);
         for (int64_t at, last; ranges.next(&at, &last);)
             pass.run(at * tiles / sampled, at * tiles / sampled + 1, &trial);
         for (int64_t i = 0; i < n; ++i) columns[i] += pass.columns_read[i];
     });
+    // The fewer give up, the more their scan costs each, so that fewer still do.
+    auto gives_up = [&](int64_t i, int64_t with) { return columns[i] >= budget(with); };
+    const int64_t before = full->size();
+    int64_t with = n + before;
+    for (int64_t last = 0; last != with;) {
+        last = with;
+        with = before;
+        for (int64_t i = 0; i < n; ++i) with += gives_up(i, last);
+    }
     which->clear();
-    for (int64_t i = 0; i < n; ++i) (columns[i] < trial.budget ? which : full)->push_back(all[i]);
+    for (int64_t i = 0; i < n; ++i) (gives_up(i, with) ? full : which)->push_back(all[i]);
 }
 
-Status search_pass(Problem& p, const Rows& rows, int threads,
-                   std::vector<std::vector<Final>>* best) {
+Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<Final>>* best) {
     std::vector<int64_t> bounded(p.data.size()), full;
     std::iota(bounded.begin(), bounded.end(), 0);
-    if (!p.prunes() || !rows.few.empty()) {
+    if (!p.prunes() || !rows.listed.empty()) {
         full.swap(bounded);
     } else {
-        const int64_t tiles = TileReader::count(p.rows, p.source()),
-                      needed = (8 * p.k + 4095) / TILE;
-        const int64_t step = std::clamp<int64_t>(tiles / needed, 1, SAMPLE_STEP);
+        // Of rows that a mask thins out as many are sampled.
+        const double full_tiles = double(rows.eligible()) / TILE,
+                     filled = full_tiles / TileReader::count(p.rows, p.source());
+        const int64_t step =
+            std::clamp<int64_t>(rows.eligible() / (8 * p.k + 4095), 1,
+                                std::max<int64_t>(1, int64_t(SAMPLE_STEP * filled)));
         std::vector<double> guess(bounded.size(), -INFINITY);
         Status status = seed(p, bounded, step, threads, &guess);
         if (status != Status::OK) return status;
         split(p, guess, threads, &bounded, &full);
         const int64_t seed_step = p.rows.code_dim ? 1 : SEED_STEP;
         if (step > seed_step) {
+            // The first guess was a rough one: where it serves most, it may be what the others
+            // lack.
+            if (full.size() < bounded.size()) {
+                bounded.insert(bounded.end(), full.begin(), full.end());
+                full.clear();
+            }
             status = seed(p, bounded, seed_step, threads, &guess);
             if (status != Status::OK) return status;
-            split(p, guess, threads, &bounded, &full);  // the first guess was a rough one
+            split(p, guess, threads, &bounded, &full);
+        }
+        if (seed_step > 1) {
+            // What the guess promises, the θ that is proved so far may be too low to keep.
+            std::vector<double> proved(p.theta.begin(), p.theta.end());
+            std::vector<int64_t> low;
+            split(p, proved, threads, &bounded, &low);
+            status = seed(p, low, 1, threads, &guess);
+            if (status != Status::OK) return status;
+            bounded.insert(bounded.end(), low.begin(), low.end());
         }
     }
+    if (!full.empty() && 8 * rows.eligible() < 7 * rows.count()) rows.list();
     const Status status = scan_fully(p, rows, full, threads, &bounded, best);
     if (status != Status::OK) return status;
     return run(p, bounded, threads, best) ? Status::OK : Status::NOT_FINITE;
@@ -220,8 +253,8 @@ Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& que
     rows.check();
     if (!finite(queries, dim)) return Status::QUERY_NOT_FINITE;
     std::atomic<bool> overflow{false};
-    Rows in_place = rows;
-    in_place.few.clear();
+    Rows in_place = rows, gathered = rows;
+    in_place.listed.clear();
     const int64_t keep = std::max<int64_t>(std::min(k, rows.eligible()), 1);
     const int64_t pass = std::clamp<int64_t>(
         PASS_BYTES / int64_t(sizeof(Final) * threads * keep + sizeof(Entry) * CHUNK_TILES * TILE),
@@ -232,7 +265,7 @@ Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& que
         std::vector<std::vector<Final>> best(n);
         std::unique_ptr<Problem> problem(new Problem(kernels, in_place, part, metric, dim, keep));
         if (rows.eligible() > 0) {
-            const Status status = search_pass(*problem, rows, threads, &best);
+            const Status status = search_pass(*problem, gathered, threads, &best);
             if (status != Status::OK) return status;
         }
         each(n, threads, [&](int64_t q) {
@@ -259,7 +292,7 @@ Status range_search(const Kernels& kernels, const Rows& rows, const Queries& que
     if (!finite(queries, dim)) return Status::QUERY_NOT_FINITE;
     std::atomic<bool> overflow{false};
     Rows in_place = rows;
-    in_place.few.clear();
+    in_place.listed.clear();
     constexpr int64_t PASS = 96;  // queries
     for (int64_t begin = 0; begin < queries.n && rows.eligible() > 0; begin += PASS) {
         const int64_t n = std::min(PASS, queries.n - begin);

@@ -6,8 +6,8 @@
 namespace mrl {
 namespace {
 
-// Below one row in so many, gathering them reads less than their tiles hold.
-constexpr int64_t FEW = 32;
+// Below one row in so many, gathering their prefixes costs less than scanning their tiles.
+constexpr int64_t FEW = 64;
 
 int64_t tiles_of(const Rows& rows) {
     int64_t tiles = 0;
@@ -24,16 +24,21 @@ Rows Rows::restricted(const uint64_t* to) const {
         result.masked += __builtin_popcountll(to[tile]);
         if (to[tile]) result.tiles.push_back(tile);
     }
-    if (result.masked * FEW >= count()) return result;
+    if (result.masked * FEW < count()) result.list();
+    return result;
+}
+
+void Rows::list() {
+    if (!listed.empty()) return;
+    listed.reserve(masked);
     int64_t before = 0;
-    auto tile = result.tiles.begin();
+    auto tile = tiles.begin();
     for (const Span& span : spans) {
-        for (; tile != result.tiles.end() && *tile < before + span.tiles(); ++tile)
-            for (uint64_t bits = to[*tile]; bits; bits &= bits - 1)
-                result.few.push_back(span.first + (*tile - before) * TILE + __builtin_ctzll(bits));
+        for (; tile != tiles.end() && *tile < before + span.tiles(); ++tile)
+            for (uint64_t bits = mask[*tile]; bits; bits &= bits - 1)
+                listed.push_back(span.first + (*tile - before) * TILE + __builtin_ctzll(bits));
         before += span.tiles();
     }
-    return result;
 }
 
 TileReader::TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
@@ -55,7 +60,7 @@ TileReader::TileReader(const Kernels& kernels, const Rows& rows, Source source, 
 }
 
 int64_t TileReader::count(const Rows& rows, Source source) {
-    if (gathers(rows, source)) return (int64_t(rows.few.size()) + TILE - 1) / TILE;
+    if (gathers(rows, source)) return (int64_t(rows.listed.size()) + TILE - 1) / TILE;
     return rows.mask ? rows.tiles.size() : tiles_of(rows);
 }
 
@@ -112,20 +117,20 @@ bool TileReader::read(int64_t tile, Scan* scan) {
 }
 
 bool TileReader::gather(int64_t tile, Scan* scan) {
-    const int64_t first = tile * TILE, last = int64_t(rows_.few.size()) - 1;
+    const int64_t first = tile * TILE, last = int64_t(rows_.listed.size()) - 1;
     scan->first_row = first;
     scan->rows = int(std::min<int64_t>(TILE, last + 1 - first));
     scan->wanted = ~uint64_t(0) >> (TILE - scan->rows);
     const void *pointers[TILE], *coming[TILE];
     float* columns = unpacked_.data();
     for (int r = 0; r < TILE; ++r) {
-        const int64_t row = rows_.few[std::min(first + r, last)];
+        const int64_t row = rows_.listed[std::min(first + r, last)];
         const Span& span = span_of(rows_, row);
         const int64_t local = row - span.first;
         pointers[r] = tail_at(rows_, span, local, rows_.packed_dim);
         const int64_t lane = local / TILE * rows_.packed_dim * TILE + local % TILE;
         for (int64_t c = 0; c < head_; ++c) columns[c * TILE + r] = span.packed[lane + c * TILE];
-        const int64_t later = rows_.few[std::min(first + TILE + r, last)];
+        const int64_t later = rows_.listed[std::min(first + TILE + r, last)];
         const Span& other = span_of(rows_, later);
         coming[r] = tail_at(rows_, other, later - other.first, rows_.packed_dim);
     }

@@ -241,7 +241,7 @@ Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries
         counts[q] = all.size();
         std::copy(all.begin(), all.end(), out + q * keep);
         for (Entry* e = out + q * keep; gathers && e < out + q * keep + counts[q]; ++e)
-            e->key = with_row(e->key, rows.few[row_of(e->key)]);
+            e->key = with_row(e->key, rows.listed[row_of(e->key)]);
         if (beyond_float(all.data(), counts[q])) overflow = true;
     };
     each(queries.n, threads, [&](int64_t q) {

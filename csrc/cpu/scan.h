@@ -90,7 +90,7 @@ class TileReader {
     TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
                int64_t groups);
     static bool gathers(const Rows& rows, Source source) {
-        return source != Source::CODES && !rows.few.empty();
+        return source != Source::CODES && !rows.listed.empty();
     }
     static int64_t count(const Rows& rows, Source source);
     // Fills the columns, first_row, rows and wanted; false if a value is not finite.

@@ -48,7 +48,7 @@ Status search(const Kernels& kernels, const Rows& rows, const Queries& queries, 
     if (!finite(queries, stages.back().dim)) return Status::QUERY_NOT_FINITE;
     // Codes choose a shortlist; scores that are returned come from the columns, as a gathered
     // row's.
-    const bool coded = first.dim == rows.code_dim && stages.size() > 1 && rows.few.empty();
+    const bool coded = first.dim == rows.code_dim && stages.size() > 1 && rows.listed.empty();
     const Source source = coded                  ? Source::CODES
                           : metric == Metric::L2 ? Source::DIFFERENCE
                                                  : Source::PRODUCT;

@@ -35,15 +35,16 @@ struct Rows {
     std::vector<int64_t> levels;  // columns where TAIL_NORM is known; the first is the prefix
 
     // The rows that may be found; without a mask all of them.
-    const uint64_t* mask = nullptr;   // [tiles of the spans], bit r: row r of the tile
-    std::vector<int64_t> tiles = {};  // that hold such a row
-    std::vector<int64_t> few = {};    // such rows, where so few that a scan gathers them
-    int64_t masked = 0;               // how many they are
+    const uint64_t* mask = nullptr;    // [tiles of the spans], bit r: row r of the tile
+    std::vector<int64_t> tiles = {};   // that hold such a row
+    int64_t masked = 0;                // how many such rows there are
+    std::vector<int64_t> listed = {};  // these, where scans shall gather them: where they are few
 
     int64_t count() const { return spans.empty() ? 0 : spans.back().first + spans.back().rows; }
     int64_t eligible() const { return mask ? masked : count(); }
     // The same rows with another mask, which must outlive them.
     Rows restricted(const uint64_t* to) const;
+    void list();          // the rows of the mask
     void check() const {  // an entry's key has 32 bits for the row
         if (count() > 0xffffffffll) throw std::length_error("more than 2^32 - 1 rows");
     }

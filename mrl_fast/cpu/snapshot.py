@@ -23,6 +23,17 @@ class Run:
             ids, order = ids.sort(stable=True)
             rows = rows[order]
         self.ids, self.rows = ids, rows
+        self.gapless = int(ids[-1] - ids[0]) == len(ids) - 1 and bool((ids.diff() == 1).all())
+
+    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of these ids there are, and their rows."""
+        if self.gapless:
+            place = ids - self.ids[0]
+            there = (place >= 0) & (place < len(self.ids))
+        else:
+            place = torch.searchsorted(self.ids, ids, right=True) - 1
+            there = (place >= 0) & (self.ids[place.clamp(min=0)] == ids)
+        return there, self.rows[place[there]]
 
 
 class Snapshot:
@@ -68,9 +79,8 @@ class Snapshot:
         """The rows that have these ids, −1 where there is none, ``[n]``."""
         found = torch.full_like(ids, -1)
         for run in self._cover():  # a newer row of the same id comes later
-            place = torch.searchsorted(run.ids, ids, right=True) - 1
-            hit = (place >= 0) & (run.ids[place.clamp(min=0)] == ids)
-            found[hit] = run.rows[place[hit]]
+            there, rows = run.find(ids)
+            found[there] = rows
         if self.alive is not None:
             known = found.clamp(min=0)
             dead = (self.alive[known // TILE] >> (known % TILE)) & 1 == 0
