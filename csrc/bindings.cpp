@@ -153,12 +153,13 @@ PYBIND11_MODULE(_C, m) {
           });
     m.def("store", [](const Rows& rows, uintptr_t data, int dtype, int64_t stride, int64_t dim,
                       int64_t begin, int64_t n, int threads, const std::string& isa,
-                      uintptr_t packed, uintptr_t codes, uintptr_t stats, int64_t stats_stride) {
+                      uintptr_t packed, uintptr_t codes, uintptr_t stats, int64_t stats_stride,
+                      uintptr_t tail, int64_t tail_stride) {
         const Kernels& kernels = kernels_named(isa);
         py::gil_scoped_release unlocked;
         return message(store(kernels, rows, at<void>(data), DType(dtype), stride, dim, begin, n,
                              threads, at<float>(packed), at<uint8_t>(codes), at<float>(stats),
-                             stats_stride));
+                             stats_stride, at<void>(tail), tail_stride));
     });
     // Fields as in nested.h; an address that is not named is null, a factor 1, a flag false.
     py::class_<Scores>(m, "Scores").def(py::init([](const py::kwargs& fields) {

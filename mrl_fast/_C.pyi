@@ -101,6 +101,8 @@ def store(
     codes: int,
     stats: int,
     stats_stride: int,
+    tail: int,
+    tail_stride: int,
     /,
 ) -> str: ...
 

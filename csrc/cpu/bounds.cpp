@@ -36,12 +36,12 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
     for (int64_t q = 0; q < queries.n; ++q) {
         const float* query = queries.data + q * queries.stride;
         data.push_back(query);
-        norm.push_back(std::sqrt(dot64(query, query, dim)));
-        head.push_back(std::sqrt(dot64(query, query, prefix())));
+        norm.push_back(std::sqrt(kernels.dot64(query, query, dim)));
+        head.push_back(std::sqrt(kernels.dot64(query, query, prefix())));
         theta[q] = -INFINITY;
         touched[q] = 0;
         for (int64_t level : rows.levels)
-            tails.push_back(std::sqrt(dot64(query + level, query + level, dim - level)));
+            tails.push_back(std::sqrt(kernels.dot64(query + level, query + level, dim - level)));
         if (rows.code_dim) codes.push_back(encode(query, rows.code_dim));
     }
 }
@@ -58,11 +58,12 @@ double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
     float* values = x->data();
     for (int64_t c = 0; c < packed; ++c)
         values[c] = span.packed[(local / TILE * packed + c) * TILE + lane];
-    widen_row(tail_at(rows, span, local, packed), rows.dtype, dim - packed, values + packed);
+    kernels.widen_row(tail_at(rows, span, local, packed), rows.dtype, dim - packed,
+                      values + packed);
     if (metric == Metric::L2) return -distance64(data[q], values, dim);
-    const double dot = dot64(data[q], values, dim);
+    const double dot = kernels.dot64(data[q], values, dim);
     if (metric == Metric::IP) return dot + 0.0;
-    const double length = norm[q] * std::sqrt(dot64(values, values, dim));
+    const double length = norm[q] * std::sqrt(kernels.dot64(values, values, dim));
     return length > 0.0 ? dot / length + 0.0 : 0.0;
 }
 

@@ -144,6 +144,9 @@ struct Kernels {
     // sums[i] += Σ_c query[c] · rows[i][c], in no particular order of columns.
     void (*dots)(const float* query, const void* const* rows, DType dtype, int n, int64_t cols,
                  float* sums);
+    void (*widen_row)(const void* row, DType dtype, int64_t cols, float* out);
+    // Σ x·y in fp64: eight sums of every eighth column each, then these in order.
+    double (*dot64)(const float* x, const float* y, int64_t cols);
     // See nested.h.
     void (*product)(const Product&);
     void (*fold_block)(const Block&, const Statistics&);

@@ -17,8 +17,9 @@ void fill_scans(Kernels& kernels) {
 }
 
 Kernels make_kernels(const char* name) {
-    Kernels kernels = {name, W,    Simd::QUAD_BYTES, pack,       sqnorms,        advance,
-                       {},   dots, product,          fold_block, score_gradients};
+    Kernels kernels = {
+        name,      W,     Simd::QUAD_BYTES, pack,       sqnorms,        advance, {}, dots,
+        widen_row, dot64, product,          fold_block, score_gradients};
     fill_scans<Source::PRODUCT>(kernels);
     fill_scans<Source::DIFFERENCE>(kernels);
     fill_scans<Source::CODES>(kernels);

@@ -13,29 +13,6 @@ bool finite(const Queries& queries, int64_t dim) {
     return check == 0.0f;
 }
 
-void widen_row(const void* row, DType dtype, int64_t cols, float* out) {
-    const auto widen_as = [&](auto* x) {
-        for (int64_t c = 0; c < cols; ++c) out[c] = widen(x + c);
-    };
-    if (dtype == DType::F16)
-        widen_as(static_cast<const F16*>(row));
-    else if (dtype == DType::BF16)
-        widen_as(static_cast<const BF16*>(row));
-    else
-        widen_as(static_cast<const float*>(row));
-}
-
-double dot64(const float* x, const float* y, int64_t cols) {
-    double sums[8] = {};
-    int64_t c = 0;
-    for (; c + 8 <= cols; c += 8)
-        for (int i = 0; i < 8; ++i) sums[i] += double(x[c + i]) * y[c + i];
-    for (int i = 0; c < cols; ++c, ++i) sums[i] += double(x[c]) * y[c];
-    double sum = 0.0;
-    for (double part : sums) sum += part;
-    return sum;
-}
-
 Codes encode(const float* x, int64_t dim) {
     Codes coded = {std::vector<int8_t>((dim + 3) / 4 * 4), 0.0f, 0.0};
     float largest = 0.0f;

@@ -43,9 +43,6 @@ inline const void* tail_at(const Rows& rows, const Span& span, int64_t row, int6
            (row * span.stride + column - rows.packed_dim) * element_size(rows.dtype);
 }
 
-void widen_row(const void* row, DType dtype, int64_t cols, float* out);
-double dot64(const float* x, const float* y, int64_t cols);
-
 // As many threads as the work is worth.
 int threads_for(double multiplies, int threads);
 

@@ -90,9 +90,11 @@ Status range_search(const Kernels& kernels, const Rows& rows, const Queries& que
                     std::vector<std::vector<Neighbour>>* found);
 
 // Rows [begin, begin + n) of a span from a row-major matrix [n, dim]: their columns [0, packed_dim)
-// to tiles, codes and stats, whichever are not null.
+// to tiles, all to codes and stats, the others, of the same type, to the tail [.., tail_stride];
+// whichever are not null.
 Status store(const Kernels& kernels, const Rows& rows, const void* data, DType dtype,
              int64_t stride, int64_t dim, int64_t begin, int64_t n, int threads, float* packed,
-             uint8_t* codes, float* stats, int64_t stats_stride);
+             uint8_t* codes, float* stats, int64_t stats_stride, void* tail = nullptr,
+             int64_t tail_stride = 0);
 
 }  // namespace mrl

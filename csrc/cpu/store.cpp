@@ -1,6 +1,7 @@
 // Row-major vectors into what a search reads: vertical tiles, int8 codes, norms.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "cpu/parallel.h"
 #include "cpu/scan.h"
@@ -14,12 +15,12 @@ float above(double norm, int64_t cols) {
 }
 
 // What a search knows of a row; `stats` are the row's, `apart` from one another.
-void describe(const float* x, int64_t dim, int64_t prefix, const std::vector<int64_t>& levels,
-              float* stats, int64_t apart) {
-    stats[PREFIX_NORM * apart] = above(std::sqrt(dot64(x, x, prefix)), prefix);
+void describe(const Kernels& kernels, const float* x, int64_t dim, int64_t prefix,
+              const std::vector<int64_t>& levels, float* stats, int64_t apart) {
+    stats[PREFIX_NORM * apart] = above(std::sqrt(kernels.dot64(x, x, prefix)), prefix);
     double square = 0.0;  // of the columns from a level on: each level's own, the last first
     for (size_t l = levels.size(), end = dim; l-- > 0; end = levels[l]) {
-        square += dot64(x + levels[l], x + levels[l], end - levels[l]);
+        square += kernels.dot64(x + levels[l], x + levels[l], end - levels[l]);
         stats[(TAIL_NORM + l) * apart] = above(std::sqrt(square), dim);
     }
 }
@@ -28,15 +29,15 @@ void describe(const float* x, int64_t dim, int64_t prefix, const std::vector<int
 
 Status store(const Kernels& kernels, const Rows& rows, const void* data, DType dtype,
              int64_t stride, int64_t dim, int64_t begin, int64_t n, int threads, float* packed,
-             uint8_t* codes, float* stats, int64_t stats_stride) {
+             uint8_t* codes, float* stats, int64_t stats_stride, void* tail, int64_t tail_stride) {
     const int64_t quads = (rows.code_dim + 3) / 4, size = element_size(dtype);
     const int64_t first = begin / TILE, last = (begin + n + TILE - 1) / TILE;
     std::atomic<bool> finite{true};
-    Ranges ranges(last - first, 16);
+    Ranges ranges(last - first, 4);
     auto row_at = [&](int64_t row) {
         return static_cast<const char*>(data) + (row - begin) * stride * size;
     };
-    parallel(threads_for(double(n) * dim, threads), [&](int) {
+    parallel(threads_for(8.0 * n * dim, threads), [&](int) {
         std::vector<float> vector(dim), lanes(rows.packed_dim * TILE);
         const void *pointers[TILE], *ahead[TILE];
         for (int64_t tile, end; ranges.next(&tile, &end);)
@@ -58,14 +59,25 @@ Status store(const Kernels& kernels, const Rows& rows, const void* data, DType d
                         for (int64_t c = 0; c < rows.packed_dim; ++c)
                             std::copy_n(whole + c * TILE, count, target + c * TILE + lane);
                 }
+                // A tile's rows at a time, while they are in cache.
+                const int64_t rest = (dim - rows.packed_dim) * size;
+                for (int r = 0; tail && r < count; ++r)
+                    std::memcpy(static_cast<char*>(tail) + (from + r) * tail_stride * size,
+                                static_cast<const char*>(pointers[r]) + rows.packed_dim * size,
+                                rest);
                 if (!stats) continue;
                 for (int64_t row = from; row < from + count; ++row) {
-                    widen_row(row_at(row), dtype, dim, vector.data());
+                    const float* x =
+                        static_cast<const float*>(static_cast<const void*>(row_at(row)));
+                    if (dtype != DType::F32) {
+                        kernels.widen_row(row_at(row), dtype, dim, vector.data());
+                        x = vector.data();
+                    }
                     float* mine = stats + row;
-                    describe(vector.data(), dim, std::max(rows.packed_dim, rows.code_dim),
-                             rows.levels, mine, stats_stride);
+                    describe(kernels, x, dim, std::max(rows.packed_dim, rows.code_dim), rows.levels,
+                             mine, stats_stride);
                     if (!codes) continue;
-                    const Codes coded = encode(vector.data(), rows.code_dim);
+                    const Codes coded = encode(x, rows.code_dim);
                     mine[CODE_SCALE * stats_stride] = coded.unit;
                     mine[CODE_ERROR * stats_stride] = above(coded.error, rows.code_dim);
                     uint8_t* quads_of_row = codes + (tile * quads * TILE + row - tile * TILE) * 4;

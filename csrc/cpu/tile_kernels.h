@@ -152,6 +152,42 @@ void dots(const float* query, const void* const* rows, DType dtype, int n, int64
     }
 }
 
+// --- whole rows
+// ----------------------------------------------------------------------------------------------------
+
+template <class T>
+void widen_as(const T* row, int64_t cols, float* out) {
+    int64_t c = 0;
+    for (; c + W <= cols; c += W) Simd::store(out + c, Simd::load(row + c));
+    for (; c < cols; ++c) out[c] = widen(row + c);
+}
+
+void widen_row(const void* row, DType dtype, int64_t cols, float* out) {
+    switch (dtype) {
+        case DType::F16:
+            return widen_as(static_cast<const F16*>(row), cols, out);
+        case DType::BF16:
+            return widen_as(static_cast<const BF16*>(row), cols, out);
+        default:
+            return widen_as(static_cast<const float*>(row), cols, out);
+    }
+}
+
+// A product of two fp32 is exact in fp64, so fusing changes no bit.
+double dot64(const float* x, const float* y, int64_t cols) {
+    typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
+    typedef double Doubles __attribute__((vector_size(64)));
+    Doubles sums = {};
+    int64_t c = 0;
+    for (; c + 8 <= cols; c += 8)
+        sums += __builtin_convertvector(*reinterpret_cast<const Floats*>(x + c), Doubles) *
+                __builtin_convertvector(*reinterpret_cast<const Floats*>(y + c), Doubles);
+    for (int i = 0; c < cols; ++c, ++i) sums[i] += double(x[c]) * y[c];
+    double sum = 0.0;
+    for (int i = 0; i < 8; ++i) sum += sums[i];
+    return sum;
+}
+
 // --- scan: Q queries against a tile, V vectors of rows at a time
 // ---------------------------------------------------
 

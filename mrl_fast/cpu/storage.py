@@ -19,7 +19,7 @@ from mrl_fast.cpu.snapshot import Snapshot
 # Prefix norm, code unit, code error; then a tail's norm a level. As enum Stat in csrc/cpu/search.h.
 STATS = 3
 BLOCK_ROWS = 1 << 16, 1 << 10  # at most, at least
-CHUNK_ROWS = 1 << 12  # converted at a time
+CHUNK_ROWS = 1 << 11  # converted at a time
 
 
 class Layout:
@@ -64,12 +64,12 @@ class Block:
 
     def store(self, vectors: Tensor, ids: Tensor, begin: int) -> None:
         """Writes rows from ``begin`` on; ``vectors`` are of the layout's dtype."""
-        self.tail[begin : begin + len(vectors)] = vectors[:, self.layout.packed :]
         self.ids[begin : begin + len(vectors)] = ids
         problem = _C.store(
             self.layout.rows([]), vectors.data_ptr(), DTYPES[vectors.dtype], vectors.stride(0),
             vectors.shape[1], begin, len(vectors), torch.get_num_threads(), native.ISA,
             address(self.packed), address(self.codes), address(self.stats), self.capacity,
+            self.tail.data_ptr(), self.tail.stride(0),
         )  # fmt: skip
         if problem:
             check_finite(vectors, "vectors")
