@@ -20,6 +20,7 @@ def pytest_addoption(parser):
         "--graph-rows", type=int, default=100_000,
         help="rows where HNSW and IVF take part, whose building takes minutes",
     )  # fmt: skip
+    parser.addoption("--folder", help="where saving is measured; default: for temporary files")
     parser.addoption(
         "--data", type=Path, default=os.environ.get("MRL_FAST_DATA"),
         help="folder of real vectors: fashion_mnist.npz, vectors.npy; default: $MRL_FAST_DATA",

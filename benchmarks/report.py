@@ -1,6 +1,7 @@
 """The tables of a benchmark run:  python benchmarks/report.py results.json
 
-Losses, searches (beside the best full scan, then every rival), growth; rows that we lose are bold.
+Losses, searches (beside the best full scan, then every rival), filters, the
+store, growth; what we lose is bold.
 A rival whose recall is below 0.99 is listed, but is not compared with as the best.
 """
 
@@ -120,11 +121,42 @@ def growth(infos: Sequence[dict]) -> list[str]:
     return lines
 
 
+def filters(infos: Sequence[dict]) -> list[str]:
+    rows = []
+    for info in infos:
+        cells = [
+            f"{info[f'{name}_ms']} ms, {times(info[f'{name}_ratio'])}"
+            if f"{name}_ms" in info
+            else "–"
+            for name in ("unfiltered", "post_filter", "faiss")
+        ]
+        what = (info["filter"], info["data"], info["batch"], f"{info['share']:.1%}")
+        spread = f"{info['p20_ms']}–{info['p80_ms']}"
+        rows.append((*what, info["mrl_fast_ms"], spread, *cells, f"{info['recall']:.4f}"))
+    header = (
+        "search", "data", "queries", "allowed", "mrl_fast ms", "p20–p80", "unfiltered",
+        "post-filtered", "FAISS flat, selector", "recall",
+    )  # fmt: skip
+    return table(header, rows) if rows else []
+
+
+def stores(infos: Sequence[dict]) -> list[str]:
+    lines = []
+    for kind in ("add", "change", "save"):
+        mine = [info for info in infos if info["store"] == kind]
+        names = [name for name in mine[0] if name not in ("store", *SOURCE)] if mine else []
+        if mine:
+            lines += table((kind, *names), (("", *(i[name] for name in names)) for i in mine))
+    return lines
+
+
 def report(path: Path) -> list[str]:
     benches = json.loads(path.read_text())["benchmarks"]
     infos = [bench["extra_info"] for bench in benches]
     lines = losses(benches)
-    lines += searches([info for info in infos if "recall" in info])
+    lines += searches([i for i in infos if "recall" in i and "filter" not in i])
+    lines += filters([info for info in infos if "filter" in info])
+    lines += stores([info for info in infos if "store" in info])
     lines += growth([info for info in infos if "growth" in info])
     sources = {
         " ".join(f"{key} {info[key]}," for key in SOURCE).rstrip(",")

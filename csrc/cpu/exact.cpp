@@ -100,15 +100,19 @@ bool run(Problem& p, const std::vector<int64_t>& which, int threads,
 // The least and the greatest norm of a row that is not 0.
 std::pair<double, double> norms(const Rows& rows) {
     float least = INFINITY, greatest = 0.0f;
-    for (const Span& span : rows.spans) {
-        const float* prefix = span.stats + PREFIX_NORM * span.stats_stride;
-        const float* tail =
-            rows.levels.empty() ? nullptr : span.stats + TAIL_NORM * span.stats_stride;
-        for (int64_t row = 0; row < span.rows; ++row) {
-            const float norm = prefix[row] + (tail ? tail[row] : 0.0f);  // within a factor √2
-            greatest = std::max(greatest, norm);
-            if (norm > 0.0f) least = std::min(least, norm);
-        }
+    auto see = [&](const Span& span, int64_t row) {
+        const float* stats = span.stats + row;
+        const float tail = rows.levels.empty() ? 0.0f : stats[TAIL_NORM * span.stats_stride],
+                    norm = stats[PREFIX_NORM * span.stats_stride] + tail;  // within a factor √2
+        greatest = std::max(greatest, norm);
+        if (norm > 0.0f) least = std::min(least, norm);
+    };
+    if (rows.listed.empty())
+        for (const Span& span : rows.spans)
+            for (int64_t row = 0; row < span.rows; ++row) see(span, row);
+    for (int64_t row : rows.listed) {
+        const Span& span = span_of(rows, row);
+        see(span, row - span.first);
     }
     return {least * 0.7, greatest};
 }
@@ -126,7 +130,7 @@ Status scan_fully(Problem& p, const Rows& rows, const std::vector<int64_t>& whic
     const Status status = scan_all(p.kernels, rows, gathered.queries, p.metric, source, p.dim, keep,
                                    1, threads, entries.get(), counts.data());
     if (status != Status::OK) return status;
-    const auto [least, greatest] = norms(p.rows);
+    const auto [least, greatest] = norms(rows);
     std::vector<char> open(n, 0);
     each(n, threads, [&, least = least, greatest = greatest](int64_t i) {
         const int64_t q = which[i];
