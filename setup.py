@@ -17,8 +17,10 @@ setup(
     package_dir={"mrl_fast": "mrl_fast", "mrl_fast.kernels": "kernels"},
     packages=[
         "mrl_fast",
+        "mrl_fast.cli",
         "mrl_fast.cpu",
         "mrl_fast.demo",
+        "mrl_fast.integrations",
         "mrl_fast.kernels",
         "mrl_fast.losses",
     ],

@@ -9,6 +9,7 @@ from mrl_fast._types import (
 )
 from mrl_fast.heads import matryoshka_logits, matryoshka_predict
 from mrl_fast.index import MatryoshkaIndex
+from mrl_fast.integrations.sentence_transformers import semantic_search
 from mrl_fast.losses import (
     matryoshka_cross_entropy,
     matryoshka_distill,
@@ -45,4 +46,5 @@ __all__ = [
     "matryoshka_sigmoid_loss",
     "prefix_topk",
     "rerank",
+    "semantic_search",
 ]
