@@ -21,6 +21,7 @@ from mrl_fast.rotation import Rotation
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PREFIX_DTYPES = ("float32", "int8")
+WIDTH = 1 << 24  # at most
 
 
 class Collection:
@@ -36,6 +37,8 @@ class Collection:
         rotation: str | None = None,
     ):
         self.dims = check_dims(dims)
+        if self.width > WIDTH:
+            raise ValueError(f"dims: expected widths of at most {WIDTH}, got {self.width}")
         self.metric = check_choice(metric, "metric", METRICS)
         self.dtype = check_choice(dtype, "dtype", tuple(DTYPES))
         self.prefix_dtype = check_choice(prefix_dtype, "prefix_dtype", PREFIX_DTYPES)
@@ -113,6 +116,7 @@ class Collection:
         x = inputs.vectors(vectors, "vectors", self.width)
         with self._writing:
             if ids is None:
+                _check_last(self._next_id + len(x) - 1)
                 new = torch.arange(self._next_id, self._next_id + len(x))
             else:
                 new = inputs.new_ids(ids, len(x))
@@ -192,8 +196,7 @@ class Collection:
     def _append(self, x: Tensor, ids: Tensor, replacing: Tensor | None = None) -> None:
         if not len(x):
             return
-        if self._next_id + len(x) >= 1 << 63 or int(ids.max()) >= (1 << 63) - 1:
-            raise ValueError(f"ids: expected ids below {(1 << 63) - 1}, got {int(ids.max())}")
+        _check_last(int(ids.max()))
         rotation = self._rotation
         fits = rotation is not None and rotation.axes is None
         if fits:
@@ -228,3 +231,9 @@ class Collection:
         if bool((rows < 0).any()):
             raise ValueError(f"ids: expected ids of the index, got {int(ids[rows < 0][0])}")
         return rows
+
+
+def _check_last(last: int) -> None:
+    """One more than the largest id is an int64 too."""
+    if last >= (1 << 63) - 1:
+        raise ValueError(f"ids: expected ids below {(1 << 63) - 1}, got {last}")

@@ -23,7 +23,6 @@ from mrl_fast._C import TILE
 from mrl_fast.cpu import Block, Layout, Snapshot, flags_of
 
 TIER = 7  # so many files no larger than what is added are written anew together with it
-TRIES = 8  # to open what others save meanwhile
 
 T = TypeVar("T")
 
@@ -51,13 +50,15 @@ def save(
     snapshot: Snapshot,
     unmoved: int,
     saved: Saved | None,
-) -> Saved:
+    replaced: Callable[[Saved], None],
+) -> None:
     """Brings the folder to this state, writing what it does not have.
 
     Args:
         fields: The index's own, as JSON.
         axes: The rotation's.
         unmoved: The first rows that are as they are in ``saved``.
+        replaced: Called as soon as the folder holds this state, whatever fails after that.
 
     Raises:
         ValueError: The folder holds something else, or what another has saved since.
@@ -66,7 +67,7 @@ def save(
     path = path.absolute()
     _make(path)
     with _locked(path):
-        there = manifests.read_or_none(path)
+        there = _there(path)
         known = _known(path, there, saved)
         generation = 1 + max(
             [there["generation"] if there else 0]
@@ -81,9 +82,10 @@ def save(
             written.append(file)
             return {"file": file.name, "sha256": tensorfile.write(file, parts, pieces)}
 
-        manifest = None
         try:
-            segments, begin = _kept(known["segments"] if known else [], snapshot.count, unmoved)
+            segments, begin = [], 0
+            if known:
+                segments, begin = _kept(known["segments"], snapshot.count, unmoved)
             count = snapshot.count - begin
             if count:
                 parts = layout.parts(count + -count % TILE)
@@ -101,14 +103,21 @@ def save(
                 **fields, generation=generation, segments=segments, alive=alive_file, axes=axes_file
             )
             _sync(path)
-            _replace(path, manifest)
+            new = _write(path, manifest)
         except BaseException:
-            if manifest is None or manifests.read_or_none(path) != manifest:
-                for file in written:
-                    file.unlink(missing_ok=True)
+            for file in written:
+                file.unlink(missing_ok=True)
             raise
+        now = Saved(path, manifest, snapshot.alive, axes)
+        try:
+            os.replace(new, path / manifests.FILE)
+        except BaseException:  # which does not say that it was not done
+            if manifests.read_or_none(path) == manifest:
+                replaced(now)
+            raise
+        replaced(now)
+        _sync(path)
         _collect(path, manifest)
-    return Saved(path, manifest, snapshot.alive, axes)
 
 
 def load(
@@ -121,22 +130,28 @@ def load(
         ValueError: Anything in a file is not as it must be; names the file and the field.
     """
     path = path.absolute()
-    for attempt in range(TRIES):
-        manifest = manifests.read(path)
-        try:
-            try:
-                index, layout = make(manifest)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path / manifests.FILE}: {error}") from error
-            return index, _open(path, manifest, layout, verify)
-        except ValueError:
-            # A file may be gone, or half the folder new, because somebody has just saved.
-            if attempt == TRIES - 1 or manifests.read(path) == manifest:
-                raise
-    raise AssertionError
+    manifest = manifests.read(path)
+    try:
+        return _open(path, manifest, make, verify)
+    except ValueError:
+        # A file may be gone because somebody has just saved; then nobody may meanwhile.
+        if manifests.read(path) == manifest:
+            raise
+    with _locked(path, fcntl.LOCK_SH):
+        return _open(path, manifests.read(path), make, verify)
 
 
-def _open(path: Path, manifest: dict[str, Any], layout: Layout, verify: bool) -> Loaded:
+def _open(
+    path: Path,
+    manifest: dict[str, Any],
+    make: Callable[[dict[str, Any]], tuple[T, Layout]],
+    verify: bool,
+) -> tuple[T, Loaded]:
+    try:
+        index, layout = make(manifest)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path / manifests.FILE}: {error}") from error
+
     def read(entry: dict[str, Any], parts: tensorfile.Parts, scattered: str | None = None):
         sha256 = entry["sha256"] if verify else None
         return tensorfile.read(path / entry["file"], parts, sha256, scattered)
@@ -155,7 +170,7 @@ def _open(path: Path, manifest: dict[str, Any], layout: Layout, verify: bool) ->
         axes = read(manifest["axes"], _axes_parts(layout.width))["axes"].clone()
         if not bool(torch.isfinite(axes).all()):
             raise ValueError(f"{path / manifest['axes']['file']}: axes: expected finite values")
-    return Loaded(Saved(path, manifest, alive, axes), blocks, counts)
+    return index, Loaded(Saved(path, manifest, alive, axes), blocks, counts)
 
 
 def _kept(
@@ -216,36 +231,49 @@ def _axes_parts(width: int) -> tensorfile.Parts:
 
 def _known(path: Path, there: dict[str, Any] | None, saved: Saved | None) -> dict[str, Any] | None:
     """The manifest to go on from; None: everything is to be written."""
-    if saved is not None and saved.path == path:
-        if there is not None and there != saved.manifest:
-            raise ValueError(
-                f"path: expected {path} as this index left it (generation "
-                f"{saved.manifest['generation']}), got generation {there['generation']}, which "
-                "another has saved; load it, or save elsewhere"
-            )
-        return there
-    if there is None and not (path / manifests.FILE).exists():
-        for name in sorted(os.listdir(path)):
-            if not manifests.NAME.fullmatch(name) and name != manifests.FILE + ".new":
-                raise ValueError(f"path: expected an index or an empty folder, got {path / name}")
-    return None
+    if there is None or saved is None or saved.path != path:
+        return None
+    if there != saved.manifest:
+        raise ValueError(
+            f"path: expected {path} as this index left it (generation "
+            f"{saved.manifest['generation']}), got generation {there['generation']}, which "
+            "another has saved; load it, or save elsewhere"
+        )
+    return there
 
 
 # --- the folder
 
 
 def _make(path: Path) -> None:
-    if not path.is_dir():
-        path.mkdir(parents=True)
-        _sync(path.parent)
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        _sync(folder.parent)
+
+
+def _there(path: Path) -> dict[str, Any] | None:
+    """The manifest; None in a folder that is new, or where a first save was cut off."""
+    try:
+        return manifests.read(path)
+    except FileNotFoundError:
+        for name in sorted(os.listdir(path)):
+            if not manifests.NAME.fullmatch(name) and name != manifests.FILE + ".new":
+                got = path / name
+                raise ValueError(f"path: expected an index or an empty folder, got {got}") from None
+        return None
+    except ValueError as error:  # somebody else's manifest.json, perhaps
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise ValueError(f"path: expected an index or an empty folder, got {error}") from error
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
     """One writer at a time, of all processes."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        fcntl.flock(folder, mode)
         yield
     finally:
         os.close(folder)
@@ -259,14 +287,15 @@ def _sync(path: Path) -> None:
         os.close(folder)
 
 
-def _replace(path: Path, manifest: dict[str, Any]) -> None:
+def _write(path: Path, manifest: dict[str, Any]) -> Path:
     new = path / (manifests.FILE + ".new")
-    with open(new, "w") as file:
-        json.dump(manifest, file, indent=1)
+    text = json.dumps(manifest, indent=1).encode()
+    manifests.parse(new, text)  # what cannot be read again must replace nothing
+    with open(new, "wb") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(new, path / manifests.FILE)
-    _sync(path)
+    return new
 
 
 def _collect(path: Path, manifest: dict[str, Any]) -> None:

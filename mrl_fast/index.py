@@ -16,6 +16,8 @@ from mrl_fast._checks import check_choice, check_int
 from mrl_fast._types import ExactResult, RangeResult, SearchResult, Tuned
 from mrl_fast.collection import Collection
 
+MANY = 1 << 62  # more than there are rows, and yet an int64
+
 
 class MatryoshkaIndex(Collection):
     """Exact and adaptive search over vectors whose prefixes are embeddings, on the CPU.
@@ -207,8 +209,8 @@ class MatryoshkaIndex(Collection):
             path: A folder: new, empty, or with an index, which is replaced.
 
         Raises:
-            ValueError: A folder with other files; one that another index has been saved to since
-                this one was.
+            ValueError: A folder with other files, or with an index that is damaged or of another
+                version; one that another index has been saved to since this one was.
             OSError: The folder cannot be written to, or the disk is full.
         """
         tuned = self._tuned
@@ -223,11 +225,14 @@ class MatryoshkaIndex(Collection):
                 "tuned": None if tuned is None else tuned._asdict(),
             }
             now = self._store.snapshot
-            saved = files.save(
+
+            def replaced(saved: files.Saved) -> None:
+                self._saved, self._store.unmoved = saved, now.count
+
+            files.save(
                 Path(path), fields, self._layout, self.rotation, now, self._store.unmoved,
-                self._saved,
+                self._saved, replaced,
             )  # fmt: skip
-            self._saved, self._store.unmoved = saved, now.count
 
     @classmethod
     def load(
@@ -298,13 +303,12 @@ class MatryoshkaIndex(Collection):
         if (tuned := fields["tuned"]) is not None:
             if not isinstance(tuned, dict) or set(tuned) != set(Tuned._fields):
                 raise ValueError(f"tuned: expected {', '.join(Tuned._fields)}, got {tuned!r:.80}")
-            k = check_int(tuned["k"], "tuned k", 1)
+            k = check_int(tuned["k"], "tuned k", 1, MANY)
             stages = tuned["stages"]
-            index._tuned = Tuned(
-                None if stages is None else inputs.stages(stages, index.dims, k),
-                k,
-                check_int(tuned["rows"], "tuned rows", 0),
-            )
+            if stages is not None:
+                stages = inputs.stages(stages, index.dims, k)
+                check_int(stages[0][1], "tuned keep", 1, MANY)
+            index._tuned = Tuned(stages, k, check_int(tuned["rows"], "tuned rows", 0, MANY))
         return index, index._layout
 
     def _tuned_stages(self, k: int, now: cpu.Snapshot) -> list[tuple[int, int]] | None:

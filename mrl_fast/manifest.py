@@ -13,7 +13,7 @@ from mrl_fast._C import TILE
 FORMAT, VERSION = "mrl_fast index", 1
 FILE = "manifest.json"
 NAME = re.compile(r"(rows|alive|axes)-(\d{8})\.safetensors")
-MANIFEST_BYTES = 1 << 24  # at most
+MANIFEST_BYTES = 1 << 20  # at most; parsed, it may take 25 times that
 ROWS = (1 << 32) - 1  # at most
 FIELDS = (
     "format", "version", "generation", "dims", "metric", "dtype", "prefix_dtype", "rotation",
@@ -49,6 +49,11 @@ def read(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise ValueError(f"{file}: expected a file to read, got {error.strerror}") from error
+    return parse(file, text)
+
+
+def parse(file: Path, text: bytes) -> dict[str, Any]:
+    """The manifest that ``file`` holds, checked."""
     if len(text) > MANIFEST_BYTES:
         raise ValueError(f"{file}: size: expected at most {MANIFEST_BYTES} bytes, got more")
     try:
@@ -113,6 +118,7 @@ def _check(file: Path, manifest: dict[str, Any], digest: str | None) -> None:
     total = sum(segment["used"] for segment in segments)
     need(total <= ROWS, "segments", f"at most {ROWS} rows", total)
     if manifest["alive"] is not None:
+        need(segments, "alive", "none without rows", manifest["alive"])
         names_file(manifest["alive"], "alive", "alive", {"file", "sha256"})
     rotates = manifest["rotation"] is not None
     if manifest["axes"] is not None:

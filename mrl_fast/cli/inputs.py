@@ -1,0 +1,125 @@
+"""Vectors as commands are given them: files, the part of a file that counts, their ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mrl_fast._arrays import as_tensor
+from mrl_fast.index import MatryoshkaIndex
+from mrl_fast.readers import PARQUET, open_vectors, read_ids
+
+CHUNK_BYTES = 1 << 25  # of vectors as fp32, read and added at a time
+
+
+class Vectors:
+    """Rows [first, last) of a file and their ids.
+
+    Attributes:
+        ids: ``[rows of the file]`` int64, where they come from a file of their own.
+        has_ids: The ids are given, in that file or in a column.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        column: str | None = None,
+        key: str | None = None,
+        id_column: str | None = None,
+        ids: Path | None = None,
+        skip: int = 0,
+        limit: int | None = None,
+    ):
+        self.path, self.ids, self.first = path, None, skip
+        self.has_ids = ids is not None or id_column is not None
+        beside = None if ids is None else id_column
+        if ids is not None:
+            in_ids = ids.suffix.lower() in PARQUET
+            self.ids = read_ids(ids, id_column if in_ids else None)
+            if in_ids:
+                id_column = None
+            elif beside is not None:
+                raise ValueError(f"--id-column: expected none beside --ids {ids}, got {beside!r}")
+        self.source = open_vectors(path, column, key, id_column)
+        if self.ids is not None and len(self.ids) != self.source.rows:
+            raise ValueError(
+                f"{ids}: expected an id for each of the {self.source.rows:,} rows of {path}, "
+                f"got {len(self.ids):,}"
+            )
+        if skip >= self.source.rows:
+            raise ValueError(f"--skip: expected less than {self.source.rows:,} rows, got {skip:,}")
+        rows = self.source.rows - skip
+        self.rows = rows if limit is None else min(rows, limit)
+        self.width = self.source.width
+        self.chunk_rows = max(1, CHUNK_BYTES // (4 * self.width))
+
+    def chunks(self, rows: int, start: int = 0) -> Iterator[tuple[Any, np.ndarray | None, int]]:
+        """Vectors, their ids where these are given, and the first one's row in the file; from the
+        start-th that counts on."""
+        begin = self.first + start
+        for vectors, ids in self.source.chunks(rows, begin, self.first + self.rows):
+            if self.ids is not None:
+                ids = self.ids[begin : begin + len(vectors)]
+            yield vectors, ids, begin
+            begin += len(vectors)
+
+    def matrix(self, rows: int | None = None) -> torch.Tensor:
+        """The first rows, or all, ``[rows, width]`` fp32."""
+        rows = self.rows if rows is None else min(rows, self.rows)
+        matrix, done = torch.empty(rows, self.width), 0
+        for vectors, _, _ in self.chunks(min(rows, self.chunk_rows)):
+            part = as_tensor(vectors, "vectors")[: rows - done]
+            matrix[done : done + len(part)] = part
+            done += len(part)
+            if done == rows:
+                break
+        return matrix
+
+
+def check_width(vectors: Vectors, index: MatryoshkaIndex) -> None:
+    if vectors.width != index.width:
+        raise ValueError(
+            f"{vectors.path}: expected vectors of the index's width {index.width}, "
+            f"got {vectors.width}"
+        )
+
+
+@contextmanager
+def naming_rows(path: Path, vectors: Any, row: int, dtype: str = "float32") -> Iterator[None]:
+    """Says of a NaN in which row of the file it is; ``row`` is that of the first vector."""
+    try:
+        yield
+    except ValueError:
+        finite = torch.isfinite(as_tensor(vectors, "vectors").to(getattr(torch, dtype))).all(dim=1)
+        if not bool(finite.all()):
+            row += int((~finite).nonzero()[0])
+            raise ValueError(
+                f"{path}: expected finite values as {dtype}, got NaN or infinity in row {row:,}"
+            ) from None
+        raise
+
+
+def numbers_of(text: str, option: str) -> list[int]:
+    """``64,256,768``."""
+    return [pair[0] for pair in _split(text, option, "numbers such as 64,256,768", 1)]
+
+
+def stages_of(text: str) -> list[tuple[int, int]]:
+    """``64:200,768:10``."""
+    return [(a, b) for a, b in _split(text, "--stages", "dim:keep such as 64:200,768:10", 2)]
+
+
+def _split(text: str, option: str, expected: str, size: int) -> list[list[int]]:
+    try:
+        parts = [[int(n) for n in part.split(":")] for part in text.replace(",", " ").split()]
+    except ValueError:
+        parts = []
+    if not parts or any(len(part) != size for part in parts):
+        raise ValueError(f"{option}: expected {expected}, got {text!r}")
+    return parts
