@@ -31,7 +31,14 @@ ALLOWED = {
     "files": {"_C", "_tensorfile", "cpu", "manifest"},
     "collection": {"_arrays", "_checks", "_inputs", "cpu", "rotation"},
     "index": {
-        "_types", "_arrays", "_checks", "_inputs", "cpu", "collection", "files", "integrations",
+        "_types",
+        "_arrays",
+        "_checks",
+        "_inputs",
+        "cpu",
+        "collection",
+        "files",
+        "integrations",
         "tune",
     },  # fmt: skip
     "integrations": {"_arrays", "_checks", "_types", "index", "integrations", "retrieval"},

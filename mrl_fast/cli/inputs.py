@@ -12,7 +12,7 @@ import torch
 
 from mrl_fast._arrays import as_tensor
 from mrl_fast.index import MatryoshkaIndex
-from mrl_fast.readers import PARQUET, open_vectors, read_ids
+from mrl_fast.readers import open_vectors, read_ids
 
 CHUNK_BYTES = 1 << 25  # of vectors as fp32, read and added at a time
 
@@ -22,7 +22,6 @@ class Vectors:
 
     Attributes:
         ids: ``[rows of the file]`` int64, where they come from a file of their own.
-        has_ids: The ids are given, in that file or in a column.
     """
 
     def __init__(
@@ -37,15 +36,8 @@ class Vectors:
         limit: int | None = None,
     ):
         self.path, self.ids, self.first = path, None, skip
-        self.has_ids = ids is not None or id_column is not None
-        beside = None if ids is None else id_column
         if ids is not None:
-            in_ids = ids.suffix.lower() in PARQUET
-            self.ids = read_ids(ids, id_column if in_ids else None)
-            if in_ids:
-                id_column = None
-            elif beside is not None:
-                raise ValueError(f"--id-column: expected none beside --ids {ids}, got {beside!r}")
+            self.ids, id_column = read_ids(ids, id_column), None
         self.source = open_vectors(path, column, key, id_column)
         if self.ids is not None and len(self.ids) != self.source.rows:
             raise ValueError(

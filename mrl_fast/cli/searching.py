@@ -57,7 +57,8 @@ def search(
             seconds += time.perf_counter() - begun
             if known is not None:
                 hits += _hits(result.ids, known[done : done + len(part)])
-            results += _as_lists(done, result[0][: keep - done], result[1][: keep - done])
+            left = max(0, keep - done)
+            results += _as_lists(done, result.scores[:left], result.ids[:left])
             write(done, result)
             done += len(part)
             bar.update(len(part))
