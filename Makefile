@@ -1,17 +1,23 @@
-# make demo | test | bench | lint | gates; each sets up .venv first if it has to. make sanitize needs
-# a C++ compiler only.
+# make demo | test | fuzz | bench | lint | gates; each sets up .venv first if it has to. make
+# sanitize needs a C++ compiler only.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 CXX_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/cpp/*.cpp' 'tests/cpp/*.h'
 
-.PHONY: demo test lint format bench gates sanitize clean
+.PHONY: demo test fuzz lint format bench gates sanitize clean
 
 demo: $(READY)
 	$(BIN)/mrl-fast demo --out demo-out
 
 test: lint sanitize
 	$(BIN)/pytest
+
+# What the tests do at random for seconds, for half an hour: damaged files, threads, kills.
+FUZZ ?= 40
+fuzz: $(READY)
+	MRL_FAST_FUZZ=$(FUZZ) $(BIN)/pytest -s tests/test_fuzz_files.py tests/test_threads.py \
+		tests/test_updates.py tests/test_crash.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

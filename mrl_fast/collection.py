@@ -71,6 +71,12 @@ class Collection:
         return None if self._rotation is None else self._rotation.axes
 
     @property
+    def removed(self) -> int:
+        """Vectors that were removed or replaced and take room until ``compact``."""
+        now = self._store.snapshot
+        return now.count - now.size
+
+    @property
     def nbytes(self) -> int:
         """Bytes of vectors, codes, norms and ids, in memory or mapped from files."""
         return self._store.snapshot.nbytes

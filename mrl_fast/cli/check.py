@@ -22,11 +22,10 @@ def info(index: Folder, json: Json = False) -> None:
         names = sorted({*manifests.files_of(manifest), manifests.FILE})
         files = {name: (index / name).stat().st_size for name in names}
         tuned = None if loaded.tuned is None else loaded.tuned._asdict()
-        total = sum(segment["used"] for segment in manifest["segments"])
         fields = {
             "index": index,
             "rows": len(loaded),
-            "removed": total - len(loaded),
+            "removed": loaded.removed,
             "dims": loaded.dims,
             "metric": loaded.metric,
             "dtype": loaded.dtype,

@@ -56,7 +56,6 @@ class Records(Generic[T]):
         self._codec, self._options = codec, options
         self._entries: dict[int, tuple[str, T]] = {}  # by row
         self._rows: dict[str, int] = {}
-        self._removed = 0  # rows that take room in the index
         self._changing = threading.RLock()
         self._changes = 0  # odd during one
         self._journal: Journal | None = None
@@ -107,7 +106,6 @@ class Records(Generic[T]):
             self._rows.clear()
             if self.index is not None:
                 self.index.compact()
-                self._removed = 0
 
     def get(self, name: str) -> T | None:
         entry = self._settled(lambda: self._entries.get(self._rows.get(name, -1)))
@@ -255,10 +253,8 @@ class Records(Generic[T]):
         for row in rows:
             del self._entries[row]
         self._unsaved.difference_update(rows)
-        self._removed += len(rows)
-        if self._removed > len(self.index) + SLACK:
+        if self.index.removed > len(self.index) + SLACK:
             self.index.compact()
-            self._removed = 0
 
     def _save(self, folder: Path, index: MatryoshkaIndex) -> None:
         file = folder / JOURNAL
