@@ -55,8 +55,9 @@ def compare(benchmark):
         flops: float = 0.0,
         read_bytes: float = 0.0,
         notes: dict[str, object] | None = None,
+        shuffle: bool = False,
     ) -> None:
-        seconds = alternate({"mrl_fast": ours} | rivals, repetitions)
+        seconds = alternate({"mrl_fast": ours} | rivals, repetitions, shuffle=shuffle)
         mine = seconds["mrl_fast"]
         best = min(rivals, key=lambda name: median(seconds[name]))
         info: dict[str, object] = {

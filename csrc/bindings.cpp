@@ -101,6 +101,9 @@ PYBIND11_MODULE(_C, m) {
         .def("restricted",
              [](const Rows& rows, uintptr_t mask) { return rows.restricted(at<uint64_t>(mask)); })
         .def_property_readonly("eligible", &Rows::eligible);
+    m.def("pack_flags", [](uintptr_t flags, int64_t count, uintptr_t words) {
+        pack_flags(at<uint8_t>(flags), count, at<uint64_t>(words));
+    });
     m.def("search", [](const Rows& rows, uintptr_t queries, int64_t num_queries,
                        int64_t query_stride, int metric,
                        const std::vector<std::pair<int64_t, int64_t>>& stages, int threads,

@@ -31,6 +31,7 @@ class RangeFound:
     def write(self, scores: int, ids: int, /) -> None: ...
 
 # An empty string, or what is wrong with the vectors.
+def pack_flags(flags: int, count: int, words: int, /) -> None: ...
 def search(
     rows: Rows,
     queries: int,

@@ -202,17 +202,20 @@ class Collection:
     def _append(self, x: Tensor, ids: Tensor, replacing: Tensor | None = None) -> None:
         if not len(x):
             return
-        _check_last(int(ids.max()))
+        last = int(ids.max())
+        _check_last(last)
+        next_id, before = max(self._next_id, last + 1), self._store.snapshot
         rotation = self._rotation
         fits = rotation is not None and rotation.axes is None
         if fits:
             self._rotation = Rotation(self.width).fit(x)  # before a search can find what it rotated
         try:
             self._store.append(x, ids, self._convert(), replacing)
-        except BaseException:
-            self._rotation = rotation
-            raise
-        self._next_id = max(self._next_id, int(ids.max()) + 1)
+        finally:  # an interrupt may come when it is done; none comes where nothing is called
+            if self._store.snapshot is before:
+                self._rotation = rotation
+            else:
+                self._next_id = next_id
 
     def _convert(self) -> Callable[[Tensor], Tensor]:
         rotation, dtype = self._rotation, DTYPES[self.dtype]

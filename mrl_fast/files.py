@@ -111,11 +111,11 @@ def save(
         now = Saved(path, manifest, snapshot.alive, axes)
         try:
             os.replace(new, path / manifests.FILE)
+            replaced(now)
         except BaseException:  # which does not say that it was not done
             if manifests.read_or_none(path) == manifest:
                 replaced(now)
             raise
-        replaced(now)
         _sync(path)
         _collect(path, manifest)
 

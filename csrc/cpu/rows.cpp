@@ -1,5 +1,6 @@
 // The rows that a search may find, and their tiles in order.
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/scan.h"
 
@@ -17,10 +18,27 @@ int64_t tiles_of(const Rows& rows) {
 
 }  // namespace
 
+void pack_flags(const uint8_t* flags, int64_t count, uint64_t* words) {
+    for (int64_t first = 0; first < count; first += 64, ++words) {
+        const int64_t n = std::min<int64_t>(64, count - first);
+        uint64_t word = 0;
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8) {
+            uint64_t eight;  // 0x01 or 0x00 a byte; the product gathers their bits in its last byte
+            std::memcpy(&eight, flags + first + i, 8);
+            word |= (eight * 0x0102040810204080u) >> 56 << i;
+        }
+        for (; i < n; ++i) word |= uint64_t(flags[first + i]) << i;
+        *words = word;
+    }
+}
+
 Rows Rows::restricted(const uint64_t* to) const {
     Rows result = {spans, packed_dim, code_dim, dtype, levels};
+    const int64_t all = tiles_of(*this);
     result.mask = to;
-    for (int64_t tile = 0, all = tiles_of(*this); tile < all; ++tile) {
+    result.tiles.reserve(all);
+    for (int64_t tile = 0; tile < all; ++tile) {
         result.masked += __builtin_popcountll(to[tile]);
         if (to[tile]) result.tiles.push_back(tile);
     }
@@ -57,6 +75,7 @@ TileReader::TileReader(const Kernels& kernels, const Rows& rows, Source source, 
         starts_.push_back(tiles);
         tiles += span.tiles();
     }
+    starts_.push_back(tiles);
 }
 
 int64_t TileReader::count(const Rows& rows, Source source) {
@@ -64,10 +83,11 @@ int64_t TileReader::count(const Rows& rows, Source source) {
     return rows.mask ? rows.tiles.size() : tiles_of(rows);
 }
 
-TileReader::Place TileReader::place(int64_t i) const {
+TileReader::Place TileReader::place(int64_t i) {
     const int64_t number = rows_.mask ? rows_.tiles[i] : i;
-    const auto after = std::upper_bound(starts_.begin(), starts_.end(), number);
-    return {&rows_.spans[after - starts_.begin() - 1], number - *(after - 1), number};
+    if (number < starts_[at_] || number >= starts_[at_ + 1])
+        at_ = std::upper_bound(starts_.begin(), starts_.end() - 1, number) - starts_.begin() - 1;
+    return {&rows_.spans[at_], number - starts_[at_], number};
 }
 
 // As many bytes as this tile has are prefetched while all groups are scanned.

@@ -103,7 +103,7 @@ class TileReader {
         int64_t tile;    // of the span
         int64_t number;  // among all tiles
     };
-    Place place(int64_t i) const;
+    Place place(int64_t i);
     bool gather(int64_t tile, Scan* scan);
     void ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const;
 
@@ -111,8 +111,9 @@ class TileReader {
     const Rows& rows_;
     const Source source_;
     const int64_t dim_, groups_, head_, tail_, count_;  // head: of the columns in tiles
-    std::vector<int64_t> starts_;                       // each span's first tile
-    std::vector<float> unpacked_;                       // [columns, TILE]
+    std::vector<int64_t> starts_;  // each span's first tile, and how many there are
+    size_t at_ = 0;                // span of the last place
+    std::vector<float> unpacked_;  // [columns, TILE]
     const Span* span_ = nullptr;
     int64_t local_ = 0;  // tile of the span
 };

@@ -50,6 +50,9 @@ struct Rows {
     }
 };
 
+// Bit r of word r / 64 is flags[r], which is 0 or 1.
+void pack_flags(const uint8_t* flags, int64_t count, uint64_t* words);
+
 struct Queries {
     const float* data;  // [n, stride]
     int64_t n;

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mrl_fast._C import TILE, Rows
+from mrl_fast._C import TILE, Rows, pack_flags
 
 if TYPE_CHECKING:
     from mrl_fast.cpu.storage import Block
@@ -153,10 +153,9 @@ class Snapshot:
 
 def words_of(flags: Tensor) -> Tensor:
     """``[n]`` bool as int64 words of 64 bits, the first the lowest, padded with zeros."""
-    packed = np.packbits(flags.numpy(), bitorder="little")
-    words = np.zeros(-(-len(flags) // TILE), dtype="<i8")
-    words.view(np.uint8)[: len(packed)] = packed
-    return torch.from_numpy(words)
+    words = torch.empty(-(-len(flags) // TILE), dtype=torch.int64)
+    pack_flags(flags.contiguous().data_ptr(), len(flags), words.data_ptr())
+    return words
 
 
 def flags_of(words: Tensor, count: int) -> Tensor:
