@@ -270,3 +270,29 @@ def test_add_is_all_or_nothing(tmp_path, built, wrong, monkeypatch):
     command = ["add", built, tmp_path / "more.npy", "--ids", tmp_path / "ids.npy"]
     assert message in run(*command, code=2)
     same_as(built, in_memory())
+
+
+def spoiled(path):
+    """The base with a NaN in its last row."""
+    array = BASE.copy()
+    array[-1, 0] = np.nan
+    return saved(path, array)
+
+
+@pytest.mark.parametrize("checkpoint", [[], ["--checkpoint", "100"]])
+def test_a_first_build_that_fails_leaves_what_there_is_to_go_on_with(tmp_path, checkpoint):
+    bad, out = spoiled(tmp_path / "bad.npy"), tmp_path / "out"
+    said = run("build", bad, "--out", out, "--dims", DIMS, *checkpoint, code=2)
+    assert f"row {ROWS - 1:,}" in said
+    if checkpoint:
+        assert len(MatryoshkaIndex.load(out)) >= ROWS - 200
+    else:
+        assert not any(out.iterdir())
+
+
+def test_what_is_overwritten_is_there_until_a_checkpoint(tmp_path, built):
+    before = MatryoshkaIndex.load(built).ids
+    bad = spoiled(tmp_path / "bad.npy")
+    run("build", bad, "--out", built, "--dims", DIMS, "--overwrite", code=2)
+    assert run_json("info", built)["unfinished"] is None
+    assert MatryoshkaIndex.load(built, verify=True).ids.equal(before)

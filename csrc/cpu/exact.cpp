@@ -208,7 +208,7 @@ void split(Problem& p, const std::vector<double>& guess, int threads, std::vecto
 Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<Final>>* best) {
     std::vector<int64_t> bounded(p.data.size()), full;
     std::iota(bounded.begin(), bounded.end(), 0);
-    if (!p.prunes() || !rows.listed.empty()) {
+    if (!p.prunes() || !rows.listed.empty() || 4 * p.k >= rows.eligible()) {
         full.swap(bounded);
     } else {
         // Of rows that a mask thins out as many are sampled.

@@ -63,16 +63,19 @@ def build(
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Start anew where DIR holds an index, which is lost."),
+        typer.Option(
+            "--overwrite",
+            help="Start anew where DIR holds an index, which is lost with the first checkpoint.",
+        ),
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Build an index of the vectors in SOURCE.
 
-    After an interruption, even of a killed process, the same command goes on after the last
-    checkpoint. Before that it compares the settings, and the first and the last row that DIR holds
-    with those of SOURCE. If DIR holds all of SOURCE, there is nothing to do.
+    After an interruption, even of a killed process, the same command, without --overwrite, goes on
+    after the last checkpoint. Before that it compares the settings, and the first and the last row
+    that DIR holds with those of SOURCE. If DIR holds all of SOURCE, there is nothing to do.
 
     \b
     Examples:

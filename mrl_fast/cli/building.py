@@ -57,7 +57,7 @@ def build(
         )
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, got {out}, which is a file")
-    begun = time.perf_counter()
+    begun, new = time.perf_counter(), False
     index = MatryoshkaIndex(dims, **settings)
     if (out / manifests.FILE).exists() and not overwrite:
         index = MatryoshkaIndex.load(out)
@@ -69,14 +69,20 @@ def build(
             with naming_rows(vectors.path, samples, 0):
                 index.fit(samples)
             del samples
-        index.save(out)
+        if new := not (out / manifests.FILE).exists():
+            index.save(out)
     done = len(index)
     if done < vectors.rows:
-        marker = {"source": str(vectors.path.absolute()), "rows": vectors.rows}
-        with replacing(out / MARKER) as file:
-            file.write_text(json.dumps(marker))
+        if not overwrite:
+            _mark(vectors, out)
         checkpoint = checkpoint or max(1, CHECKPOINT_BYTES // (4 * vectors.width))
-        index = _append_all(index, vectors, out, checkpoint, quiet)
+        try:
+            index = _append_all(index, vectors, out, checkpoint, overwrite, quiet)
+        except BaseException:
+            if new and not len(MatryoshkaIndex.load(out)):  # as if nothing had been asked for
+                for name in (MARKER, *manifests.files_of(manifests.read(out)), manifests.FILE):
+                    (out / name).unlink(missing_ok=True)
+            raise
     (out / MARKER).unlink(missing_ok=True)
     return {
         "index": out, "rows": len(index), "added": len(index) - done, "dims": index.dims,
@@ -106,12 +112,25 @@ def add(vectors: Vectors, folder: Path, *, quiet: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _mark(vectors: Vectors, out: Path) -> None:
+    marker = {"source": str(vectors.path.absolute()), "rows": vectors.rows}
+    with replacing(out / MARKER) as file:
+        file.write_text(json.dumps(marker))
+
+
 def _append_all(
-    index: MatryoshkaIndex, vectors: Vectors, out: Path, checkpoint: int, quiet: bool
+    index: MatryoshkaIndex,
+    vectors: Vectors,
+    out: Path,
+    checkpoint: int,
+    overwrite: bool,
+    quiet: bool,
 ) -> MatryoshkaIndex:
     """Adds what is missing; saves and opens the index anew every ``checkpoint`` rows, so that no
-    more than these are in memory."""
-    saved = len(index)
+    more than these are in memory. An index that is overwritten is there until the first save."""
+    saved, again = len(index), "the same command"
+    if overwrite:
+        again += " without --overwrite"
     chunk = checkpoint // -(-checkpoint // vectors.chunk_rows)
     try:
         with progress("build", vectors.rows, done=saved, quiet=quiet) as bar:
@@ -120,13 +139,17 @@ def _append_all(
                     index.add(part, ids)
                 bar.update(len(part))
                 if len(index) + chunk > saved + checkpoint or len(index) == vectors.rows:
+                    if overwrite and not saved:
+                        _mark(vectors, out)
                     index.save(out)
                     index = MatryoshkaIndex.load(out)
                     saved = len(index)
     except KeyboardInterrupt:  # perhaps after a save, before anything here knew
+        if not saved and not unfinished(out):
+            raise KeyboardInterrupt(f"{out} is as it was") from None
         saved = len(MatryoshkaIndex.load(out))
         raise KeyboardInterrupt(
-            f"{saved:,} of {vectors.rows:,} rows are in {out}; the same command goes on after them"
+            f"{saved:,} of {vectors.rows:,} rows are in {out}; {again} goes on after them"
         ) from None
     return index
 

@@ -52,11 +52,16 @@ def info(index: Folder, json: Json = False) -> None:
                 f"{shown_stages(tuned['stages'])}, for k up to {tuned['k']}, with "
                 f"{tuned['rows']:,} rows"
             )
+            if tuned["stages"] and loaded._tuned_stages(1, loaded._store.snapshot) is None:
+                fields["tuned"] += "; out of date, searches are exact"
         show_fields(fields)
 
 
 def verify(index: Folder, json: Json = False) -> None:
     """Read every file of an index and compare its checksum.
+
+    No other command does: they check what files there are, their sizes and their headers. Vectors
+    that are damaged have to be built again.
 
     Ends with code 0 where all is well, and with 1 where anything is damaged; then stderr names
     the file and the field.

@@ -26,8 +26,9 @@ def failing() -> Iterator[None]:
     """Bad input ends in one line on stderr and code 2, Ctrl-C in code 130."""
     try:
         yield
-    except BrokenPipeError:  # whoever reads stdout has read enough; typer ends quietly
-        raise
+    except BrokenPipeError:  # whoever reads stdout has read enough: as SIGPIPE ends others
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
     except ModuleNotFoundError as error:
         needs_extra(error, "demo" if error.name in DEMO_ONLY else "cli")
         raise typer.Exit(2) from None

@@ -79,12 +79,14 @@ def search(
             raise ValueError(f"--allowed: expected .npy, .ivecs or .txt, got {allowed}")
         vectors = Vectors(queries, column=column, key=key, limit=limit)
         loaded = _loaded(index)
-        k = min(k, max(1, len(loaded)))
+        only = None if allowed is None else read_ids(allowed)
+        if only is not None and not (there := loaded.contains(only)).all():
+            say(f"warning: {int(there.sum()):,} of the {len(only):,} ids in {allowed} are there")
         summary = searching.search(
             loaded, vectors, k,
             stages=None if stages is None else stages_of(stages),
             exact=exact,
-            allowed=None if allowed is None else read_ids(allowed),
+            allowed=only,
             truth=truth,
             out=out,
             keep=SHOWN if not json else 0 if out else vectors.rows,
@@ -147,7 +149,7 @@ def tune(
 
     Measures on this machine. QUERIES are samples of what will be asked: at least 256, better
     thousands, and not the index's own vectors. Searches for at most this k use the stages from
-    then on, until the index has grown by more than a tenth.
+    then on, until the index has grown by more than a tenth or another tune replaces them.
 
     \b
     Example:
@@ -156,7 +158,8 @@ def tune(
     with failing():
         vectors = Vectors(queries, column=column, key=key, limit=limit)
         loaded = _loaded(index)
-        k = min(k, max(1, len(loaded)))
+        if k > len(loaded):
+            raise ValueError(f"-k: expected at most the index's {len(loaded):,} rows, got {k:,}")
         report = searching.tune(
             loaded, vectors, k=k, recall=recall, batch=batch, confidence=confidence, plot=plot,
             quiet=quiet,
