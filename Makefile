@@ -17,7 +17,7 @@ test: lint sanitize
 FUZZ ?= 40
 fuzz: $(READY)
 	MRL_FAST_FUZZ=$(FUZZ) $(BIN)/pytest -s tests/test_fuzz_files.py tests/test_threads.py \
-		tests/test_updates.py tests/test_crash.py
+		tests/test_updates.py tests/test_crash.py tests/test_kills.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,30 +1,22 @@
-"""A save that is cut off: by a call that fails, by a power cut, by a kill. The folder holds the old
+"""A save that is cut off: by a call that fails, by Ctrl-C, by a power cut. The folder holds the old
 index or the new one, and the next save works and leaves no strays."""
 
 import errno
 import itertools
-import json
-import mmap
 import os
-import random
 import shutil
-import signal
 import stat
-import subprocess
 import sys
-import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from mrl_fast import MatryoshkaIndex, _tensorfile
+from mrl_fast import MatryoshkaIndex
 from tests.disk import Disk, Failing, Platters, creates
 from tests.index_model import (  # noqa: F401
     DIMS,
-    ROOT,
     TIMES,
     assert_same,
     build,
@@ -104,6 +96,83 @@ def test_any_call_that_fails(error, first, mode, tmp_path, monkeypatch):
         assert not strays(folder)
     assert outcomes[0] > 10 and outcomes[1] > 1, outcomes
     assert left <= 1 or mode == "stays"  # where the replacement fails nothing is deleted yet
+
+
+def interrupted(call, at):
+    """Whether Ctrl-C came, at a moment when Python looks for it: where functions are entered and
+    where they return."""
+    moments = itertools.count()
+
+    def interrupt(frame, event, function):
+        if event != "c_call" and function is not sys.setprofile and next(moments) == at:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(interrupt)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+@pytest.mark.parametrize("what", ["first add", "add", "update", "remove", "compact", "save"])
+def test_interrupted_at_any_moment(what, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    x, outcomes = vectors(70, DIMS[-1], 3), Counter()
+    stride = {"first add": 5, "save": 11}.get(what, 2) if TIMES == 1 else 1
+    for at in itertools.count(0, stride):
+        index, model = build(rows=0 if what == "first add" else 70, rotation="pca")
+        after = model.copy()
+        if what in ("compact", "save"):
+            index.save(tmp_path / str(at))
+            index.remove(index.ids[:1])
+            for state in (model, after):
+                state.remove([0])
+        elif what == "remove":
+            after.remove([1, 3])
+        elif what == "update":
+            after.update([4, 2], x[:2])
+        else:
+            after.add(x)
+        call = {
+            "update": lambda: index.update(torch.tensor([4, 2]), x[:2]),  # noqa: B023
+            "remove": lambda: index.remove(torch.tensor([1, 3])),  # noqa: B023
+            "compact": lambda: index.compact(),  # noqa: B023
+            "save": lambda: index.save(tmp_path / str(at)),  # noqa: B023
+        }.get(what, lambda: index.add(x))  # noqa: B023
+        if not interrupted(call, at):
+            break
+        now = model if index.ids.tolist() == model.ids else after
+        outcomes[now is model] += 1
+        assert_same(index, now)
+        index.add(x[:5])
+        now.add(x[:5])
+        assert_same(index, now)
+        index.save(tmp_path / str(at))
+        assert_same(MatryoshkaIndex.load(tmp_path / str(at), verify=True), now)
+        assert not strays(tmp_path / str(at))
+    assert outcomes[True] > 5
+    if "add" in what:  # the last moments are after it was done
+        assert outcomes[False]
+
+
+def test_room_is_made_before_more_is_taken(tmp_path):
+    index, _ = build()
+    index.save(tmp_path)
+    (tmp_path / "rows-00000009.safetensors").write_text("left by a save that was killed")
+
+    class Full(Disk):
+        def before(self, name, *args):
+            if name == "write":
+                raise OSError(errno.ENOSPC, "disk full")
+
+    index.add(vectors(1, DIMS[-1], 1))
+    with Full().watched(), pytest.raises(OSError, match="disk full"):
+        index.save(tmp_path)
+    assert not strays(tmp_path)
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
@@ -202,150 +271,3 @@ def test_the_order_of_calls(tmp_path):
         ("fsync", "folder"),
         ("unlink", "rows-00000001.safetensors"),
     ]
-
-
-# --- kills, in a process of its own, whose children share what it has imported
-
-IDLE, WRITING, REPLACING, REPLACED = range(4)  # phases of a save
-
-
-def advance(target, ids, step, as_ids):
-    """What is done at a step to an index, or to its model, that holds these ids."""
-    generator = torch.Generator().manual_seed(step)
-    rows, few = torch.randint(1, 90, (2,), generator=generator).tolist()
-    chosen = [ids[i] for i in torch.randperm(len(ids), generator=generator).tolist()]
-    gone = max(len(ids) - 100, 0) + few // 30
-    replaced = chosen[gone : gone + 3]
-    x = vectors(rows + len(replaced), DIMS[-1], step)
-    target.add(x[:rows])
-    target.remove(as_ids(chosen[:gone]))
-    target.update(as_ids(replaced), x[rows:])
-
-
-def step_and_save(index, step, folder):
-    advance(index, index.ids.tolist(), step, lambda ids: torch.tensor(ids, dtype=torch.int64))
-    if step % 5 == 0:
-        index.compact()
-    index.save(folder)
-
-
-class Child:
-    """A fork that loads what the folder holds after a step and saves every further one, until it
-    is killed."""
-
-    def __init__(self, folder, step, disk=None):
-        self.shared = mmap.mmap(-1, mmap.PAGESIZE)
-        self.begun = step
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                self.work(folder, step, disk)
-            except BaseException:
-                traceback.print_exc()
-            os._exit(1)
-
-    @property
-    def begun(self):
-        """The step whose save was begun last."""
-        return int.from_bytes(self.shared[8:16], "little")
-
-    @begun.setter
-    def begun(self, step):
-        self.shared[8:16] = step.to_bytes(8, "little")
-
-    @property
-    def phase(self):
-        return self.shared[0]
-
-    def during(self, function, phase, after=None):
-        def call(*args):
-            self.shared[0] = phase
-            result = function(*args)
-            self.shared[0] = phase if after is None else after
-            return result
-
-        return call
-
-    def work(self, folder, step, disk):
-        _tensorfile.write = self.during(_tensorfile.write, WRITING)
-        os.replace = self.during(os.replace, REPLACING, REPLACED)
-        index = MatryoshkaIndex.load(folder)
-        with (disk or Disk()).watched():
-            while True:
-                step += 1
-                self.begun = step
-                step_and_save(index, step, folder)
-                self.shared[0] = IDLE
-
-    def is_killed(self):
-        _, status = os.waitpid(self.pid, 0)
-        return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-
-
-def kill_many(folder, kills):
-    """Kills so many children at random moments, and one at every call of a save; prints how many
-    in which phase."""
-    torch.set_num_threads(1)
-    folder, moments = Path(folder), random.Random(0)
-    index, model = build(rows=100)
-    index.save(folder)
-    models, times, phases = [model], [], Counter()
-
-    def state(step):
-        while len(models) <= step:
-            models.append(models[-1].copy())
-            advance(models[-1], models[-2].ids, len(models) - 1, list)
-        return models[step]
-
-    def check(child):
-        """Exactly the old or the new state; and the next save. Returns its step."""
-        assert child.is_killed()
-        steps, phase = [child.begun - 1, child.begun], child.phase
-        steps = {WRITING: steps[:1], REPLACED: steps[1:]}.get(phase, steps)
-        index = MatryoshkaIndex.load(folder, verify=True)
-        step = next(s for s in steps if state(s).next_id == index._next_id)
-        assert_same(index, state(step))
-        step_and_save(index, step + 1, folder)
-        assert not strays(folder)
-        assert_same(MatryoshkaIndex.load(folder, verify=True), state(step + 1))
-        return step + 1
-
-    for step in range(1, 6):
-        begin = time.perf_counter()
-        step_and_save(index, step, folder)
-        times.append(time.perf_counter() - begin)
-    typical_s, step = sorted(times)[2], 5
-    for _ in range(kills):
-        child = Child(folder, step)
-        while child.begun == step:
-            assert os.waitpid(child.pid, os.WNOHANG) == (0, 0)
-            time.sleep(1e-4)
-        time.sleep(moments.uniform(0, 2 * typical_s))
-        os.kill(child.pid, signal.SIGKILL)
-        step = check(child)
-        phases[child.phase] += 1
-    every = 0
-    for mode in ("before", "after"):
-        for at in itertools.count():
-            kill = Failing(at, lambda: os.kill(os.getpid(), signal.SIGKILL), mode)
-            child, before = Child(folder, step, kill), step
-            step = check(child)
-            every += 1
-            if child.begun > before + 1:  # it came to its second save
-                break
-    print(json.dumps([phases[phase] for phase in range(4)] + [every]))
-
-
-def test_kills(tmp_path):
-    kills = 200 * max(1, TIMES // 10)
-    code = f"from tests.test_crash import kill_many; kill_many({str(tmp_path)!r}, {kills})"
-    # Children are forked: no other threads.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    *phases, every = json.loads(done.stdout)
-    print("kills when idle, writing, replacing, replaced:", *phases, "; at a call:", every)
-    assert sum(phases) == kills and every > 40
-    assert phases[WRITING] > 0.2 * kills

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from mrl_fast import MatryoshkaIndex, files
+from mrl_fast import _tensorfile as tensorfile
 from mrl_fast import manifest as manifests
 from mrl_fast._types import Tuned
 from tests.index_model import (  # noqa: F401
@@ -227,9 +228,20 @@ def test_what_cannot_be_loaded(tmp_path, quick):
     folder = tmp_path / "index"
     build()[0].save(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "metric": "ip"}))
+    with pytest.raises(ValueError, match=f"{folder}/manifest.json: sha256: expected .*, got '"):
+        MatryoshkaIndex.load(folder)
     changed = manifests.signed({**manifest, "version": 2})
     (folder / "manifest.json").write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=f"{folder}/manifest.json: version: expected 1, got 2"):
+        MatryoshkaIndex.load(folder)
+    nothing = tensorfile.write(
+        folder / "alive-00000001.safetensors", {"alive": (torch.int64, (0,))}, []
+    )
+    entry = {"file": "alive-00000001.safetensors", "sha256": nothing}
+    changed = manifests.signed({**manifest, "segments": [], "alive": entry})
+    (folder / "manifest.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="manifest.json: alive: expected none without rows"):
         MatryoshkaIndex.load(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "rows-00000001.safetensors").unlink()

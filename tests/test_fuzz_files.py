@@ -105,34 +105,35 @@ def text(rng, held):
     held[MANIFEST] = data.replace(token, rng.choice(new), rng.choice([1, -1]))
 
 
+def places(tree):
+    """Every list or object in it with each of its keys."""
+    for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
+        yield tree, key
+        if isinstance(tree[key], (dict, list)):
+            yield from places(tree[key])
+
+
 def fields(rng, held):
     """The manifest's fields, with a checksum that is right."""
     manifest = json.loads(held[MANIFEST])
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
-        tree = manifest
-        while True:
-            places = list(tree if isinstance(tree, dict) else range(len(tree)))
-            if not places:
-                break
-            place = rng.choice(places)
-            if isinstance(tree[place], (dict, list)) and tree[place] and rng.random() < 0.8:
-                tree = tree[place]
-                continue
-            kind, old = rng.randrange(8), tree[place]
-            if kind == 0:
-                del tree[place]
-            elif kind == 1 and isinstance(tree, dict):
-                tree[rng.choice(["more", "rows", ""])] = old
-            elif kind == 1:
-                tree.insert(place, old)
-            elif kind == 2 and isinstance(old, int):
-                tree[place] = old + rng.choice([-64, -1, 1, 64, 1 << 20])
-            elif kind == 3:
-                tree[place] = rng.choice([[old], {"a": old}, str(old), [old, old]])
-            elif kind == 4:
-                tree[place] = deepcopy(rng.choice(list(manifest.values())))
-            else:
-                tree[place] = deepcopy(rng.choice(VALUES))
+        tree, key = rng.choice([*places(manifest), *((manifest, key) for key in manifest)])
+        kind, old = rng.randrange(8), tree[key]
+        if kind == 0:
+            del tree[key]
+        elif kind == 1 and isinstance(tree, dict):
+            tree[rng.choice(["more", "rows", ""])] = deepcopy(old)
+        elif kind == 1:
+            tree.insert(key, deepcopy(old))
+        elif kind in (2, 3) and isinstance(old, int):
+            tree[key] = old + rng.choice([-64, -1, 1, 64, 1 << 20])
+        elif kind == 3:
+            tree[key] = rng.choice([[old], {"a": old}, str(old), [old, deepcopy(old)]])
+        elif kind == 4:
+            tree[key] = deepcopy(rng.choice(list(manifest.values())))
+        else:
+            tree[key] = deepcopy(rng.choice(VALUES))
+        if not manifest:
             break
     signed(held, manifest)
 

@@ -13,7 +13,7 @@ from mrl_fast.cpu import storage
 from tests.index_model import DIMS, TIMES, Answers, Model, assert_same, vectors
 
 READERS = 16
-STEPS = 40 * max(1, TIMES // 4)  # of the one who writes
+STEPS = 25 * max(1, TIMES // 4)  # of the one who writes
 QUERIES, K, LEAST = vectors(4, DIMS[-1], 99), 6, 0.2  # the least score of a range
 STABLE = torch.arange(0, 30, 3)  # never removed, often replaced
 SOME = torch.cat([torch.arange(10, 400, 7), torch.tensor([-1, 1 << 62])])  # some there, some not
@@ -150,3 +150,64 @@ def test_searches_while_it_changes(prefix_dtype, tmp_path, monkeypatch):
 def saved_state(history, folder):
     ids = MatryoshkaIndex.load(folder).ids.tolist()
     return next(model for model in reversed(history.states) if model.ids == ids)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_each_call_sees_one_state(name, monkeypatch):
+    index, model = MatryoshkaIndex(DIMS), Model(DIMS[-1])
+    for target in (index, model):
+        target.add(vectors(100, DIMS[-1], 5))
+    history = History(index)
+    history.states, changes = [model], []
+
+    def overtaken(store):
+        """What it is, and then it is changed, rows moved and all."""
+        snapshot = store.__dict__["snapshot"]
+        if changes:
+            changes.pop()(index)
+        return snapshot
+
+    def change(index):
+        index.remove(torch.tensor([1, 2]))
+        index.update(STABLE, vectors(len(STABLE), DIMS[-1], 6))
+        index.compact()
+
+    watched = property(overtaken, lambda store, new: store.__dict__.update(snapshot=new))
+    monkeypatch.setattr(storage.Store, "snapshot", watched, raising=False)
+    changes.append(change)
+    found = called(name, index)
+    assert not changes and history.agrees(name, found, 0)
+
+
+def test_writers_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    index, kept, raised = MatryoshkaIndex(DIMS), {}, []
+
+    def writer(number):
+        try:
+            torch.set_num_threads(1)
+            for step in range(STEPS):
+                ids = torch.arange(5) + 5 * step + number * 1_000_000
+                x = vectors(7, DIMS[-1], number * 1000 + step)
+                index.add(x[:5], ids)
+                index.remove(ids[:2])
+                index.update(ids[2:4], x[5:])
+                kept.update(zip(ids[2:].tolist(), [x[5], x[6], x[4]], strict=True))
+                if step % 8 == number:
+                    index.compact()
+                    index.save(tmp_path)
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=writer, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not raised, raised[0]
+    index.save(tmp_path)
+    for one in (index, MatryoshkaIndex.load(tmp_path, verify=True)):
+        assert sorted(one.ids.tolist()) == sorted(kept)
+        assert torch.equal(
+            one.reconstruct(one.ids), torch.stack([kept[i] for i in one.ids.tolist()])
+        )

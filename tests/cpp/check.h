@@ -7,6 +7,7 @@
 #include <string>
 
 inline std::string scenario;  // set by one thread while no other runs
+inline double seconds = 2;    // of a test that could go on for ever, each time
 
 template <class... Values>
 [[noreturn]] void fail(const char* file, int line, const char* what, const Values&... values) {

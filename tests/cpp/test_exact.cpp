@@ -2,75 +2,9 @@
 #include <atomic>
 #include <thread>
 
-#include "vectors.h"
+#include "exact.h"
 
 namespace {
-
-UNWATCHED double score64(const float* query, const float* row, int64_t dim, Metric metric) {
-    double dot = 0.0, square = 0.0, qq = 0.0, xx = 0.0;
-    for (int64_t c = 0; c < dim; ++c) {
-        const double q = query[c], x = row[c];
-        dot += q * x;
-        square += (q - x) * (q - x);
-        qq += q * q;
-        xx += x * x;
-    }
-    if (metric == Metric::L2) return -square;
-    if (metric == Metric::IP) return dot;
-    const double norms = std::sqrt(qq) * std::sqrt(xx);
-    return norms > 0.0 ? dot / norms : 0.0;
-}
-
-// [queries, n]
-std::vector<double> scores64(const Table& table, const QueryRows& queries, Metric metric) {
-    std::vector<double> scores;
-    for (int64_t q = 0; q < queries.queries.n; ++q)
-        for (int64_t row = 0; row < table.n; ++row)
-            scores.push_back(score64(queries.row(q), table.row(row), table.width, metric));
-    return scores;
-}
-
-Found brute_force(const std::vector<double>& scores, int64_t queries, int64_t n, int64_t k) {
-    Found found = room_for(queries, k);
-    std::fill(found.scores.begin(), found.scores.end(), -INFINITY);
-    std::fill(found.ids.begin(), found.ids.end(), -1);
-    for (int64_t q = 0; q < queries; ++q) {
-        std::vector<int64_t> rows(n);
-        for (int64_t row = 0; row < n; ++row) rows[row] = row;
-        const double* mine = scores.data() + q * n;
-        keep_best(&rows, k, [&](int64_t row) { return mine[row]; });
-        for (size_t i = 0; i < rows.size(); ++i) {
-            found.ids[q * k + i] = rows[i];
-            found.scores[q * k + i] = float(mine[rows[i]]);
-        }
-    }
-    return found;
-}
-
-struct Visits {
-    int64_t pruned = 0, full = 0;  // queries that read some, or all, of the rows
-};
-
-Found find(const Kernels& kernels, const Database& database, const QueryRows& queries,
-           Metric metric, int64_t k, int threads, Visits* visits) {
-    const int64_t count = queries.queries.n, n = database.rows.count();
-    Found found = room_for(count, k);
-    std::vector<int64_t> touched(count, -7);
-    CHECK(exact_search(kernels, database.rows, queries.queries, metric, queries.width, k, threads,
-                       found.scores.data(), found.ids.data(), touched.data()) == Status::OK);
-    for (int64_t rows : touched) {
-        CHECK(rows >= 0 && rows <= n);
-        ++(rows < n ? visits->pruned : visits->full);
-    }
-    return found;
-}
-
-void check_found(const Found& found, const Found& right) {
-    for (size_t i = 0; i < right.ids.size(); ++i) {
-        CHECK_EQUAL(found.ids[i], right.ids[i]);
-        CHECK_NEAR(found.scores[i], right.scores[i], 2 * ROUNDING * std::abs(right.scores[i]));
-    }
-}
 
 void check_table(const Table& table, const std::vector<int64_t>& prefixes, int64_t count,
                  std::mt19937& random, Visits* visits) {
@@ -84,7 +18,7 @@ void check_table(const Table& table, const std::vector<int64_t>& prefixes, int64
                 const Database database(table, {prefix, coded}, split(table.n), 77, best, 1);
                 for (int64_t k : {int64_t(1), int64_t(10), int64_t(100), table.n + 3}) {
                     if (k > 1000) continue;
-                    const Found right = brute_force(scores, count, table.n, k);
+                    const Found right = brute_force(scores, count, table.n, all_rows(table.n), k);
                     for (const Kernels* kernels : tested_kernels())
                         for (int threads : THREADS) {
                             if (k > 10 && threads == 2) continue;
@@ -92,9 +26,9 @@ void check_table(const Table& table, const std::vector<int64_t>& prefixes, int64
                                        std::to_string(k) + ", prefix " + std::to_string(prefix) +
                                        (coded ? " coded, " : ", ") + kernels->name + ", " +
                                        std::to_string(threads) + " threads";
-                            check_found(
-                                find(*kernels, database, queries, metric, k, threads, visits),
-                                right);
+                            check_found(find_exact(*kernels, database.rows, queries, metric, k,
+                                                   threads, visits),
+                                        right);
                         }
                 }
             }
@@ -105,20 +39,35 @@ void check_table(const Table& table, const std::vector<int64_t>& prefixes, int64
 void check_passes(const Kernels& kernels, std::mt19937& random) {
     const Table table = make_table(130, 1400, DType::BF16, random);
     const QueryRows queries(table, 100, random);
-    const Found right = brute_force(scores64(table, queries, Metric::COSINE), 100, table.n, 10);
+    const Found right =
+        brute_force(scores64(table, queries, Metric::COSINE), 100, table.n, all_rows(table.n), 10);
     Visits visits;
     for (bool coded : {false, true}) {
         const Database database(table, {100, coded}, split(table.n), table.n, kernels, 1);
-        check_found(find(kernels, database, queries, Metric::COSINE, 10, 2, &visits), right);
+        check_found(find_exact(kernels, database.rows, queries, Metric::COSINE, 10, 2, &visits),
+                    right);
     }
 }
 
-Table scaled(const Table& table, const std::vector<float>& factors, DType dtype) {
-    Table out = {table.n, table.width, dtype, table.values};
-    for (int64_t row = 0; row < table.n; ++row)
-        for (int64_t c = 0; c < table.width; ++c)
-            out.set(row, c, table.row(row)[c] * factors[row % factors.size()]);
-    return out;
+// Bounds by several threads, each of which has some of the best.
+void check_threads(std::mt19937& random) {
+    const Table table = make_table(9000, 64, DType::F16, random);
+    const QueryRows queries(table, 24, random);
+    const Kernels& kernels = *tested_kernels().front();
+    const Found right =
+        brute_force(scores64(table, queries, Metric::IP), 24, table.n, all_rows(table.n), 10);
+    for (bool coded : {false, true}) {
+        const Database database(table, {24, coded}, split(table.n), table.n, kernels, 2);
+        for (int threads : {2, 4}) {
+            scenario = std::string("exact, ") + (coded ? "coded, " : "") + std::to_string(threads) +
+                       " threads";
+            Visits visits;
+            check_found(
+                find_exact(kernels, database.rows, queries, Metric::IP, 10, threads, &visits),
+                right);
+            CHECK(visits.pruned > 12);
+        }
+    }
 }
 
 void check_results(const Kernels& kernels, std::mt19937& random) {
@@ -162,6 +111,7 @@ void test_exact() {
     for (int64_t row = 1; row < same.n; ++row)
         std::copy_n(same.row(0), 32, same.values.begin() + row * 32);
     check_table(same, {8}, 7, random, &visits);
+    check_threads(random);
     for (const Kernels* kernels : tested_kernels()) {
         scenario = std::string("exact, ") + kernels->name;
         check_passes(*kernels, random);
@@ -187,7 +137,7 @@ void test_shared() {
         };
         const auto exact = [&] {
             Visits visits;
-            return find(kernels, database, queries, Metric::COSINE, 10, 2, &visits);
+            return find_exact(kernels, database.rows, queries, Metric::COSINE, 10, 2, &visits);
         };
         const Found found = funnel(), best = exact();
         std::vector<std::thread> threads;

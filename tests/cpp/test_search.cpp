@@ -90,9 +90,7 @@ void check_scores(const Ranking& ranking, const Exact& exact) {
 Found funnel(const Case& c, const Rankings& rankings, const std::vector<Stage>& stages,
              std::vector<std::vector<int64_t>> candidates) {
     const int64_t n = c.table.n, k = stages.back().keep;
-    Found found = room_for(c.queries.queries.n, k);
-    std::fill(found.scores.begin(), found.scores.end(), -INFINITY);
-    std::fill(found.ids.begin(), found.ids.end(), -1);
+    Found found = none(c.queries.queries.n, k);
     for (int64_t q = 0; q < c.queries.queries.n; ++q) {
         std::vector<int64_t>& rows = candidates[q];
         const float* scores = nullptr;

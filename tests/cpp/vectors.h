@@ -6,6 +6,7 @@
 #include <cstring>
 #include <deque>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -124,17 +125,23 @@ inline Table make_table(int64_t n, int64_t width, DType dtype, std::mt19937& ran
     return table;
 }
 
+// Its rows times the factors, again and again.
+inline Table scaled(const Table& table, const std::vector<float>& factors, DType dtype) {
+    Table out = {table.n, table.width, dtype, table.values};
+    for (int64_t row = 0; row < table.n; ++row)
+        for (int64_t c = 0; c < table.width; ++c)
+            out.set(row, c, table.row(row)[c] * factors[row % factors.size()]);
+    return out;
+}
+
 // Rows of a table, distorted; the third is 0. Wider apart than they are long.
 class QueryRows {
   public:
     QueryRows(const Table& table, int64_t n, std::mt19937& random)
-        : width(table.width), values(n * width) {
-        for (int64_t q = 0; q < n; ++q) {
-            const float* row = table.row(random() % table.n);
-            for (int64_t c = 0; c < width; ++c)
-                values[q * width + c] =
-                    q == 2 ? 0.0f : row[c] + 0.1f * uniform(random) / (1.0f + 0.3f * float(c));
-        }
+        : QueryRows(table.width, distorted(table, n, random)) {}
+    QueryRows(int64_t width_, std::vector<float> values_)
+        : width(width_), values(std::move(values_)) {
+        const int64_t n = values.size() / width;
         elements_.reset(new Elements(values.data(), n, width, 0, width, width + 3, DType::F32));
         queries = {static_cast<const float*>(elements_->row(0)), n, width + 3};
     }
@@ -147,6 +154,16 @@ class QueryRows {
     Queries queries;
 
   private:
+    static std::vector<float> distorted(const Table& table, int64_t n, std::mt19937& random) {
+        std::vector<float> values;
+        for (int64_t q = 0; q < n; ++q) {
+            const float* row = table.row(random() % table.n);
+            for (int64_t c = 0; c < table.width; ++c)
+                values.push_back(
+                    q == 2 ? 0.0f : row[c] + 0.1f * uniform(random) / (1.0f + 0.3f * float(c)));
+        }
+        return values;
+    }
     std::unique_ptr<Elements> elements_;
 };
 
@@ -227,6 +244,17 @@ inline std::ostream& operator<<(std::ostream& out, const Found& found) {
 
 inline Found room_for(int64_t queries, int64_t k) {
     return {std::vector<float>(queries * k, NAN), std::vector<int64_t>(queries * k, -7)};
+}
+
+// Where nothing is found.
+inline Found none(int64_t queries, int64_t k) {
+    return {std::vector<float>(queries * k, -INFINITY), std::vector<int64_t>(queries * k, -1)};
+}
+
+inline std::vector<int64_t> all_rows(int64_t n) {
+    std::vector<int64_t> rows(n);
+    std::iota(rows.begin(), rows.end(), 0);
+    return rows;
 }
 
 // The k best of one query's candidates by (score descending, row ascending), padded.
