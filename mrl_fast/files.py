@@ -164,8 +164,10 @@ def _open(
     alive = axes = None
     if manifest["alive"]:
         alive = read(manifest["alive"], _alive_parts(sum(counts)))["alive"].clone()
-        if bool(flags_of(alive, len(alive) * TILE)[sum(counts) :].any()):
-            raise ValueError(f"{path / manifest['alive']['file']}: alive: expected rows that are")
+        count = sum(counts)
+        if bool(flags_of(alive, len(alive) * TILE)[count:].any()):
+            file = path / manifest["alive"]["file"]
+            raise ValueError(f"{file}: alive: expected bits of {count} rows, got more")
     if manifest["axes"]:
         axes = read(manifest["axes"], _axes_parts(layout.width))["axes"].clone()
         if not bool(torch.isfinite(axes).all()):

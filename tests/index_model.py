@@ -173,6 +173,16 @@ def change(index: MatryoshkaIndex, model: Model, seed: int = 5) -> None:
     model.update(replaced, x[70:])
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch):
+    """Nothing waits for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names(folder)}
+
+
 def names(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 

@@ -5,14 +5,14 @@ import json
 import os
 import subprocess
 import sys
-import threading
+from hashlib import sha256
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
-from mrl_fast import MatryoshkaIndex, files
+from mrl_fast import MatryoshkaIndex
 from mrl_fast import _tensorfile as tensorfile
 from mrl_fast import manifest as manifests
 from mrl_fast._types import Tuned
@@ -23,27 +23,22 @@ from tests.index_model import (  # noqa: F401
     assert_same,
     build,
     change,
+    content,
     names,
     one_thread,
+    quick,
     strays,
     vectors,
 )
 
-
-def content(folder):
-    return {name: (folder / name).read_bytes() for name in names(folder)}
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.parametrize("rotation", [None, "pca"])
 @pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
-def test_round_trip(metric, dtype, prefix_dtype, rotation, tmp_path, quick):
+def test_round_trip(metric, dtype, prefix_dtype, rotation, tmp_path):
     options = dict(metric=metric, dtype=dtype, prefix_dtype=prefix_dtype, rotation=rotation)
     index, model = build(**options)
     change(index, model)
@@ -85,7 +80,7 @@ def test_without_vectors(tmp_path):
     assert again.ids.tolist() == [150, 151]  # ids of removed vectors are not used again
 
 
-def test_elsewhere_everything_is_written(tmp_path, quick):
+def test_elsewhere_everything_is_written(tmp_path):
     index, model = build()
     index.save(tmp_path / "a")
     index.save(tmp_path / "b")  # nothing has changed, and yet this folder has nothing
@@ -96,7 +91,7 @@ def test_elsewhere_everything_is_written(tmp_path, quick):
     assert not strays(tmp_path / "a")
 
 
-def test_a_rotation_that_was_fitted_anew(tmp_path, quick):
+def test_a_rotation_that_was_fitted_anew(tmp_path):
     index, model = build(rotation="pca")
     index.save(tmp_path)
     index.remove(index.ids)
@@ -110,7 +105,7 @@ def test_a_rotation_that_was_fitted_anew(tmp_path, quick):
     assert not strays(tmp_path)
 
 
-def test_an_index_is_replaced_by_another(tmp_path, quick):
+def test_an_index_is_replaced_by_another(tmp_path):
     build(rows=500)[0].save(tmp_path)
     before = names(tmp_path)
     other, model = build(rows=3, metric="l2", prefix_dtype="int8", rotation="pca")
@@ -119,7 +114,7 @@ def test_an_index_is_replaced_by_another(tmp_path, quick):
     assert not strays(tmp_path) and before[1] not in names(tmp_path)
 
 
-def test_only_what_is_new_is_written(tmp_path, quick):
+def test_only_what_is_new_is_written(tmp_path):
     index, model = build(rows=200)
     index.save(tmp_path)
 
@@ -159,7 +154,7 @@ def test_only_what_is_new_is_written(tmp_path, quick):
 
 # The files of 7 a tier, log(tiles) / log(8) tiers, and the manifest; a tile is 64 rows.
 @pytest.mark.parametrize(("rows", "saves", "files"), [(1, 1000, 12), (64, 400, 23)])
-def test_many_small_saves(rows, saves, files, tmp_path, quick):
+def test_many_small_saves(rows, saves, files, tmp_path):
     index, model = MatryoshkaIndex(DIMS), Model(DIMS[-1])
     most, written, before = 0, 0, set()
     for i in range(saves):
@@ -180,7 +175,7 @@ def test_many_small_saves(rows, saves, files, tmp_path, quick):
 
 @pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_other_programs_can_read_the_files(dtype, prefix_dtype, tmp_path, quick):
+def test_other_programs_can_read_the_files(dtype, prefix_dtype, tmp_path):
     index, model = build(dtype=dtype, prefix_dtype=prefix_dtype, rotation="pca")
     change(index, model)
     index.save(tmp_path)
@@ -215,7 +210,7 @@ def test_other_programs_can_read_the_files(dtype, prefix_dtype, tmp_path, quick)
 # --- what is no index
 
 
-def test_what_cannot_be_loaded(tmp_path, quick):
+def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"path: .*, got {tmp_path}"):
         MatryoshkaIndex.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -249,129 +244,66 @@ def test_what_cannot_be_loaded(tmp_path, quick):
         MatryoshkaIndex.load(folder)
 
 
+SEGMENT = {"file": "rows-00000001.safetensors", "sha256": "0" * 64, "rows": 192, "used": 150}
+TUNED = {"stages": [[5, 30], [20, 4]], "k": 4, "rows": 150}
+
+
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("field", "value", "message"),
     [
-        ("notes.txt", "mine"),
-        ("rows-1.safetensors", "mine"),
-        ("manifest.json", '{"name": "a web page"}'),
-        ("manifest.json", "not even JSON"),
-        ("manifest.json", '{"format": "mrl_fast index", "version": 2}'),
+        ("dims", [5, 10**30], "dims: expected widths of at most 16777216, got 1000000000"),
+        ("dims", [20, 5], "dims: expected strictly ascending"),
+        ("metric", "dot", "metric: expected one of"),
+        ("next_id", 2**63, "next_id: expected an id, got 9223372036854775808"),
+        ("generation", 10**8, "generation: expected a number, got 100000000"),
+        ("tuned", [], "tuned: expected stages, k, rows, got"),
+        ("tuned", {**TUNED, "rows": 10**400}, "tuned rows: expected an integer in"),
+        ("tuned", {**TUNED, "k": 10**30}, "tuned k: expected an integer in"),
+        ("tuned", {**TUNED, "stages": [[5, 10**30], [20, 4]]}, "tuned keep: expected an integer"),
+        ("segments", {}, "segments: expected a list, got {}"),
+        (
+            "segments",
+            [{**SEGMENT, "file": "../" + SEGMENT["file"]}],
+            "file: expected a file of row",
+        ),
+        (
+            "segments",
+            [{**SEGMENT, "file": "axes-00000001.safetensors"}],
+            "file: expected a file of",
+        ),
+        ("segments", [{**SEGMENT, "sha256": "x"}], "sha256: expected 64 hexadecimal digits, got"),
+        ("segments", [{**SEGMENT, "rows": "192"}], "rows: expected a number of rows, got '192'"),
+        ("segments", [{**SEGMENT, "rows": 191}], "rows: expected a multiple of 64, got 191"),
+        ("segments", [{**SEGMENT, "used": 193}], "used: expected 1 to 192, got 193"),
+        ("segments", [SEGMENT] * 2, r"segments\[0\] used: expected a multiple of 64, got 150"),
+        ("segments", [{**SEGMENT, "rows": 256}], "rows-00000001.safetensors: size: expected"),
     ],
 )
-def test_other_peoples_files_are_left_alone(name, text, tmp_path):
-    (tmp_path / name).write_text(text)
-    before = content(tmp_path)
-    with pytest.raises(ValueError, match=f"path: expected an index or an empty .*/{name}"):
-        build()[0].save(tmp_path)
-    assert content(tmp_path) == before
-    if name != "manifest.json":
-        # Beside an index they stay, too.
-        (tmp_path / name).rename(tmp_path.parent / name)
-        build()[0].save(tmp_path)
-        (tmp_path.parent / name).rename(tmp_path / name)
-        build()[0].save(tmp_path)
-        assert (tmp_path / name).read_text() == text
+def test_fields_that_cannot_be_right(field, value, message, tmp_path):
+    build()[0].save(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    changed = manifests.signed({**manifest, field: value})
+    (tmp_path / "manifest.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=f"{tmp_path}/.*{message}"):
+        MatryoshkaIndex.load(tmp_path)
 
 
-def test_a_file_is_no_folder(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    for path in (tmp_path / "file", tmp_path / "file" / "index"):
-        with pytest.raises(OSError):
-            build()[0].save(path)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-# --- others at the same folder
-
-
-def test_a_lost_update_is_refused(tmp_path, quick):
-    one, model = build()
-    one.save(tmp_path)
-    other, others = MatryoshkaIndex.load(tmp_path), model.copy()
-    change(one, model)
-    one.save(tmp_path)
-    change(other, others, seed=9)
-    with pytest.raises(ValueError, match=r"generation 1\), got generation 2, which another has"):
-        other.save(tmp_path)
-    assert_same(other, others)
-    assert_same(MatryoshkaIndex.load(tmp_path, verify=True), model)
-    one.save(tmp_path)  # it was not harmed by the attempt
-    other.save(tmp_path / "elsewhere")
-    assert_same(MatryoshkaIndex.load(tmp_path / "elsewhere", verify=True), others)
-    assert not strays(tmp_path, "elsewhere")
-
-
-def test_one_saves_at_a_time(tmp_path, quick):
-    index, _ = build()
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("axes", "axes: expected finite values"), ("alive", "alive: expected bits of 150 rows")],
+)
+def test_data_that_cannot_be_right(kind, message, tmp_path):
+    index, _ = build(rotation="pca")
+    index.remove(index.ids[:1])
     index.save(tmp_path)
-    other = threading.Thread(target=index.save, args=(tmp_path,))
-    with files._locked(tmp_path):
-        other.start()
-        other.join(timeout=0.3)
-        assert other.is_alive() and len(names(tmp_path)) == 2
-    other.join()
-
-
-def test_saved_anew_while_it_is_opened(tmp_path, quick, monkeypatch):
-    index, model = build()
-    index.save(tmp_path)
-    reads, read = [], manifests.read
-
-    def overtaken(path):
-        manifest = read(path)
-        reads.append(manifest["generation"])
-        if len(reads) == 1:  # between the manifest and its files, all of which go
-            index.remove(index.ids[:1])
-            index.compact()
-            model.remove(model.ids[:1])
-            index.save(tmp_path)
-        return manifest
-
-    monkeypatch.setattr(files.manifests, "read", overtaken)
-    assert_same(MatryoshkaIndex.load(tmp_path), model)
-    assert reads[0] == 1 and reads[-1] == 2
-
-
-SAVER = """
-import os, sys, torch
-from mrl_fast import MatryoshkaIndex
-os.fsync = lambda _: None
-torch.set_num_threads(1)
-index = MatryoshkaIndex((5, 20))
-state = 0
-while True:  # at state s: the ids from s on, 70 of them, each a vector of its id
-    wanted = torch.arange(state, state + 70)
-    new = wanted[~index.contains(wanted)]
-    index.add(new[:, None].float().expand(-1, 20).contiguous(), new)
-    index.remove(index.ids[~torch.isin(index.ids, wanted)])
-    if state % 3 == 0:
-        index.compact()
-    index.save(sys.argv[1])
-    if state == 0:
-        print("saved", flush=True)
-    state += 1
-"""
-
-
-def test_loading_while_another_process_saves(tmp_path):
-    command = [sys.executable, "-c", SAVER, str(tmp_path / "index")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as saver:
-        try:
-            assert saver.stdout.readline() == "saved\n"
-            states, loads = set(), 0
-            while loads < 300 or len(states) < 20:
-                assert saver.poll() is None
-                index = MatryoshkaIndex.load(tmp_path / "index", verify=loads % 2 == 0)
-                loads += 1
-                ids = index.ids
-                state = int(ids.min())
-                assert ids.sort().values.tolist() == list(range(state, state + 70))
-                assert torch.equal(index.reconstruct(ids), ids[:, None].float().expand(-1, 20))
-                assert state >= max(states, default=0)
-                states.add(state)
-        finally:
-            saver.kill()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    file = tmp_path / manifest[kind]["file"]
+    data = file.read_bytes()[:-4] + b"\xff" * 4  # NaN; bits of rows that there are not
+    file.write_bytes(data)
+    manifest[kind]["sha256"] = sha256(data).hexdigest()
+    (tmp_path / "manifest.json").write_text(json.dumps(manifests.signed(manifest)))
+    with pytest.raises(ValueError, match=f"{file}: {message}"):
+        MatryoshkaIndex.load(tmp_path)
 
 
 FULL = """

@@ -189,6 +189,7 @@ def use(index, out):
     repr(index)
     ids = index.ids
     known = {-1, *ids.tolist()}
+    assert len(ids) == len(index)
     if index.width <= 64:
         q = vectors(2, index.width, 1)
         mask = torch.arange(len(ids)) % 3 == 0
