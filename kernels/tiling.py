@@ -42,8 +42,8 @@ def interpreted() -> bool:
 
 def operand(x: Tensor) -> Tensor:
     """What a kernel reads in place of x: x itself where its last axis is contiguous, whatever the
-    row stride; else a copy, as always in the interpreter (fp32)."""
-    x = x.float() if interpreted() else x
+    row stride; else a copy, as always of floating point in the interpreter (fp32)."""
+    x = x.float() if interpreted() and x.is_floating_point() else x
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

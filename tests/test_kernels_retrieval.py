@@ -18,20 +18,25 @@ def make_vectors(rows, width, device, *, seed=0, dtype=torch.float32):
 
 @pytest.fixture
 def rescans(monkeypatch):
-    """A scan that keeps few buckets, so that small databases are scanned; counts the rescans."""
-    monkeypatch.setattr(retrieval, "SPARE_BUCKETS", 2)
-    counted, score_all = [], retrieval.score_all
+    """A scan with small buffers, so that small databases are scanned in phases; counts the queries
+    that were flagged."""
+    monkeypatch.setattr(retrieval, "BUFFER", (16, 32))
+    monkeypatch.setattr(retrieval, "LEAST_RANK", 4)
+    counted, rescan = [], retrieval.Pairs.rescan
 
-    def spy(q, *rest):
-        counted.append(len(q))
-        return score_all(q, *rest)
+    def spy(self, keys, flag, k):
+        if flag.any():
+            counted.append(int(flag.sum()))
+        rescan(self, keys, flag, k)
 
-    monkeypatch.setattr(retrieval, "score_all", spy)
+    monkeypatch.setattr(retrieval.Pairs, "rescan", spy)
     return counted
 
 
-# aligned; ragged rows and columns; one column; one query
-@pytest.mark.parametrize("shape", [(4, 512, 16), (5, 421, 19), (3, 300, 1), (1, 333, 33)], ids=str)
+# aligned; ragged rows and columns; two tiles of queries; one column; one query
+@pytest.mark.parametrize(
+    "shape", [(4, 1024, 16), (5, 1421, 19), (20, 900, 5), (3, 700, 1), (1, 833, 33)], ids=str
+)
 @pytest.mark.parametrize("metric", METRICS)
 def test_scan_is_exact(metric, shape, rescans, triton_device):
     B, N, dim = shape
@@ -54,28 +59,49 @@ def test_scan_of_half_precision(dtype, rescans, triton_device):
     assert not rescans
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("metric", METRICS)
+def test_scan_of_eight_bits(metric, dtype, rescans, triton_device):
+    q, x = make_vectors(5, 24, triton_device), make_vectors(900, 24, triton_device, seed=1)
+    q, x = ((40 * v).round().clamp(-128, 127).to(dtype) for v in (q, x))
+    exact = reference.scores(q, x, 20, metric)
+    result = kernels.prefix_topk(q, x, 4, 20, metric)
+    assert_same_topk(result, exact, name=metric, tolerance=1e-6 * exact.abs().max().item())
+    if dtype == torch.int8:
+        assert not rescans
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("queries", [4, 17])  # norms found in the scan, and before it
 def test_errors_of_the_scan_within_its_margin_change_nothing(
-    metric, rescans, triton_device, monkeypatch
+    queries, metric, rescans, triton_device, monkeypatch
 ):
-    q, x = make_vectors(6, 8, triton_device), make_vectors(500, 8, triton_device, seed=1)
-    x[100:400:3] = x[7] * (1 + 2e-7 * torch.randn(100, 1, device=x.device))  # near ties
-    x[11::60] = x[7]  # and ties
+    q, x = make_vectors(queries, 8, triton_device), make_vectors(1000, 8, triton_device, seed=1)
+    x[100:900:9] = x[7] * (1 + 2e-7 * torch.randn(89, 1, device=x.device))  # near ties
+    x[11::160] = x[7]  # and ties
     q[0] = x[7]
     expected = kernels.prefix_topk(q, x, 5, 8, metric)
-    scan = retrieval.bucket_maxima
-    norms = torch.linalg.vector_norm(x, dim=1)
-    error = retrieval.scan_error(q, x, norms, metric)[:, None]
+    scan = retrieval.Scan.__call__
+    norms = torch.linalg.vector_norm(x, dim=1).max(), torch.linalg.vector_norm(q, dim=1)
     wrong = 0
-    for factor, seed in [(0.5, 0), (0.5, 1), (0.5, 2), (1e5, 0)]:
+    for factor, seed in [(0.95, 0), (0.95, 1), (0.95, 2), (1e5, 0)]:
         generator = torch.Generator().manual_seed(seed)
 
-        def noisy(q, *rest, factor=factor, generator=generator):
-            maxima = scan(q, *rest)
-            noise = 2 * torch.rand(maxima.shape, generator=generator).to(maxima) - 1
-            return maxima + factor * noise * error
+        def noisy(self, hits, count, *rest, factor=factor, generator=generator, **more):
+            before = count.clone()
+            scan(self, hits, count, *rest, **more)
+            bound, a, b, c, d, e = retrieval.Margin.of(x, metric)
+            largest, mine = norms
+            margin = a + b * mine + c * mine**2 + d * mine * largest + e * largest**2
+            score = (hits >> 32).int().view(torch.float32)
+            noise = 2 * torch.rand(score.shape, generator=generator).to(score) - 1
+            moved = score + factor * noise * margin[: len(score), None]
+            lanes = torch.arange(hits.shape[1], device=hits.device)
+            new = (lanes >= before[:, None]) | more["dense"]
+            moved = torch.where(new, moved, score).view(torch.int32).long()
+            hits.copy_(moved << 32 | hits & 0xFFFFFFFF)
 
-        monkeypatch.setattr(retrieval, "bucket_maxima", noisy)
+        monkeypatch.setattr(retrieval.Scan, "__call__", noisy)
         result = kernels.prefix_topk(q, x, 5, 8, metric)
         if factor <= 1:
             assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
@@ -86,7 +112,7 @@ def test_errors_of_the_scan_within_its_margin_change_nothing(
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_more_ties_than_the_scan_keeps_are_rescanned(metric, rescans, triton_device):
-    x = make_vectors(1, 5, triton_device).repeat(5000, 1)
+    x = make_vectors(1, 5, triton_device).repeat(1500, 1)
     q = torch.cat([x[:1], -x[:1]])
     scores, ids = kernels.prefix_topk(q, x, 40, 5, metric)
     assert rescans == [2]
@@ -95,12 +121,12 @@ def test_more_ties_than_the_scan_keeps_are_rescanned(metric, rescans, triton_dev
 
 
 def test_only_the_queries_that_need_it_are_rescanned(rescans, triton_device):
-    x = torch.zeros(600, 2, device=triton_device)
+    x = torch.zeros(1200, 2, device=triton_device)
     x[:, 0] = 1.0
-    x[:, 1] = torch.arange(600)
+    x[:, 1] = torch.arange(1200)
     q = torch.tensor([[0.0, 1.0], [1.0, 0.0]], device=triton_device)
     _, ids = kernels.prefix_topk(q, x, 3, 2, "ip")
-    assert ids.tolist() == [[599, 598, 597], [0, 1, 2]] and rescans == [1]
+    assert ids.tolist() == [[1199, 1198, 1197], [0, 1, 2]] and rescans == [1]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -118,9 +144,14 @@ def test_norms_of_zero_and_beyond_fp32(rescans, triton_device):
     scores, ids = kernels.prefix_topk(q, x, 500, 4, "cosine")
     assert (scores.gather(1, ids.argsort(dim=1))[:, ::7] == 0).all()
     rescans.clear()
+    x = make_vectors(600, 4, triton_device, seed=1)
     x[1] *= 1e-15  # squares of it leave fp32's normal range: no margin holds
-    kernels.prefix_topk(q, x, 3, 4, "cosine")
-    assert rescans == [2]
+    for queries in (q, q.repeat(9, 1)):
+        scores, ids = kernels.prefix_topk(queries, x, 3, 4, "cosine")
+        assert_same_topk(
+            (scores, ids), reference.scores(queries, x, 4, "cosine"), name="cosine", tolerance=1e-6
+        )
+    assert rescans == [2, 18]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -142,14 +173,16 @@ def test_a_score_depends_on_nothing_but_the_pair(metric, rescans, triton_device,
     monkeypatch.setattr(retrieval, "TEMPORARY_BYTES", 1)  # other chunks
     check(kernels.prefix_topk(q, x, 6, 21, metric))
     check(kernels.rerank(q, x, ids, 6, 21, metric))
-    check(retrieval.score_all(q, x, 6, 21, metric))
+    monkeypatch.setattr(retrieval, "RESCANNED", 5)  # every pair scored
+    check(kernels.prefix_topk(q, x, 6, 21, metric))
 
 
 def test_chunks_of_rows(triton_device, monkeypatch):
     monkeypatch.setattr(retrieval, "TEMPORARY_BYTES", 1)
     x = torch.arange(9000.0, device=triton_device)[:, None] // 4500
     for k in (3, 4600):  # within a chunk of 4096 rows, and beyond one
-        _, ids = retrieval.score_all(torch.ones(1, 1, device=x.device), x, k, 1, "ip")
+        scores, ids = retrieval.empty(torch.ones(1, 1, device=x.device), k)
+        retrieval.score_all(torch.ones(1, 1, device=x.device), x, k, "ip", (scores, ids))
         expected = torch.arange(9000, device=x.device).roll(-4500)[:k]
         assert torch.equal(ids[0], expected)
 
