@@ -1,107 +1,241 @@
 """Everything a GPU has to prove, in one command.
 
-    python benchmarks/gpu_run.py --out DIR [--part 1|2|3]
+    python benchmarks/gpu_run.py --out DIR [--part 1 2 3 4 5] [--tiny]
 
-Part 1: the test suite on the GPU. Part 2: compute-sanitizer on small shapes. Part 3: the
-benchmarks. Each writes its log to DIR, and DIR/summary.json says what ran, on what, from which
-commit, and how it ended. Without a GPU the same parts run on the CPU, the kernels interpreted.
+Part 1: the tests on the GPU. Part 2: compute-sanitizer over every kernel. Parts 3 to 5: search
+kernels, an index end to end, training, each row beside rivals and the ceilings that are measured
+first. A part takes at most eight minutes. partN.json has what it measured, also when it is killed,
+and how its runs ended; partN.log the last that was printed; summary.json all runs, on what and from
+which commit; table.md the rows. The exit code is not zero if a run or a row failed.
+
+Installs mrl_fast first, from here and without a network, where it is not installed. --tiny does all
+of it with tiny shapes, on a CPU in Triton's interpreter where there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import ast
+import contextlib
+import importlib.util
 import json
 import os
-import platform
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import gpu_table
 import torch
+from gpu_measure import ROOT, environment
+from gpu_rows import AGAIN
 
-ROOT = Path(__file__).parent.parent
-PART_SECONDS = 480
-SANITIZED = "tests/test_logits.py tests/test_kernels_losses.py tests/test_retrieval.py -x -q"
+HERE = Path(__file__).parent
+PART_SECONDS = 480.0
+GRACE_SECONDS = 20.0  # to write down what there is, once interrupted
+LAST_ROW_SECONDS = 40.0
+LOG_BYTES = 4 << 20  # the last ones are kept
+TIMED_OUT, FOUND, MAYBE = 124, 9, 8  # exit codes; the last two a sanitizer's
+ON_THE_DEVICE = (
+    "kernels_retrieval", "kernels_losses", "kernels_tiling", "retrieval", "logits", "cross_entropy",
+    "info_nce", "sigmoid_distill", "training", "any_shape",
+)  # fmt: skip
+# of damaged files and killed processes, of packaging, of what compilers make, and of this program
+LEFT_OUT = ("fuzz_files", "kills", "crash", "threads", "imports", "static_gates", "gpu_run")
+SANITIZED = [f"tests/test_{name}.py" for name in ("kernels_retrieval", "kernels_losses", "logits")]
+
+Variables = Mapping[str, str]
 
 
-def parts() -> dict[int, list[list[str]]]:
-    pytest = [sys.executable, "-m", "pytest", "--import-mode=importlib"]
-    commands = {
-        1: [[*pytest, "tests", "-q", "--deselect", "tests/test_imports.py"]],
-        2: [],
-        3: [[*pytest, "benchmarks", "-q", "-s", "--benchmark-json=OUT/benchmarks.json"]],
-    }
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer:
-        for tool in ("memcheck", "racecheck"):
-            check = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest]
-            commands[2].append([*check, *SANITIZED.split()])
-    return commands
+class Runner:
+    """Runs commands of one part within its time, all into one log."""
 
+    def __init__(self, log: Path, variables: Variables, seconds: float = PART_SECONDS):
+        self.log, self.variables, self.end = log, variables, time.monotonic() + seconds
+        log.write_bytes(b"")
 
-def run(command: list[str], log: Path, seconds: float) -> dict:
-    begin = time.time()
-    with log.open("w") as output:
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=seconds,
-                # our kernels/ must not pass for the package of that name
-                env=os.environ | {"PYTHONSAFEPATH": "1"},
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def run(
+        self, *command: str, forgiven: tuple[int, ...] = (), cwd: Path = ROOT, **more: str
+    ) -> dict[str, Any]:
+        """How it ended; an exit code that is forgiven does not count as a failure."""
+        begin, limit = time.monotonic(), max(self.left, 1.0)
+        with self.log.open("ab") as output:
+            output.write(f"$ {' '.join(command)}\n".encode())
+            output.flush()
+            process = subprocess.Popen(
+                command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, env={**self.variables, **more}, start_new_session=True,
             )  # fmt: skip
-            code = done.returncode
-        except subprocess.TimeoutExpired:
-            code = 124
-    tail = log.read_text(errors="replace").strip().split("\n")[-1]
-    return {
-        "command": " ".join(command[1:] if command[0] == sys.executable else command),
-        "exit_code": code,
-        "seconds": round(time.time() - begin, 1),
-        "last_line": tail,
-    }
+            try:
+                code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = TIMED_OUT
+                os.killpg(process.pid, signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_SECONDS)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        text = self.log.read_bytes()[-LOG_BYTES:]
+        self.log.write_bytes(text)
+        return {
+            "command": " ".join(command).replace(sys.executable, "python"),
+            "exit_code": code,
+            "failed": code not in (0, *forgiven),
+            "seconds": round(time.monotonic() - begin, 1),
+            "last_line": text.decode(errors="replace").strip().split("\n")[-1][:400],
+        }
 
 
-def environment() -> dict:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    try:
-        import triton
+def tests(runner: Runner, *, tiny: bool) -> Iterator[dict]:
+    pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--continue-on-collection-errors"]
+    if tiny:
+        yield runner.run(*pytest, "tests/test_kernels_tiling.py")
+        return
+    first = [f"tests/test_{name}.py" for name in ON_THE_DEVICE]
+    yield runner.run(*pytest, *first)
+    left_out = [f"tests/test_{name}.py" for name in LEFT_OUT]
+    others = [p.relative_to(ROOT) for p in sorted(ROOT.glob("tests/test_*.py")) if importable(p)]
+    others = [str(path) for path in others if str(path) not in (*first, *left_out)]
+    yield runner.run(*pytest, *others, forgiven=(TIMED_OUT,))
 
-        triton_version = triton.__version__
-    except ModuleNotFoundError:
-        triton_version = None
-    return {
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "python": platform.python_version(),
-    }
+
+def importable(file: Path) -> bool:
+    """Whether what a test file imports at its top is installed here."""
+    names = []
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+    packages = {name.split(".")[0] for name in names} - {"mrl_fast", "tests"}
+    return all(importlib.util.find_spec(package) for package in packages)
+
+
+def sanitizers(runner: Runner, *, tiny: bool) -> Iterator[dict]:
+    script = [sys.executable, str(HERE / "gpu_kernels.py")]
+    places = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin"))
+    sanitizer = shutil.which("compute-sanitizer", path=places)
+    yield runner.run(*script)
+    if not torch.cuda.is_available():
+        return
+    if sanitizer is None:
+        yield {"command": "compute-sanitizer", "exit_code": 127, "failed": True, "seconds": 0.0,
+               "last_line": "compute-sanitizer: not found"}  # fmt: skip
+        return
+
+    def check(tool: str, *command: str, code: int = FOUND, forgiven: tuple[int, ...] = ()) -> dict:
+        options = ["--tool", tool, "--error-exitcode", str(code), "--report-api-errors", "no"]
+        return runner.run(
+            str(sanitizer), *options, *command, forgiven=forgiven,
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # a pool would hide reads beyond an allocation
+        )  # fmt: skip
+
+    yield check("memcheck", *script)
+    if tiny:
+        return
+    yield check("racecheck", *script)
+    yield check("synccheck", *script)
+    # libraries leave padding unwritten that they read
+    yield check("initcheck", *script, code=MAYBE, forgiven=(MAYBE, TIMED_OUT))
+    pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", *SANITIZED]
+    yield check("memcheck", *pytest, forgiven=(TIMED_OUT,))
+
+
+def rows(part: int, runner: Runner, file: Path, *, tiny: bool) -> Iterator[dict]:
+    """Rows until they are done; again after a fault or a hang, from the row after it."""
+    command = [sys.executable, str(HERE / "gpu_rows.py"), str(part), str(file)]
+    options = ["--tiny"] if tiny else []
+    while True:
+        until = ["--until", f"{runner.left - LAST_ROW_SECONDS:.0f}"]
+        found = runner.run(*command, *options, *until)
+        again = (found["exit_code"] == AGAIN or found["exit_code"] < 0) and runner.left > 60
+        state = json.loads(file.read_text()) if file.exists() else {"rows": []}
+        counts = Counter(row["status"] for row in state["rows"])
+        whole = counts["ok"] and "running" not in state
+        found["failed"] = not again and bool(counts["failed"] or not whole)
+        found["rows"] = dict(counts)
+        yield found
+        if not again:
+            return
+
+
+def install(out: Path, variables: Variables) -> tuple[list[dict], Variables]:
+    """What was done to have mrl_fast, and the environment variables with which it is found."""
+
+    def works(variables: Variables) -> bool:
+        command = [sys.executable, "-c", "import mrl_fast.kernels, mrl_fast._C"]
+        return not subprocess.run(command, env=variables, cwd=out, capture_output=True).returncode
+
+    if works(variables):
+        return [], variables
+    runner = Runner(out / "install.log", variables)
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+    runs = [runner.run(*pip, "--no-build-isolation", "--no-deps", "-e", ".", forgiven=(1,))]
+    if works(variables):
+        return runs, variables
+    print("pip could not install mrl_fast (install.log); built in a temporary copy", flush=True)
+    copy = Path(tempfile.mkdtemp(prefix="mrl_fast-"))
+    for name in ("mrl_fast", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so"))
+    shutil.copy(ROOT / "setup.py", copy)  # without pyproject.toml, which wants a new setuptools
+    runs.append(runner.run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=copy))
+    (copy / "kernels").rename(copy / "mrl_fast" / "kernels")
+    variables = {**variables, "PYTHONPATH": f"{copy}{os.pathsep}{HERE}"}
+    if not works(variables):
+        raise SystemExit("mrl_fast could be neither installed nor built: see install.log")
+    return runs, variables
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Tests, sanitizer and benchmarks on a GPU.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for logs and summary.json")
-    parser.add_argument("--part", type=int, choices=(1, 2, 3), help="only this part")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    summary = environment() | {"runs": []}
-    for number, commands in parts().items():
-        if arguments.part not in (None, number):
-            continue
-        begin = time.time()
-        for i, command in enumerate(commands):
-            command = [word.replace("OUT", str(arguments.out.resolve())) for word in command]
-            log = arguments.out / f"part{number}.{i}.log"
-            left = PART_SECONDS - (time.time() - begin)
-            summary["runs"].append({"part": number} | run(command, log, max(left, 1)))
-            print(json.dumps(summary["runs"][-1]), flush=True)
-        (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return int(any(r["exit_code"] for r in summary["runs"]))
+    parser = argparse.ArgumentParser(description="Tests, sanitizers and measurements on a GPU.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results")
+    parser.add_argument("--part", type=int, nargs="+", choices=range(1, 6), default=range(1, 6))
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes; needs no GPU")
+    given = parser.parse_args()
+    if not (given.tiny or torch.cuda.is_available()):
+        parser.error("there is no GPU here; --tiny does without")
+    out: Path = given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    variables: Variables = os.environ | {
+        "PYTHONSAFEPATH": "1",  # our kernels/ must not pass for the package of that name
+        "PYTHONPATH": str(HERE),
+        "PYTHONUNBUFFERED": "1",
+        # before triton is imported
+        **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}),
+    }
+    runs, variables = install(out, variables)
+    for part in given.part:
+        file, runner = out / f"part{part}.json", Runner(out / f"part{part}.log", variables)
+        file.unlink(missing_ok=True)
+        ways = {1: tests, 2: sanitizers}
+        way = ways[part](runner, tiny=given.tiny) if part in ways else rows(
+            part, runner, file, tiny=given.tiny
+        )  # fmt: skip
+        mine: list[dict] = []
+        for run in way:
+            mine.append({"part": part} | run)
+            print(json.dumps(mine[-1]), flush=True)
+            state = (
+                json.loads(file.read_text()) if file.exists() else {"environment": environment()}
+            )
+            file.write_text(json.dumps(state | {"runs": mine}, indent=1) + "\n")
+        runs += mine
+        summary = json.dumps(environment() | {"runs": runs}, indent=1)
+        (out / "summary.json").write_text(summary + "\n")
+    gpu_table.write(out)
+    return int(any(run["failed"] for run in runs))
 
 
 if __name__ == "__main__":

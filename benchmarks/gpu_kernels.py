@@ -1,0 +1,131 @@
+"""Every kernel once, on small ragged shapes, against the reference: what the sanitizers watch.
+
+python benchmarks/gpu_kernels.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_measure import DEVICE, DTYPES, generator
+from torch import Tensor
+
+from mrl_fast import (
+    funnel_search,
+    matryoshka_cross_entropy,
+    matryoshka_distill,
+    matryoshka_info_nce,
+    matryoshka_logits,
+    matryoshka_predict,
+    matryoshka_sigmoid_loss,
+    prefix_topk,
+    rerank,
+)
+
+# Ragged in every axis. Tiles are at most 256 on a side; the interpreter's are 16 to 64, and slow.
+ON_GPU = DEVICE == "cuda"
+B, V, D = (135, 300, 75) if ON_GPU else (18, 20, 21)
+DIMS = (5, 16, 75) if ON_GPU else (5, 16, 21)
+QUERIES, ROWS, K = (70, 20_011, 7) if ON_GPU else (2, 301, 4)
+CLIP = ("query_to_doc", "doc_to_query")
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """A slice of something wider, so that strides are real."""
+    *rest, last = shape
+    wide = torch.randn(*rest, last + 3, generator=generator(seed), device=DEVICE)
+    return wide.to(dtype)[..., :last]
+
+
+def check(name: str, ours: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for a, e in zip(ours, expected, strict=True):
+        worst = (a.double() - e.double()).abs().max() / e.double().abs().max().clamp_min(1e-30)
+        assert worst <= tolerance, f"{name}: off by {worst:.2e}"
+    print(name, flush=True)
+
+
+def gradients(loss: Callable[..., Any], *tensors: Tensor) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    result = loss(*leaves)
+    result.loss.sum().backward()
+    return [result.per_dim, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def losses(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    x, w = (randn(n, D, seed=i, dtype=dtype) for i, n in enumerate((B, V)))
+    y = randn(B, D, seed=2, dtype=dtype)
+    separate = [randn(V, d, seed=3, dtype=dtype) for d in DIMS]
+    biases = [randn(V, seed=4, dtype=dtype) for _ in DIMS]
+    target = torch.randint(V, (B,), generator=generator(5), device=DEVICE)
+    target[::7] = -100
+    weights = torch.rand(V, generator=generator(6), device=DEVICE)
+    mask = torch.rand(B, B, generator=generator(7), device=DEVICE) < 0.2
+    mask.fill_diagonal_(False)
+    smooth: dict[str, Any] = {"class_weight": weights, "label_smoothing": 0.1}
+    both: dict[str, Any] = {"directions": CLIP, "partition_mode": "per_direction"}
+    hard: dict[str, Any] = {"hardness_mode": "hard_negatives", "hardness_strength": 2.0}
+    bias_of = lambda x: [b.to(x.dtype) for b in biases]  # noqa: E731
+    cases: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+        "tied": (
+            lambda x, w, b, impl: matryoshka_cross_entropy(
+                x, w, target, DIMS, bias=b, impl=impl, **smooth
+            ),
+            [x, w, biases[0]],
+        ),
+        "separate": (
+            lambda x, *w, impl: matryoshka_cross_entropy(
+                x, w, target, DIMS, bias=bias_of(x), reduction="none", impl=impl
+            ),
+            [x, *separate],
+        ),
+        "info_nce": (lambda x, y, impl: matryoshka_info_nce(x, y, DIMS, impl=impl), [x, y]),
+        "info_nce, masked": (
+            lambda x, y, impl: matryoshka_info_nce(x, y, DIMS, mask=mask, impl=impl, **hard),
+            [x, y],
+        ),
+        "clip": (lambda x, y, impl: matryoshka_info_nce(x, y, DIMS, impl=impl, **both), [x, y]),
+        "sigmoid": (
+            lambda x, y, impl: matryoshka_sigmoid_loss(
+                x, y, DIMS, scale=10.0, bias=-10.0, impl=impl
+            ),
+            [x, y],
+        ),
+        "distill": (lambda x, impl: matryoshka_distill(x, y.to(x.dtype), DIMS, impl=impl), [x]),
+    }
+    for case, (loss, tensors) in cases.items():
+        ours = gradients(partial(loss, impl="triton"), *tensors)
+        exact = gradients(partial(loss, impl="reference"), *(t.double() for t in tensors))
+        check(f"{case} {name}", ours, exact, tolerance)
+    logits = matryoshka_logits(x, w, DIMS, bias=biases[0], impl="triton")
+    best = matryoshka_predict(x, w, DIMS, bias=biases[0], impl="triton").confidence
+    wide_x, wide_w, wide_b = (t.double() for t in (x, w, biases[0]))
+    exact = matryoshka_logits(wide_x, wide_w, DIMS, bias=wide_b, impl="reference")
+    check(f"heads {name}", [logits, best], [exact, exact.softmax(2).amax(2)], tolerance)
+
+
+def searches(name: str, dtype: torch.dtype) -> None:
+    q, x = (randn(n, D, seed=i, dtype=dtype) for i, n in enumerate((QUERIES, ROWS)))
+    rows = torch.randint(-1, ROWS, (QUERIES, 45), generator=generator(2), device=DEVICE)
+    stages = [(DIMS[0], 40), (DIMS[1], 15), (D, K)]
+    for metric in ("ip", "cosine", "l2"):
+        for what, search in {
+            "topk": lambda impl: prefix_topk(q, x, K, dim=DIMS[1], metric=metric, impl=impl),  # noqa: B023
+            "rerank": lambda impl: rerank(q, x, rows, K, metric=metric, impl=impl),  # noqa: B023
+            "funnel": lambda impl: funnel_search(q, x, stages, metric=metric, impl=impl),  # noqa: B023
+        }.items():
+            ours, expected = search("triton"), search("reference")
+            check(f"{what} {metric} {name}", [ours.scores], [expected.scores], 1e-4)
+
+
+def main() -> None:
+    errors = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 3e-2}  # of the largest; the tests are stricter
+    for name in errors if ON_GPU else ("fp32",):
+        searches(name, DTYPES[name])
+        losses(name, DTYPES[name], errors[name])
+
+
+if __name__ == "__main__":
+    main()
