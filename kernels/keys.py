@@ -48,6 +48,7 @@ def _narrow_kernel(
     flag_ptr,  # [B] int32, set where a hit was dropped
     theta_ptr,  # [B] fp32, out: what a score must not be below
     q_norm_ptr,  # [B] fp32
+    q_error_ptr,  # [B] fp32, the norm of what the scan's queries leave out
     norm_ptr,  # [1] fp32, no row's norm is larger
     rank,
     e_a,  # the scan's error, as of scan.Margin
@@ -55,6 +56,7 @@ def _narrow_kernel(
     e_c,
     e_d,
     e_e,
+    HAS_ERROR: tl.constexpr,
     C: tl.constexpr,
 ):
     b = tl.program_id(0)
@@ -72,6 +74,8 @@ def _narrow_kernel(
     bounded = x < float("inf")
     x = tl.where(bounded, x, 0.0)
     error = e_a + e_b * q + e_c * q * q + e_d * q * x + e_e * x * x
+    if HAS_ERROR:
+        error += tl.load(q_error_ptr + b) * x
     bounded &= least != -(1 << 31)
     theta = tl.where(bounded, score_of(least) - 2 * error, -float("inf"))
     kept = (lanes < count) & ~(score < theta)  # NaN stays, on either side
@@ -113,15 +117,16 @@ def _decode_kernel(
 
 
 def narrow(
-    hits: Tensor, count: Tensor, flag: Tensor, theta: Tensor, q_norms: Tensor, norm: Tensor,
-    rank: int, margin: tuple[float, ...],
+    hits: Tensor, count: Tensor, flag: Tensor, theta: Tensor, q_norms: Tensor,
+    q_errors: Tensor | None, norm: Tensor, rank: int, margin: tuple[float, ...],
 ) -> None:  # fmt: skip
     """Cuts each query's buffer ``[B, C]`` to what may be among its ``rank`` best, where the scan
-    may be wrong by a margin."""
+    may be wrong by a margin, and by ``q_errors`` times the largest norm."""
     C = hits.shape[1]
     _narrow_kernel[(len(hits),)](
-        hits, count, flag, theta, q_norms, norm, rank, *margin, C=C, num_warps=narrow_warps(C)
-    )
+        hits, count, flag, theta, q_norms, q_errors, norm, rank, *margin,
+        HAS_ERROR=q_errors is not None, C=C, num_warps=narrow_warps(C),
+    )  # fmt: skip
 
 
 def narrow_warps(C: int) -> int:

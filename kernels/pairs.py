@@ -14,7 +14,7 @@ from mrl_fast.kernels.keys import EMPTY, SORTED_AT_ONCE, make_key
 from mrl_fast.kernels.tiling import interpreted
 from torch import Tensor
 
-METRICS = {"ip": 0, "cosine": 1, "l2": 2, "linear": 3}  # linear: by a factor and a term a row
+METRICS = {"ip": 0, "cosine": 1, "l2": 2, "linear": 3}  # linear: as of scan.Vectors
 LINEAR = tl.constexpr(3)
 WHOLE_BLOCK = 64  # columns whose sum can be carried
 ROUNDED = dict(enable_fp_fusion=False)  # every product, every sum
@@ -46,7 +46,8 @@ def pair_scores(
     q_ptr,  # [dim], the query
     x_ptr,  # [N, dim]
     scale_ptr,  # [N] fp32, as the next; linear only
-    term_ptr,
+    outer_ptr,
+    factor,  # the query's
     rows,  # [ROWS] int64
     there,  # [ROWS], whether there is a row
     total,  # [ROWS] of ACC: the sum over the columns before `begin`, whole blocks
@@ -54,6 +55,7 @@ def pair_scores(
     dim,
     stride_xn,
     METRIC: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     ACC: tl.constexpr,
@@ -79,7 +81,8 @@ def pair_scores(
         total = tl.where(norm == 0.0, 0.0, total)
     if METRIC == LINEAR:
         total = total * tl.load(scale_ptr + rows, there, other=0.0)
-        total = total + tl.load(term_ptr + rows, there, other=0.0)
+        if HAS_OUTER:
+            total += factor * tl.load(outer_ptr + rows, there, other=0.0)
     return total.to(tl.float32)
 
 
@@ -98,7 +101,8 @@ def _keys_kernel(
     q_ptr,  # [B, dim]
     x_ptr,  # [N, dim]
     scale_ptr,
-    term_ptr,
+    outer_ptr,
+    factor_ptr,  # [B]
     rows_ptr,  # [B, C] int64: rows, −1 is none; or, BUCKETS, hits of a scan
     count_ptr,  # [B] int32, how many hits there are
     flag_ptr,  # [B] int32: to be rescanned; set where there are more than C
@@ -115,6 +119,7 @@ def _keys_kernel(
     stride_rb,
     stride_sb,
     METRIC: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     BUCKETS: tl.constexpr,  # rows come in buckets of a scan, as of the next two
@@ -145,9 +150,10 @@ def _keys_kernel(
     total = tl.zeros((ROWS,), ACC)
     if HAS_SUMS:
         total = tl.load(sums_ptr + b * stride_sb + lanes, there, other=0.0).to(ACC)
+    factor = tl.load(factor_ptr + b) if HAS_OUTER else 0.0
     score = pair_scores(
-        q_ptr + b * stride_qb, x_ptr, scale_ptr, term_ptr, rows, there, total, begin, dim,
-        stride_xn, METRIC, ROWS, BLOCKS, ACC,
+        q_ptr + b * stride_qb, x_ptr, scale_ptr, outer_ptr, factor, rows, there, total, begin, dim,
+        stride_xn, METRIC, HAS_OUTER, ROWS, BLOCKS, ACC,
     )  # fmt: skip
     key = tl.where(there, make_key(score, rows), EMPTY)
     width = C * PER if BUCKETS else C
@@ -170,7 +176,8 @@ def _rescan_kernel(
     q_ptr,  # [B, dim]
     x_ptr,  # [N, dim]
     scale_ptr,
-    term_ptr,
+    outer_ptr,
+    factor_ptr,  # [B]
     flag_ptr,  # [B] int32
     allowed_ptr,  # [N] uint8
     keys_ptr,  # [B, width] int64: a split's KEPT best go to its part
@@ -182,6 +189,7 @@ def _rescan_kernel(
     stride_qb,
     stride_xn,
     METRIC: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
     KEPT: tl.constexpr,  # at least k
     ROWS: tl.constexpr,
@@ -196,6 +204,7 @@ def _rescan_kernel(
     split = tl.program_id(0) % splits
     part_ptr = keys_ptr + b * width + split * KEPT
     first = split.to(tl.int64) * rows_each
+    factor = tl.load(factor_ptr + b) if HAS_OUTER else 0.0
     best = tl.full((KEPT,), EMPTY, tl.int64)
     worst = tl.min(best)
     for start in range(0, rows_each, KEPT):
@@ -206,8 +215,8 @@ def _rescan_kernel(
             if HAS_ALLOWED:
                 there &= tl.load(allowed_ptr + rows, there, other=0) != 0
             score = pair_scores(
-                q_ptr + b * stride_qb, x_ptr, scale_ptr, term_ptr, rows, there,
-                tl.zeros((ROWS,), ACC), 0, dim, stride_xn, METRIC, ROWS, BLOCKS, ACC,
+                q_ptr + b * stride_qb, x_ptr, scale_ptr, outer_ptr, factor, rows, there,
+                tl.zeros((ROWS,), ACC), 0, dim, stride_xn, METRIC, HAS_OUTER, ROWS, BLOCKS, ACC,
             )  # fmt: skip
             tl.store(part_ptr + lanes, tl.where(there, make_key(score, rows), EMPTY))
         tl.debug_barrier()
@@ -224,7 +233,8 @@ class Pairs:
     """Queries and rows whose pairs are scored: ``[B, dim]`` and ``[N, dim]``, by a metric.
 
     Args:
-        linear: A factor and a term a row, ``[N]`` fp32 each, instead of a metric.
+        linear: sum · scale + factor · outer, ``[N]``, ``[B]`` and ``[N]`` fp32, instead of a
+            metric's; without the second part where there is no outer.
         allowed: ``[N]`` uint8: rows where it is 0 have no score.
         double: Sum in fp64.
     """
@@ -235,14 +245,15 @@ class Pairs:
         x: Tensor,
         metric: str,
         *,
-        linear: tuple[Tensor, Tensor] | None = None,
+        linear: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
         allowed: Tensor | None = None,
         double: bool = False,
     ):
         self.q, self.x, self.allowed = q, x, allowed
-        self.scale, self.term = linear or (None, None)
+        self.scale, self.factor, self.outer = linear or (None, None, None)
         self.flags = {
             "METRIC": METRICS["linear" if linear else metric],
+            "HAS_OUTER": self.outer is not None,
             "HAS_ALLOWED": allowed is not None,
             "ACC": tl.float64 if double else tl.float32,
         }
@@ -272,7 +283,8 @@ class Pairs:
         blocks = pair_blocks(self.x)
         tiles = triton.cdiv(out.shape[1], blocks["ROWS"])
         _keys_kernel[(len(rows) * tiles,)](
-            self.q, self.x, self.scale, self.term, rows, count, flag, self.allowed, sums, out,
+            self.q, self.x, self.scale, self.outer, self.factor, rows, count, flag, self.allowed,
+            sums, out,
             len(self.x), C, tiles, begin, self.x.shape[1], self.q.stride(0), self.x.stride(0),
             rows.stride(0), 0 if sums is None else sums.stride(0), HAS_SUMS=sums is not None,
             **shape, **self.flags, **blocks, **ROUNDED,
@@ -287,9 +299,9 @@ class Pairs:
         blocks = pair_blocks(self.x)
         blocks |= {"ROWS": min(blocks["ROWS"], kept), "num_warps": 8 if kept > 512 else 4}
         _rescan_kernel[(len(keys) * splits,)](
-            self.q, self.x, self.scale, self.term, flag, self.allowed, keys, len(self.x),
-            keys.shape[1], splits, rows, self.x.shape[1], self.q.stride(0), self.x.stride(0),
-            KEPT=kept, **self.flags, **blocks, **ROUNDED,
+            self.q, self.x, self.scale, self.outer, self.factor, flag, self.allowed, keys,
+            len(self.x), keys.shape[1], splits, rows, self.x.shape[1], self.q.stride(0),
+            self.x.stride(0), KEPT=kept, **self.flags, **blocks, **ROUNDED,
         )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def row_vectors(x: Tensor, metric: str) -> tuple[Vectors, Tensor]:
     vectors = Vectors()
     if metric == "cosine":
         smallest = torch.where(norms > 0, norms, torch.inf).min()
-        largest = torch.where(smallest > 2.0**-40, largest, torch.inf)
+        largest = torch.where(smallest > 2.0**-40, largest.clamp(1, 1), torch.inf)
         vectors = Vectors(scale=norms.reciprocal().where(norms != 0, 0.0))
     if metric == "l2":
         vectors = Vectors(term=-0.5 * norms * norms)
@@ -80,93 +80,123 @@ def prefix_topk(queries: Tensor, database: Tensor, k: int, dim: int, metric: str
     return result
 
 
-def topk(
-    q: Tensor,
-    x: Tensor,
-    k: int,
-    metric: str,
-    result: Result,
-    *,
-    rows: tuple[Vectors, Tensor] | None = None,
-    allowed: Tensor | None = None,
-    ids: Tensor | None = None,
-    linear: bool = False,
-) -> None:
-    """The k best of the rows ``x [N, dim]`` to ``result``.
+class Rows(NamedTuple):
+    """What is known of the rows ``[N, dim]`` that are searched.
 
-    Args:
-        rows: The metric's part of each row, −inf where a row is not allowed, and the largest norm;
-            None: to be found.
+    Attributes:
+        vectors: What a scan makes of a row's sum; with a term of −inf where it is not allowed.
+        norm: ``[1]`` fp32, as ``row_vectors`` returns it.
         allowed: ``[N]`` uint8, 0 where a row may not be found.
-        ids: ``[N]`` int64, what rows are called in the result.
-        linear: Scores are what ``rows`` makes of products, not the metric's.
+        ids: ``[N]`` int64, what rows are called in a result; None: their numbers.
+        linear: Scores are what ``vectors`` makes of sums, not the metric's.
     """
+
+    vectors: Vectors | None = None
+    norm: Tensor | None = None
+    allowed: Tensor | None = None
+    ids: Tensor | None = None
+    linear: bool = False
+
+    def of(self, part: slice) -> "Rows":
+        """For some of the queries."""
+        v = self.vectors
+        if v is None or v.factor is None:
+            return self
+        return self._replace(vectors=v._replace(factor=v.factor[part]))
+
+    def pairs(self, q: Tensor, x: Tensor, metric: str, *, double: bool) -> Pairs:
+        v = self.vectors
+        linear = (v.scale, v.factor, v.outer) if v and self.linear else None
+        return Pairs(q, x, metric, linear=linear, allowed=self.allowed, double=double)
+
+
+def topk(
+    q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: Rows | None = None, *,
+    double: bool = False,
+) -> None:  # fmt: skip
+    """The k best of the rows ``x [N, dim]`` to ``result``; ``double`` sums scores in fp64."""
+    rows = rows or Rows()
     if not len(q) * len(x):
         return
     if k > RESCANNED:
-        return score_all(
-            q, x, k, metric, result, rows=rows, allowed=allowed, ids=ids, linear=linear
-        )
-    block_n = scan_config(len(q), x).BLOCK_N
+        return score_all(q, x, k, metric, result, rows, double=double)
+    coarse, config = scan_queries(q, x, metric), scan_config(len(q), x)
     plan = Plan.of(
-        k, triton.cdiv(len(x), block_n), block_n, exact=Margin.of(x, metric).bound < 1e-3
-    )
+        k, triton.cdiv(len(x), config.BLOCK_N), config.BLOCK_N,
+        exact=coarse.margin.bound < 1e-3 and coarse.errors is None,
+    )  # fmt: skip
     step = max(1, TEMPORARY_BYTES // plan.bytes)
-    if rows is None and len(q) > min(step, scan_config(len(q), x).BLOCK_B):
-        rows = row_vectors(x, metric)  # rather than once a tile of queries
-    q_norms = row_norms(q)
+    if rows.vectors is None and len(q) > min(step, config.BLOCK_B):
+        vectors, norm = row_vectors(x, metric)  # rather than once a tile of queries
+        rows = rows._replace(vectors=vectors, norm=norm)
     for part in chunks(len(q), step):
-        vectors, norm = rows or (None, torch.zeros(1, device=q.device))
-        pairs = Pairs(
-            q[part], x, metric, allowed=allowed,
-            linear=(vectors.scale, vectors.term) if linear else None,
-        )  # fmt: skip
-        scan = Scan(q[part], x, metric, vectors, q_norms[part], norm)
-        keys = shortlist(scan, pairs, k, plan, Margin.of(x, metric), q_norms[part])
-        select(keys, (result[0][part], result[1][part]), ids)
+        norm = torch.zeros(1, device=q.device) if rows.norm is None else rows.norm
+        mine, its = coarse.part(part), rows.of(part)
+        scan = Scan(mine.q, x, metric, its.vectors, mine.norms, norm)
+        keys = shortlist(scan, its.pairs(q[part], x, metric, double=double), k, plan, mine)
+        select(keys, (result[0][part], result[1][part]), rows.ids)
+
+
+class Coarse(NamedTuple):
+    """Queries as a scan reads them: in the rows' dtype."""
+
+    q: Tensor  # [B, dim]
+    norms: Tensor  # [B] fp32
+    errors: Tensor | None  # [B] fp32, norms of what rounding took; None: nothing
+    margin: Margin
+
+    def part(self, part: slice) -> "Coarse":
+        errors = None if self.errors is None else self.errors[part]
+        return Coarse(self.q[part], self.norms[part], errors, self.margin)
+
+
+def scan_queries(q: Tensor, x: Tensor, metric: str) -> Coarse:
+    coarse = q.to(x.dtype)
+    errors = None if q.dtype == x.dtype else row_norms(q - coarse.to(q.dtype)) * (1 + 1e-6)
+    return Coarse(coarse, row_norms(coarse), errors, Margin.of(x, metric))
 
 
 def shortlist(
-    scan: Scan, pairs: Pairs, k: int, plan: Plan, margin: Margin, q_norms: Tensor
+    scan: Scan, pairs: Pairs, k: int, plan: Plan, q: Coarse, among: Tensor | None = None
 ) -> Tensor:
-    """Keys of rows among which are each query's k best, ``[B, kept · BUCKET]``."""
-    B, device, config = len(scan.q), scan.q.device, scan.config
-    hits = torch.empty(B, plan.buffer, dtype=torch.int64, device=device)
-    seeds = plan.ends[0] * config.BLOCK_N // BUCKET
-    count = torch.full((B,), seeds, dtype=torch.int32, device=device)
-    flag = torch.zeros(B, dtype=torch.int32, device=device)
-    theta = torch.empty(B, device=device)
-    begin = 0
+    """Keys of rows among which are each query's k best, ``[B, kept · BUCKET]``; none of a query
+    where ``among [B]`` int32 is 0."""
+    config, begin = scan.config, 0
+    hits, count, flag, theta = buffers(q.q, plan.buffer, plan.ends[0] * config.BLOCK_N // BUCKET)
+    if among is not None:
+        count *= among
     for end in plan.ends:
         scan(hits, count, theta, begin, end, dense=begin == 0)
-        narrow(hits, count, flag, theta, q_norms, scan.norm, plan.rank, margin[1:])
+        narrow(hits, count, flag, theta, q.norms, q.errors, scan.norm, plan.rank, q.margin[1:])
         begin = end
-    found = pairs.bucket_keys(hits, count, flag, plan.kept, config.BLOCK_N, config.groups)
-    pairs.rescan(found, flag, k)
-    return found
+    keys = pairs.bucket_keys(hits, count, flag, plan.kept, config.BLOCK_N, config.groups)
+    pairs.rescan(keys, flag, k)
+    return keys
+
+
+def buffers(q: Tensor, size: int, seeds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, device = len(q), q.device
+    hits = torch.empty(B, size, dtype=torch.int64, device=device)
+    count = torch.full((B,), seeds, dtype=torch.int32, device=device)
+    flag = torch.zeros(B, dtype=torch.int32, device=device)
+    return hits, count, flag, torch.empty(B, device=device)
 
 
 def score_all(
-    q: Tensor, x: Tensor, k: int, metric: str, result: Result, *,
-    rows: tuple[Vectors, Tensor] | None = None, allowed: Tensor | None = None,
-    ids: Tensor | None = None, linear: bool = False,
-) -> None:  # fmt: skip
+    q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: Rows, *, double: bool = False
+) -> None:
     """The k best of all rows, every pair scored canonically; a chunk of queries and of rows at a
     time, at least as many rows as are kept."""
     least = max(4096, k)
-    vectors = rows[0] if rows else Vectors()
     for part in chunks(len(q), max(1, TEMPORARY_BYTES // (32 * (min(len(x), least) + k)))):
-        pairs = Pairs(
-            q[part], x, metric, allowed=allowed,
-            linear=(vectors.scale, vectors.term) if linear else None,
-        )  # fmt: skip
+        pairs = rows.of(part).pairs(q[part], x, metric, double=double)
         size = part.stop - part.start
         best = torch.empty(size, 0, dtype=torch.int64, device=q.device)
         for found in chunks(len(x), max(least, TEMPORARY_BYTES // (32 * size) - k)):
             numbers = torch.arange(found.start, found.stop, device=q.device).expand(size, -1)
             best = torch.cat([best, pairs.keys(numbers)], 1)
             best = best.topk(min(k, best.shape[1]), dim=1).values
-        select(best, (result[0][part], result[1][part]), ids)
+        select(best, (result[0][part], result[1][part]), rows.ids)
 
 
 def rerank(

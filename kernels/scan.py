@@ -163,7 +163,8 @@ def _scan_kernel(
                 # Squares that leave fp32's normal range bound nothing.
                 safe = (square > 8.3e-25) | (square == 0.0)  # 2^-80
                 norm = tl.sqrt(square * (1.0 + dim * 2.4e-7) + dim * 1.2e-38)
-                norm = tl.where(safe | (NORMS != 1), norm, float("inf"))
+                if NORMS == 1:  # of what is multiplied by its inverse
+                    norm = tl.where(safe, 1.0, float("inf"))
                 largest = tl.maximum(largest, norm)
             if NORMS == 0:
                 v += (bound * factor)[:, None] * norm[None, :]
@@ -207,7 +208,7 @@ def _scan_kernel(
 
 class Margin(NamedTuple):
     """How far a scan's score may be from the canonical one: ``a + b·q + c·q² + d·q·x + e·x²`` with
-    a query's norm and the largest norm of a row.
+    a query's norm and the largest norm of a row, which is 1 under cosine.
 
     Both round every product and sum, tensor cores by truncation, and the metric's own terms: in all
     fewer than 2(d + 16) roundings of numbers no larger than the norms' product."""
@@ -218,6 +219,10 @@ class Margin(NamedTuple):
     c: float = 0.0
     d: float = 0.0
     e: float = 0.0
+
+    def error(self, q: Tensor, x: Tensor) -> Tensor:
+        """For queries' norms ``[B]`` and the largest of a row's ``[1]``."""
+        return self.a + self.b * q + self.c * q * q + self.d * q * x + self.e * x * x
 
     @classmethod
     def of(cls, x: Tensor, metric: str) -> "Margin":
@@ -231,8 +236,6 @@ class Margin(NamedTuple):
         exact = x.dtype == torch.int8  # sums of integers, rounded at the end
         bound = 2 * (dim + 16) * 2.0**-24 + (0.0 if exact else coarse)
         tiny = dim * torch.finfo(torch.float32).tiny
-        if metric == "cosine":
-            return cls(bound, tiny, b=bound)
         if metric == "l2":  # (q + x)²/2 <= q² + x²
             return cls(bound, tiny, c=bound, e=bound)
         return cls(bound, tiny, d=bound)

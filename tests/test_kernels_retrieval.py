@@ -83,6 +83,8 @@ def test_errors_of_the_scan_within_its_margin_change_nothing(
     expected = kernels.prefix_topk(q, x, 5, 8, metric)
     scan = retrieval.Scan.__call__
     norms = torch.linalg.vector_norm(x, dim=1).max(), torch.linalg.vector_norm(q, dim=1)
+    if metric == "cosine":  # rows are divided by theirs
+        norms = torch.ones_like(norms[0]), norms[1]
     wrong = 0
     for factor, seed in [(0.95, 0), (0.95, 1), (0.95, 2), (1e5, 0)]:
         generator = torch.Generator().manual_seed(seed)
@@ -182,7 +184,9 @@ def test_chunks_of_rows(triton_device, monkeypatch):
     x = torch.arange(9000.0, device=triton_device)[:, None] // 4500
     for k in (3, 4600):  # within a chunk of 4096 rows, and beyond one
         scores, ids = retrieval.empty(torch.ones(1, 1, device=x.device), k)
-        retrieval.score_all(torch.ones(1, 1, device=x.device), x, k, "ip", (scores, ids))
+        retrieval.score_all(
+            torch.ones(1, 1, device=x.device), x, k, "ip", (scores, ids), retrieval.Rows()
+        )
         expected = torch.arange(9000, device=x.device).roll(-4500)[:k]
         assert torch.equal(ids[0], expected)
 
