@@ -20,6 +20,7 @@ setup(
         "mrl_fast.cli",
         "mrl_fast.cpu",
         "mrl_fast.demo",
+        "mrl_fast.gpu",
         "mrl_fast.integrations",
         "mrl_fast.kernels",
         "mrl_fast.losses",

@@ -1,303 +1,188 @@
 """What the compiler makes of every Triton kernel that ships, on every architecture; needs no GPU.
 
-    python benchmarks/static_gates.py          # the table
-    python benchmarks/static_gates.py --json
+    python benchmarks/static_gates.py                     # the table; fails where a limit is broken
+    python benchmarks/static_gates.py --write benchmarks/results/gates.md
+    python benchmarks/static_gates.py --only "scan bf16 1024q" --sass build/sass
+    python benchmarks/static_gates.py --short --json      # what the tests look at
 
-Registers and spilled bytes a thread, shared memory a program, and the matrix instructions in the
-machine code: half precision must use the tensor cores, exact fp32 must not.
+static_cases.py finds the kernels; the limits are in ``failures`` here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: this compiles
+Row = dict[str, Any]  # of one kernel on one architecture
 
-import triton
-import triton.language as tl
-from mrl_fast.kernels import (
-    fold_gradients,
-    fold_statistics,
-    keys,
-    logits,
-    pairs,
-    predict,
-    scan,
-    tiling,
-)
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program
-MATRIX = {
-    80: r"[HI]MMA",
-    90: r"[HIQ]GMMA|[HI]MMA",
-    100: r"UTC[HIQ]MMA|[HI]MMA",
-}  # tensor core instructions
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-WHOLE = ("dim", "width", "readable")  # multiples of 16, as strides are taken to be
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-FLOATS = ("own_boost", "other_boost", "limit", "bound", "e_a", "e_b", "e_c", "e_d", "e_e")
-WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1, "fp8e4nv": 1}
-
-KEYS = {
-    "keys_ptr": "*i64", "hits_ptr": "*i64", "rows_ptr": "*i64", "ids_ptr": "*i64",
-    "count_ptr": "*i32", "flag_ptr": "*i32", "skip_ptr": "*i32", "allowed_ptr": "*u8",
-}  # fmt: skip
-PREDICT = {"label_ptr": "*i32"}
-FOLD_TYPES = {"target_ptr": "*i32", "own_ptr": "*i32", "mask_ptr": "*u8"}
-FOLD = {
-    "HAS_BIAS": False, "HAS_SCALE": False, "HAS_TARGET": True, "HAS_HIT": True, "HAS_MASK": False,
-    "SOFT": "none", "OWN": "none", "LINK": "softmax", "COLUMNS": False,
-}  # fmt: skip
-SCALED = {"HAS_SCALE": True}
-FOLDS = {
-    "": {"HAS_BIAS": True},  # cross-entropy, as the next
-    "smooth": {"HAS_BIAS": True, "SOFT": "row"},
-    "scaled": SCALED,  # InfoNCE, as the next five
-    "columns": SCALED | {"COLUMNS": True},
-    "boost": SCALED | {"OWN": "boost", "COLUMNS": True},
-    "exclude": SCALED | {"OWN": "exclude", "HAS_HIT": False},
-    "mask": SCALED | {"HAS_MASK": True},
-    "sigmoid": SCALED | {"HAS_BIAS": True, "LINK": "sigmoid"},
-    "distill": SCALED | {"SOFT": "matrix", "HAS_TARGET": False, "HAS_HIT": False},
-    "all": SCALED
-    | {"HAS_BIAS": True, "HAS_MASK": True, "OWN": "boost", "COLUMNS": True, "SOFT": "matrix"},
-}
+ARCHITECTURES = 80, 90, 100
+SHARED = {
+    80: 164 << 10,
+    90: 228 << 10,
+    100: 228 << 10,
+}  # bytes of an SM; a program costs 1 KiB more
+REGISTERS, THREADS = 65536, 2048  # of an SM
+MATRIX = {80: r"[HI]MMA", 90: r"[HIQ]GMMA|[HI]MMA", 100: r"UTC[HIQ]MMA|[HI]MMA"}
+GROUPED = {80: r"(?!)", 90: r"[HIQ]GMMA", 100: r"UTC[HIQ]MMA"}  # operands in shared memory
 
 
-class Case(NamedTuple):
-    name: str
-    kernel: Any
-    types: dict[str, str]  # of runtime arguments
-    constants: dict[str, Any]
-    options: dict[str, int]
-    precision: str | None  # "half", "tf32", "ieee"; None has no matrix product
+def measured(one: Any, capability: int, keep: Path | None) -> Row:
+    """Compiles a case of static_cases and reads its machine code."""
+    import static_cases
 
-
-def cases() -> Iterator[Case]:
-    for dtype in ("bf16", "fp16", "fp32"):
-        for precision in ("half",) if WIDTH[dtype] == 2 else ("ieee", "tf32"):
-            ir_precision = "ieee" if precision == "half" else precision
-            blocks = tiling.CONFIGS[WIDTH[dtype]]._asdict()
-            storing = tiling.STORING_CONFIGS[WIDTH[dtype]]._asdict()
-            common = {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
-            flags = {"HAS_BIAS": True, "ALIGNMENT": 8, "PRECISION": ir_precision}
-            label = f"{dtype} {precision}" if WIDTH[dtype] == 4 else dtype
-            out = {"out_ptr": f"*{dtype}"}
-            yield case(
-                f"logits {label}",
-                logits._nested_logits_kernel,
-                common | out,
-                flags,
-                storing,
-                precision,
-            )
-            yield case(f"predict {label}", predict._predict_kernel, common | PREDICT, flags, blocks,
-                       precision)  # fmt: skip
-            for name, features in FOLDS.items():
-                if dtype == "fp16" and name not in ("", "scaled", "all"):
-                    continue  # as bf16, but for its bound
-                fold = FOLD | features | {"ALIGNMENT": 8, "PRECISION": ir_precision}
-                types, size = common | FOLD_TYPES, WIDTH[dtype]
-                yield case(
-                    f"statistics {label} {name}".strip(), fold_statistics._statistics_kernel, types,
-                    fold, fold_statistics.configs(fold)[size]._asdict(), precision,
-                )  # fmt: skip
-                yield case(
-                    f"score gradients {label} {name}".strip(),
-                    fold_gradients._score_gradients_kernel, types | out, fold,
-                    fold_gradients.configs(fold)[size]._asdict(), precision,
-                )  # fmt: skip
-            yield from search_cases(dtype, precision, label)
-    for dtype in ("i8", "fp8e4nv"):
-        yield from search_cases(dtype, "integer" if dtype == "i8" else "fp8", dtype)
-    for size in (2048, 8192, 16384):
-        blocks = {"C": size, "num_warps": keys.narrow_warps(size)}
-        yield case(f"narrow {size}", keys._narrow_kernel, KEYS, {}, blocks, None)
-    for size in (64, 512, 2048):
-        blocks = {"BLOCK_C": size, "num_warps": 4 if size <= 1024 else 8}
-        flags = {"HAS_IDS": True, "SORT": True}
-        yield case(f"select {size}", keys._decode_kernel, KEYS, flags, blocks, None)
-
-
-def search_cases(dtype: str, precision: str, label: str) -> Iterator[Case]:
-    search = KEYS | {"q_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
-    ir_precision = {"tf32": "tf32", "ieee": "tf32x3"}.get(precision, "ieee")
-    for queries in (1, 32, 64, 1024):
-        for dim in (64, 256):
-            x = Elements(WIDTH[dtype], dim)
-            config = scan.scan_config(queries, x)
-            for norms in (0, 1, 2, -1) if queries <= config.BLOCK_B else (-1,):
-                for dense in (False, True):
-                    flags = {
-                        "HAS_SCALE": norms == -1, "HAS_TERM": norms == -1 and precision != "half",
-                        "HAS_OUTER": False, "HAS_SKIP": False, "NORMS": norms, "DENSE": dense,
-                        "WHOLE": dim <= config.BLOCK_D, "GROUPS": config.groups,
-                        "MAGIC_SUMS": dtype == "i8" and dim <= scan.MAGIC_DIM,
-                        "PRECISION": ir_precision,
-                    }  # fmt: skip
-                    name = f"scan {label} {queries}q {dim}d norms={norms}{' dense' * dense}"
-                    kind = "tf32" if precision == "ieee" else precision
-                    yield case(name, scan._scan_kernel, search, flags, config._asdict(), kind)
-    if precision == "tf32":
-        return
-    for metric, code in pairs.METRICS.items():
-        flags = {"METRIC": code, "HAS_ALLOWED": False, "ACC": tl.float32}
-        blocks = pairs.pair_blocks(Elements(WIDTH[dtype], 1024)) | pairs.ROUNDED
-        plain = {"HAS_SUMS": False, "BUCKETS": False, "TILE": 0, "GROUPS": 0}
-        hits = {"HAS_SUMS": False, "BUCKETS": True, "TILE": 128, "GROUPS": 2}
-        for name, more in (("", plain), (" of buckets", hits)):
-            yield case(
-                f"pairs {dtype} {metric}{name}",
-                pairs._keys_kernel,
-                search,
-                flags | more,
-                blocks,
-                None,
-            )
-    for kept in (128, 2048):
-        flags = {"METRIC": 0, "HAS_ALLOWED": False, "ACC": tl.float32, "KEPT": kept}
-        blocks |= {"num_warps": 8 if kept > 512 else 4}
-        yield case(f"rescan {dtype} {kept}", pairs._rescan_kernel, search, flags, blocks, None)
-
-
-class Elements:
-    """Stands for a tensor where only its width and that of an element are asked for."""
-
-    def __init__(self, width: int, dim: int = 64):
-        self.width, self.shape = width, (1 << 20, dim)
-
-    def element_size(self) -> int:
-        return self.width
-
-
-def case(name, kernel, types, constants, blocks, precision) -> Case:
-    options = {k: v for k, v in blocks.items() if k in OPTIONS}
-    constants = constants | {k: v for k, v in blocks.items() if k not in OPTIONS}
-    return Case(name, kernel, types, constants, options, precision)
-
-
-def compile_case(item: tuple[Case, int]) -> dict[str, Any]:
-    one, capability = item
-    signature, attributes = {}, {}
-    for i, name in enumerate(one.kernel.arg_names):
-        if name in one.constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = one.types.get(name, "*fp32" if name != "schedule_ptr" else "*i16")
-        else:
-            signature[name] = "fp32" if name in FLOATS else "i32"
-        # As the launcher finds them for widths of whole cache lines.
-        if name.endswith("_ptr") or name.startswith("stride_") or name in WHOLE:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(one.kernel, signature, one.constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=one.options)
+    binary = static_cases.compiled(one, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
+        cubin.write(binary.asm["cubin"])
         cubin.flush()
         usage = tool("cuobjdump", "-res-usage", cubin.name)
         sass = tool("nvdisasm", "-c", cubin.name)
-        if os.environ.get("DUMP"):
-            Path("/tmp/k/" + one.name.replace(" ", "_") + f".{capability}.sass").write_text(sass)
-            Path("/tmp/k/" + one.name.replace(" ", "_") + f".{capability}.ttgir").write_text(
-                compiled.asm["ttgir"]
-            )
-    return {
+    if keep:
+        file = str(keep / f"{one.name} sm_{capability}".replace(" ", "_"))
+        Path(file + ".sass").write_text(sass)
+        Path(file + ".ttgir").write_text(binary.asm["ttgir"])
+    constants = one.constants
+    registers, shared = counted("REG", usage), binary.metadata.shared
+    warps = binary.metadata.num_warps
+    row = {
         "kernel": one.name,
+        "function": one.kernel.__name__,
         "arch": capability,
-        "registers": counted("REG", usage),
+        "constants": {k: v if isinstance(v, (int, str)) else str(v) for k, v in constants.items()},
+        "warps": warps,
+        "stages": binary.metadata.num_stages,
+        "registers": registers,
         "spill_bytes": counted("STACK", usage) + counted("LOCAL", usage),
-        "shared_bytes": compiled.metadata.shared,
+        "shared_bytes": shared,
         "stage_bytes": stage_bytes(one),
-        "matrix_instructions": len(re.findall(MATRIX[capability], sass)),
-        "fma_instructions": len(re.findall(r"\bFFMA2?\b", sass)),
-        "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
-        "precision": one.precision,
-        "loop_instructions": loop_instructions(one, sass, capability),
+        "programs": programs(capability, registers, warps, shared),
+        "matrix": occurrences(MATRIX[capability], sass),
+        "grouped_matrix": occurrences(GROUPED[capability], sass),
+        "fma": occurrences("[FD]FMA2?", sass),
+        "copies": occurrences("LDGSTS", sass),
+        "narrow_copies": len(re.findall(r"\bLDGSTS(?!\S*\.128)", sass)),
+        "wide_loads": len(re.findall(r"\bLDG\S*\.128", sass)),
     }
+    loop = main_loop(row, sass)
+    row["loop_fma"] = occurrences("[FD]FMA2?", "\n".join(loop))
+    row["instructions"] = instructions(row, len(loop))
+    return row
 
 
-def loop_instructions(one: Case, sass: str, capability: int) -> float | None:
-    """Lane instructions a score in a scan's loop over tiles, its every branch taken."""
-    if one.kernel is not scan._scan_kernel:
-        return None
-    labels, lines = {}, []  # lines: of code
-    for line in sass.splitlines():
+def main_loop(row: Row, sass: str) -> list[str]:
+    """The innermost loop with a matrix product; with loads of rows, where there is none."""
+    wanted = MATRIX[row["arch"]] if row["matrix"] else "LDG"
+    loops = (loop for loop in loops_of(sass.splitlines()) if occurrences(wanted, "\n".join(loop)))
+    return next(loops, [])
+
+
+def loops_of(lines: list[str]) -> list[list[str]]:
+    """The code from a label to a jump back to it, the shortest first."""
+    labels, code, loops = {}, [], []
+    for line in lines:
         if label := re.match(r"(\.L_x_\d+):", line.strip()):
-            labels[label[1]] = len(lines)
+            labels[label[1]] = len(code)
         elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
-            lines.append(line)
-    products = [i for i, line in enumerate(lines) if re.search(MATRIX[capability], line)]
-    loops = []
-    for i, line in enumerate(lines):
-        target = re.search(r"\bBRA(?:\.U)?\b.*?(\.L_x_\d+)", line)
-        if target and labels.get(target[1], i + 1) <= i and products:
-            begin = labels[target[1]]
-            inside = sum(begin <= p <= i for p in products)
-            loops.append((-inside, i + 1 - begin))
-    if not loops:
-        return None
-    c = one.constants
-    return round(min(loops)[1] * one.options["num_warps"] * 32 / (c["BLOCK_B"] * c["BLOCK_N"]), 2)
+            code.append(line)
+            jump = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
+            if jump and jump[1] in labels:
+                loops.append(code[labels[jump[1]] :])
+    return sorted(loops, key=len)
 
 
-def stage_bytes(one: Case) -> int:
+def instructions(row: Row, length: int) -> float | None:
+    """Of one lane in the main loop: a score of a scan, a column of a row elsewhere."""
+    c = row["constants"]
+    if row["kernel"].startswith("scan"):  # of several blocks of columns, the last alone has it all
+        units = c["BLOCK_B"] * c["BLOCK_N"] if c["WHOLE"] else 0
+    else:
+        units = 64 * c.get("ROWS", 0) * c.get("BLOCKS", 0)
+    return round(length * row["warps"] * 32 / units, 2) if units and length else None
+
+
+def stage_bytes(one: Any) -> int:
     """What a block of columns of both operands takes in shared memory; 0 without a product."""
-    if one.precision is None:
-        return 0
     blocks = one.constants
+    if "BLOCK_B" not in blocks:
+        return 0
     rows = blocks["BLOCK_B"] + blocks.get("BLOCK_V", blocks.get("BLOCK_N"))
-    return rows * blocks["BLOCK_D"] * WIDTH[one.types["x_ptr"][1:]]
+    if blocks.get("WHOLE"):
+        rows = blocks["BLOCK_N"]  # the queries are loaded once
+    return rows * blocks["BLOCK_D"] * one.arguments["x_ptr"].element_size()
+
+
+def programs(capability: int, registers: int, warps: int, shared: int) -> int:
+    """That an SM can hold at a time."""
+    of_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    return min(of_registers, THREADS // (32 * warps), SHARED[capability] // (shared + 1024))
 
 
 def counted(resource: str, usage: str) -> int:
     return int(re.findall(rf"\b{resource}:(\d+)", usage)[0])
 
 
+def occurrences(instruction: str, sass: str) -> int:
+    return len(re.findall(rf"\b(?:{instruction})\b", sass))
+
+
 def tool(name: str, *arguments: str) -> str:
-    return subprocess.run(
-        [TOOLS / name, *arguments], capture_output=True, text=True, check=True
-    ).stdout
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def failures(row: Row) -> list[str]:
+    return []
+
+
+def in_short(kernel: str, arch: int) -> bool:
+    """Beside the first kernel of each kind: the scans that most depends on."""
+    plain = re.fullmatch(r"scan .* 1024q (32|64|128)d", kernel)
+    return bool(plain or arch == 90 and re.match(r"scan bf16 .*\b64d\b", kernel))
+
+
+WORK: list[tuple[Any, int, Path | None]] = []  # before processes are forked: cases are not pickled
+
+
+def work_on(i: int) -> Row:
+    return measured(*WORK[i])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compiles every Triton kernel that ships.")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
-    as_json, only = vars(parser.parse_args()).values()
-    work = [
-        (one, cc)
-        for one in cases()
-        for cc in SHARED_LIMIT
-        if only in one.name and not ("fp8" in one.name and cc < 89)
-    ]
+    parser.add_argument("--short", action="store_true", help="one of each kind, in a minute")
+    parser.add_argument("--sass", type=Path, metavar="DIR", help="where disassembly is kept")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="where the table goes")
+    options = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: this compiles
+    import static_cases
+    from triton import knobs
+
+    if options.sass:
+        options.sass.mkdir(parents=True, exist_ok=True)
+    kinds = set()
+    for one in static_cases.cases():
+        for cc in ARCHITECTURES:
+            wanted = not options.short or one.kind not in kinds or in_short(one.name, cc)
+            if wanted and options.only in one.name and not (cc < 89 and " fp8 " in one.name):
+                WORK.append((one, cc, options.sass))
+        kinds.add(one.kind)
     with tempfile.TemporaryDirectory() as cache:
         knobs.cache.dir = cache
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            rows = list(pool.map(compile_case, work))
-    if as_json:
-        print(json.dumps(rows))
-        return
-    print("| kernel | sm | registers | spill B | shared KiB | matrix | FFMA | copies | a score |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for r in rows:
-        cells = (
-            r["kernel"], r["arch"], r["registers"], r["spill_bytes"], r["shared_bytes"] >> 10,
-            r["matrix_instructions"], r["fma_instructions"], r["async_copies"],
-            r["loop_instructions"] or "",
-        )  # fmt: skip
-        print("| " + " | ".join(map(str, cells)) + " |")
+        with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+            rows = pool.map(work_on, range(len(WORK)), chunksize=1)
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from mrl_fast.kernels.keys import EMPTY, Result, select
+from mrl_fast.kernels.keys import EMPTY, Result, scores_of, select
 from mrl_fast.kernels.pairs import RESCANNED
 from mrl_fast.kernels.retrieval import (
     TEMPORARY_BYTES,
@@ -75,7 +75,7 @@ def _certify(
     best = pairs.keys(near[1]).topk(k, dim=1).values[:, -1]  # [B]
 
     hits, count, flag, scan = _reach(
-        q, x, prefix.dim, metric, _score_of(best), prefix.bounds, SURVIVORS
+        q, x, prefix.dim, metric, scores_of(best), prefix.bounds, SURVIVORS
     )
     config = scan.config
     keys = pairs.bucket_keys(hits, count, flag, SURVIVORS, config.BLOCK_N, config.groups)
@@ -132,17 +132,10 @@ def range_search(
             keys = rows.pairs(q[b], x, metric, double=True).bucket_keys(
                 hits[mine], count[mine], flag[mine], size, scan.config.BLOCK_N, scan.config.groups
             )[0]
-            keys = keys[(keys != EMPTY.value) & (_score_of(keys) >= least)]
+            keys = keys[(keys != EMPTY.value) & (scores_of(keys) >= least)]
             found.append(keys.sort(descending=True).values)
             counts.append(len(keys))
     lims = torch.tensor([0, *counts], device=q.device).cumsum(0)
     keys = torch.cat(found)
     ids = 0xFFFFFFFF - (keys & 0xFFFFFFFF)
-    return lims, _score_of(keys), ids if rows.ids is None else rows.ids[ids]
-
-
-def _score_of(keys: Tensor) -> Tensor:
-    """fp32, −inf where there is no row."""
-    bits = keys >> 32
-    score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int32).view(torch.float32)
-    return torch.where(keys == EMPTY.value, -torch.inf, score)
+    return lims, scores_of(keys), ids if rows.ids is None else rows.ids[ids]

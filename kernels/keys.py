@@ -6,6 +6,7 @@ the rank-th best score of a query's buffer bit by bit, and keeps what the scan's
 exclude; one program owns a query.
 """
 
+import torch
 import triton
 import triton.language as tl
 from mrl_fast.kernels.tiling import interpreted
@@ -146,3 +147,10 @@ def select(keys: Tensor, result: Result, ids: Tensor | None = None) -> None:
         keys, ids, *result, keys.shape[1], k, result[0].stride(0), result[1].stride(0),
         HAS_IDS=ids is not None, SORT=sort, BLOCK_C=block, num_warps=4 if block <= 1024 else 8,
     )  # fmt: skip
+
+
+def scores_of(keys: Tensor) -> Tensor:
+    """fp32, −inf where there is no row."""
+    bits = keys >> 32
+    score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int32).view(torch.float32)
+    return torch.where(keys == EMPTY.value, -torch.inf, score)

@@ -223,19 +223,27 @@ def rerank_rows(
 def funnel_search(
     queries: Tensor, database: Tensor, stages: Sequence[tuple[int, int]], metric: str
 ) -> Result:
-    """A score that is its sum, over whole blocks of columns, is carried to the next stage."""
     (dim, keep), *later = stages
-    scores, rows = prefix_topk(queries, database, keep, dim, metric)
-    for wider, keep in later:
-        q, x = operand(queries[:, :wider]), operand(database[:, :wider])
+    found = prefix_topk(queries, database, keep, dim, metric)
+    return rerank_stages(queries, database, found, later, metric, scored=dim)
+
+
+def rerank_stages(
+    q: Tensor, x: Tensor, found: Result, stages: Sequence[tuple[int, int]], metric: str, *,
+    scored: int, ids: Tensor | None = None,
+) -> Result:  # fmt: skip
+    """Goes on from what a first stage found; its scores are of ``scored`` columns, 0 where they are
+    of something else. A score that is a sum over whole blocks of columns is carried on."""
+    for i, (dim, keep) in enumerate(stages):
         result = empty(q, keep)
-        carried = metric != "cosine" and dim % WHOLE_BLOCK == 0
+        carried = metric != "cosine" and scored % WHOLE_BLOCK == 0
         rerank_rows(
-            q, x, rows, keep, metric, result, begin=dim if carried else 0,
-            sums=scores if carried else None,
+            operand(q[:, :dim]), operand(x[:, :dim]), found[1], keep, metric, result,
+            begin=scored if carried else 0, sums=found[0] if carried and scored else None,
+            ids=ids if i == len(stages) - 1 else None,
         )  # fmt: skip
-        (scores, rows), dim = result, wider
-    return scores, rows
+        found, scored = result, dim
+    return found
 
 
 def empty(q: Tensor, k: int) -> Result:

@@ -50,20 +50,34 @@ class _Unlocked:
 
 
 def like(x: Any) -> Callable[[Tensor], Any]:
-    """A function that turns a result tensor into the kind of array that ``x`` is."""
+    """A function that turns a result tensor into the kind of array that ``x`` is, where it is."""
     if isinstance(x, Tensor):
-        return lambda t: t
+        return lambda t: t.to(x.device)
     if isinstance(x, np.ndarray):
-        return lambda t: t.numpy()
+        return lambda t: t.cpu().numpy()
     if hasattr(x, "__array_namespace__"):
         return x.__array_namespace__().from_dlpack
     return lambda t: t
 
 
-def result_like(x: Any, result: Any) -> Any:
-    """A NamedTuple of tensors with each as the kind of array that ``x`` is."""
+def result_like(x: Any, result: Any, out: Any = None) -> Any:
+    """A NamedTuple of tensors with each as the kind of array that ``x`` is, where it is; or, where
+    there is one, as ``out``, a tuple of contiguous tensors or arrays of the same fields."""
     convert = like(x)
-    converted = type(result)(*map(convert, result))
+    converted = type(result)(*(_fill(out, result) if out is not None else map(convert, result)))
     if isinstance(result, ExactResult):
         converted.rows_touched = convert(result.rows_touched)
     return converted
+
+
+def _fill(out: Any, result: Any) -> Any:
+    targets = [as_tensor(x, f"out.{name}") for x, name in zip(out, result._fields, strict=True)]
+    for name, target, source in zip(result._fields, targets, result, strict=True):
+        if target.shape != source.shape or target.dtype != source.dtype:
+            raise ValueError(
+                f"out.{name}: expected {list(source.shape)} {source.dtype}, "
+                f"got {list(target.shape)} {target.dtype}"
+            )
+    for target, source in zip(targets, result, strict=True):
+        target.copy_(source)
+    return out

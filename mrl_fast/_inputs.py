@@ -3,7 +3,9 @@ came."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,28 +14,46 @@ from torch import Tensor
 
 from mrl_fast._arrays import as_tensor
 from mrl_fast._checks import check_finite, check_matrix, check_stages
+from mrl_fast._dispatch import triton_is_interpreted
+
+
+def device(x: Any) -> str:
+    """``"cpu"``, ``"cuda"`` or ``"cuda:<number>"``, where kernels can run."""
+    if isinstance(x, torch.device):
+        x = str(x)
+    if not isinstance(x, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", x):
+        raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:<number>', got {x!r}")
+    if x == "cpu":
+        return x
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"device: {x!r} needs the triton package, which is not installed")
+    number = int(x.partition(":")[2] or 0)
+    if not triton_is_interpreted() and number >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {x!r} "
+            "(without one, set TRITON_INTERPRET=1 before the first import of triton)"
+        )
+    return x
 
 
 def matrix(x: Any, name: str, width: int) -> Tensor:
     """``[n, width]``, floating point."""
     checked = check_matrix(as_tensor(x, name), name)
-    if checked.device.type != "cpu":
-        raise ValueError(f"{name}: expected vectors on the CPU, got {checked.device}")
     if checked.shape[1] != width:
         raise ValueError(f"{name}: expected width {width}, got {checked.shape[1]}")
     return checked
 
 
 def vectors(x: Any, name: str, width: int) -> Tensor:
-    """``[n, width]``, finite."""
-    checked = matrix(x, name, width)
+    """``[n, width]``, finite, on the CPU."""
+    checked = matrix(x, name, width).cpu()
     check_finite(checked, name)
     return checked
 
 
 def ids(x: Any) -> Tensor:
-    """``[n]`` int64."""
-    checked = as_tensor(x, "ids")
+    """``[n]`` int64, on the CPU."""
+    checked = as_tensor(x, "ids").cpu()
     if checked.dtype != torch.int64:
         raise TypeError(f"ids: expected int64, got {checked.dtype}")
     if checked.ndim != 1:

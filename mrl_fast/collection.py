@@ -17,6 +17,7 @@ from mrl_fast import _inputs as inputs
 from mrl_fast import cpu
 from mrl_fast._arrays import like
 from mrl_fast._checks import METRICS, check_choice, check_dims, check_finite
+from mrl_fast._dispatch import triton_is_interpreted
 from mrl_fast.rotation import Rotation
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -35,6 +36,7 @@ class Collection:
         dtype: str = "float32",
         prefix_dtype: str = "float32",
         rotation: str | None = None,
+        device: str = "cpu",
     ):
         self.dims = check_dims(dims)
         if self.width > WIDTH:
@@ -51,7 +53,11 @@ class Collection:
         self._rotation = None if rotation is None else Rotation(self.width)
         layout = cpu.Layout(self.dims[0], self.width, DTYPES[dtype], coded=prefix_dtype == "int8")
         self._layout = layout
-        self._store = cpu.Store(layout)
+        self.device = inputs.device(device)
+        # Where kernels run: in the interpreter, on the CPU.
+        interpreted = self.device != "cpu" and triton_is_interpreted()
+        self.place = torch.device("cpu" if interpreted else self.device)
+        self._engine, self._store = engine(self.device != "cpu", layout, self.dims, self.place)
         self._next_id = 0  # one more than the largest id so far
         self._writing = threading.RLock()  # held by who changes the index or saves it
 
@@ -233,13 +239,22 @@ class Collection:
     def _rotated(self, queries: Tensor, now: cpu.Snapshot) -> Tensor:
         if self._rotation is None or not now.count:
             return queries
-        return self._rotation.apply(queries)
+        return self._engine.rotated(queries, self._rotation)
 
     def _rows_of(self, ids: Tensor, now: cpu.Snapshot) -> Tensor:
         rows = now.find(ids)
         if bool((rows < 0).any()):
             raise ValueError(f"ids: expected ids of the index, got {int(ids[rows < 0][0])}")
         return rows
+
+
+def engine(on_device: bool, layout: cpu.Layout, dims: Sequence[int], place: torch.device) -> Any:
+    """What searches, and what it searches."""
+    if not on_device:
+        return cpu, cpu.Store(layout)
+    from mrl_fast import gpu
+
+    return gpu, gpu.Store(layout, dims, place)
 
 
 def _check_last(last: int) -> None:

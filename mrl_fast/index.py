@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from mrl_fast import _inputs as inputs
 from mrl_fast import cpu, files
 from mrl_fast import tune as tuning
 from mrl_fast._arrays import result_like
-from mrl_fast._checks import check_choice, check_int
+from mrl_fast._checks import check_finite, check_int
 from mrl_fast._types import ExactResult, RangeResult, SearchResult, Tuned
 from mrl_fast.collection import Collection
 
@@ -20,7 +24,7 @@ MANY = 1 << 62  # more than there are rows, and yet an int64
 
 
 class MatryoshkaIndex(Collection):
-    """Exact and adaptive search over vectors whose prefixes are embeddings, on the CPU.
+    """Exact and adaptive search over vectors whose prefixes are embeddings.
 
     Any number of threads may search while others add, remove, update or save: a search sees the
     index as one of these left it, and they take turns.
@@ -38,6 +42,10 @@ class MatryoshkaIndex(Collection):
         rotation: ``"pca"`` for vectors that were not trained to be cut: an orthogonal rotation that
             puts their energy first, fitted by ``fit`` or else on the first vectors that are added.
             Inner products, distances and full-width cosines keep their values up to rounding.
+        device: ``"cpu"``, or ``"cuda"`` or ``"cuda:<number>"``: the vectors stay on the host, where
+            they are changed, saved and loaded, and a row-major copy on the device is searched. A
+            search with queries there waits for nothing, runs on the current stream and can be
+            captured in a CUDA graph, which holds until the index is changed.
 
     Raises:
         ValueError, TypeError: Dims that do not ascend, an unknown metric, dtype or rotation.
@@ -51,10 +59,12 @@ class MatryoshkaIndex(Collection):
         dtype: str = "float32",
         prefix_dtype: str = "float32",
         rotation: str | None = None,
+        device: str = "cpu",
     ):
         super().__init__(
-            dims, metric=metric, dtype=dtype, prefix_dtype=prefix_dtype, rotation=rotation
-        )
+            dims, metric=metric, dtype=dtype, prefix_dtype=prefix_dtype, rotation=rotation,
+            device=device,
+        )  # fmt: skip
         self._tuned: Tuned | None = None
         self._saved: files.Saved | None = None
 
@@ -67,12 +77,13 @@ class MatryoshkaIndex(Collection):
         now = self._store.snapshot
         prefix = "" if self.prefix_dtype == "float32" else f", prefix_dtype={self.prefix_dtype!r}"
         rotation = "" if self._rotation is None else ", rotation='pca'"
+        device = "" if self.device == "cpu" else f", device={self.device!r}"
         removed = f", {now.count - now.size:,} removed" if now.count > now.size else ""
         tuned = "" if self._tuned is None or not self._tuned.stages else ", tuned"
         return (
             f"MatryoshkaIndex(dims={self.dims}, metric={self.metric!r}, dtype={self.dtype!r}"
-            f"{prefix}{rotation}): {now.size:,} vectors{removed}, {now.nbytes / 2**20:,.1f} MiB"
-            f"{tuned}"
+            f"{prefix}{rotation}{device}): {now.size:,} vectors{removed}, "
+            f"{now.nbytes / 2**20:,.1f} MiB{tuned}"
         )
 
     def search(
@@ -83,6 +94,7 @@ class MatryoshkaIndex(Collection):
         stages: Sequence[tuple[int, int]] | None = None,
         exact: bool = False,
         allowed: Any = None,
+        out: SearchResult | None = None,
     ) -> SearchResult:
         """The k nearest vectors of each query.
 
@@ -99,18 +111,20 @@ class MatryoshkaIndex(Collection):
             allowed: Searches these vectors only: ``[n]`` int64 ids, of which unknown ones are
                 ignored, or ``[N]`` bool, aligned with ``ids``. Where they are few (one in 32) they
                 alone are read.
+            out: A SearchResult of contiguous ``[B, k]`` fp32 and int64 tensors or arrays, of the
+                kind and on the device of the queries, to write to.
 
         Returns:
             SearchResult: scores ``[B, k]`` fp32 at the last stage's dim and ids ``[B, k]`` int64,
-                best first, of the kind of the queries; −inf and −1 where missing. Equal scores are
-                in the order the vectors were added. An exact search's is an ExactResult, which says
-                how many rows were read.
+                best first, of the kind of the queries and where they are; −inf and −1 where
+                missing. Equal scores are in the order the vectors were added. An exact search's is
+                an ExactResult, which says how many rows were read.
 
         Raises:
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, stages that do
                 not fit.
         """
-        q = inputs.matrix(queries, "queries", self.width).float()
+        q = self._queries(queries)
         k = check_int(k, "k", 1)
         if exact and stages is not None:
             raise ValueError("exact: expected False where stages are given, got True")
@@ -121,13 +135,12 @@ class MatryoshkaIndex(Collection):
         q = self._rotated(q, now)
         rows, _held = self._allowed(allowed, now)
         if exact or checked is None:
-            scores, found, touched = cpu.exact_search(q, rows, self.width, k, self.metric)
-            result = ExactResult(scores, found)
+            *found, touched = self._engine.exact_search(q, rows, self.width, k, self.metric)
+            result = ExactResult(*found)
             result.rows_touched = touched
         else:
-            scores, found = cpu.search_rows(q, rows, checked, self.metric)
-            result = SearchResult(scores, found)
-        return result_like(queries, result)
+            result = SearchResult(*self._engine.search_rows(q, rows, checked, self.metric))
+        return result_like(queries, result, out)
 
     def range_search(self, queries: Any, threshold: float, *, allowed: Any = None) -> RangeResult:
         """Every vector whose score at width D is at least a threshold, provably.
@@ -146,11 +159,13 @@ class MatryoshkaIndex(Collection):
         Raises:
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values.
         """
-        q = inputs.matrix(queries, "queries", self.width).float()
+        q = self._queries(queries)
         least = inputs.number(threshold, "threshold")
         now = self._store.snapshot
         rows, _held = self._allowed(allowed, now)
-        found = cpu.range_search(self._rotated(q, now), rows, self.width, least, self.metric)
+        found = self._engine.range_search(
+            self._rotated(q, now), rows, self.width, least, self.metric
+        )
         return result_like(queries, RangeResult(*found))
 
     def tune(
@@ -244,15 +259,15 @@ class MatryoshkaIndex(Collection):
         Args:
             path: The folder. Its files must not be changed but by ``save``, which may run
                 meanwhile.
-            device: ``"cpu"``.
+            device: As for a new index; with a copy to another device everything is read.
             verify: Read every file and compare its checksum. The manifest's is always compared.
 
         Raises:
             FileNotFoundError: There is no index.
             ValueError: Another version, or damage: names the file and the field.
         """
-        check_choice(device, "device", ("cpu",))
-        index, loaded = files.load(Path(path), cls._of_fields, verify=verify)
+        device = inputs.device(device)
+        index, loaded = files.load(Path(path), partial(cls._of_fields, device), verify=verify)
         saved = index._saved = loaded.saved
         if index._rotation is not None:
             index._rotation.axes = saved.axes
@@ -291,13 +306,14 @@ class MatryoshkaIndex(Collection):
         return to_faiss(self)
 
     @classmethod
-    def _of_fields(cls, fields: dict[str, Any]) -> tuple[MatryoshkaIndex, cpu.Layout]:
+    def _of_fields(cls, device: str, fields: dict[str, Any]) -> tuple[MatryoshkaIndex, cpu.Layout]:
         index = cls(
             fields["dims"],
             metric=fields["metric"],
             dtype=fields["dtype"],
             prefix_dtype=fields["prefix_dtype"],
             rotation=fields["rotation"],
+            device=device,
         )
         index._next_id = fields["next_id"]
         if (tuned := fields["tuned"]) is not None:
@@ -319,6 +335,12 @@ class MatryoshkaIndex(Collection):
 
     def _allowed(self, allowed: Any, now: cpu.Snapshot) -> tuple[Any, Any]:
         """The rows to search, and what must be kept meanwhile."""
-        if allowed is None:
-            return now.rows, now
-        return now.restricted(inputs.allowed(allowed, now.size))
+        checked = None if allowed is None else inputs.allowed(allowed, now.size)
+        return self._engine.restricted(now, checked)
+
+    def _queries(self, queries: Any) -> Tensor:
+        """``[B, D]`` fp32, where the index is searched; finite, as far as the host can see."""
+        q = inputs.matrix(queries, "queries", self.width)
+        if q.device.type == "cpu" and self.device != "cpu":
+            check_finite(q, "queries")
+        return q.to(self.place, torch.float32)

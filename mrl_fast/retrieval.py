@@ -66,7 +66,7 @@ def prefix_topk(
     check_choice(metric, "metric", METRICS)
     engine = implementation(impl, q, x)
     result = SearchResult(*engine.prefix_topk(q, x, k, dim, metric))
-    return result_like(queries, result) if out is None else _fill(out, result)
+    return result_like(queries, result, out)
 
 
 def rerank(
@@ -178,18 +178,3 @@ def _check_vectors(
     if not q.is_cuda:
         check_finite(q[:, :dim], "queries")
     return q, x, dim
-
-
-def _fill(out: SearchResult, result: SearchResult) -> SearchResult:
-    pairs = list(zip(("scores", "ids"), out, result, strict=True))
-    for name, target, source in pairs:
-        tensor = as_tensor(target, f"out.{name}")
-        if tensor.shape != source.shape or tensor.dtype != source.dtype:
-            raise ValueError(
-                f"out.{name}: expected {list(source.shape)} {source.dtype}, "
-                f"got {list(tensor.shape)} {tensor.dtype}"
-            )
-        check_same_device(tensor, f"out.{name}", source)
-    for name, target, source in pairs:
-        as_tensor(target, f"out.{name}").copy_(source)
-    return SearchResult(*out)

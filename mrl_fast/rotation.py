@@ -23,6 +23,7 @@ class Rotation:
     def __init__(self, width: int):
         self.width = width
         self.axes: Tensor | None = None
+        self._copy: tuple[Tensor, Tensor] | None = None  # axes, and the same on a device
 
     def fit(self, vectors: Tensor) -> Rotation:
         """Fits the axes to vectors ``[n, D]``: all, or evenly spread ones of very many."""
@@ -36,6 +37,13 @@ class Rotation:
         largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
         self.axes = (axes * largest.sign()).float().contiguous()
         return self
+
+    def on(self, device: torch.device) -> Tensor:
+        """The axes on a device, carried there once."""
+        assert self.axes is not None, "fit comes first"
+        if self._copy is None or self._copy[0] is not self.axes or self._copy[1].device != device:
+            self._copy = self.axes, self.axes.to(device)
+        return self._copy[1]
 
     def apply(self, vectors: Tensor) -> Tensor:
         """``vectors @ axes.T``, ``[n, D]`` fp32; a row's bits do not depend on the others."""

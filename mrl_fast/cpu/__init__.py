@@ -13,9 +13,10 @@ from mrl_fast.cpu.search import (
     prefix_topk,
     range_search,
     rerank,
+    rotated,
     search_rows,
 )
-from mrl_fast.cpu.snapshot import Snapshot, flags_of
+from mrl_fast.cpu.snapshot import Snapshot, flags_of, restricted
 from mrl_fast.cpu.storage import Block, Layout, Store
 
 __all__ = [
@@ -34,5 +35,7 @@ __all__ = [
     "prefix_topk",
     "range_search",
     "rerank",
+    "restricted",
+    "rotated",
     "search_rows",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,10 @@ def search_rows(
     )  # fmt: skip
     _refuse(problem, queries[:, : stages[-1][0]], unchecked)
     return scores, ids
+
+
+def rotated(queries: Tensor, rotation: Any) -> Tensor:
+    return rotation.apply(queries)
 
 
 def exact_search(

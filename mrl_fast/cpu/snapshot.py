@@ -58,6 +58,7 @@ class Snapshot:
         self.blocks, self.counts, self.alive = tuple(blocks), tuple(counts), alive
         self.count = sum(counts)
         self.held = held  # what `rows` points to beside the blocks
+        self.device_rows: Any = None  # the same rows on a device, where the index is on one
         self.rows = rows if alive is None else rows.restricted(alive.data_ptr())
         self.size = self.rows.eligible
         # Of the ids of the first rows, so many; more where ids are looked up.
@@ -88,19 +89,22 @@ class Snapshot:
         return found
 
     def restricted(self, allowed: Tensor) -> tuple[Rows, Tensor]:
-        """The rows that are alive and allowed: by id, int64 ``[n]``, where unknown ones are
-        ignored, or by a bool for each row that is alive, ``[size]``. And what they point to."""
+        """The rows that are alive and allowed, and what they point to."""
+        words = words_of(self.flags(allowed))
+        return self.rows.restricted(words.data_ptr()), words
+
+    def flags(self, allowed: Tensor) -> Tensor:
+        """Of each row, ``[count]`` bool, whether it is alive and allowed: by id, int64 ``[n]``,
+        where unknown ones are ignored, or by a bool for each row that is alive, ``[size]``."""
+        if allowed.dtype == torch.bool and self.alive is None:
+            return allowed
+        flags = torch.zeros(self.count, dtype=torch.bool)
         if allowed.dtype == torch.bool:
-            flags = allowed
-            if self.alive is not None:
-                flags = torch.zeros(self.count, dtype=torch.bool)
-                flags[self._alive_flags()] = allowed
+            flags[self._alive_flags()] = allowed
         else:
-            flags = torch.zeros(self.count, dtype=torch.bool)
             rows = self.find(allowed)
             flags[rows[rows >= 0]] = True
-        words = words_of(flags)
-        return self.rows.restricted(words.data_ptr()), words
+        return flags
 
     def vectors(self, rows: Tensor, width: int) -> Tensor:
         """Rows by their number, ``[n, width]`` fp32."""
@@ -161,3 +165,11 @@ def words_of(flags: Tensor) -> Tensor:
 def flags_of(words: Tensor, count: int) -> Tensor:
     bits = np.unpackbits(words.numpy().view(np.uint8), count=count, bitorder="little")
     return torch.from_numpy(bits.view(bool))
+
+
+def restricted(now: Snapshot, allowed: Tensor | None) -> tuple[Rows, Any]:
+    """The rows of a snapshot that are alive and allowed, as of ``Snapshot.flags``, and what must be
+    kept meanwhile."""
+    if allowed is None:
+        return now.rows, now
+    return now.restricted(allowed.cpu())

@@ -213,19 +213,20 @@ class Store:
             del vectors, ids  # before the next are made
 
     def _publish(
-        self,
-        blocks: Any,
-        counts: Any,
-        alive: Tensor | None,
-        before: Snapshot | None = None,
+        self, blocks: Any, counts: Any, alive: Tensor | None, before: Snapshot | None = None
     ) -> None:
+        self.snapshot = self._state(blocks, counts, alive, before)
+
+    def _state(
+        self, blocks: Any, counts: Any, alive: Tensor | None, before: Snapshot | None
+    ) -> Snapshot:
         spans, held, first = [], [], 0
         for block, count in zip(blocks, counts, strict=True):
             mine, copies = block.spans(first, count)
             spans += mine
             held += copies
             first += count
-        self.snapshot = Snapshot(self.layout.rows(spans), blocks, counts, alive, held, before)
+        return Snapshot(self.layout.rows(spans), blocks, counts, alive, held, before)
 
 
 def _before(first: Any, others: Iterator[Any]) -> Iterator[Any]:

@@ -1,0 +1,147 @@
+"""Search of an index's rows on a device, by Triton kernels, without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mrl_fast.cpu import Snapshot
+from mrl_fast.gpu.storage import UP, DeviceRows
+from mrl_fast.kernels import certified, retrieval
+from mrl_fast.kernels.keys import scores_of
+from mrl_fast.kernels.pairs import Pairs
+from mrl_fast.kernels.retrieval import Rows
+from mrl_fast.kernels.scan import Vectors
+from mrl_fast.kernels.tiling import operand
+from mrl_fast.rotation import Rotation
+
+Result = tuple[Tensor, Tensor]
+SAFE_NORM = 2.0**-40  # squares of smaller ones leave fp32's normal range
+
+
+def restricted(now: Snapshot, allowed: Tensor | None) -> tuple[DeviceRows, Any]:
+    """The rows of a snapshot that are alive and allowed, as of ``Snapshot.flags``, and what must be
+    kept meanwhile."""
+    rows: DeviceRows = now.device_rows
+    if allowed is None:
+        return rows, now
+    if not (allowed.dtype == torch.bool and now.alive is None):
+        allowed = now.flags(allowed.cpu())
+    return rows._replace(allowed=allowed.to(rows.vectors.device, torch.uint8)), now
+
+
+def rotated(queries: Tensor, rotation: Rotation) -> Tensor:
+    """``queries @ axes.T``; a row's bits do not depend on the others."""
+    axes = rotation.on(queries.device)
+    columns = torch.arange(len(axes), device=axes.device)
+    parts = queries.split(max(1, retrieval.TEMPORARY_BYTES // (16 * len(axes))))
+    return torch.cat(
+        [scores_of(Pairs(q, axes, "ip").keys(columns.expand(len(q), -1))) for q in parts]
+    )
+
+
+def search_rows(
+    q: Tensor, rows: DeviceRows, stages: Sequence[tuple[int, int]], metric: str
+) -> Result:
+    """Runs the stages. Where there are codes, a first stage of their width that is not the last
+    ranks by them, and the next begins at the first column."""
+    (dim, keep), *later = stages
+    _in_use(rows)
+    found = retrieval.empty(q, keep)
+    if later and rows.codes is not None and dim == rows.dims[0]:
+        codes, known = _by_codes(q, rows, metric)
+        retrieval.topk(codes, operand(rows.codes), keep, "ip", found, known)
+        scored = 0
+    else:
+        x, scored = operand(rows.vectors[:, :dim]), dim
+        known = _known(rows, dim, metric, ids=None if later else rows.ids)
+        retrieval.topk(q[:, :dim], x, keep, metric, found, known)
+    return retrieval.rerank_stages(
+        q, rows.vectors, found, later, metric, scored=scored, ids=rows.ids
+    )
+
+
+def exact_search(
+    q: Tensor, rows: DeviceRows, dim: int, k: int, metric: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best by fp64 scores rounded to fp32; and how many rows of each query were read beyond
+    their prefix."""
+    _in_use(rows)
+    result, x = retrieval.empty(q, k), operand(rows.vectors)
+    whole = _known(rows, dim, metric, ids=rows.ids)
+    touched = certified.exact_topk(q, x, k, metric, result, whole, _prefix(rows, dim, metric))
+    return *result, touched
+
+
+def range_search(
+    q: Tensor, rows: DeviceRows, dim: int, threshold: float, metric: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Limits, scores and ids of every row that reaches the threshold, as exact search scores it.
+    Waits for the device."""
+    _in_use(rows)
+    whole = _known(rows, dim, metric, ids=rows.ids)
+    return certified.range_search(q, operand(rows.vectors), threshold, metric, whole)
+
+
+def _known(rows: DeviceRows, dim: int, metric: str, *, ids: Tensor | None = None) -> Rows:
+    """For a search by the first ``dim`` columns."""
+    g = rows.dims.index(dim)
+    norms, largest, vectors = rows.norms[g], rows.largest[g], Vectors()
+    if metric == "cosine":
+        largest = torch.where(rows.smallest[g] > SAFE_NORM, 1.0, torch.inf)
+        vectors = Vectors(scale=norms.reciprocal().where(norms > 0, 0.0))
+    if metric == "l2":
+        vectors = Vectors(term=-0.5 * norms * norms)
+    return Rows(_without(vectors, rows), largest.reshape(1), rows.allowed, ids)
+
+
+def _prefix(rows: DeviceRows, dim: int, metric: str) -> certified.Prefix | None:
+    first = rows.dims[0]
+    if first == dim:
+        return None
+    whole = _known(rows, dim, metric)
+    assert whole.vectors is not None
+    scale = whole.vectors.scale
+    tails = rows.tails if scale is None else rows.tails * scale * UP
+    bounds = whole._replace(vectors=whole.vectors._replace(outer=tails))
+    return certified.Prefix(first, _known(rows, first, metric), bounds)
+
+
+def _by_codes(q: Tensor, rows: DeviceRows, metric: str) -> tuple[Tensor, Rows]:
+    """Queries as codes, and what makes scores of sums of products of codes. Their scale is of one
+    query; the order of rows is what counts."""
+    assert rows.units is not None
+    head = q[:, : rows.dims[0]].float()
+    unit = head.abs().amax(dim=1, keepdim=True) / 127
+    codes = (head / unit.where(unit > 0, 1.0)).round().to(torch.int8)
+    norms, scale = rows.norms[0], rows.units
+    factor = outer = None
+    if metric == "cosine":
+        scale = scale * norms.reciprocal().where(norms > 0, 0.0)
+    if metric == "l2":  # ⟨q, x⟩ − ‖x‖²/2, in the query's unit
+        factor = unit.reciprocal().where(unit > 0, 0.0)[:, 0].contiguous()
+        outer = -0.5 * norms * norms
+    vectors = _without(Vectors(scale=scale, outer=outer, factor=factor), rows)
+    # No sum times a scale is larger than the codes' norms times this.
+    largest = scale.max() * 127 * rows.dims[0] ** 0.5 if len(scale) else scale.new_zeros(())
+    return codes, Rows(vectors, largest.reshape(1), rows.allowed, linear=True)
+
+
+def _without(vectors: Vectors, rows: DeviceRows) -> Vectors:
+    """With a term of −inf for rows that are not allowed."""
+    if rows.allowed is None:
+        return vectors
+    term = 0.0 if vectors.term is None else vectors.term
+    return vectors._replace(term=torch.where(rows.allowed != 0, term, -torch.inf))
+
+
+def _in_use(rows: DeviceRows) -> None:
+    """Keeps memory that a later state frees from being given away before this stream is done."""
+    if rows.vectors.is_cuda and not torch.cuda.is_current_stream_capturing():
+        stream = torch.cuda.current_stream(rows.vectors.device)
+        arrays: list[Any] = [x for x in rows if isinstance(x, Tensor)]
+        for x in arrays:
+            x.record_stream(stream)
