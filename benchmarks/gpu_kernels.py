@@ -5,12 +5,17 @@ python benchmarks/gpu_kernels.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from gpu_measure import DEVICE, DTYPES, generator
+from mrl_fast.kernels import certified, retrieval
+from mrl_fast.kernels.certified import Prefix, exact_topk
+from mrl_fast.kernels.pairs import RESCANNED
+from mrl_fast.kernels.retrieval import Rows, empty, row_vectors
 from torch import Tensor
 
 from mrl_fast import (
@@ -22,6 +27,7 @@ from mrl_fast import (
     matryoshka_predict,
     matryoshka_sigmoid_loss,
     prefix_topk,
+    reference,
     rerank,
 )
 
@@ -30,6 +36,7 @@ ON_GPU = DEVICE == "cuda"
 B, V, D = (135, 300, 75) if ON_GPU else (18, 20, 21)
 DIMS = (5, 16, 75) if ON_GPU else (5, 16, 21)
 QUERIES, ROWS, K = (70, 20_011, 7) if ON_GPU else (2, 301, 4)
+METRICS = "ip", "cosine", "l2"
 CLIP = ("query_to_doc", "doc_to_query")
 
 
@@ -110,7 +117,7 @@ def searches(name: str, dtype: torch.dtype) -> None:
     q, x = (randn(n, D, seed=i, dtype=dtype) for i, n in enumerate((QUERIES, ROWS)))
     rows = torch.randint(-1, ROWS, (QUERIES, 45), generator=generator(2), device=DEVICE)
     stages = [(DIMS[0], 40), (DIMS[1], 15), (D, K)]
-    for metric in ("ip", "cosine", "l2"):
+    for metric in METRICS:
         for what, search in {
             "topk": lambda impl: prefix_topk(q, x, K, dim=DIMS[1], metric=metric, impl=impl),  # noqa: B023
             "rerank": lambda impl: rerank(q, x, rows, K, metric=metric, impl=impl),  # noqa: B023
@@ -118,6 +125,60 @@ def searches(name: str, dtype: torch.dtype) -> None:
         }.items():
             ours, expected = search("triton"), search("reference")
             check(f"{what} {metric} {name}", [ours.scores], [expected.scores], 1e-4)
+    many = min(ROWS, RESCANNED + 1)  # of which every pair is scored, on a GPU
+    ours, expected = (prefix_topk(q[:2], x, many, dim=D, impl=i) for i in ("triton", "reference"))
+    check(f"topk of {many} {name}", [ours.scores], [expected.scores], 1e-4)
+
+
+def phases(name: str, dtype: torch.dtype) -> None:
+    """Scans that are gated by a threshold, of every number of queries that has its own blocks; ties
+    that are rescanned; a search certified by bounds, where they suffice and where not."""
+    rows = ROWS if ON_GPU else 600
+    q, x = (randn(n, D, seed=i, dtype=torch.float32) for i, n in enumerate((QUERIES, rows)))
+    if dtype.itemsize == 1:
+        q, x = ((40 * v).round().clamp(-128, 127) for v in (q, x))
+    q, x = q.to(dtype), x.to(dtype)
+    tied = x[:1].expand(rows, D).contiguous()
+    with small_buffers():
+        for metric in METRICS if ON_GPU or dtype == torch.float32 else METRICS[:1]:
+            for queries in (QUERIES, 50, 20, 1) if ON_GPU else (QUERIES,):
+                for dim in DIMS[1:] if ON_GPU else (D,):
+                    search(f"phases {metric} {name}", q[:queries], x, dim, metric)
+            search(f"ties {metric} {name}", q[:3], tied, D, metric)
+            if dtype.itemsize > 1 and (ON_GPU or metric == "l2"):
+                exact(f"exact {metric} {name}", q[:3], x, metric)
+
+
+def search(name: str, q: Tensor, x: Tensor, dim: int, metric: str) -> None:
+    scores = reference.scores(q, x, dim, metric).sort(dim=1, descending=True).values
+    check(name, [retrieval.prefix_topk(q, x, K, dim, metric)[0]], [scores[:, :K]], 1e-4)
+
+
+def exact(name: str, q: Tensor, x: Tensor, metric: str) -> None:
+    for structured in (True, False):
+        x = x.clone()
+        if structured:
+            x[:, DIMS[1] :] *= 1e-3
+        (vectors, norm), (short, short_norm) = (row_vectors(x[:, :d], metric) for d in (D, DIMS[1]))
+        tails = torch.linalg.vector_norm(x[:, DIMS[1] :].float(), dim=1) * (1 + 1e-6)
+        tails = tails if vectors.scale is None else tails * vectors.scale
+        bounds = Rows(vectors._replace(outer=tails), norm)
+        prefix = Prefix(DIMS[1], Rows(short, short_norm), bounds)
+        result = empty(q, K)
+        exact_topk(q, x, K, metric, result, Rows(vectors, norm), prefix)
+        scores = reference.scores(q, x, D, metric).sort(dim=1, descending=True).values
+        check(name, [result[0]], [scores[:, :K]], 1e-5)
+
+
+@contextmanager
+def small_buffers() -> Iterator[None]:
+    """So that few rows are scanned in phases, and survivors of a bound may be too many."""
+    before = retrieval.BUFFER, retrieval.LEAST_RANK, certified.SURVIVORS
+    retrieval.BUFFER, retrieval.LEAST_RANK, certified.SURVIVORS = (16, 32), 4, 40
+    try:
+        yield
+    finally:
+        retrieval.BUFFER, retrieval.LEAST_RANK, certified.SURVIVORS = before
 
 
 def main() -> None:
@@ -125,6 +186,9 @@ def main() -> None:
     for name in errors if ON_GPU else ("fp32",):
         searches(name, DTYPES[name])
         losses(name, DTYPES[name], errors[name])
+    eight = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+    for name, dtype in (DTYPES | eight if ON_GPU else {"fp32": torch.float32} | eight).items():
+        phases(name, dtype)
 
 
 if __name__ == "__main__":

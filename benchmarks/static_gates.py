@@ -18,7 +18,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,21 @@ SHARED = {
     80: 164 << 10,
     90: 228 << 10,
     100: 228 << 10,
-}  # bytes of an SM; a program costs 1 KiB more
+}  # bytes of an SM
 REGISTERS, THREADS = 65536, 2048  # of an SM
 MATRIX = {80: r"[HI]MMA", 90: r"[HIQ]GMMA|[HI]MMA", 100: r"UTC[HIQ]MMA|[HI]MMA"}
 GROUPED = {80: r"(?!)", 90: r"[HIQ]GMMA", 100: r"UTC[HIQ]MMA"}  # operands in shared memory
+BLOCKS = ("BLOCK_B", "BLOCK_N", "BLOCK_V", "BLOCK_D", "ROWS", "BLOCKS", "KEPT", "C", "BLOCK_C")
+
+# Bytes that a kernel may spill, and why.
+SPILLS = {
+    "x": (0, "x"),
+}
+# At most, on sm_90, of the main loop: the target for half precision, else as measured and 5 %.
+INSTRUCTIONS = {
+    "scan bf16 1024q 64d": 5.0,
+    "scan fp16 1024q 64d": 5.0,
+}
 
 
 def measured(one: Any, capability: int, keep: Path | None) -> Row:
@@ -49,14 +61,13 @@ def measured(one: Any, capability: int, keep: Path | None) -> Row:
         file = str(keep / f"{one.name} sm_{capability}".replace(" ", "_"))
         Path(file + ".sass").write_text(sass)
         Path(file + ".ttgir").write_text(binary.asm["ttgir"])
-    constants = one.constants
     registers, shared = counted("REG", usage), binary.metadata.shared
     warps = binary.metadata.num_warps
     row = {
         "kernel": one.name,
         "function": one.kernel.__name__,
         "arch": capability,
-        "constants": {k: v if isinstance(v, (int, str)) else str(v) for k, v in constants.items()},
+        "constants": constants_of(one),
         "warps": warps,
         "stages": binary.metadata.num_stages,
         "registers": registers,
@@ -75,6 +86,10 @@ def measured(one: Any, capability: int, keep: Path | None) -> Row:
     row["loop_fma"] = occurrences("[FD]FMA2?", "\n".join(loop))
     row["instructions"] = instructions(row, len(loop))
     return row
+
+
+def constants_of(one: Any) -> dict[str, Any]:
+    return {k: v if isinstance(v, (int, str)) else str(v) for k, v in one.constants.items()}
 
 
 def main_loop(row: Row, sass: str) -> list[str]:
@@ -141,7 +156,128 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def failures(row: Row) -> list[str]:
-    return []
+    """What a kernel does not do as it should."""
+    c, kernel, arch = row["constants"], row["kernel"], row["arch"]
+    family, *words = kernel.split()
+    pairs, scan = family in ("pairs", "rescan"), family == "scan"
+    aligned = "unaligned" not in words
+    exact = "ieee" in words and "fp32" in words  # by multiply-adds, which no tensor core has
+    product = "BLOCK_B" in c
+    grouped = scan and arch >= 90 and c["BLOCK_B"] >= 64
+    rules = {
+        f"spills {row['spill_bytes']} bytes": row["spill_bytes"] > spill_limit(kernel),
+        "takes more shared memory than a program may": row["shared_bytes"] > SHARED[arch] - 1024,
+        # two blocks in flight; asynchronous copies alone may be of one that is waited for
+        "loads no block during a product": row["shared_bytes"] < 2 * row["stage_bytes"],
+        "has no matrix product": product and not exact and not row["matrix"],
+        "copies nothing asynchronously": product and not exact and not row["copies"],
+        "has a rounded matrix product": (exact or not product) and row["matrix"] > 0,
+        "makes no multiply-adds": exact and not row["fma"],
+        "uses small matrix products": grouped and not row["grouped_matrix"],
+        "copies fewer than 16 bytes at a time": scan and aligned and row["narrow_copies"] > 0,
+        "loads fewer than 16 bytes at a time": pairs and aligned and not row["wide_loads"],
+        # rounded one by one, sums do not depend on the kernel; square roots and quotients are
+        # correctly rounded by multiply-adds of their own
+        "fuses products and sums of a row": pairs and row["loop_fma"] > 0,
+        "fuses products and sums": pairs and "cosine" not in words and row["fma"] > 0,
+        f"takes {row['instructions']} instructions": arch == 90
+        and (row["instructions"] or 0.0) > INSTRUCTIONS.get(kernel, 1e9),
+    }
+    return [f"{kernel} sm_{arch} {what}" for what, broken in rules.items() if broken]
+
+
+def spill_limit(kernel: str) -> int:
+    return next((most for name, (most, _) in SPILLS.items() if re.fullmatch(name, kernel)), 0)
+
+
+HEAD = """# What the compiler makes of the kernels
+
+`python benchmarks/static_gates.py --write benchmarks/results/gates.md` wrote this on {date} with
+Triton {version}; no GPU was used. Here is every kernel that a launcher launches, compiled for
+sm_80, sm_90 and sm_100 (numbers are in this order; fp8 does not exist on sm_80), but for sizes that
+are no multiples of 16. Nothing here is a time.
+
+## In short
+
+- {count} kernels, {broken}.
+- Instructions a score in a scan's main loop on sm_90, at 1024 queries: {scores}. The target for
+  bf16 and fp16 is at most 5.
+- Instructions a column of a row where pairs are scored one by one, on sm_90: {columns}.
+- Spills: {spills}
+
+## What the columns are
+
+- blocks: of a program ({blocks}: those that a kernel has), its warps and stages.
+- registers: of a thread. spill: bytes of a thread on the stack. shared: KiB of a program.
+- an SM: how many programs it holds at a time, by registers, threads and shared memory.
+- matrix: matrix instructions; g: their operands are read from shared memory (wgmma, tcgen05).
+- FMA: fused multiply-adds, fp32 and fp64. In pairs and rescans those of correctly rounded square
+  roots and quotients only; none is in the loop over a row's columns.
+- copies: asynchronous ones to shared memory; *: some are of fewer than 16 bytes.
+- wide: loads of 16 bytes to registers.
+- loop: lane instructions of the innermost loop with a matrix product, every branch counted (that of
+  a hit too, which is seldom taken) · 32 · warps / (BLOCK_B · BLOCK_N): those a score. Empty where
+  a row's columns are several blocks: the loop is of one, its comparisons of the last only. Of pairs
+  and rescans: of the loop over a row's columns / (ROWS · 64 · BLOCKS), those a column. At the full
+  bandwidth of its memory, an H100 has time for 35 of fp32, 18 of bf16, 9 of int8.
+
+| kernel | blocks | registers | spill | shared | an SM | matrix | FMA | copies | wide | loop |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def table(rows: list[Row]) -> str:
+    import triton
+
+    kernels: dict[str, list[Row]] = {}
+    for row in rows:
+        kernels.setdefault(row["kernel"], []).append(row)
+    on_90 = {row["kernel"]: row["instructions"] for row in rows if row["arch"] == 90}
+    broken = [f for row in rows for f in failures(row)]
+
+    def of(pattern: str) -> str:
+        named = [(k, v) for k, v in on_90.items() if re.fullmatch(pattern, k) and v]
+        return ", ".join(f"{' '.join(k.split()[1:])} {v}" for k, v in named)
+
+    spilled = [row for row in rows if row["spill_bytes"]]
+    spills = [f"{r['kernel']} sm_{r['arch']} {r['spill_bytes']} bytes" for r in spilled]
+    reasons = [f"`{name}`: {reason}" for name, (_, reason) in SPILLS.items()]
+    head = HEAD.format(
+        date=date.today(),
+        version=triton.__version__,
+        count=len(kernels),
+        broken="all within the limits of `failures`" if not broken else f"{len(broken)} failures",
+        scores=of(r"scan \S+( \S+)? 1024q \d+d"),
+        columns=of(r"pairs \S+ \d+d (ip|cosine)"),
+        blocks=", ".join(BLOCKS),
+        spills="; ".join(spills or ["none"]) + ". " + " ".join(reasons),
+    )
+    return head + "".join(line(one) for one in kernels.values())
+
+
+def line(rows: list[Row]) -> str:
+    """Of one kernel on each architecture."""
+
+    def each(cell: Callable[[Row], Any]) -> str:
+        cells = ["" if cell(row) is None else str(cell(row)) for row in rows]
+        return cells[0] if len(set(cells)) == 1 else " / ".join(cells)
+
+    first = rows[0]
+    blocks = "×".join(str(first["constants"][k]) for k in BLOCKS if k in first["constants"])
+    cells = (
+        first["kernel"],
+        f"{blocks}, {first['warps']} warps, {first['stages']} stages",
+        each(lambda r: r["registers"]),
+        each(lambda r: r["spill_bytes"]),
+        each(lambda r: r["shared_bytes"] >> 10),
+        each(lambda r: r["programs"]),
+        each(lambda r: f"{r['matrix']}{'g' * bool(r['grouped_matrix'])}"),
+        each(lambda r: r["fma"]),
+        each(lambda r: f"{r['copies']}{'*' * bool(r['narrow_copies'])}"),
+        each(lambda r: r["wide_loads"]),
+        each(lambda r: r["instructions"]),
+    )
+    return "| " + " | ".join(cells) + " |\n"
 
 
 def in_short(kernel: str, arch: int) -> bool:
@@ -162,6 +298,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--short", action="store_true", help="one of each kind, in a minute")
+    parser.add_argument("--list", action="store_true", help="JSON of what there is to compile")
     parser.add_argument("--sass", type=Path, metavar="DIR", help="where disassembly is kept")
     parser.add_argument("--write", type=Path, metavar="FILE", help="where the table goes")
     options = parser.parse_args()
@@ -169,6 +306,10 @@ def main() -> None:
     import static_cases
     from triton import knobs
 
+    if options.list:
+        listed = [(one.kernel.__name__, constants_of(one)) for one in static_cases.cases()]
+        print(json.dumps(listed))
+        return
     if options.sass:
         options.sass.mkdir(parents=True, exist_ok=True)
     kinds = set()
@@ -182,7 +323,15 @@ def main() -> None:
         knobs.cache.dir = cache
         with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
             rows = pool.map(work_on, range(len(WORK)), chunksize=1)
-    print(json.dumps(rows))
+    broken = [what for row in rows for what in failures(row)]
+    if options.json:
+        print(json.dumps(rows))
+    elif options.write:
+        options.write.write_text(table(rows))
+    else:
+        print(table(rows))
+    if broken:
+        sys.exit("\n".join(broken))
 
 
 if __name__ == "__main__":

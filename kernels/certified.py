@@ -119,8 +119,9 @@ def range_search(
     """Limits, scores and ids of every row whose fp64 score, rounded to fp32, reaches the threshold.
     Waits for the device, to learn how many there are."""
     least = float(torch.tensor(threshold, dtype=torch.float32))
-    found, counts = [torch.empty(0, dtype=torch.int64, device=q.device)], []
-    for part in chunks(len(q), max(1, TEMPORARY_BYTES // (SURVIVORS * BUCKET * 8))):
+    found = [torch.empty(0, dtype=torch.int64, device=q.device)]
+    counts = [] if len(x) else [0] * len(q)
+    for part in chunks(len(q) - len(counts), max(1, TEMPORARY_BYTES // (SURVIVORS * BUCKET * 8))):
         size = SURVIVORS
         theta = torch.full((len(q[part]),), threshold, dtype=torch.float64, device=q.device)
         hits, count, flag, scan = _reach(q[part], x, x.shape[1], metric, theta, rows, size)

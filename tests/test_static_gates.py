@@ -1,56 +1,105 @@
-"""Every Triton kernel that ships compiles for every architecture, as it should; no GPU needed."""
+"""Every kind of Triton kernel compiles for every architecture, as it should; no GPU needed."""
 
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import gpu_kernels
 import pytest
+import static_gates
+import torch
+from triton.runtime.interpreter import GridExecutor
 
 ROOT = Path(__file__).parent.parent
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may take
-SPILL_BYTES = 16  # tolerated: a pair-scores kernel keeps two words on the stack
+FREE = {*static_gates.BLOCKS, "TILE", "GROUPS", "WHOLE", "ALIGNMENT", "PRECISION", "MAGIC_SUMS"}
+
+
+def gates(*options):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = ROOT / "benchmarks" / "static_gates.py"
+    done = subprocess.run(
+        [sys.executable, script, *options], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def rows():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "static_gates.py", "--json"],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return gates("--short", "--json")
 
 
 def test_every_kernel_on_every_architecture(rows):
-    kernels = {row["kernel"] for row in rows}
-    assert len(rows) == 3 * len(kernels)
-    families = "logits", "predict", "statistics", "score gradients", "bucket max", "pair scores"
-    for family in families:
-        for dtype in ("fp32", "bf16", "fp16"):
-            assert any(name.startswith(f"{family} {dtype}") for name in kernels), (family, dtype)
+    for source in (ROOT / "kernels").glob("*.py"):
+        for name in re.findall(r"^def (_\w+_kernel)\(", source.read_text(), re.M):
+            assert {row["arch"] for row in rows if row["function"] == name} == {80, 90, 100}, name
+    for family in ("logits", "predict", "statistics", "score gradients", "scan", "pairs", "rescan"):
+        eight = ("int8", "fp8") if family in ("scan", "pairs", "rescan") else ()
+        for dtype in ("fp32", "bf16", "fp16", *eight):
+            these = [row for row in rows if row["kernel"].startswith(f"{family} {dtype}")]
+            expected = {90, 100} if dtype == "fp8" else {80, 90, 100}
+            assert {row["arch"] for row in these} == expected, (family, dtype)
 
 
-def test_resources(rows):
-    for row in rows:
-        assert row["spill_bytes"] <= SPILL_BYTES, row
-        assert row["shared_bytes"] <= SHARED_LIMIT[row["arch"]], row
+def test_limits(rows):
+    broken = [what for row in rows for what in static_gates.failures(row)]
+    assert not broken, "\n".join(broken)
 
 
-def test_the_next_blocks_load_during_a_product(rows):
-    for row in rows:  # two blocks in flight; asynchronous copies alone may be of one, waited for
-        assert row["shared_bytes"] >= 2 * row["stage_bytes"], row
+def test_half_precision_scans_take_five_instructions_a_score(rows):
+    found = {row["kernel"]: row["instructions"] for row in rows if row["arch"] == 90}
+    for dtype in ("bf16", "fp16"):
+        assert 2 < found[f"scan {dtype} 1024q 64d"] <= 5
 
 
-def test_matrix_instructions(rows):
-    for row in rows:
-        if row["precision"] in ("half", "tf32"):
-            assert row["matrix_instructions"] > 0 and row["async_copies"] > 0, row
-        else:  # exact fp32 is made by multiply-adds
-            assert row["matrix_instructions"] == 0 and row["fma_instructions"] > 0, row
+@pytest.mark.parametrize(
+    ("kernel", "wrong", "what"),
+    [
+        ("scan bf16 1024q 64d", {"spill_bytes": 4}, "spills"),
+        ("scan bf16 1024q 64d", {"shared_bytes": 230 << 10}, "more shared memory"),
+        ("scan bf16 1024q 64d", {"shared_bytes": 24 << 10}, "no block during a product"),
+        ("scan bf16 1024q 64d", {"matrix": 0}, "no matrix product"),
+        ("scan bf16 1024q 64d", {"grouped_matrix": 0}, "small matrix products"),
+        ("scan bf16 1024q 64d", {"narrow_copies": 1}, "16 bytes"),
+        ("scan bf16 1024q 64d", {"instructions": 5.1}, "instructions"),
+        ("logits fp32 ieee bias", {"matrix": 1}, "rounded matrix product"),
+        ("pairs bf16 64d tile 128 ip buckets", {"fma": 1}, "fuses products"),
+        ("pairs bf16 64d tile 128 ip buckets", {"loop_fma": 1}, "products and sums of a row"),
+        ("pairs bf16 64d tile 128 ip buckets", {"wide_loads": 0}, "16 bytes"),
+    ],
+)
+def test_limits_are_seen_to_be_broken(kernel, wrong, what, rows):
+    row = next(row for row in rows if row["kernel"] == kernel and row["arch"] == 90)
+    assert not static_gates.failures(row)
+    assert any(what in failure for failure in static_gates.failures(row | wrong))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are recorded in the interpreter")
+def test_cases_have_every_feature_that_is_launched(monkeypatch):
+    launched = set()
+
+    def record(self, *args, **kwargs):
+        parameters = inspect.signature(self.fn).parameters
+        kwargs = {k: v for k, v in kwargs.items() if k in parameters}
+        arguments = inspect.signature(self.fn).bind(*args, **kwargs).arguments
+        names = [n for n, p in parameters.items() if "constexpr" in str(p.annotation)]
+        launched.add(features(self.fn.__name__, {n: arguments[n] for n in names}))
+
+    def features(kernel, constants):
+        kept = {k: v if isinstance(v, int) else str(v) for k, v in constants.items()}
+        return kernel, *sorted((k, v) for k, v in kept.items() if k not in FREE)
+
+    monkeypatch.setattr(GridExecutor, "__call__", record)
+    monkeypatch.setattr(gpu_kernels, "check", lambda *_: None)
+    gpu_kernels.main()
+    assert len({kernel for kernel, *_ in launched}) == 9
+    missing = launched - {features(*case) for case in gates("--list")}
+    assert not missing, "\n".join(map(str, missing))
 
 
 def test_cuda_sources_compile(tmp_path):
