@@ -108,8 +108,8 @@ def _reach(
     scan = Scan(coarse.q, x[:, :dim], metric, vectors, coarse.norms, bounds.norm)
     seeds = scan.config.BLOCK_N // BUCKET
     hits, count, flag, _ = buffers(q, size + seeds, seeds)
-    scan(hits, count, gate, 0, 1, dense=True)  # the last tile, which may be ragged
-    scan(hits, count, gate, 1, scan.tiles, dense=False)
+    scan(hits, count, gate, 0, 1, window=1)  # the last tile, which may be ragged
+    scan(hits, count, gate, 1, scan.tiles)
     return hits, count, flag, scan
 
 

@@ -166,12 +166,52 @@ def shortlist(
     if among is not None:
         count *= among
     for end in plan.ends:
-        scan(hits, count, theta, begin, end, dense=begin == 0)
+        scan(hits, count, theta, begin, end, window=int(begin == 0))
         narrow(hits, count, flag, theta, q.norms, q.errors, scan.norm, plan.rank, q.margin[1:])
         begin = end
     keys = pairs.bucket_keys(hits, count, flag, plan.kept, config.BLOCK_N, config.groups)
     pairs.rescan(keys, flag, k)
     return keys
+
+
+def approx_topk(
+    queries: Tensor, database: Tensor, k: int, dim: int, metric: str, recall: float
+) -> tuple[Result, float]:
+    """Of the k best rows those that no better one shares a bucket with; and the share of them that
+    is expected to be found: buckets hold the rows of many tiles, one hit of each is kept, and its
+    16 rows are scored again."""
+    q, x = operand(queries[:, :dim]), operand(database[:, :dim])
+    config, result = scan_config(len(q), x), empty(q, k)
+    tiles, of_tile = triton.cdiv(len(x), config.BLOCK_N), config.BLOCK_N // BUCKET
+    window = tiles
+    while window > 1 and expected_recall(k, tiles, window, of_tile) < recall:
+        window = (window + 1) // 2
+    buckets = triton.cdiv(tiles, window) * of_tile
+    if window < 2 or buckets > BUFFER[1] or not len(q):  # as many as there are rows
+        topk(q, x, k, metric, result)
+        return result, 1.0
+    vectors, norm = row_vectors(x, metric)
+    rows, coarse = Rows(vectors, norm), scan_queries(q, x, metric)
+    plan = Plan.of(k, tiles, config.BLOCK_N, exact=coarse.margin.bound < 1e-3)
+    plan = plan._replace(buffer=triton.next_power_of_2(buckets), ends=[])
+    for part in chunks(len(q), max(1, TEMPORARY_BYTES // plan.bytes)):
+        mine, pairs = coarse.part(part), rows.pairs(q[part], x, metric, double=False)
+        scan = Scan(mine.q, x, metric, vectors, mine.norms, norm)
+        hits, count, flag, theta = buffers(mine.q, plan.buffer, buckets)
+        scan(hits, count, theta, 0, tiles, window=window)
+        narrow(hits, count, flag, theta, mine.norms, None, norm, k, mine.margin[1:])
+        keys = pairs.bucket_keys(hits, count, flag, plan.kept, config.BLOCK_N, config.groups)
+        pairs.rescan(keys, flag, k)
+        select(keys, (result[0][part], result[1][part]))
+    return result, expected_recall(k, tiles, window, of_tile)
+
+
+def expected_recall(k: int, tiles: int, window: int, of_tile: int) -> float:
+    """Of k rows that lie anywhere, the share that is the best of its bucket: ``of_tile`` of each
+    window of tiles, the last of which may be shorter."""
+    whole, rest = divmod(tiles, window)
+    sizes = ((whole, window / tiles / of_tile), (1, rest / tiles / of_tile))
+    return sum(n * of_tile * (1 - (1 - share) ** k) for n, share in sizes) / k
 
 
 def buffers(q: Tensor, size: int, seeds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 BUCKET = 16  # rows
 MAGIC = tl.constexpr(0x4B400000)  # an int32 sum that starts here reads as 1.5 · 2^23 + sum in fp32
+NOTHING = tl.constexpr((0xFF800000 - (1 << 32) << 32) | 0xFFFFFFFF)  # −inf, of no bucket's rows
 MAGIC_DIM = 256  # columns of int8 up to which it does
 
 
@@ -70,7 +71,8 @@ def _scan_kernel(
     tile_step,  # from one tile to the next, modulo their number
     first,  # positions in the order of tiles, as the next two
     last,
-    each,  # a program's
+    each,  # a program's, a multiple of `window`
+    window,  # tiles that share a bucket's place, where all are kept
     steps,  # a program's: blocks of columns of all its tiles
     blocks,  # of columns
     bound,  # relative error of a sum
@@ -81,7 +83,7 @@ def _scan_kernel(
     HAS_OUTER: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     NORMS: tl.constexpr,  # the metric whose terms are made of norms found in the scan; −1: none
-    DENSE: tl.constexpr,  # every bucket is kept, at its place
+    DENSE: tl.constexpr,  # the best bucket of every window is kept, at its place
     WHOLE: tl.constexpr,  # one block holds all columns
     MAGIC_SUMS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -123,6 +125,8 @@ def _scan_kernel(
     square = tl.zeros((BLOCK_N,), tl.float32)
     largest = tl.zeros((BLOCK_N,), tl.float32)
     tile = ((begin.to(tl.int64) * tile_step + tiles - 1) % tiles).to(tl.int32)
+    window_best = tl.full((BLOCK_B, GROUPS, 4), -float("inf"), tl.float32)
+    window_key = tl.full((BLOCK_B, GROUPS, 4), NOTHING, tl.int64)
     position = begin
     block = 0
     if WHOLE:
@@ -185,8 +189,15 @@ def _scan_kernel(
             bucket = tile * BUCKETS + bucket_lane
             key = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | bucket.to(tl.int64)
             if DENSE:
-                slot = position * BUCKETS + bucket_lane
-                tl.store(buffer + slot, key, live_b & (position < last))
+                better = ~(best <= window_best)
+                window_best = tl.where(better, best, window_best)
+                window_key = tl.where(better, key, window_key)
+                ends = ((position + 1) % window == 0) | (position + 1 == last)
+                if ends & (position < last):
+                    slot = position // window * BUCKETS + bucket_lane
+                    tl.store(buffer + slot, window_key, live_b)
+                    window_best = tl.full((BLOCK_B, GROUPS, 4), -float("inf"), tl.float32)
+                    window_key = tl.full((BLOCK_B, GROUPS, 4), NOTHING, tl.int64)
             else:
                 hit = ~(best < theta_b) & live_b & (position < last)
                 slot = tl.atomic_add(counter, 1, hit, sem="relaxed")
@@ -289,21 +300,23 @@ class Scan:
         }
 
     def __call__(
-        self, keys: Tensor, count: Tensor, theta: Tensor, first: int, last: int, *, dense: bool
+        self, hits: Tensor, count: Tensor, theta: Tensor, first: int, last: int, *, window: int = 0
     ) -> None:
-        """Tiles at [first, last) of their order, to the buffers ``keys [B, C]``."""
+        """Tiles at [first, last) of their order, to the buffers ``hits [B, C]``: what is not below
+        ``theta [B]`` or, with a window, the best bucket of each so many tiles."""
         if first >= last:
             return
         config, v = self.config, self.vectors
-        query_tiles = triton.cdiv(len(self.q), config.BLOCK_B)
+        query_tiles, step = triton.cdiv(len(self.q), config.BLOCK_B), max(1, window)
         each = triton.cdiv(last - first, max(1, programs(self.q) // query_tiles))
+        each = triton.cdiv(each, step) * step
         splits = triton.cdiv(last - first, each)
         blocks = triton.cdiv(self.x.shape[1], config.BLOCK_D)
         _scan_kernel[(query_tiles * splits,)](
-            self.q, self.x, v.scale, v.term, v.outer, self.factor, theta, self.skip, keys, count,
-            self.norm, len(self.q), len(self.x), self.x.shape[1], keys.shape[1], self.tiles,
-            tile_step(self.tiles), first, last, each, each * blocks, blocks, self.bound,
-            self.q.stride(0), self.x.stride(0), DENSE=dense, **self.flags, **config._asdict(),
+            self.q, self.x, v.scale, v.term, v.outer, self.factor, theta, self.skip, hits, count,
+            self.norm, len(self.q), len(self.x), self.x.shape[1], hits.shape[1], self.tiles,
+            tile_step(self.tiles), first, last, each, step, each * blocks, blocks, self.bound,
+            self.q.stride(0), self.x.stride(0), DENSE=window > 0, **self.flags, **config._asdict(),
         )  # fmt: skip
 
 

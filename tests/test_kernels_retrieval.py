@@ -99,7 +99,7 @@ def test_errors_of_the_scan_within_its_margin_change_nothing(
             noise = 2 * torch.rand(score.shape, generator=generator).to(score) - 1
             moved = score + factor * noise * margin[: len(score), None]
             lanes = torch.arange(hits.shape[1], device=hits.device)
-            new = (lanes >= before[:, None]) | more["dense"]
+            new = (lanes >= before[:, None]) | bool(more["window"])
             moved = torch.where(new, moved, score).view(torch.int32).long()
             hits.copy_(moved << 32 | hits & 0xFFFFFFFF)
 
