@@ -7,9 +7,10 @@ from mrl_fast.kernels.fold_gradients import fold_backward
 from mrl_fast.kernels.fold_statistics import fold_forward
 from mrl_fast.kernels.logits import logits_backward, logits_forward
 from mrl_fast.kernels.predict import predict_forward
-from mrl_fast.kernels.retrieval import funnel_search, prefix_topk, rerank
+from mrl_fast.kernels.retrieval import approx_topk, funnel_search, prefix_topk, rerank
 
 __all__ = [
+    "approx_topk",
     "fold_backward",
     "fold_forward",
     "funnel_search",

@@ -1,6 +1,7 @@
 """Matryoshka (nested) embeddings, trained and searched at the speed of the hardware."""
 
 from mrl_fast._types import (
+    ApproxResult,
     ExactResult,
     NestedLoss,
     Prediction,
@@ -22,11 +23,12 @@ from mrl_fast.modules import (
     MatryoshkaLoopLoss,
     MRLLinear,
 )
-from mrl_fast.retrieval import funnel_search, prefix_topk, rerank
+from mrl_fast.retrieval import approx_topk, funnel_search, prefix_topk, rerank
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ApproxResult",
     "ExactResult",
     "MRLLinear",
     "MatryoshkaCrossEntropyLoss",
@@ -37,6 +39,7 @@ __all__ = [
     "Prediction",
     "RangeResult",
     "SearchResult",
+    "approx_topk",
     "funnel_search",
     "matryoshka_cross_entropy",
     "matryoshka_distill",

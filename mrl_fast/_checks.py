@@ -46,12 +46,13 @@ def check_dims(
     return checked
 
 
-def check_matrix(x: Any, name: str) -> Tensor:
-    """A 2-D floating-point tensor."""
+def check_matrix(x: Any, name: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
+    """A 2-D tensor of one of the dtypes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    if x.dtype not in dtypes:
+        more = " or int8" if torch.int8 in dtypes else ""
+        raise TypeError(f"{name}: expected a floating-point{more} tensor, got {x.dtype}")
     if x.ndim != 2:
         raise ValueError(f"{name}: expected shape [rows, width], got {list(x.shape)}")
     return x

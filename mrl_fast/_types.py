@@ -77,3 +77,13 @@ class ExactResult(SearchResult):
     """
 
     rows_touched: Any
+
+
+class ApproxResult(SearchResult):
+    """The best rows of each query but for those that share a bucket with a better one.
+
+    Attributes:
+        expected_recall: Share of the k best that is found where they lie anywhere.
+    """
+
+    expected_recall: float

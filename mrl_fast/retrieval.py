@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mrl_fast._arrays import as_tensor, result_like
 from mrl_fast._checks import (
+    FLOATS,
     METRICS,
     check_choice,
     check_finite,
@@ -23,7 +24,9 @@ from mrl_fast._checks import (
     check_stages,
 )
 from mrl_fast._dispatch import implementation
-from mrl_fast._types import SearchResult
+from mrl_fast._types import ApproxResult, SearchResult
+
+SEARCHED = (*FLOATS, torch.int8, torch.float8_e4m3fn)
 
 
 def prefix_topk(
@@ -40,11 +43,13 @@ def prefix_topk(
 
     Equals ``torch.topk(queries[:, :dim] @ database[:, :dim].T, k)`` with ties in the order of rows,
     and no score matrix in memory. Nothing is copied: a prefix of a wide row-major matrix is read in
-    place. fp32 accumulation. On a GPU finiteness is not checked, and the call waits for the device.
+    place. fp32 accumulation. On a GPU finiteness is not checked, and the call does not wait for the
+    device: it can be captured in a CUDA graph.
 
     Args:
-        queries: ``[B, D]`` (or only as wide as the prefix), float32, float16 or bfloat16; tensor,
-            numpy array or DLPack object.
+        queries: ``[B, D]`` (or only as wide as the prefix), float32, float16, bfloat16, int8 or
+            float8_e4m3fn (eight bits are scored as the numbers they are; on a CPU, and float8 on
+            GPUs without it, as a float16 copy); tensor, numpy array or DLPack object.
         database: ``[N, D]``, any row stride, on the same device.
         k: Neighbours a query, at least 1; beyond N they are missing.
         dim: Prefix width in ``[1, D]``; None is the full width.
@@ -67,6 +72,51 @@ def prefix_topk(
     engine = implementation(impl, q, x)
     result = SearchResult(*engine.prefix_topk(q, x, k, dim, metric))
     return result_like(queries, result, out)
+
+
+def approx_topk(
+    queries: Any,
+    database: Any,
+    k: int,
+    *,
+    recall: float = 0.95,
+    dim: int | None = None,
+    metric: str = "ip",
+    impl: str | None = None,
+) -> ApproxResult:
+    """The k best rows, but for those that share a bucket with a better one.
+
+    As ``jax.lax.approx_max_k``: rows are dealt to buckets of which each keeps its best. It costs
+    one pass whatever the data; ``prefix_topk``, which is exact, costs about as much unless
+    thousands of scores are equal.
+
+    Args:
+        queries, database, k, dim, metric, impl: As in ``prefix_topk``. ``"cpp"`` and
+            ``"reference"`` search exactly.
+        recall: Share of the k best that is to be expected among those found, where they lie
+            anywhere, in (0, 1]; as many buckets are made. At 1 the search is exact.
+
+    Returns:
+        ApproxResult: As a SearchResult, and ``expected_recall``.
+
+    Raises:
+        ValueError, TypeError: As ``prefix_topk``.
+
+    Source: Chern et al., TPU-KNN: K Nearest Neighbor Search at Peak FLOP/s, NeurIPS 2022.
+    """
+    k = check_int(k, "k", 1)
+    q, x, dim = _check_vectors(queries, database, dim)
+    check_choice(metric, "metric", METRICS)
+    if not 0 < recall <= 1:
+        raise ValueError(f"recall: expected a number in (0, 1], got {recall}")
+    engine, expected = implementation(impl, q, x), 1.0
+    if recall < 1 and hasattr(engine, "approx_topk"):
+        found, expected = engine.approx_topk(q, x, k, dim, metric, recall)
+    else:
+        found = engine.prefix_topk(q, x, k, dim, metric)
+    result = ApproxResult(*result_like(queries, SearchResult(*found)))
+    result.expected_recall = expected
+    return result
 
 
 def rerank(
@@ -158,12 +208,18 @@ def funnel_search(
     return result_like(queries, SearchResult(*engine.funnel_search(q, x, checked, metric)))
 
 
+def _has_eight_bits(x: Tensor) -> bool:
+    if x.dtype == torch.int8:
+        return x.is_cuda
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
 def _check_vectors(
     queries: Any, database: Any, dim: int | None, dim_name: str = "dim"
 ) -> tuple[Tensor, Tensor, int]:
     """Both as tensors, and the width of the widest prefix; float64 is searched as float32."""
-    q = check_matrix(as_tensor(queries, "queries"), "queries")
-    x = check_matrix(as_tensor(database, "database"), "database")
+    q = check_matrix(as_tensor(queries, "queries"), "queries", SEARCHED)
+    x = check_matrix(as_tensor(database, "database"), "database", SEARCHED)
     if dim is None and q.shape[1] != x.shape[1]:
         raise ValueError(f"queries: expected width {x.shape[1]} as database, got {q.shape[1]}")
     width = min(q.shape[1], x.shape[1])
@@ -175,6 +231,8 @@ def _check_vectors(
         raise TypeError(f"queries: expected {x.dtype} as database, got {q.dtype}")
     if q.dtype == torch.float64:
         q, x = q.float(), x.float()
+    if q.element_size() == 1 and not _has_eight_bits(q):
+        q, x = q.half(), x.half()  # exact
     if not q.is_cuda:
         check_finite(q[:, :dim], "queries")
     return q, x, dim

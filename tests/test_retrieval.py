@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mrl_fast import _C, SearchResult, funnel_search, prefix_topk, reference, rerank
+from mrl_fast import _C, SearchResult, approx_topk, funnel_search, prefix_topk, reference, rerank
 from mrl_fast.cpu import native
 from mrl_fast.testing import assert_same_topk
 
@@ -227,7 +227,7 @@ BAD[4, 2] = torch.nan
         (dict(queries=Q[0]), ValueError, r"queries: expected shape \[rows, width\], got \[8\]"),
         (dict(queries=Q[:, :5]), ValueError, "queries: expected width 8 as database, got 5"),
         (dict(queries=Q.half()), TypeError, "queries: expected torch.float32 as database"),
-        (dict(queries=Q.int()), TypeError, "queries: expected a floating-point tensor"),
+        (dict(queries=Q.int()), TypeError, "queries: expected a floating-point or int8 tensor"),
         (dict(queries=Q * torch.nan), ValueError, "queries: expected finite .* in row 0"),
         (
             dict(queries=Q.to("meta")),
@@ -289,3 +289,42 @@ def test_bad_candidates(candidates, error, message):
 def test_bad_stages(stages, error, message):
     with pytest.raises(error, match=message):
         funnel_search(Q, X, stages)
+
+
+@pytest.mark.parametrize("impl", ["cpp", "reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_eight_bits(impl, dtype):
+    g = torch.Generator().manual_seed(5)
+    q, x = ((40 * torch.randn(n, 12, generator=g)).round().clamp(-127, 127) for n in (2, 60))
+    q, x = q.to(dtype), x.to(dtype)
+    for metric in ("ip", "cosine", "l2"):
+        found = prefix_topk(q, x, 5, dim=9, metric=metric, impl=impl)
+        expected = prefix_topk(q.double(), x.double(), 5, dim=9, metric=metric, impl="reference")
+        assert torch.equal(found.ids, expected.ids)
+        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-5)
+    assert rerank(q, x, found.ids, 3, dim=9, metric="l2", impl=impl).ids.tolist() == (
+        found.ids[:, :3].tolist()
+    )
+
+
+@pytest.mark.parametrize("impl", ["cpp", "reference", "triton"])
+def test_approx_topk(impl, monkeypatch):
+    g = torch.Generator().manual_seed(5)
+    q, x = torch.randn(8, 6, generator=g), torch.randn(6000, 6, generator=g)
+    exact = prefix_topk(q, x, 10, impl="reference")
+    same = approx_topk(q, x, 10, recall=1.0, impl=impl)
+    assert torch.equal(same.ids, exact.ids) and same.expected_recall == 1.0
+    found = approx_topk(q.numpy(), x.numpy(), 10, recall=0.6, impl=impl)
+    share = sum(
+        len({*a} & {*b}) for a, b in zip(found.ids.tolist(), exact.ids.tolist(), strict=True)
+    )
+    assert 0.6 <= found.expected_recall <= 1
+    # 80 of them: four standard deviations of a share
+    assert share / 80 >= found.expected_recall - 4 * (0.25 / 80) ** 0.5
+    if impl == "triton":
+        assert found.expected_recall < 0.9 and share < 80
+    for b, (ids, scores) in enumerate(zip(found.ids, found.scores, strict=True)):
+        torch.testing.assert_close(torch.tensor(scores), x[ids] @ q[b], rtol=1e-4, atol=1e-4)
+    for recall in (0, 1.5, -1):
+        with pytest.raises(ValueError, match=r"recall: expected a number in \(0, 1\]"):
+            approx_topk(q, x, 10, recall=recall, impl=impl)
