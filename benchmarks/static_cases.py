@@ -22,7 +22,7 @@ from mrl_fast.kernels import (
 )
 from mrl_fast.kernels.certified import Prefix, exact_topk
 from mrl_fast.kernels.pairs import METRICS, RESCANNED
-from mrl_fast.kernels.retrieval import Rows, empty, topk
+from mrl_fast.kernels.retrieval import Rows, approx_topk, empty, topk
 from mrl_fast.kernels.scan import Vectors
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -204,6 +204,7 @@ def searches(dtype: torch.dtype, precision: str) -> Iterator[Call]:
     for k in (20, 100, 200, 500, 1000, RESCANNED, RESCANNED + 1):
         yield of(search, dtype, 1024, few[0], "ip", k=k)
     for queries in (1024, 16):
+        yield of(approximate, dtype, queries, few[0])
         if dtype == torch.int8:
             yield of(codes, queries, few[0], outer=False)
             yield of(codes, queries, few[0], outer=True)
@@ -223,6 +224,11 @@ def search(
         vectors = known(metric)._replace(term=meta(ROWS))
         rows = Rows(vectors, meta(1), allowed=bytes_, ids=ids)
     topk(q, x, k, metric, empty(q, k), rows)
+
+
+def approximate(dtype: torch.dtype, queries: int, dim: int) -> None:
+    q, x = meta(queries, dim, dtype=dtype), meta(ROWS, dim, dtype=dtype)
+    approx_topk(q, x, 10, dim, "ip", 0.95)
 
 
 def known(metric: str) -> Vectors:
@@ -276,6 +282,7 @@ def losses(dtype: torch.dtype, precision: str) -> Iterator[Call]:
         "boost": scales | own | {"columns": True},
         "exclude": scales | {"period": 64, "exclude_own": True},
         "mask": scales | {"mask": mask},
+        "masked boost": scales | own | {"mask": mask},
         "sigmoid": scales | biased | {"link": "sigmoid"},
         "distill": scales | soft | {"target": None},
         "autocast": {"bias": bias, "compute_dtype": dtype},

@@ -319,10 +319,14 @@ def main() -> None:
             if wanted and options.only in one.name and not (cc < 89 and " fp8 " in one.name):
                 WORK.append((one, cc, options.sass))
         kinds.add(one.kind)
+    rows = []
     with tempfile.TemporaryDirectory() as cache:
         knobs.cache.dir = cache
         with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-            rows = pool.map(work_on, range(len(WORK)), chunksize=1)
+            for row in pool.imap(work_on, range(len(WORK))):
+                rows.append(row)
+                print(f"\r{len(rows)} of {len(WORK)}", end="", file=sys.stderr)
+    print(file=sys.stderr)
     broken = [what for row in rows for what in failures(row)]
     if options.json:
         print(json.dumps(rows))

@@ -69,7 +69,6 @@ def test_the_programme(tmp_path, modules):
     assert "old" not in text and "`info_nce-bf16-b32768" in text and "`topk-bf16" in text
 
 
-@pytest.mark.skip(reason="MatryoshkaIndex(device='cuda') is yet to come")
 def test_the_index_part(tmp_path):
     check_rows(4, program(tmp_path, 4)[4])
 

@@ -88,10 +88,16 @@ class Arrays:
         self.count = last
 
     def _store(self, block: Any, low: int, high: int, at: int) -> None:
-        to = slice(at, at + high - low)
-        arrays = self.arrays
-        x = arrays["vectors"][to]
-        x.copy_(block.vectors(torch.arange(low, high)))
+        to, arrays = slice(at, at + high - low), self.arrays
+        x, head = arrays["vectors"][to], self.dims[0]
+        tail = block.tail[low:high].to(self.device)
+        x[:, self.dims[-1] - tail.shape[1] :] = tail
+        if block.packed is not None:  # [tiles, head, TILE]
+            x[:, :head] = self._of_tiles(block.packed, low, high).to(x.dtype)
+        if block.codes is not None:  # [tiles, quads, TILE, 4], plus 128
+            codes = self._of_tiles(block.codes, low, high)[:, :head]
+            arrays["codes"][to] = (codes.to(torch.int16) - 128).to(torch.int8)
+            arrays["units"][to] = block.stats[CODE_SCALE, low:high].to(self.device)
         arrays["ids"][to] = block.ids[low:high].to(self.device)
         for g, dim in enumerate(self.dims):
             norm = torch.linalg.vector_norm(x[:, :dim], dim=1, dtype=torch.float32)
@@ -99,14 +105,14 @@ class Arrays:
             self.largest[g] = torch.maximum(self.largest[g], norm.max() * UP)
             some = torch.where(norm > 0, norm, torch.inf).min()
             self.smallest[g] = torch.minimum(self.smallest[g], some)
-        tail = x[:, self.dims[0] :]
-        arrays["tails"][to] = torch.linalg.vector_norm(tail, dim=1, dtype=torch.float32) * UP
-        if block.codes is not None:
-            tiles = block.codes[low // TILE : -(-high // TILE)]  # [tiles, quads, TILE, 4], plus 128
-            codes = tiles.permute(0, 2, 1, 3).reshape(len(tiles) * TILE, -1)
-            codes = codes[low % TILE :][: high - low, : self.dims[0]]
-            arrays["codes"][to] = (codes.to(torch.int16) - 128).to(torch.int8).to(self.device)
-            arrays["units"][to] = block.stats[CODE_SCALE, low:high].to(self.device)
+        norm = torch.linalg.vector_norm(x[:, head:], dim=1, dtype=torch.float32)
+        arrays["tails"][to] = norm * UP
+
+    def _of_tiles(self, array: Tensor, low: int, high: int) -> Tensor:
+        """Rows [low, high) of tiles ``[.., TILE, ..]``, row by row, on the device."""
+        tiles = array[low // TILE : -(-high // TILE)].to(self.device)
+        rows = tiles.transpose(1, 2).reshape(len(tiles) * TILE, -1)
+        return rows[low % TILE :][: high - low]
 
     def rows(self, alive: Tensor | None) -> DeviceRows:
         n = self.count
