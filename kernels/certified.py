@@ -22,6 +22,7 @@ from mrl_fast.kernels.retrieval import (
     scan_queries,
     shortlist,
     topk,
+    upper,
 )
 from mrl_fast.kernels.scan import BUCKET, Scan, scan_config
 from mrl_fast.kernels.tiling import chunks
@@ -51,7 +52,7 @@ def exact_topk(
 
     Returns how many rows of each query were scored at full width, ``[B]`` int64; N where all were
     scanned."""
-    touched = torch.full((len(q),), len(x), device=q.device)
+    touched = torch.full((len(q),), len(x), dtype=torch.int64, device=q.device)
     config = scan_config(len(q), x)
     tiles = triton.cdiv(len(x), config.BLOCK_N)
     plan = Plan.of(k, tiles, config.BLOCK_N, exact=True)
@@ -82,7 +83,10 @@ def _certify(
     touched = torch.where(flag != 0, len(x), count.clamp(max=SURVIVORS) * BUCKET)
 
     coarse = scan_queries(q, x, metric)
-    scan = Scan(coarse.q, x, metric, rows.vectors, coarse.norms, rows.norm, skip=(flag == 0).int())
+    scan = Scan(
+        coarse.q, x, metric, rows.vectors, coarse.norms, rows.norm, skip=(flag == 0).int(),
+        low=coarse.low,
+    )  # fmt: skip
     others = shortlist(scan, pairs, k, plan, coarse, among=flag)
     select(torch.cat([keys, others], dim=1), result, rows.ids)
     return touched
@@ -94,18 +98,18 @@ def _reach(
     """The buckets of every row whose score at full width may be at least ``theta [B]``, by its
     first ``dim`` columns: hits, their count, whether they are more than ``size``."""
     coarse = scan_queries(q[:, :dim], x[:, :dim], metric)
-    norms = row_norms(q)  # at full width, as the bounds' rows
-    error = coarse.margin.error(norms, bounds.norm)
+    norms = upper(row_norms(q), q.shape[1])  # at full width, as the bounds' rows
+    error = coarse.margin.error(torch.maximum(norms, coarse.norms), bounds.norm)
     if coarse.errors is not None:
         error = error + coarse.errors * bounds.norm
     vectors = bounds.vectors
     if dim < x.shape[1]:
-        vectors = vectors._replace(factor=row_norms(q[:, dim:]) * (1 + 1e-6))
+        vectors = vectors._replace(factor=upper(row_norms(q[:, dim:]), q.shape[1]))
     theta, norms = theta.double(), norms.double()
     units = {"ip": theta, "cosine": theta * norms, "l2": (theta + norms**2) / 2}[metric]
     slack = 2e-6 * (units.abs() + (norms**2 if metric == "l2" else 0.0))
     gate = (units - slack - 2 * error).float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    scan = Scan(coarse.q, x[:, :dim], metric, vectors, coarse.norms, bounds.norm)
+    scan = Scan(coarse.q, x[:, :dim], metric, vectors, coarse.norms, bounds.norm, low=coarse.low)
     seeds = scan.config.BLOCK_N // BUCKET
     hits, count, flag, _ = buffers(q, size + seeds, seeds)
     scan(hits, count, gate, 0, 1, window=1)  # the last tile, which may be ragged

@@ -72,8 +72,8 @@ def _narrow_kernel(
         more = least ^ tl.full((), (1 << 31) >> bit, tl.int64).to(tl.int32)
         least = tl.where(tl.sum((bits >= more).to(tl.int32)) >= rank, more, least)
     q, x = tl.load(q_norm_ptr + b), tl.load(norm_ptr)
-    bounded = x < float("inf")
-    x = tl.where(bounded, x, 0.0)
+    bounded = (x < float("inf")) & (q < float("inf"))
+    q, x = tl.where(bounded, q, 0.0), tl.where(bounded, x, 0.0)
     error = e_a + e_b * q + e_c * q * q + e_d * q * x + e_e * x * x
     if HAS_ERROR:
         error += tl.load(q_error_ptr + b) * x

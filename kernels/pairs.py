@@ -144,7 +144,7 @@ def _keys_kernel(
     else:
         there = lanes < C
         rows = tl.load(rows_ptr + b * stride_rb + lanes, there, other=-1)
-        there &= rows >= 0
+        there &= (rows >= 0) & (rows < N)
     if HAS_ALLOWED:
         there &= tl.load(allowed_ptr + rows, there, other=0) != 0
     total = tl.zeros((ROWS,), ACC)

@@ -53,11 +53,11 @@ def row_vectors(x: Tensor, metric: str) -> tuple[Vectors, Tensor]:
     """The metric's part of each row of ``x [N, dim]``, and the largest norm, ``[1]``; infinite
     where squares leave fp32's normal range, so that no bound holds."""
     norms = row_norms(x)
-    largest = norms.nan_to_num(0.0, torch.inf).max() * (1 + 1e-6)
+    largest = upper(norms.nan_to_num(0.0, torch.inf).max(), x.shape[1])
     vectors = Vectors()
     if metric == "cosine":
         smallest = torch.where(norms > 0, norms, torch.inf).min()
-        largest = torch.where(smallest > 2.0**-40, largest.clamp(1, 1), torch.inf)
+        largest = torch.where(smallest > SAFE_NORM, largest.clamp(1, 1), torch.inf)
         vectors = Vectors(scale=norms.reciprocal().where(norms != 0, 0.0))
     if metric == "l2":
         vectors = Vectors(term=-0.5 * norms * norms)
@@ -70,6 +70,14 @@ def row_norms(x: Tensor) -> Tensor:
     if x.element_size() > 1:
         return norm(x, dim=1, dtype=torch.float32)
     return torch.cat([norm(part.float(), dim=1) for part in x.split(1 << 20)])
+
+
+SAFE_NORM = 2.0**-40  # squares of smaller ones may leave fp32's normal range
+
+
+def upper(norms: Tensor, dim: int) -> Tensor:
+    """Above the norms, whatever was rounded or lost of ``dim`` squares."""
+    return norms * (1 + 1e-6) + dim**0.5 * 1.1e-19
 
 
 def prefix_topk(queries: Tensor, database: Tensor, k: int, dim: int, metric: str) -> Result:
@@ -123,37 +131,47 @@ def topk(
     coarse, config = scan_queries(q, x, metric), scan_config(len(q), x)
     plan = Plan.of(
         k, triton.cdiv(len(x), config.BLOCK_N), config.BLOCK_N,
-        exact=coarse.margin.bound < 1e-3 and coarse.errors is None,
+        exact=coarse.margin.bound < 1e-3,
     )  # fmt: skip
     step = max(1, TEMPORARY_BYTES // plan.bytes)
+    step = step if step < 128 else step // 128 * 128  # whole tiles of queries
     if rows.vectors is None and len(q) > min(step, config.BLOCK_B):
         vectors, norm = row_vectors(x, metric)  # rather than once a tile of queries
         rows = rows._replace(vectors=vectors, norm=norm)
     for part in chunks(len(q), step):
-        norm = torch.zeros(1, device=q.device) if rows.norm is None else rows.norm
+        norm = (
+            torch.zeros(1, dtype=torch.float32, device=q.device) if rows.norm is None else rows.norm
+        )
         mine, its = coarse.part(part), rows.of(part)
-        scan = Scan(mine.q, x, metric, its.vectors, mine.norms, norm)
+        scan = Scan(mine.q, x, metric, its.vectors, mine.norms, norm, low=mine.low)
         keys = shortlist(scan, its.pairs(q[part], x, metric, double=double), k, plan, mine)
         select(keys, (result[0][part], result[1][part]), rows.ids)
 
 
 class Coarse(NamedTuple):
-    """Queries as a scan reads them: in the rows' dtype."""
+    """Queries as a scan reads them: in the rows' dtype, in two parts where one would lose bits."""
 
     q: Tensor  # [B, dim]
-    norms: Tensor  # [B] fp32
-    errors: Tensor | None  # [B] fp32, norms of what rounding took; None: nothing
+    low: Tensor | None  # [B, dim]
+    norms: Tensor  # [B] fp32, at least the queries'; infinite where no bound holds
+    errors: Tensor | None  # [B] fp32, norms of what both parts lack; None: nothing
     margin: Margin
 
     def part(self, part: slice) -> "Coarse":
-        errors = None if self.errors is None else self.errors[part]
-        return Coarse(self.q[part], self.norms[part], errors, self.margin)
+        low, errors = (None if x is None else x[part] for x in (self.low, self.errors))
+        return Coarse(self.q[part], low, self.norms[part], errors, self.margin)
 
 
 def scan_queries(q: Tensor, x: Tensor, metric: str) -> Coarse:
-    coarse = q.to(x.dtype)
-    errors = None if q.dtype == x.dtype else row_norms(q - coarse.to(q.dtype)) * (1 + 1e-6)
-    return Coarse(coarse, row_norms(coarse), errors, Margin.of(x, metric))
+    coarse, low, errors, dim = q.to(x.dtype).contiguous(), None, None, x.shape[1]
+    norms = row_norms(q)
+    if metric == "cosine":
+        norms = torch.where(norms > SAFE_NORM, norms, torch.inf)
+    if q.dtype != x.dtype:
+        rest = q - coarse.to(q.dtype)
+        low = rest.to(x.dtype)
+        errors = upper(row_norms(rest - low.to(q.dtype)), dim)
+    return Coarse(coarse, low, upper(norms, dim), errors, Margin.of(x, metric))
 
 
 def shortlist(
@@ -196,7 +214,7 @@ def approx_topk(
     plan = plan._replace(buffer=triton.next_power_of_2(buckets), ends=[])
     for part in chunks(len(q), max(1, TEMPORARY_BYTES // plan.bytes)):
         mine, pairs = coarse.part(part), rows.pairs(q[part], x, metric, double=False)
-        scan = Scan(mine.q, x, metric, vectors, mine.norms, norm)
+        scan = Scan(mine.q, x, metric, vectors, mine.norms, norm)  # of one dtype: no low part
         hits, count, flag, theta = buffers(mine.q, plan.buffer, buckets)
         scan(hits, count, theta, 0, tiles, window=window)
         narrow(hits, count, flag, theta, mine.norms, None, norm, k, mine.margin[1:])
@@ -219,7 +237,7 @@ def buffers(q: Tensor, size: int, seeds: int) -> tuple[Tensor, Tensor, Tensor, T
     hits = torch.empty(B, size, dtype=torch.int64, device=device)
     count = torch.full((B,), seeds, dtype=torch.int32, device=device)
     flag = torch.zeros(B, dtype=torch.int32, device=device)
-    return hits, count, flag, torch.empty(B, device=device)
+    return hits, count, flag, torch.empty(B, dtype=torch.float32, device=device)
 
 
 def score_all(
@@ -289,6 +307,6 @@ def rerank_stages(
 def empty(q: Tensor, k: int) -> Result:
     shape = len(q), k
     return (
-        torch.full(shape, -torch.inf, device=q.device),
+        torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device),
         torch.full(shape, -1, dtype=torch.int64, device=q.device),
     )

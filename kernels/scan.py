@@ -29,6 +29,10 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def options(self) -> dict[str, int]:
+        """For a launch; eight warps of 128 registers, so that two programs share a processor."""
+        return self._asdict() | ({"maxnreg": 128} if self.num_warps == 8 else {})
+
     @property
     def groups(self) -> int:
         """Buckets of a tile in fours: eight rows apart in one lie as many eights of rows."""
@@ -53,6 +57,7 @@ def _best_of_buckets(v, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl
 @triton.jit
 def _scan_kernel(
     q_ptr,  # [B, dim]
+    low_ptr,  # [B, dim], as q: what rounding the queries left of them
     x_ptr,  # [N, dim]
     scale_ptr,  # [N] fp32: what a row's products are multiplied by
     term_ptr,  # [N] fp32: what is added to them
@@ -82,6 +87,7 @@ def _scan_kernel(
     HAS_TERM: tl.constexpr,
     HAS_OUTER: tl.constexpr,
     HAS_SKIP: tl.constexpr,
+    HAS_LOW: tl.constexpr,
     NORMS: tl.constexpr,  # the metric whose terms are made of norms found in the scan; −1: none
     DENSE: tl.constexpr,  # the best bucket of every window is kept, at its place
     WHOLE: tl.constexpr,  # one block holds all columns
@@ -113,6 +119,9 @@ def _scan_kernel(
     bucket_lane = group * 4 + four  # [1, GROUPS, 4]
     offs_d = tl.arange(0, BLOCK_D)
     q_rows = q_ptr + queries.to(tl.int64)[:, None] * stride_qb
+    low_rows = q_rows
+    if HAS_LOW:
+        low_rows = low_ptr + queries.to(tl.int64)[:, None] * stride_qb
     buffer = hits_ptr + tl.reshape(queries, (BLOCK_B, 1, 1)).to(tl.int64) * C
     counter = count_ptr + tl.reshape(queries, (BLOCK_B, 1, 1)) + tl.zeros_like(bucket_lane)
     live_b = tl.reshape(mask_b, (BLOCK_B, 1, 1))
@@ -131,6 +140,7 @@ def _scan_kernel(
     block = 0
     if WHOLE:
         q_whole = tl.load(q_rows + offs_d[None, :], (offs_d < dim)[None, :], other=0.0)
+        low_whole = tl.load(low_rows + offs_d[None, :], (offs_d < dim)[None, :], other=0.0)
     for _ in range(steps):
         begin_n = tile.to(tl.int64) * BLOCK_N
         row, left = lanes, BLOCK_N
@@ -151,13 +161,19 @@ def _scan_kernel(
         if WHOLE:  # sums that start anew are not carried through the loop
             fresh = tl.full((BLOCK_B, BLOCK_N), start, ACC)
             v = tl.dot(q, x, fresh, input_precision=PRECISION, out_dtype=ACC)
+            if HAS_LOW:
+                v = tl.dot(low_whole, x, v, input_precision=PRECISION, out_dtype=ACC)
         else:
             acc = tl.dot(q, x, acc, input_precision=PRECISION, out_dtype=ACC)
+            if HAS_LOW:
+                low = tl.load(low_rows + columns[None, :], mask_d[None, :], other=0.0)
+                acc = tl.dot(low, x, acc, input_precision=PRECISION, out_dtype=ACC)
         if NORMS >= 0:
             wide = x.to(tl.float32)
             square += tl.sum(wide * wide, axis=0)
         block += 1
-        if WHOLE or block == blocks:
+        ends = block == blocks
+        if WHOLE or ends:
             if not WHOLE:
                 v = acc
             if MAGIC_SUMS:
@@ -192,8 +208,8 @@ def _scan_kernel(
                 better = ~(best <= window_best)
                 window_best = tl.where(better, best, window_best)
                 window_key = tl.where(better, key, window_key)
-                ends = ((position + 1) % window == 0) | (position + 1 == last)
-                if ends & (position < last):
+                full = ((position + 1) % window == 0) | (position + 1 == last)
+                if full & (position < last):
                     slot = position // window * BUCKETS + bucket_lane
                     tl.store(buffer + slot, window_key, live_b)
                     window_best = tl.full((BLOCK_B, GROUPS, 4), -float("inf"), tl.float32)
@@ -202,17 +218,15 @@ def _scan_kernel(
                 hit = ~(best < theta_b) & live_b & (position < last)
                 slot = tl.atomic_add(counter, 1, hit, sem="relaxed")
                 tl.store(buffer + slot, key, hit & (slot < C))
-            block = 0
-            position += 1
-            next_tile = tl.where(
-                tile + tile_step >= tiles, tile + tile_step - tiles, tile + tile_step
-            )
-            tile = tl.where(
-                position < last, next_tile, tile
-            )  # of none beyond: its rows may not exist
             if not WHOLE:
                 acc = tl.full((BLOCK_B, BLOCK_N), start, ACC)
             square = tl.zeros((BLOCK_N,), tl.float32)
+        # Not under the condition, which waits for a product: the next block is loaded meanwhile.
+        next_tile = tl.where(tile + tile_step >= tiles, tile + tile_step - tiles, tile + tile_step)
+        # The last tile again where there is none beyond, whose rows may not exist.
+        tile = tl.where(ends & (position + 1 < last), next_tile, tile)
+        position = tl.where(ends, position + 1, position)
+        block = tl.where(ends, 0, block)
     if NORMS >= 0:
         tl.atomic_max(norm_ptr, tl.max(largest), sem="relaxed")
 
@@ -241,9 +255,9 @@ class Margin(NamedTuple):
         ⟨q, x⟩ − ‖x‖²/2 under l2."""
         dim = x.shape[1]
         width = x.element_size()
-        coarse = {1: 2.0**-7, 2: 0.0, 4: 2.0**-9 if scan_precision(x) == "tf32" else 2.0**-18}[
-            width
-        ]
+        tf32 = 2.0**-9 if scan_precision(x) == "tf32" else 2.0**-18
+        # Of eight bits: Hopper adds products of float8 in 14.
+        coarse = {1: max(2.0**-7, dim * 2.0**-13), 2: 0.0, 4: tf32}[width]
         exact = x.dtype == torch.int8  # sums of integers, rounded at the end
         bound = 2 * (dim + 16) * 2.0**-24 + (0.0 if exact else coarse)
         tiny = dim * torch.finfo(torch.float32).tiny
@@ -269,6 +283,7 @@ class Scan:
         q_norms: ``[B]`` fp32; read where ``vectors`` is None.
         norm: ``[1]`` fp32, out where ``vectors`` is None: the largest norm of a row.
         skip: ``[B]`` int32, not 0 where a query needs no scan.
+        low: ``[B, dim]``, to be added to ``q``.
     """
 
     def __init__(
@@ -280,8 +295,9 @@ class Scan:
         q_norms: Tensor,
         norm: Tensor,
         skip: Tensor | None = None,
+        low: Tensor | None = None,
     ):
-        self.q, self.x, self.norm, self.skip = q, x, norm, skip
+        self.q, self.x, self.norm, self.skip, self.low = q, x, norm, skip, low
         self.config = config = scan_config(len(q), x)
         self.tiles = triton.cdiv(len(x), config.BLOCK_N)
         self.bound = Margin.of(x, metric).bound
@@ -292,6 +308,7 @@ class Scan:
             "HAS_TERM": self.vectors.term is not None,
             "HAS_OUTER": self.vectors.outer is not None,
             "HAS_SKIP": skip is not None,
+            "HAS_LOW": low is not None,
             "NORMS": ("ip", "cosine", "l2").index(metric) if vectors is None else -1,
             "WHOLE": x.shape[1] <= config.BLOCK_D,
             "MAGIC_SUMS": x.dtype == torch.int8 and x.shape[1] <= MAGIC_DIM,
@@ -313,10 +330,11 @@ class Scan:
         splits = triton.cdiv(last - first, each)
         blocks = triton.cdiv(self.x.shape[1], config.BLOCK_D)
         _scan_kernel[(query_tiles * splits,)](
-            self.q, self.x, v.scale, v.term, v.outer, self.factor, theta, self.skip, hits, count,
-            self.norm, len(self.q), len(self.x), self.x.shape[1], hits.shape[1], self.tiles,
-            tile_step(self.tiles), first, last, each, step, each * blocks, blocks, self.bound,
-            self.q.stride(0), self.x.stride(0), DENSE=window > 0, **self.flags, **config._asdict(),
+            self.q, self.low, self.x, v.scale, v.term, v.outer, self.factor, theta, self.skip,
+            hits, count, self.norm, len(self.q), len(self.x), self.x.shape[1], hits.shape[1],
+            self.tiles, tile_step(self.tiles), first, last, each, step, each * blocks, blocks,
+            self.bound,
+            self.q.stride(0), self.x.stride(0), DENSE=window > 0, **self.flags, **config.options(),
         )  # fmt: skip
 
 

@@ -42,9 +42,10 @@ def interpreted() -> bool:
 
 def operand(x: Tensor) -> Tensor:
     """What a kernel reads in place of x: x itself where its last axis is contiguous, whatever the
-    row stride; else a copy, as always of floating point in the interpreter (fp32)."""
+    row stride; else a copy, as always of floating point in the interpreter (fp32), and where rows
+    are so far apart that a tile's offsets need more than 32 bits, hence few."""
     x = x.float() if interpreted() and x.is_floating_point() else x
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 and x.stride(0) < 1 << 22 else x.contiguous()
 
 
 def stored(dtype: torch.dtype) -> torch.dtype:

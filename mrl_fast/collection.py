@@ -57,7 +57,7 @@ class Collection:
         # Where kernels run: in the interpreter, on the CPU.
         interpreted = self.device != "cpu" and triton_is_interpreted()
         self.place = torch.device("cpu" if interpreted else self.device)
-        self._engine, self._store = engine(self.device != "cpu", layout, self.dims, self.place)
+        self._engine, self._store = engine(layout, self.dims, metric, self.device, self.place)
         self._next_id = 0  # one more than the largest id so far
         self._writing = threading.RLock()  # held by who changes the index or saves it
 
@@ -248,13 +248,15 @@ class Collection:
         return rows
 
 
-def engine(on_device: bool, layout: cpu.Layout, dims: Sequence[int], place: torch.device) -> Any:
+def engine(
+    layout: cpu.Layout, dims: Sequence[int], metric: str, device: str, place: torch.device
+) -> Any:
     """What searches, and what it searches."""
-    if not on_device:
+    if device == "cpu":
         return cpu, cpu.Store(layout)
     from mrl_fast import gpu
 
-    return gpu, gpu.Store(layout, dims, place)
+    return gpu, gpu.Store(layout, dims, metric, place)
 
 
 def _check_last(last: int) -> None:

@@ -18,7 +18,7 @@ from mrl_fast import tune as tuning
 from mrl_fast._arrays import result_like
 from mrl_fast._checks import check_finite, check_int
 from mrl_fast._types import ExactResult, RangeResult, SearchResult, Tuned
-from mrl_fast.collection import Collection
+from mrl_fast.collection import DTYPES, Collection
 
 MANY = 1 << 62  # more than there are rows, and yet an int64
 
@@ -339,8 +339,10 @@ class MatryoshkaIndex(Collection):
         return self._engine.restricted(now, checked)
 
     def _queries(self, queries: Any) -> Tensor:
-        """``[B, D]`` fp32, where the index is searched; finite, as far as the host can see."""
+        """``[B, D]`` where the index is searched, fp32 or as the vectors are stored; finite, as far
+        as the host can see."""
         q = inputs.matrix(queries, "queries", self.width)
         if q.device.type == "cpu" and self.device != "cpu":
             check_finite(q, "queries")
-        return q.to(self.place, torch.float32)
+        as_stored = self.device != "cpu" and q.dtype == DTYPES[self.dtype]
+        return q.to(self.place, q.dtype if as_stored else torch.float32)

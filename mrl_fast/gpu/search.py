@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from mrl_fast.cpu import Snapshot
-from mrl_fast.gpu.storage import UP, DeviceRows
-from mrl_fast.kernels import certified, retrieval
+from mrl_fast.gpu.storage import DeviceRows
+from mrl_fast.kernels import certified, on_its_device, retrieval
 from mrl_fast.kernels.keys import scores_of
 from mrl_fast.kernels.pairs import Pairs
-from mrl_fast.kernels.retrieval import Rows
+from mrl_fast.kernels.retrieval import SAFE_NORM, Rows
 from mrl_fast.kernels.scan import Vectors
 from mrl_fast.kernels.tiling import operand
 from mrl_fast.rotation import Rotation
 
 Result = tuple[Tensor, Tensor]
-SAFE_NORM = 2.0**-40  # squares of smaller ones leave fp32's normal range
+UNIT = 2.0**-100  # of a query's codes, at least
 
 
 def restricted(now: Snapshot, allowed: Tensor | None) -> tuple[DeviceRows, Any]:
@@ -30,9 +30,10 @@ def restricted(now: Snapshot, allowed: Tensor | None) -> tuple[DeviceRows, Any]:
         return rows, now
     if not (allowed.dtype == torch.bool and now.alive is None):
         allowed = now.flags(allowed.cpu())
-    return rows._replace(allowed=allowed.to(rows.vectors.device, torch.uint8)), now
+    return rows.only(allowed), now
 
 
+@on_its_device
 def rotated(queries: Tensor, rotation: Rotation) -> Tensor:
     """``queries @ axes.T``; a row's bits do not depend on the others."""
     axes = rotation.on(queries.device)
@@ -43,6 +44,7 @@ def rotated(queries: Tensor, rotation: Rotation) -> Tensor:
     )
 
 
+@on_its_device
 def search_rows(
     q: Tensor, rows: DeviceRows, stages: Sequence[tuple[int, int]], metric: str
 ) -> Result:
@@ -64,6 +66,7 @@ def search_rows(
     )
 
 
+@on_its_device
 def exact_search(
     q: Tensor, rows: DeviceRows, dim: int, k: int, metric: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +79,7 @@ def exact_search(
     return *result, touched
 
 
+@on_its_device
 def range_search(
     q: Tensor, rows: DeviceRows, dim: int, threshold: float, metric: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,13 +93,14 @@ def range_search(
 def _known(rows: DeviceRows, dim: int, metric: str, *, ids: Tensor | None = None) -> Rows:
     """For a search by the first ``dim`` columns."""
     g = rows.dims.index(dim)
-    norms, largest, vectors = rows.norms[g], rows.largest[g], Vectors()
+    largest, scale, term = rows.largest[g : g + 1], None, rows.out
     if metric == "cosine":
-        largest = torch.where(rows.smallest[g] > SAFE_NORM, 1.0, torch.inf)
-        vectors = Vectors(scale=norms.reciprocal().where(norms > 0, 0.0))
+        scale = rows.factors[g]
+        one = torch.ones_like(largest)
+        largest = torch.where(rows.smallest[g : g + 1] > SAFE_NORM, one, torch.inf)
     if metric == "l2":
-        vectors = Vectors(term=-0.5 * norms * norms)
-    return Rows(_without(vectors, rows), largest.reshape(1), rows.allowed, ids)
+        term = rows.factors[g] if rows.out is None else rows.factors[g] + rows.out
+    return Rows(Vectors(scale=scale, term=term), largest, rows.allowed, ids)
 
 
 def _prefix(rows: DeviceRows, dim: int, metric: str) -> certified.Prefix | None:
@@ -104,38 +109,25 @@ def _prefix(rows: DeviceRows, dim: int, metric: str) -> certified.Prefix | None:
         return None
     whole = _known(rows, dim, metric)
     assert whole.vectors is not None
-    scale = whole.vectors.scale
-    tails = rows.tails if scale is None else rows.tails * scale * UP
-    bounds = whole._replace(vectors=whole.vectors._replace(outer=tails))
+    bounds = whole._replace(vectors=whole.vectors._replace(outer=rows.tails))
     return certified.Prefix(first, _known(rows, first, metric), bounds)
 
 
 def _by_codes(q: Tensor, rows: DeviceRows, metric: str) -> tuple[Tensor, Rows]:
     """Queries as codes, and what makes scores of sums of products of codes. Their scale is of one
     query; the order of rows is what counts."""
-    assert rows.units is not None
     head = q[:, : rows.dims[0]].float()
     unit = head.abs().amax(dim=1, keepdim=True) / 127
-    codes = (head / unit.where(unit > 0, 1.0)).round().to(torch.int8)
-    norms, scale = rows.norms[0], rows.units
-    factor = outer = None
+    unit = torch.where(unit > UNIT, unit, 1.0)  # of zeros, or of as good as nothing
+    codes = (head / unit).round().to(torch.int8)
+    # The margin is of shortlists: no sum times its scale is larger than 127 · 127 · dim · this.
+    vectors, largest = Vectors(scale=rows.units, term=rows.out), rows.largest[:1] * 2
     if metric == "cosine":
-        scale = scale * norms.reciprocal().where(norms > 0, 0.0)
+        largest = torch.ones_like(largest) * 2
     if metric == "l2":  # ⟨q, x⟩ − ‖x‖²/2, in the query's unit
-        factor = unit.reciprocal().where(unit > 0, 0.0)[:, 0].contiguous()
-        outer = -0.5 * norms * norms
-    vectors = _without(Vectors(scale=scale, outer=outer, factor=factor), rows)
-    # No sum times a scale is larger than the codes' norms times this.
-    largest = scale.max() * 127 * rows.dims[0] ** 0.5 if len(scale) else scale.new_zeros(())
-    return codes, Rows(vectors, largest.reshape(1), rows.allowed, linear=True)
-
-
-def _without(vectors: Vectors, rows: DeviceRows) -> Vectors:
-    """With a term of −inf for rows that are not allowed."""
-    if rows.allowed is None:
-        return vectors
-    term = 0.0 if vectors.term is None else vectors.term
-    return vectors._replace(term=torch.where(rows.allowed != 0, term, -torch.inf))
+        vectors = vectors._replace(outer=rows.factors[0], factor=unit[:, 0].reciprocal())
+        largest = largest + largest * largest
+    return codes, Rows(vectors, largest, rows.allowed, linear=True)
 
 
 def _in_use(rows: DeviceRows) -> None:
