@@ -139,25 +139,39 @@ def test_bad_input():
             MatryoshkaIndex(DIMS, device=device)
 
 
-def test_a_failed_append_leaves_what_there_was(monkeypatch):
-    index = MatryoshkaIndex(DIMS, device="cuda")
-    x = vectors(300)
-    index.add(x[:100])
+@pytest.mark.parametrize("call", ["_store", "_with_room", "rows"])
+def test_a_failed_add_leaves_what_there_was(call, monkeypatch):
+    index = MatryoshkaIndex(DIMS, device="cuda", prefix_dtype="int8")
+    x = vectors(3300)
+    index.add(x[:1000])
     before = index.search(x[:1], 3)
-    store = type(index._store._arrays)._store
+    arrays = type(index._store._arrays)
+    work = getattr(arrays, call)
 
-    def fail(self, block, low, high, at):
-        store(self, block, low, high, at)
+    def fail(self, *args):
+        work(self, *args)
         raise MemoryError
 
-    monkeypatch.setattr(type(index._store._arrays), "_store", fail)
+    monkeypatch.setattr(arrays, call, fail)
     with pytest.raises(MemoryError):
-        index.add(x[100:200])
+        index.add(x[1000:3000] * 100)
     monkeypatch.undo()
-    assert len(index) == 100
+    assert len(index) == 1000
     check_equal(index.search(x[:1], 3), before)
-    index.add(x[200:])
-    assert index.search(x[250:251], 1).ids.tolist() == [[150]]
+    index.add(x[3000:])
+    assert index.search(x[3250:3251], 1).ids.tolist() == [[1250]]
+
+
+def test_a_query_that_is_zero_where_the_codes_are():
+    x, q = vectors(200), vectors(2, seed=1)
+    q[:, : DIMS[0]] = 0
+    for metric in ("cosine", "ip", "l2"):
+        found = []
+        for device in ("cpu", "cuda"):
+            index = MatryoshkaIndex(DIMS, metric=metric, prefix_dtype="int8", device=device)
+            index.add(x)
+            found.append(index.search(q, 4, stages=[(DIMS[0], 30), (DIMS[1], 4)]))
+        check_equal(*found)
 
 
 def test_searches_while_others_write():

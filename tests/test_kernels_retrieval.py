@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mrl_fast.kernels import retrieval
+from mrl_fast.kernels import pairs, retrieval
 
 from mrl_fast import kernels, reference
 from mrl_fast.testing import assert_same_topk
@@ -77,8 +77,8 @@ def test_errors_of_the_scan_within_its_margin_change_nothing(
     queries, metric, rescans, triton_device, monkeypatch
 ):
     q, x = make_vectors(queries, 8, triton_device), make_vectors(1000, 8, triton_device, seed=1)
-    x[100:900:9] = x[7] * (1 + 2e-7 * torch.randn(89, 1, device=x.device))  # near ties
-    x[11::160] = x[7]  # and ties
+    # Ties and near ties, more than k and fewer than are scored again, each in a bucket of its own.
+    x[70::104] = x[7] * (1 + 2e-7 * torch.arange(9, device=x.device)[:, None].clamp(max=6))
     q[0] = x[7]
     expected = kernels.prefix_topk(q, x, 5, 8, metric)
     scan = retrieval.Scan.__call__
@@ -86,20 +86,33 @@ def test_errors_of_the_scan_within_its_margin_change_nothing(
     if metric == "cosine":  # rows are divided by theirs
         norms = torch.ones_like(norms[0]), norms[1]
     wrong = 0
-    for factor, seed in [(0.95, 0), (0.95, 1), (0.95, 2), (1e5, 0)]:
+    # As bad as it can be: the k best seem worse, all others better; and at random.
+    for factor, worst, seed in [
+        (0.99, True, 0),
+        (0.95, False, 1),
+        (0.95, False, 2),
+        (1e5, False, 0),
+    ]:
         generator = torch.Generator().manual_seed(seed)
 
-        def noisy(self, hits, count, *rest, factor=factor, generator=generator, **more):
+        def noisy(self, hits, count, *rest, factor=factor, worst=worst, random=generator, **more):
             before = count.clone()
             scan(self, hits, count, *rest, **more)
             bound, a, b, c, d, e = retrieval.Margin.of(x, metric)
             largest, mine = norms
             margin = a + b * mine + c * mine**2 + d * mine * largest + e * largest**2
             score = (hits >> 32).int().view(torch.float32)
-            noise = 2 * torch.rand(score.shape, generator=generator).to(score) - 1
+            noise = 2 * torch.rand(score.shape, generator=random).to(score) - 1
+            if worst:
+                config, bucket = self.config, expected[1] % self.config.BLOCK_N
+                of_tile = config.BLOCK_N // retrieval.BUCKET
+                bucket = bucket // 8 % config.groups * 4 + bucket % 8 // 2
+                bucket += expected[1] // config.BLOCK_N * of_tile
+                best = ((hits & 0xFFFFFFFF)[:, :, None] == bucket[:, None]).any(2)
+                noise = torch.where(best, -1.0, 1.0)
             moved = score + factor * noise * margin[: len(score), None]
             lanes = torch.arange(hits.shape[1], device=hits.device)
-            new = (lanes >= before[:, None]) | bool(more["window"])
+            new = (lanes >= before[:, None]) | bool(more.get("window"))
             moved = torch.where(new, moved, score).view(torch.int32).long()
             hits.copy_(moved << 32 | hits & 0xFFFFFFFF)
 
@@ -211,3 +224,63 @@ def test_rerank_of_strided_candidates_with_repeats(metric, triton_device):
     expected = reference.rerank(q, x, candidates, 20, 9, metric)
     assert torch.equal(ids, expected.ids)
     torch.testing.assert_close(scores, expected.scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_queries_of_more_bits_than_the_rows(metric, rescans, triton_device):
+    q, x = make_vectors(3, 24, triton_device), make_vectors(900, 24, triton_device, seed=1).half()
+    found = retrieval.empty(q, 4)
+    retrieval.topk(q, x.contiguous(), 4, metric, found)
+    exact = reference.scores(q, x, 24, metric)
+    assert_same_topk(found, exact, name=metric, tolerance=1e-5 * exact.abs().max().item())
+    assert not rescans, "two parts of a query leave no margin to speak of"
+    coarse = retrieval.scan_queries(q, x, metric)
+    left = q.double() - coarse.q.double() - coarse.low.double()
+    assert (left.norm(dim=1) <= coarse.errors).all() and (coarse.errors < 1e-5).all()
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_blocks_that_are_loaded_together_are_added_one_by_one(double, triton_device, monkeypatch):
+    q, x = make_vectors(2, 300, triton_device), make_vectors(40, 300, triton_device, seed=1)
+    rows = torch.arange(40, device=x.device).expand(2, -1)
+    for metric in METRICS:
+        keys = []
+        for blocks in (1, 2, 4):
+            shape = dict(ROWS=32, BLOCKS=blocks, num_warps=4)
+            monkeypatch.setattr(pairs, "pair_blocks", lambda x, shape=shape: shape)
+            keys.append(retrieval.Pairs(q, x, metric, double=double).keys(rows))
+        assert torch.equal(keys[0], keys[1]) and torch.equal(keys[0], keys[2])
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e-22, 1e18])
+@pytest.mark.parametrize("metric", METRICS)
+def test_norms_beyond_what_fp32_can_square(metric, factor, triton_device):
+    """Scores of rows and queries that small are 0 or made of a few bits: then rows decide."""
+    q, x = make_vectors(2, 6, triton_device), make_vectors(300, 6, triton_device, seed=1)
+    for a, b in ((q * factor, x), (q, x * factor)):
+        found, every = retrieval.empty(q, 5), retrieval.empty(q, 5)
+        retrieval.topk(a, b, 5, metric, found)
+        retrieval.score_all(a, b, 5, metric, every, retrieval.Rows())
+        assert torch.equal(found[1], every[1]) and torch.equal(found[0], every[0])
+
+
+def test_the_default_dtype_is_not_ours(triton_device):
+    q, x = make_vectors(17, 6, triton_device), make_vectors(400, 6, triton_device, seed=1)
+    expected = kernels.prefix_topk(q, x, 3, 6, "cosine")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = kernels.prefix_topk(q, x, 3, 6, "cosine")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found[0].dtype == torch.float32
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_rows_far_apart_and_candidates_that_do_not_exist(triton_device):
+    memory = torch.zeros(1 << 26, dtype=torch.int8, device=triton_device)
+    x = memory.as_strided((16, 8), ((1 << 22) - 3, 1))
+    x.copy_(torch.randint(-9, 9, (16, 8)))
+    _, ids = kernels.prefix_topk(x[3:4].clone(), x, 2, 8, "l2")
+    assert ids[0, 0] == 3
+    rows = torch.tensor([[1, 99, -1, 1 << 40]], device=triton_device)
+    assert kernels.rerank(x[3:4].clone(), x, rows, 3, 8, "ip")[1].tolist() == [[1, -1, -1]]
