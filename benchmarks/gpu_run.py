@@ -43,12 +43,22 @@ LAST_ROW_SECONDS = 40.0
 LOG_BYTES = 4 << 20  # the last ones are kept
 TIMED_OUT, FOUND, MAYBE = 124, 9, 8  # exit codes; the last two a sanitizer's
 ON_THE_DEVICE = (
-    "kernels_retrieval", "kernels_losses", "kernels_tiling", "retrieval", "logits", "cross_entropy",
+    "device_index", "kernels_retrieval", "kernels_certified", "kernels_losses", "kernels_tiling",
+    "retrieval", "logits", "cross_entropy",
     "info_nce", "sigmoid_distill", "training", "any_shape",
 )  # fmt: skip
 # of damaged files and killed processes, of packaging, of what compilers make, and of this program
 LEFT_OUT = ("fuzz_files", "kills", "crash", "threads", "imports", "static_gates", "gpu_run")
-SANITIZED = [f"tests/test_{name}.py" for name in ("kernels_retrieval", "kernels_losses", "logits")]
+SANITIZED = [
+    f"tests/test_{name}.py"
+    for name in (
+        "kernels_retrieval",
+        "kernels_certified",
+        "device_index",
+        "kernels_losses",
+        "logits",
+    )
+]
 
 Variables = Mapping[str, str]
 

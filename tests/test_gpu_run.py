@@ -33,7 +33,7 @@ def program(out, *parts):
 
 
 def check_rows(part, state):
-    specs = list(importlib.import_module(MODULES[part]).rows(tiny=False))
+    specs = list(importlib.import_module(MODULES[part]).rows(tiny=True))
     assert [row["name"] for row in state["rows"]] == [spec.name for spec in specs]
     assert len({spec.name for spec in specs}) == len(specs)
     assert state["ceilings"]["copy_gbps"] > 0 and state["ceilings"]["bf16_tflops"] > 0
