@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from mrl_fast.kernels.keys import EMPTY, SORTED_AT_ONCE, make_key
-from mrl_fast.kernels.tiling import interpreted
+from mrl_fast.kernels.tiling import interpreted, programs
 from torch import Tensor
 
 METRICS = {"ip": 0, "cosine": 1, "l2": 2, "linear": 3}  # linear: as of scan.Vectors
@@ -172,6 +172,13 @@ def bucket_row(bucket, i, TILE: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def _best_of_both(best, new):
+    """Of as many in descending order as there are in no order: as one falls and the other rises,
+    the larger of each pair are the best."""
+    return tl.sort(tl.maximum(best, tl.sort(new)), descending=True)
+
+
+@triton.jit
 def _rescan_kernel(
     q_ptr,  # [B, dim]
     x_ptr,  # [N, dim]
@@ -196,8 +203,8 @@ def _rescan_kernel(
     BLOCKS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Every row of a split, for queries that are flagged. The part of the keys is also where KEPT
-    new ones are gathered, tile by tile, before they are sorted."""
+    """The best of a split's rows, for queries that are flagged. Their place is also where KEPT new
+    keys are gathered, tile by tile, before they are sorted."""
     b = (tl.program_id(0) // splits).to(tl.int64)
     if tl.load(flag_ptr + b) == 0:
         return
@@ -222,11 +229,31 @@ def _rescan_kernel(
         tl.debug_barrier()
         new = tl.load(part_ptr + tl.arange(0, KEPT))
         if tl.max(new) > worst:
-            # One falls as the other rises, so the larger of each pair are the best of both.
-            best = tl.sort(tl.maximum(best, tl.sort(new)), descending=True)
+            best = _best_of_both(best, new)
             worst = tl.min(best)
         tl.debug_barrier()  # before it is written again
     tl.store(part_ptr + tl.arange(0, KEPT), best)
+
+
+@triton.jit
+def _merge_kernel(
+    parts_ptr,  # [B, splits, KEPT] int64, each in descending order
+    flag_ptr,  # [B] int32
+    keys_ptr,  # [B, width] int64: the best go first
+    width,
+    splits,
+    KEPT: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    if tl.load(flag_ptr + b) == 0:
+        return
+    lanes = tl.arange(0, KEPT)
+    best = tl.load(parts_ptr + b * splits * KEPT + lanes)
+    for split in range(1, splits):
+        new = tl.load(parts_ptr + (b * splits + split) * KEPT + lanes)
+        if tl.max(new) > tl.min(best):
+            best = _best_of_both(best, new)
+    tl.store(keys_ptr + b * width + lanes, best)
 
 
 class Pairs:
@@ -294,17 +321,26 @@ class Pairs:
         """The k best of all rows, for the queries that are flagged, to their keys ``[B, width]``.
         The others cost next to nothing."""
         kept = max(32, triton.next_power_of_2(k))
-        splits = keys.shape[1] // kept
-        rows = triton.cdiv(triton.cdiv(len(self.x), splits), kept) * kept
+        B, N = len(keys), len(self.x)
+        # As many as keep the device busy with one query, or with several within the bytes.
+        splits = min(programs(self.q), triton.cdiv(N, kept), RESCAN_BYTES // (8 * kept * B))
+        parts = torch.empty(B, max(splits, 1), kept, dtype=torch.int64, device=keys.device)
+        splits = parts.shape[1]
+        rows = triton.cdiv(triton.cdiv(N, splits), kept) * kept
         blocks = pair_blocks(self.x)
-        blocks |= {"ROWS": min(blocks["ROWS"], kept), "num_warps": 8 if kept > 512 else 4}
-        _rescan_kernel[(len(keys) * splits,)](
-            self.q, self.x, self.scale, self.outer, self.factor, flag, self.allowed, keys,
-            len(self.x), keys.shape[1], splits, rows, self.x.shape[1], self.q.stride(0),
+        warps = 8 if kept > 512 else 4
+        blocks |= {"ROWS": min(blocks["ROWS"], kept), "num_warps": warps}
+        _rescan_kernel[(B * splits,)](
+            self.q, self.x, self.scale, self.outer, self.factor, flag, self.allowed, parts,
+            N, kept * splits, splits, rows, self.x.shape[1], self.q.stride(0),
             self.x.stride(0), KEPT=kept, **self.flags, **blocks, **ROUNDED,
+        )  # fmt: skip
+        _merge_kernel[(B,)](
+            parts, flag, keys, keys.shape[1], splits, KEPT=kept, num_warps=warps
         )  # fmt: skip
 
 
+RESCAN_BYTES = 64 << 20
 RESCANNED = SORTED_AT_ONCE  # k of a rescan at most
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from mrl_fast.kernels.tiling import interpreted, precision
+from mrl_fast.kernels.tiling import interpreted, precision, programs
 from torch import Tensor
 
 BUCKET = 16  # rows
@@ -351,13 +351,6 @@ def tile_step(tiles: int) -> int:
     while math.gcd(step, tiles) > 1:
         step += 1
     return step % tiles
-
-
-def programs(q: Tensor) -> int:
-    """So many, that the last ones to end leave little of the device idle."""
-    if not q.is_cuda:
-        return 3
-    return 8 * torch.cuda.get_device_properties(q.device).multi_processor_count
 
 
 def scan_config(queries: int, x: Tensor) -> Config:

@@ -57,6 +57,13 @@ def config(x: Tensor, configs: dict[int, Config] = CONFIGS) -> Config:
     return Config(16, 16, 16, 1, 1) if interpreted() else configs[x.element_size()]
 
 
+def programs(q: Tensor) -> int:
+    """So many, that the last ones to end leave little of the device idle."""
+    if not q.is_cuda:
+        return 3
+    return 8 * torch.cuda.get_device_properties(q.device).multi_processor_count
+
+
 def precision(x: Tensor) -> str:
     """How fp32 products are made, by PyTorch's own setting; half precision has one way only."""
     exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
