@@ -43,8 +43,8 @@ def small_buffers(monkeypatch):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("structure", [True, False])
 def test_exact(metric, structure, triton_device):
-    x = make_rows(1100, triton_device, structure=structure)
-    q = x[[5, 100, 1099]] * 1.01
+    x = make_rows(800, triton_device, structure=structure)
+    q = x[[5, 799]] * 1.01
     rows, prefix = known(x, metric)
     result = empty(q, 4)
     touched = certified.exact_topk(q, x, 4, metric, result, rows, prefix)
@@ -58,8 +58,8 @@ def test_exact(metric, structure, triton_device):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_bound_that_is_too_low_shows(metric, triton_device):
-    x = make_rows(1100, triton_device, structure=True)
-    q = x[[5, 100, 1099]] + 0.05
+    x = make_rows(800, triton_device, structure=True)
+    q = x[[5, 799]] + 0.05
     rows, prefix = known(x, metric)
     outer = prefix.bounds.vectors.outer
     wrong = prefix._replace(
@@ -73,7 +73,7 @@ def test_a_bound_that_is_too_low_shows(metric, triton_device):
 
 
 def test_rows_that_are_not_allowed(triton_device):
-    x = make_rows(1100, triton_device, structure=True)
+    x = make_rows(800, triton_device, structure=True)
     q = x[:2].clone()
     allowed = torch.ones(len(x), dtype=torch.uint8, device=x.device)
     allowed[::2] = 0

@@ -154,19 +154,19 @@ def test_nan_is_not_dropped(metric, rescans, triton_device):
 
 
 def test_norms_of_zero_and_beyond_fp32(rescans, triton_device):
-    q, x = make_vectors(2, 4, triton_device), make_vectors(500, 4, triton_device, seed=1)
+    q, x = make_vectors(2, 4, triton_device), make_vectors(120, 4, triton_device, seed=1)
     x[::7] = 0.0
-    scores, ids = kernels.prefix_topk(q, x, 500, 4, "cosine")
+    scores, ids = kernels.prefix_topk(q, x, 120, 4, "cosine")
     assert (scores.gather(1, ids.argsort(dim=1))[:, ::7] == 0).all()
     rescans.clear()
-    x = make_vectors(600, 4, triton_device, seed=1)
+    x = make_vectors(300, 4, triton_device, seed=1)
     x[1] *= 1e-15  # squares of it leave fp32's normal range: no margin holds
-    for queries in (q, q.repeat(9, 1)):
+    for queries in (q, q.repeat(9, 1)[:17]):
         scores, ids = kernels.prefix_topk(queries, x, 3, 4, "cosine")
         assert_same_topk(
             (scores, ids), reference.scores(queries, x, 4, "cosine"), name="cosine", tolerance=1e-6
         )
-    assert rescans == [2, 18]
+    assert rescans == [2, 17]
 
 
 @pytest.mark.parametrize("metric", METRICS)
