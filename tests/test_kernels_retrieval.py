@@ -153,7 +153,7 @@ def test_nan_is_not_dropped(metric, rescans, triton_device):
     assert scores[:, 1:].isfinite().all()
 
 
-def test_norms_of_zero_and_beyond_fp32(rescans, triton_device):
+def test_norms_of_zero_and_beyond_fp32(rescans, triton_device, monkeypatch):
     q, x = make_vectors(2, 4, triton_device), make_vectors(120, 4, triton_device, seed=1)
     x[::7] = 0.0
     scores, ids = kernels.prefix_topk(q, x, 120, 4, "cosine")
@@ -161,12 +161,11 @@ def test_norms_of_zero_and_beyond_fp32(rescans, triton_device):
     rescans.clear()
     x = make_vectors(300, 4, triton_device, seed=1)
     x[1] *= 1e-15  # squares of it leave fp32's normal range: no margin holds
-    for queries in (q, q.repeat(9, 1)[:17]):
-        scores, ids = kernels.prefix_topk(queries, x, 3, 4, "cosine")
-        assert_same_topk(
-            (scores, ids), reference.scores(queries, x, 4, "cosine"), name="cosine", tolerance=1e-6
-        )
-    assert rescans == [2, 17]
+    for bytes_at_once in (retrieval.TEMPORARY_BYTES, 1):  # norms found in the scan, and before it
+        monkeypatch.setattr(retrieval, "TEMPORARY_BYTES", bytes_at_once)
+        found = kernels.prefix_topk(q, x, 3, 4, "cosine")
+        assert_same_topk(found, reference.scores(q, x, 4, "cosine"), name="cosine", tolerance=1e-6)
+    assert rescans == [2, 1, 1]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -264,8 +263,9 @@ def test_norms_beyond_what_fp32_can_square(metric, factor, triton_device):
         assert torch.equal(found[1], every[1]) and torch.equal(found[0], every[0])
 
 
-def test_the_default_dtype_is_not_ours(triton_device):
-    q, x = make_vectors(17, 6, triton_device), make_vectors(400, 6, triton_device, seed=1)
+def test_the_default_dtype_is_not_ours(triton_device, monkeypatch):
+    monkeypatch.setattr(retrieval, "TEMPORARY_BYTES", 1)  # norms before the scan
+    q, x = make_vectors(2, 6, triton_device), make_vectors(400, 6, triton_device, seed=1)
     expected = kernels.prefix_topk(q, x, 3, 6, "cosine")
     torch.set_default_dtype(torch.bfloat16)
     try:
