@@ -29,17 +29,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-FAMILIES = {
-    "_scan_kernel": "scan", "_narrow_kernel": "narrow", "_keys_kernel": "pairs",
-    "_rescan_kernel": "rescan", "_decode_kernel": "select", "_nested_logits_kernel": "logits",
-    "_predict_kernel": "predict", "_statistics_kernel": "statistics",
-    "_score_gradients_kernel": "score gradients",
-}  # fmt: skip
+FAMILIES = {"_keys_kernel": "pairs", "_decode_kernel": "select", "_nested_logits_kernel": "logits"}
 DTYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "int8",
     torch.float8_e4m3fn: "fp8",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 BLOCKS = ("BLOCK_B", "BLOCK_N", "BLOCK_V", "BLOCK_D", "TILE", "ROWS", "BLOCKS", "KEPT", "C")
 BLOCKS += ("BLOCK_C",)
 UNNAMED = {*BLOCKS, "GROUPS", "MAGIC_SUMS", "WHOLE", "ALIGNMENT", "PRECISION"}
@@ -100,7 +94,7 @@ def recorded() -> Iterator[list[tuple[Any, dict[str, Any], dict[str, Any]]]]:
     launches = []
 
     def record(self, *args, grid, warmup, **kwargs):
-        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+        options = {k: kwargs.pop(k) for k in set(kwargs) - set(self.arg_names)}
         launches.append((self, self.signature.bind(*args, **kwargs).arguments, options))
 
     run = JITFunction.run
@@ -131,11 +125,12 @@ def compiled(one: Case, capability: int) -> Any:
 
 
 def kind_of(kernel: Any, arguments: dict[str, Any]) -> str:
-    words, x = [FAMILIES[kernel.__name__]], arguments.get("x_ptr")
+    name, x = kernel.__name__, arguments.get("x_ptr")
+    words = [str(FAMILIES.get(name) or name[1:].removesuffix("_kernel").replace("_", " "))]
     if x is not None:
-        words.append(DTYPES[x.dtype])
+        words.append(str(DTYPES[x.dtype]))
         if x.dtype == torch.float32 and "PRECISION" in arguments:
-            words.append(arguments["PRECISION"])
+            words.append(str(arguments["PRECISION"]))
     return " ".join(words)
 
 
@@ -152,6 +147,7 @@ def details(kernel: Any, arguments: dict[str, Any]) -> list[str]:
     words += [str(get(name)) for name in ("KEPT", "BLOCK_C", "C") if name in constants]
     for name in constants:
         words += trait(name, get(name)) if name not in UNNAMED else []
+    words += ["one tile"] * (get("steps") == 1)
     return words + ["unaligned"] * bool(get("stride_xn", 0) % 16)
 
 
@@ -209,8 +205,8 @@ def searches(dtype: torch.dtype, precision: str) -> Iterator[Call]:
             yield of(codes, queries, few[0], outer=False)
             yield of(codes, queries, few[0], outer=True)
             continue
-        for metric in ("ip", "cosine", "l2"):
-            yield of(certified, dtype, queries, few[0], metric)
+        for metric in ("ip", "cosine", "l2") if dtype.itemsize > 1 else ():
+            yield of(certified, dtype, min(queries, 512), few[0], metric)
 
 
 def search(
@@ -295,15 +291,17 @@ def losses(dtype: torch.dtype, precision: str) -> Iterator[Call]:
 
 def fold(x: Tensor, weight: Tensor, **features: Any) -> None:
     """Forward, and backward."""
+    given: dict[str, Any] = {"x": x, "weight": weight, "dims": PREFIXES, "link": "softmax"}
+    given |= {"period": 4096, "exclude_own": False, "own_boost": 1.0, "other_boost": 1.0}
+    given |= {"columns": False} | features
     names = inspect.signature(fold_forward).parameters
-    default = {"period": 4096, "exclude_own": False, "own_boost": 1.0, "other_boost": 1.0}
-    default |= {"dims": PREFIXES, "link": "softmax", "columns": False}
-    given = {"x": x, "weight": weight} | default | features
-    arguments = {name: given.get(name) for name in names}
-    out = fold_forward(**arguments)
-    row_max, row_log, hit, soft_sum, col_max, col_log = out
-    del arguments["columns"]
-    fold_backward(
-        **arguments, row_max=row_max, row_log=row_log, col_max=col_max, col_log=col_log,
-        d_row=row_log, d_hit=hit, d_soft=None if soft_sum is None else row_log, d_col=col_log,
-    )  # fmt: skip
+    row_max, row_log, hit, soft_sum, col_max, col_log = fold_forward(*map(given.get, names))
+    given |= {"row_max": row_max, "row_log": row_log, "col_max": col_max, "col_log": col_log}
+    given |= {
+        "d_row": row_log,
+        "d_hit": hit,
+        "d_soft": None if soft_sum is None else row_log,
+        "d_col": col_log,
+    }
+    names = inspect.signature(fold_backward).parameters
+    fold_backward(*map(given.get, names))

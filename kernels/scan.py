@@ -29,10 +29,6 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def options(self) -> dict[str, int]:
-        """For a launch; eight warps of 128 registers, so that two programs share a processor."""
-        return self._asdict() | ({"maxnreg": 128} if self.num_warps == 8 else {})
-
     @property
     def groups(self) -> int:
         """Buckets of a tile in fours: eight rows apart in one lie as many eights of rows."""
@@ -334,8 +330,14 @@ class Scan:
             hits, count, self.norm, len(self.q), len(self.x), self.x.shape[1], hits.shape[1],
             self.tiles, tile_step(self.tiles), first, last, each, step, each * blocks, blocks,
             self.bound,
-            self.q.stride(0), self.x.stride(0), DENSE=window > 0, **self.flags, **config.options(),
+            self.q.stride(0), self.x.stride(0), DENSE=window > 0, **self.flags,
+            **config._asdict(), **self._limits(window),
         )  # fmt: skip
+
+    def _limits(self, window: int) -> dict[str, int]:
+        """128 registers where eight warps need few more: two programs share a processor."""
+        few = self.config.num_warps == 8 and self.x.element_size() < 4 and not window
+        return {"maxnreg": 128} if few else {}
 
 
 def scan_precision(x: Tensor) -> str:

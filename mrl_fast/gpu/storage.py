@@ -129,7 +129,7 @@ class Arrays:
         return rows[low % TILE :][: high - low]
 
     def rows(self, count: int, alive: Tensor | None) -> DeviceRows:
-        arrays = {"codes": None, "units": None} | _cut(self.arrays, count)
+        arrays: dict[str, Any] = {"codes": None, "units": None, **_cut(self.arrays, count)}
         rows = DeviceRows(
             dims=self.dims, largest=self.largest.clone(), smallest=self.smallest.clone(), **arrays
         )  # fmt: skip
