@@ -223,8 +223,8 @@ def spill_limit(kernel: str) -> int:
 HEAD = """# What the compiler makes of the kernels
 
 `python benchmarks/static_gates.py --write benchmarks/results/gates.md` writes this, with `--short`
-every kind of kernel and dtype but not every configuration; this is of {date}, Triton {version}, {count}
-kernels. No GPU was used, and nothing here is a time. Numbers are of sm_80, sm_90 and sm_100, in
+every kind of kernel and dtype but not every configuration; this is of {date}, Triton {version},
+{count} kernels. No GPU was used, and nothing here is a time. Numbers are of sm_80, sm_90 and sm_100, in
 this order (fp8 does not exist on sm_80); where there is one, of sm_90. Sizes are multiples of 16.
 
 ## In short
@@ -232,7 +232,6 @@ this order (fp8 does not exist on sm_80); where there is one, of sm_90. Sizes ar
 - {count} kernels, {broken}.
 - Instructions a score in a scan's main loop on sm_90, at 1024 queries: {scores}. The target for
   bf16 and fp16 is at most 5.
-- Instructions a column of a row where pairs are scored one by one, on sm_90: {columns}
 - Spills: {spills}
 
 ## What the columns are
@@ -279,7 +278,6 @@ def table(rows: list[Row]) -> str:
         count=len(kernels),
         broken="all within the limits of `failures`" if not broken else f"{len(broken)} failures",
         scores=of(r"scan \S+( \S+)? 1024q \d+d"),
-        columns=of(r"pairs \S+ \d+d (ip|cosine)"),
         blocks=", ".join(BLOCKS),
         spills="; ".join(spills or ["none"]) + ". " + " ".join(reasons),
     )
