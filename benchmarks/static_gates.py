@@ -225,7 +225,8 @@ HEAD = """# What the compiler makes of the kernels
 `python benchmarks/static_gates.py --write benchmarks/results/gates.md` writes this, with `--short`
 every kind of kernel and dtype but not every configuration; this is of {date}, Triton {version},
 {count} kernels. No GPU was used, and nothing here is a time. Numbers are of sm_80, sm_90 and
-sm_100, in this order (fp8 does not exist on sm_80); where there is one, of sm_90. Sizes are multiples of 16.
+sm_100, in this order (fp8 does not exist on sm_80); where there is one, of sm_90. Sizes are
+multiples of 16.
 
 ## In short
 
