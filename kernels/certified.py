@@ -9,7 +9,6 @@ width instead: the device decides, query by query. A range search is the same sc
 from typing import NamedTuple
 
 import torch
-import triton
 from mrl_fast.kernels.keys import EMPTY, Result, scores_of, select
 from mrl_fast.kernels.pairs import RESCANNED
 from mrl_fast.kernels.retrieval import (
@@ -53,23 +52,20 @@ def exact_topk(
     Returns how many rows of each query were scored at full width, ``[B]`` int64; N where all were
     scanned."""
     touched = torch.full((len(q),), len(x), dtype=torch.int64, device=q.device)
-    config = scan_config(len(q), x)
-    tiles = triton.cdiv(len(x), config.BLOCK_N)
-    plan = Plan.of(k, tiles, config.BLOCK_N, exact=True)
+    plan = Plan.of(k, len(x), scan_config(len(q), x), exact=True)
     if prefix is None or not len(x) or k > SURVIVORS or len(plan.ends) == 1:
         topk(q, x, k, metric, result, rows, double=True)
         return touched
     size = SURVIVORS * BUCKET * 8 + plan.bytes
     for part in chunks(len(q), max(1, TEMPORARY_BYTES // size)):
         to = result[0][part], result[1][part]
-        touched[part] = _certify(q[part], x, k, metric, to, rows, prefix, plan)
+        touched[part] = _certify(q[part], x, k, metric, to, rows, prefix)
     return touched
 
 
 def _certify(
-    q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: Rows, prefix: Prefix,
-    plan: Plan,
-) -> Tensor:  # fmt: skip
+    q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: Rows, prefix: Prefix
+) -> Tensor:
     pairs = rows.pairs(q, x, metric, double=True)
     near = empty(q, min(RESCANNED, max(64, 4 * k)))
     topk(q[:, : prefix.dim], x[:, : prefix.dim], near[0].shape[1], metric, near, prefix.shortlist)
@@ -80,11 +76,12 @@ def _certify(
     )
     config = scan.config
     keys = pairs.bucket_keys(hits, count, flag, SURVIVORS, config.BLOCK_N, config.groups)
-    touched = torch.where(flag != 0, len(x), count.clamp(max=SURVIVORS) * BUCKET)
+    touched = torch.where(flag != 0, len(x), (count * BUCKET).clamp(max=len(x)))
 
-    coarse = scan_queries(q, x, metric)
+    coarse, config = scan_queries(q, x, metric), scan_config(len(q), x)
+    plan = Plan.of(k, len(x), config, exact=coarse.exact)
     scan = Scan(
-        coarse.q, x, metric, rows.vectors, coarse.norms, rows.norm, skip=(flag == 0).int(),
+        config, coarse.q, x, metric, rows.vectors, coarse.norms, rows.norm, skip=(flag == 0).int(),
         low=coarse.low,
     )  # fmt: skip
     others = shortlist(scan, pairs, k, plan, coarse, among=flag)
@@ -109,8 +106,11 @@ def _reach(
     units = {"ip": theta, "cosine": theta * norms, "l2": (theta + norms**2) / 2}[metric]
     slack = 2e-6 * (units.abs() + (norms**2 if metric == "l2" else 0.0))
     gate = (units - slack - 2 * error).float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    scan = Scan(coarse.q, x[:, :dim], metric, vectors, coarse.norms, bounds.norm, low=coarse.low)
-    seeds = scan.config.BLOCK_N // BUCKET
+    config = scan_config(len(q), x[:, :dim])
+    scan = Scan(
+        config, coarse.q, x[:, :dim], metric, vectors, coarse.norms, bounds.norm, low=coarse.low
+    )
+    seeds = config.BLOCK_N // BUCKET
     hits, count, flag, _ = buffers(q, size + seeds, seeds)
     scan(hits, count, gate, 0, 1, window=1)  # the last tile, which may be ragged
     scan(hits, count, gate, 1, scan.tiles)

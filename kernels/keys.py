@@ -53,7 +53,6 @@ def _narrow_kernel(
     norm_ptr,  # [1] fp32, no row's norm is larger
     rank,
     e_a,  # the scan's error, as of scan.Margin
-    e_b,
     e_c,
     e_d,
     e_e,
@@ -74,7 +73,7 @@ def _narrow_kernel(
     q, x = tl.load(q_norm_ptr + b), tl.load(norm_ptr)
     bounded = (x < float("inf")) & (q < float("inf"))
     q, x = tl.where(bounded, q, 0.0), tl.where(bounded, x, 0.0)
-    error = e_a + e_b * q + e_c * q * q + e_d * q * x + e_e * x * x
+    error = e_a + e_c * q * q + e_d * q * x + e_e * x * x
     if HAS_ERROR:
         error += tl.load(q_error_ptr + b) * x
     bounded &= least != -(1 << 31)

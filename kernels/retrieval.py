@@ -14,7 +14,7 @@ import torch
 import triton
 from mrl_fast.kernels.keys import Result, narrow, select
 from mrl_fast.kernels.pairs import RESCANNED, WHOLE_BLOCK, Pairs
-from mrl_fast.kernels.scan import BUCKET, Margin, Scan, Vectors, scan_config
+from mrl_fast.kernels.scan import BUCKET, Config, Margin, Scan, Vectors, scan_config
 from mrl_fast.kernels.tiling import chunks, operand
 from torch import Tensor
 
@@ -24,7 +24,8 @@ LEAST_RANK = 16  # a threshold by fewer is a matter of luck
 
 
 class Plan(NamedTuple):
-    """How a scan for k of N rows goes: exact, where its error is that of fp32 sums."""
+    """How a scan for k of N rows goes by tiles of a shape: exact, where its error is that of fp32
+    sums."""
 
     rank: int  # of the threshold
     buffer: int  # buckets
@@ -32,12 +33,13 @@ class Plan(NamedTuple):
     ends: list[int]  # of the phases, in tiles; the first seeds the threshold
 
     @classmethod
-    def of(cls, k: int, tiles: int, block_n: int, *, exact: bool) -> "Plan":
+    def of(cls, k: int, rows: int, config: Config, *, exact: bool) -> "Plan":
+        tiles = triton.cdiv(rows, config.BLOCK_N)
         rank = max(k, LEAST_RANK)
         buffer = min(max(triton.next_power_of_2(64 * rank), BUFFER[0]), BUFFER[1])
         # Of the next r times as many rows as were seen, about r · rank buckets are kept.
         growth = max(1.0, (buffer - 2 * rank) / (3 * rank))
-        ends = [min(tiles, buffer * BUCKET // block_n)]
+        ends = [min(tiles, buffer * BUCKET // config.BLOCK_N)]
         while ends[-1] < tiles:
             ends.append(min(tiles, int(ends[-1] * (1 + growth)) + 1))
         kept = triton.next_power_of_2(rank + rank // 8 + 8 if exact else 2 * rank)
@@ -124,15 +126,15 @@ def topk(
 ) -> None:  # fmt: skip
     """The k best of the rows ``x [N, dim]`` to ``result``; ``double`` sums scores in fp64."""
     rows = rows or Rows()
+    if not len(x):
+        result[0].fill_(-torch.inf)
+        result[1].fill_(-1)
     if not len(q) * len(x):
         return
     if k > RESCANNED:
         return score_all(q, x, k, metric, result, rows, double=double)
     coarse, config = scan_queries(q, x, metric), scan_config(len(q), x)
-    plan = Plan.of(
-        k, triton.cdiv(len(x), config.BLOCK_N), config.BLOCK_N,
-        exact=coarse.margin.bound < 1e-3,
-    )  # fmt: skip
+    plan = Plan.of(k, len(x), config, exact=coarse.exact)
     step = max(1, TEMPORARY_BYTES // plan.bytes)
     step = step if step < 128 else step // 128 * 128  # whole tiles of queries
     if rows.vectors is None and len(q) > min(step, config.BLOCK_B):
@@ -143,7 +145,7 @@ def topk(
             torch.zeros(1, dtype=torch.float32, device=q.device) if rows.norm is None else rows.norm
         )
         mine, its = coarse.part(part), rows.of(part)
-        scan = Scan(mine.q, x, metric, its.vectors, mine.norms, norm, low=mine.low)
+        scan = Scan(config, mine.q, x, metric, its.vectors, mine.norms, norm, low=mine.low)
         keys = shortlist(scan, its.pairs(q[part], x, metric, double=double), k, plan, mine)
         select(keys, (result[0][part], result[1][part]), rows.ids)
 
@@ -157,13 +159,18 @@ class Coarse(NamedTuple):
     errors: Tensor | None  # [B] fp32, norms of what both parts lack; None: nothing
     margin: Margin
 
+    @property
+    def exact(self) -> bool:
+        """Whether the margin is of fp32 sums, not of coarser products."""
+        return self.margin.bound < 1e-3
+
     def part(self, part: slice) -> "Coarse":
         low, errors = (None if x is None else x[part] for x in (self.low, self.errors))
         return Coarse(self.q[part], low, self.norms[part], errors, self.margin)
 
 
 def scan_queries(q: Tensor, x: Tensor, metric: str) -> Coarse:
-    coarse, low, errors, dim = q.to(x.dtype).contiguous(), None, None, x.shape[1]
+    coarse, low, errors, dim = q.to(x.dtype), None, None, x.shape[1]
     norms = row_norms(q)
     if metric == "cosine":
         norms = torch.where(norms > SAFE_NORM, norms, torch.inf)
@@ -210,11 +217,13 @@ def approx_topk(
         return result, 1.0
     vectors, norm = row_vectors(x, metric)
     rows, coarse = Rows(vectors, norm), scan_queries(q, x, metric)
-    plan = Plan.of(k, tiles, config.BLOCK_N, exact=coarse.margin.bound < 1e-3)
+    plan = Plan.of(k, len(x), config, exact=coarse.exact)
     plan = plan._replace(buffer=triton.next_power_of_2(buckets), ends=[])
     for part in chunks(len(q), max(1, TEMPORARY_BYTES // plan.bytes)):
         mine, pairs = coarse.part(part), rows.pairs(q[part], x, metric, double=False)
-        scan = Scan(mine.q, x, metric, vectors, mine.norms, norm)  # of one dtype: no low part
+        scan = Scan(
+            config, mine.q, x, metric, vectors, mine.norms, norm
+        )  # of one dtype: no low part
         hits, count, flag, theta = buffers(mine.q, plan.buffer, buckets)
         scan(hits, count, theta, 0, tiles, window=window)
         narrow(hits, count, flag, theta, mine.norms, None, norm, k, mine.margin[1:])
@@ -305,8 +314,8 @@ def rerank_stages(
 
 
 def empty(q: Tensor, k: int) -> Result:
-    shape = len(q), k
+    """Room for a result, all of which will be written."""
     return (
-        torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device),
-        torch.full(shape, -1, dtype=torch.int64, device=q.device),
+        torch.empty(len(q), k, dtype=torch.float32, device=q.device),
+        torch.empty(len(q), k, dtype=torch.int64, device=q.device),
     )

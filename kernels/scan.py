@@ -228,22 +228,21 @@ def _scan_kernel(
 
 
 class Margin(NamedTuple):
-    """How far a scan's score may be from the canonical one: ``a + b·q + c·q² + d·q·x + e·x²`` with
-    a query's norm and the largest norm of a row, which is 1 under cosine.
+    """How far a scan's score may be from the canonical one: ``a + c·q² + d·q·x + e·x²`` with a
+    query's norm and the largest norm of a row, which is 1 under cosine.
 
     Both round every product and sum, tensor cores by truncation, and the metric's own terms: in all
     fewer than 2(d + 16) roundings of numbers no larger than the norms' product."""
 
     bound: float  # relative error of a sum
     a: float
-    b: float = 0.0
     c: float = 0.0
     d: float = 0.0
     e: float = 0.0
 
     def error(self, q: Tensor, x: Tensor) -> Tensor:
         """For queries' norms ``[B]`` and the largest of a row's ``[1]``."""
-        return self.a + self.b * q + self.c * q * q + self.d * q * x + self.e * x * x
+        return self.a + self.c * q * q + self.d * q * x + self.e * x * x
 
     @classmethod
     def of(cls, x: Tensor, metric: str) -> "Margin":
@@ -275,6 +274,7 @@ class Scan:
     """A pass over the rows ``x [N, dim]`` for the queries ``q [B, dim]``.
 
     Args:
+        config: The shape of its tiles, of whose numbers phases, buckets and hits are.
         vectors: Of the rows; None: the metric's, from norms that the scan finds itself.
         q_norms: ``[B]`` fp32; read where ``vectors`` is None.
         norm: ``[1]`` fp32, out where ``vectors`` is None: the largest norm of a row.
@@ -284,6 +284,7 @@ class Scan:
 
     def __init__(
         self,
+        config: Config,
         q: Tensor,
         x: Tensor,
         metric: str,
@@ -294,7 +295,7 @@ class Scan:
         low: Tensor | None = None,
     ):
         self.q, self.x, self.norm, self.skip, self.low = q, x, norm, skip, low
-        self.config = config = scan_config(len(q), x)
+        self.config = config
         self.tiles = triton.cdiv(len(x), config.BLOCK_N)
         self.bound = Margin.of(x, metric).bound
         self.factor = vectors.factor if vectors and vectors.factor is not None else q_norms

@@ -64,13 +64,14 @@ def result_like(x: Any, result: Any, out: Any = None) -> Any:
     """A NamedTuple of tensors with each as the kind of array that ``x`` is, where it is; or, where
     there is one, as ``out``, a tuple of contiguous tensors or arrays of the same fields."""
     convert = like(x)
-    converted = type(result)(*(_fill(out, result) if out is not None else map(convert, result)))
+    found = map(convert, result) if out is None else _fill(out, result, as_tensor(x, "").device)
+    converted = type(result)(*found)
     if isinstance(result, ExactResult):
         converted.rows_touched = convert(result.rows_touched)
     return converted
 
 
-def _fill(out: Any, result: Any) -> Any:
+def _fill(out: Any, result: Any, device: torch.device) -> Any:
     targets = [as_tensor(x, f"out.{name}") for x, name in zip(out, result._fields, strict=True)]
     for name, target, source in zip(result._fields, targets, result, strict=True):
         if target.shape != source.shape or target.dtype != source.dtype:
@@ -78,6 +79,8 @@ def _fill(out: Any, result: Any) -> Any:
                 f"out.{name}: expected {list(source.shape)} {source.dtype}, "
                 f"got {list(target.shape)} {target.dtype}"
             )
+        if target.device != device:
+            raise ValueError(f"out.{name}: expected one on {device}, got {target.device}")
     for target, source in zip(targets, result, strict=True):
         target.copy_(source)
     return out

@@ -106,11 +106,12 @@ class MatryoshkaIndex(Collection):
                 next. None: the stages that ``tune`` chose, where it did, for at least this k, and
                 at most a tenth of the vectors were added since; else exact.
             exact: The k best at width D by fp64 scores, provably: rows are dropped only where a
-                bound on their score says that they cannot be among them. An error together with
-                stages.
+                bound on their score says that they cannot be among them. On a device scores that
+                are equal in fp32 are equal. An error together with stages.
             allowed: Searches these vectors only: ``[n]`` int64 ids, of which unknown ones are
-                ignored, or ``[N]`` bool, aligned with ``ids``. Where they are few (one in 32) they
-                alone are read.
+                ignored, or ``[N]`` bool, aligned with ``ids``. On the CPU, where they are few (one
+                in 32), they alone are read. On a device only a mask that is there, of an index from
+                which nothing was removed, does not pass through the host.
             out: A SearchResult of contiguous ``[B, k]`` fp32 and int64 tensors or arrays, of the
                 kind and on the device of the queries, to write to.
 

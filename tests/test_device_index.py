@@ -123,6 +123,8 @@ def test_what_comes_out_is_of_the_kind_that_went_in():
     assert exact.rows_touched.tolist() == [50, 50]
     with pytest.raises(ValueError, match=r"out.ids: expected \[2, 3\] torch.int64, got \[2, 4\]"):
         index.search(vectors(2), 3, out=(torch.zeros(2, 3), torch.zeros(2, 4).long()))
+    with pytest.raises(ValueError, match="out.ids: expected one on cpu, got meta"):
+        index.search(vectors(2), 3, out=(torch.zeros(2, 3), exact.ids.to("meta")))
 
 
 def test_bad_input():

@@ -91,6 +91,22 @@ def test_rows_that_are_not_allowed(triton_device):
 
 
 @pytest.mark.parametrize("metric", METRICS)
+def test_bounds_that_are_the_scores(metric, triton_device):
+    """Rows without a tail: rounding alone decides whether a bound reaches its own score."""
+    x = make_rows(700, triton_device, structure=True)
+    x[:, PREFIX:] = 0
+    q = x[::120] + 0.3 * make_rows(6, triton_device, structure=False)
+    q[:, PREFIX:] = 0
+    rows, prefix = known(x, metric)
+    for k in (1, 3):
+        result = empty(q, k)
+        touched = certified.exact_topk(q, x, k, metric, result, rows, prefix)
+        exact = reference.scores(q, x, WIDTH, metric)
+        assert_same_topk(result, exact, name=metric, tolerance=1e-6 * exact.abs().max().item())
+        assert (touched < len(x)).any()
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_range(metric, triton_device):
     x = make_rows(700, triton_device, structure=True)
     x[300:309] = x[17]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mrl_fast.kernels import pairs, retrieval
+from mrl_fast.kernels import pairs, retrieval, scan
 
 from mrl_fast import kernels, reference
 from mrl_fast.testing import assert_same_topk
@@ -98,9 +98,7 @@ def test_errors_of_the_scan_within_its_margin_change_nothing(
         def noisy(self, hits, count, *rest, factor=factor, worst=worst, random=generator, **more):
             before = count.clone()
             scan(self, hits, count, *rest, **more)
-            bound, a, b, c, d, e = retrieval.Margin.of(x, metric)
-            largest, mine = norms
-            margin = a + b * mine + c * mine**2 + d * mine * largest + e * largest**2
+            margin = retrieval.Margin.of(x, metric).error(norms[1], norms[0])
             score = (hits >> 32).int().view(torch.float32)
             noise = 2 * torch.rand(score.shape, generator=random).to(score) - 1
             if worst:
@@ -284,3 +282,25 @@ def test_rows_far_apart_and_candidates_that_do_not_exist(triton_device):
     assert ids[0, 0] == 3
     rows = torch.tensor([[1, 99, -1, 1 << 40]], device=triton_device)
     assert kernels.rerank(x[3:4].clone(), x, rows, 3, 8, "ip")[1].tolist() == [[1, -1, -1]]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_chunks_of_queries_that_alone_would_take_another_shape(
+    metric, rescans, triton_device, monkeypatch
+):
+    def shape(queries, x):
+        return scan.Config(16, 64 if queries > 2 else 128, 16, 1, 1)
+
+    for user in (scan, retrieval):
+        monkeypatch.setattr(user, "scan_config", shape)
+    q, x = make_vectors(3, 5, triton_device), make_vectors(1003, 5, triton_device, seed=1)
+    expected = kernels.prefix_topk(q, x, 4, 5, metric)
+    monkeypatch.setattr(retrieval, "TEMPORARY_BYTES", 1)  # a query at a time
+    found = kernels.prefix_topk(q, x, 4, 5, metric)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert not rescans
+    approx = kernels.approx_topk(q, x, 4, 5, metric, 0.9)[0]
+    monkeypatch.undo()
+    monkeypatch.setattr(scan, "scan_config", shape)
+    monkeypatch.setattr(retrieval, "scan_config", shape)
+    assert torch.equal(approx[1], kernels.approx_topk(q, x, 4, 5, metric, 0.9)[0][1])

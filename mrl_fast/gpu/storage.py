@@ -60,7 +60,7 @@ class Arrays:
     """Room for rows on the device, doubled when it is full."""
 
     def __init__(self, dims: Sequence[int], metric: str, layout: Layout, device: torch.device):
-        self.dims, self.metric, self.layout, self.device = tuple(dims), metric, layout, device
+        self.dims, self.metric, self.device = tuple(dims), metric, device
         width, factors = dims[-1], 0 if metric == "ip" else len(dims)
         self.columns = {  # rows come first, but of factors, of which a scan reads one prefix's
             "vectors": (layout.dtype, (width,)),
