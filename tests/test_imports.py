@@ -42,12 +42,25 @@ ALLOWED = {
         "integrations",
         "tune",
     },  # fmt: skip
-    "integrations": {"_arrays", "_checks", "_types", "index", "integrations", "retrieval"},
+    "integrations": {
+        "_arrays",
+        "_checks",
+        "_types",
+        "heads",
+        "index",
+        "integrations",
+        "losses",
+        "modules",
+        "retrieval",
+    },  # fmt: skip
     "modules": {"_checks", "heads", "losses"},
-    "evaluate": {"_types", "modules", "retrieval"},
+    "adaptive": {"_checks", "_types", "heads"},
+    "evaluate": {"_checks", "_types", "evaluate", "heads", "modules", "retrieval"},
+    "demo": {"demo", "evaluate", "index", "modules", "retrieval"},
+    "reproduce": {"adaptive", "demo", "evaluate", "heads", "modules", "reproduce", "retrieval"},
     "readers": {"_parquet"},  # where it is needed
     "_parquet": {"readers"},
-    "cli": {"_arrays", "_types", "cli", "demo", "index", "manifest", "readers"},
+    "cli": {"_arrays", "_types", "cli", "demo", "index", "manifest", "readers", "reproduce"},
 }
 
 
@@ -102,7 +115,7 @@ def test_import_without_triton_and_extras():
 import sys
 for name in (
     "triton", "faiss", "sklearn", "matplotlib", "rich", "typer", "langchain_core", "llama_index",
-    "sentence_transformers", "pyarrow", "safetensors",
+    "sentence_transformers", "pyarrow", "safetensors", "scipy", "transformers",
 ):
     sys.modules[name] = None
 import torch, mrl_fast
