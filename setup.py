@@ -20,10 +20,13 @@ setup(
         "mrl_fast.cli",
         "mrl_fast.cpu",
         "mrl_fast.demo",
+        "mrl_fast.evaluate",
         "mrl_fast.gpu",
         "mrl_fast.integrations",
+        "mrl_fast.integrations.sentence_transformers",
         "mrl_fast.kernels",
         "mrl_fast.losses",
+        "mrl_fast.reproduce",
     ],
     ext_modules=[
         Pybind11Extension(

@@ -8,6 +8,7 @@ from mrl_fast._types import (
     RangeResult,
     SearchResult,
 )
+from mrl_fast.adaptive import AdaptiveClassifier
 from mrl_fast.heads import matryoshka_logits, matryoshka_predict
 from mrl_fast.index import MatryoshkaIndex
 from mrl_fast.integrations.sentence_transformers import semantic_search
@@ -28,6 +29,7 @@ from mrl_fast.retrieval import approx_topk, funnel_search, prefix_topk, rerank
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveClassifier",
     "ApproxResult",
     "ExactResult",
     "MRLLinear",

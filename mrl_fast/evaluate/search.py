@@ -1,0 +1,289 @@
+"""What a search finds: by labels, by grades, and against the exact answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mrl_fast._checks import check_choice, check_int
+from mrl_fast._types import SearchResult
+from mrl_fast.evaluate.common import check_labels, check_vectors, kind
+from mrl_fast.retrieval import prefix_topk, rerank
+
+DIVISORS = ("k", "relevant")
+GAINS = ("linear", "exponential")
+
+
+class Retrieval(NamedTuple):
+    """Means over the queries, each in ``[0, 1]``; a query that nothing is relevant to counts as 0.
+
+    Attributes:
+        map: mAP@k, Σ_i precision@i · hit_i over k, or over the number of relevant rows.
+        precision: precision@k, hits among k places: places that are empty count.
+        ndcg: nDCG@k, Σ_i gain_i / log2(i + 1) over the same of the best possible k.
+        top1: Share of queries whose first row is relevant.
+    """
+
+    map: float
+    precision: float
+    ndcg: float
+    top1: float
+
+
+class Qrels(NamedTuple):
+    """Graded judgements of (query, row) pairs, in any order; pairs that are not there have grade 0.
+
+    Attributes:
+        queries: ``[J]`` int64, places in ``[0, B)``.
+        ids: ``[J]`` int64, ids of rows, not negative.
+        grades: ``[J]`` int64, not negative; above 0 is relevant.
+    """
+
+    queries: Tensor
+    ids: Tensor
+    grades: Tensor
+
+    @classmethod
+    def of(cls, judgements: Mapping[int, Mapping[int, int]]) -> Qrels:
+        """From ``{query: {id: grade}}``, on the CPU."""
+        rows = [(q, i, g) for q, graded in judgements.items() for i, g in graded.items()]
+        return cls(*torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).unbind(1))
+
+
+def retrieval(
+    queries: Tensor,
+    query_labels: Tensor,
+    database: Tensor,
+    database_labels: Tensor,
+    dims: Sequence[int],
+    *,
+    k: int = 10,
+    exclude_self: bool = False,
+    metric: str = "cosine",
+    divisor: str = "k",
+) -> list[Retrieval]:
+    """How many of the k nearest rows by a prefix have the query's label, and how early.
+
+    Args:
+        queries: ``[B, D]``; query_labels: ``[B]`` int64.
+        database: ``[N, D]``; database_labels: ``[N]`` int64.
+        dims: Prefix widths, strictly ascending, each in ``[1, D]``.
+        k: Neighbours a query, at least 1.
+        exclude_self, divisor: As in ``retrieval_of``.
+        metric: ``"cosine"``, ``"ip"`` or ``"l2"``.
+
+    Returns:
+        One Retrieval a dim.
+
+    Raises:
+        ValueError, TypeError: An argument of the wrong shape, dtype, device or range; no rows.
+
+    Source: Kusupati et al., Matryoshka Representation Learning, NeurIPS 2022, section 4.3.
+    """
+    dims = check_vectors(queries, database, dims)
+    check_labels(query_labels, "query_labels", len(queries), queries)
+    check_labels(database_labels, "database_labels", len(database), database)
+    k = check_int(k, "k", 1) + bool(exclude_self)
+    found = (prefix_topk(queries, database, k, dim=dim, metric=metric).ids for dim in dims)
+    return [
+        retrieval_of(ids, query_labels, database_labels, exclude_self=exclude_self, divisor=divisor)
+        for ids in found
+    ]
+
+
+def retrieval_of(
+    ids: Tensor,
+    query_labels: Tensor,
+    database_labels: Tensor,
+    *,
+    exclude_self: bool = False,
+    divisor: str = "k",
+) -> Retrieval:
+    """What any search found, judged by labels: rows of the query's label are relevant.
+
+    Args:
+        ids: Rows found, best first: ``[B, k]`` int64, −1 where none.
+        query_labels: ``[B]`` int64. database_labels: ``[N]`` int64.
+        exclude_self: Query i is row i of the database: that row is taken out (where it is not
+            there, the last), k is one less than ids are wide, and it is relevant to no one.
+        divisor: mAP divides by ``"k"`` (the paper), or by the number of ``"relevant"`` rows, found
+            or not (trec_eval's map_cut). By k a query with fewer relevant rows than k cannot reach
+            1; by the relevant rows one with more than k cannot.
+
+    Raises:
+        ValueError, TypeError: An argument of the wrong shape, dtype, device or range; a row that is
+            found twice; no queries.
+    """
+    _check_ids(ids)
+    check_labels(query_labels, "query_labels", len(ids), ids)
+    rows = check_labels(database_labels, "database_labels", None, ids)
+    if (largest := int(ids.max())) >= rows:
+        raise ValueError(f"ids: expected rows in [0, {rows}) or -1, got {largest}")
+    values, counts = database_labels.unique(return_counts=True)
+    place = torch.searchsorted(values, query_labels).clamp_max(len(values) - 1)
+    relevant = counts[place].where(values[place] == query_labels, 0)  # [B]
+    if exclude_self:
+        if ids.shape[1] < 2 or len(ids) != rows:
+            raise ValueError(
+                "ids: with exclude_self, expected at least 2 columns and a query a row of the "
+                f"database, got {list(ids.shape)} and {rows} rows"
+            )
+        itself = ids == torch.arange(rows, device=ids.device)[:, None]
+        ids = ids.gather(1, itself.byte().argsort(dim=1, stable=True))[:, :-1]
+        relevant = relevant - (database_labels == query_labels).long()
+    hits = (database_labels[ids.clamp_min(0)] == query_labels[:, None]) & (ids >= 0)
+    k = ids.shape[1]
+    ideal = F.pad(_discounts(k, ids).cumsum(0), (1, 0))[relevant.clamp_max(k)]
+    return _averages(hits.double(), ideal, relevant, divisor)
+
+
+def judged(ids: Tensor, qrels: Qrels, *, gain: str = "linear", divisor: str = "k") -> Retrieval:
+    """What any search found, judged by grades.
+
+    Args:
+        ids: Ids found, best first: ``[B, k]`` int64, −1 where none.
+        qrels: The judgements, on the same device.
+        gain: nDCG's gain of a row: its grade, ``"linear"`` (trec_eval, scikit-learn), or 2^grade −
+            1, ``"exponential"``.
+        divisor: As in ``retrieval_of``.
+
+    Raises:
+        ValueError, TypeError: An argument of the wrong shape, dtype, device or range; an id that is
+            found twice, a pair that is judged twice; no queries or no judgements.
+    """
+    _check_ids(ids)
+    size, k = ids.shape
+    count = check_labels(qrels.queries, "qrels.queries", None, ids)
+    check_labels(qrels.ids, "qrels.ids", count, ids)
+    check_labels(qrels.grades, "qrels.grades", count, ids)
+    if (largest := int(qrels.queries.max())) >= size:
+        raise ValueError(f"qrels.queries: expected places in [0, {size}), got {largest}")
+    check_choice(gain, "gain", GAINS)
+    names, column = qrels.ids.unique(return_inverse=True)
+    keys, order = (qrels.queries * len(names) + column).sort()
+    if (twice := keys[1:] == keys[:-1]).any():
+        query, name = divmod(int(keys[1:][twice][0]), len(names))
+        raise ValueError(
+            f"qrels: expected a pair judged once, got two of query {query}, id {int(names[name])}"
+        )
+    column = torch.searchsorted(names, ids).clamp_max(len(names) - 1)
+    wanted = torch.arange(size, device=ids.device)[:, None] * len(names) + column
+    place = torch.searchsorted(keys, wanted).clamp_max(count - 1)
+    known = (names[column] == ids) & (keys[place] == wanted)
+    grades = qrels.grades[order][place].where(known, 0)  # [B, k]
+
+    def gains(grades: Tensor) -> Tensor:
+        return grades.double() if gain == "linear" else grades.double().exp2() - 1
+
+    best = qrels.grades.argsort(descending=True)
+    best = best[qrels.queries[best].argsort(stable=True)]  # each query's, best first
+    judgements = qrels.queries.bincount(minlength=size)
+    first = judgements.cumsum(0) - judgements
+    query = qrels.queries[best]
+    rank = torch.arange(count, device=ids.device) - first[query]
+    kept = rank < k
+    ideal = torch.zeros(size, dtype=torch.float64, device=ids.device)
+    share = gains(qrels.grades[best][kept]) * _discounts(k, ids)[rank[kept]]
+    ideal.index_add_(0, query[kept], share)
+    relevant = qrels.queries[qrels.grades > 0].bincount(minlength=size)
+    return _averages(gains(grades), ideal, relevant, divisor)
+
+
+def recall_at_k(
+    ids: Tensor, exact: SearchResult, queries: Tensor, database: Tensor, *, metric: str = "ip"
+) -> float:
+    """Share of the k best that a search found; a row that ties with the k-th counts as one of them.
+
+    Args:
+        ids: Rows found, ``[B, k]`` int64, −1 where none.
+        exact: The k best at full width, by ``prefix_topk`` with this metric.
+        queries: ``[B, D]``. database: ``[N, D]``, of at least k rows.
+        metric: ``"ip"``, ``"cosine"`` or ``"l2"``.
+
+    Returns:
+        A number in ``[0, 1]``.
+
+    Raises:
+        ValueError, TypeError: An argument of the wrong shape, dtype, device or range; a row that is
+            found twice; no queries.
+    """
+    _check_ids(ids)
+    k = check_int(ids.shape[1], "ids width", 1, len(database))
+    if exact.scores.shape != ids.shape:
+        raise ValueError(
+            f"exact: expected scores of shape {list(ids.shape)} as ids, "
+            f"got {list(exact.scores.shape)}"
+        )
+    found = rerank(queries, database, ids, k, metric=metric).scores  # bit for bit as exact's
+    return (found >= exact.scores[:, k - 1 :]).double().mean().item()
+
+
+def recall_by_dim(
+    queries: Tensor,
+    database: Tensor,
+    dims: Sequence[int],
+    *,
+    k: int = 10,
+    metric: str = "cosine",
+) -> list[float]:
+    """Share of the k best at full width that are among the k best by each prefix, as
+    ``recall_at_k`` counts ties.
+
+    Args:
+        queries: ``[B, D]``. database: ``[N, D]``.
+        dims: Prefix widths, strictly ascending, each in ``[1, D]``.
+        k: Neighbours, in ``[1, N]``.
+        metric: ``"cosine"``, ``"ip"`` or ``"l2"``.
+
+    Returns:
+        One recall in ``[0, 1]`` a dim.
+
+    Raises:
+        ValueError, TypeError: An argument of the wrong shape, dtype, device or range; no rows.
+    """
+    dims = check_vectors(queries, database, dims)
+    k = check_int(k, "k", 1, len(database))
+    exact = prefix_topk(queries, database, k, metric=metric)
+    found = (prefix_topk(queries, database, k, dim=dim, metric=metric).ids for dim in dims)
+    return [recall_at_k(ids, exact, queries, database, metric=metric) for ids in found]
+
+
+def _averages(gains: Tensor, ideal: Tensor, relevant: Tensor, divisor: str) -> Retrieval:
+    """From the gains of what was found ``[B, k]``, and of each query ``[B]`` the best possible
+    discounted sum and the number of relevant rows."""
+    check_choice(divisor, "divisor", DIVISORS)
+    hits, k = (gains > 0).double(), gains.shape[1]
+    precision = hits.cumsum(1) / torch.arange(1, k + 1, device=gains.device)
+    sums = (precision * hits).sum(1)
+    gained = gains @ _discounts(k, gains)
+    per_query = (
+        sums / (k if divisor == "k" else relevant.clamp_min(1)),
+        precision[:, -1],
+        (gained / ideal).where(ideal > 0, 0.0),
+        hits[:, 0],
+    )
+    return Retrieval(*(values.mean().item() for values in per_query))
+
+
+def _discounts(k: int, like: Tensor) -> Tensor:
+    """1 / log2(i + 1) of places i = 1, …, k."""
+    return 1 / torch.arange(2, k + 2, dtype=torch.float64, device=like.device).log2()
+
+
+def _check_ids(ids: Tensor) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise TypeError(f"ids: expected an int64 tensor, got {kind(ids)}")
+    if ids.ndim != 2 or not ids.numel():
+        raise ValueError(f"ids: expected shape [B, k], neither of them 0, got {list(ids.shape)}")
+    if (least := int(ids.min())) < -1:
+        raise ValueError(f"ids: expected ids from 0 on or -1, got {least}")
+    order = ids.sort(dim=1).values
+    if (twice := (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)).any():
+        query, place = twice.nonzero()[0].tolist()
+        raise ValueError(
+            f"ids: expected an id once a query, got {order[query, place]} twice in row {query}"
+        )
