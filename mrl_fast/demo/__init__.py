@@ -88,7 +88,7 @@ def run_demo(out: Path, data_folder: Path | None, *, seed: int = 0, quick: bool 
 def train_vectors(
     data: Data, dims: tuple[int, ...], epochs: int, seed: int, on_epoch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    encoder = train_encoder(
+    encoder, _ = train_encoder(
         data.train, data.train_labels, dims, epochs=epochs, seed=seed, on_epoch=on_epoch
     )
     return encode(encoder, data.train), encode(encoder, data.test)

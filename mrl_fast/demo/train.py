@@ -18,8 +18,10 @@ def train_encoder(
     epochs: int,
     seed: int,
     on_epoch: Callable[[str], object],
-) -> nn.Module:
-    """An encoder ``[n, pixels] → [n, dims[-1]]``, trained by the cross-entropy of each prefix.
+    tied: bool = False,
+) -> tuple[nn.Module, MRLLinear]:
+    """An encoder ``[n, inputs] → [n, dims[-1]]`` and its head, trained by each prefix's
+    cross-entropy.
 
     With ``dims=(D,)`` this is ordinary training; everything else is the same.
     """
@@ -28,7 +30,7 @@ def train_encoder(
     encoder = nn.Sequential(
         nn.Linear(x.shape[1], 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, width)
     )
-    head, loss_fn = MRLLinear(dims, int(labels.max()) + 1), MatryoshkaCrossEntropyLoss()
+    head, loss_fn = MRLLinear(dims, int(labels.max()) + 1, tied=tied), MatryoshkaCrossEntropyLoss()
     parameters = [*encoder.parameters(), *head.parameters()]
     batch = 256 if len(x) > 10_000 else 64
     steps = epochs * -(-len(x) // batch)
@@ -44,7 +46,7 @@ def train_encoder(
             if loss_fn.per_dim is not None:
                 total += loss_fn.per_dim * len(rows) / len(x)
         on_epoch(f"loss at {dims[0]}: {total[0]:.3f}, at {width}: {total[-1]:.3f}")
-    return encoder.eval()
+    return encoder.eval(), head
 
 
 @torch.no_grad()

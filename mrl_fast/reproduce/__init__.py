@@ -1,0 +1,117 @@
+"""The paper's claims at a size that fits: three sets, several seeds, a report.
+
+Each set and seed is a cell, kept as JSON once it is measured: a run that was stopped goes on with
+the cells that are missing, and the report is made of all that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mrl_fast.reproduce import data, report
+from mrl_fast.reproduce.measure import measure, steps_of
+
+RECIPE = 1  # to be raised with every change after which a cell would have other numbers
+SETS = ("synthetic", "Fashion-MNIST", "banking77")
+PROBE_STEPS = 600
+
+
+def run_reproduce(
+    out: Path,
+    data_folder: Path | None,
+    *,
+    seeds: int = 5,
+    only: str | None = None,
+    quick: bool = False,
+    progress: bool = True,
+    say: Callable[[str], object] = print,
+) -> Path:
+    """Measures what is missing, and writes ``report.md``, ``report.html`` and ``*.png`` to ``out``.
+
+    Args:
+        out: A folder, made if missing; ``cells/`` of it holds what was measured.
+        data_folder: Holds Fashion-MNIST and banking77; None leaves the two out, and says so.
+        seeds: Cells a set, at least 2 for intervals.
+        only: One set's name; the report still shows all that was measured.
+        quick: Smaller synthetic data, and digits instead of the two others: a minute.
+        progress: Bars on stderr.
+        say: Called with what happens.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        ValueError: A set that is not known, a folder that is none, data that is not what it
+            should be.
+        ModuleNotFoundError: What banking77 needs is not installed.
+    """
+    sets = ("synthetic", "digits") if quick else SETS
+    if only is not None and only not in sets:
+        raise ValueError(f"--only: expected one of {', '.join(sets)}, got {only!r}")
+    if seeds < 2:
+        raise ValueError(f"--seeds: expected at least 2, for intervals, got {seeds}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, got {out}, which is a file")
+    left_out = () if quick or data_folder else SETS[1:]
+    if only in left_out:
+        raise ValueError(f"--data: expected the folder that holds {only}, got none")
+    wanted = [name for name in sets if name not in left_out and only in (None, name)]
+    if left_out and only is None:
+        say(f"no --data: {' and '.join(left_out)} are left out")
+
+    def load(name: str, seed: int) -> data.Task:
+        if name == "synthetic":
+            return data.synthetic(seed, quick=quick)
+        if name == "digits":
+            return data.digits(seed)
+        assert data_folder is not None
+        if name == "Fashion-MNIST":
+            return data.fashion_mnist(data_folder, seed)
+        return data.banking77(data_folder, out / "banking77.safetensors", seed, say)
+
+    folder = out / "cells"
+    for seed in range(seeds):
+        for name in wanted:
+            file = folder / f"{'quick-' * quick}{name}-{seed}.json"
+            if read(file) is not None:
+                continue
+            task = load(name, seed)
+            with tqdm(
+                desc=f"{name}, seed {seed}", total=steps_of(task), disable=not progress
+            ) as bar:
+
+                def on_step(what: str, bar: tqdm = bar) -> None:
+                    bar.set_postfix_str(what, refresh=False)
+                    bar.update()
+
+                probe_steps = PROBE_STEPS // 10 if quick else PROBE_STEPS
+                cell = measure(task, seed, probe_steps=probe_steps, on_step=on_step)
+            write(file, {"recipe": RECIPE, "quick": quick, **cell})
+    cells = {name: [] for name in sets}
+    for file in sorted(folder.glob("*.json")):
+        cell = read(file)
+        if cell is not None and cell["quick"] == quick and cell["seed"] < seeds:
+            cells[cell["task"]].append(cell)
+    return report.write(out, {name: found for name, found in cells.items() if found}, quick=quick)
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """A cell; None where there is none, or one that another recipe made or that is damaged."""
+    try:
+        cell = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return cell if isinstance(cell, dict) and cell.get("recipe") == RECIPE else None
+
+
+def write(file: Path, cell: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(cell, indent=1), encoding="utf-8")
+    os.replace(partial, file)
