@@ -1,5 +1,5 @@
-"""Other libraries' interfaces: losses and layers over ours, vector stores over an index. Each module
-needs its library; ``mrl_fast`` imports none of them."""
+"""Other libraries' interfaces: losses and layers over ours, vector stores over an index. Each
+module needs its library; ``mrl_fast`` imports none of them."""
 
 from __future__ import annotations
 
