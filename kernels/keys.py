@@ -58,14 +58,15 @@ def _narrow_kernel(
     e_e,
     HAS_ERROR: tl.constexpr,
     C: tl.constexpr,
+    PART: tl.constexpr,  # is moved at a time
 ):
     b = tl.program_id(0)
     hits_ptr += b.to(tl.int64) * C
     count = tl.load(count_ptr + b)
     lanes = tl.arange(0, C)
-    hits = tl.load(hits_ptr + lanes, lanes < count, other=0)
-    score = (hits >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    bits = tl.where(lanes < count, ordered(score), -(1 << 31))
+    halves = hits_ptr.to(tl.pointer_type(tl.int32))  # each second is a score
+    bits = tl.load(halves + 2 * lanes + 1, lanes < count, other=0)
+    bits = tl.where(lanes < count, ordered(bits.to(tl.float32, bitcast=True)), -(1 << 31))
     least = tl.full((), -(1 << 31), tl.int32)  # the largest number that `rank` scores reach
     for bit in tl.static_range(32):
         more = least ^ tl.full((), (1 << 31) >> bit, tl.int64).to(tl.int32)
@@ -78,11 +79,17 @@ def _narrow_kernel(
         error += tl.load(q_error_ptr + b) * x
     bounded &= least != -(1 << 31)
     theta = tl.where(bounded, score_of(least) - 2 * error, -float("inf"))
-    kept = (lanes < count) & ~(score < theta)  # NaN stays, on either side
-    place = tl.cumsum(kept.to(tl.int32), axis=0) - 1
-    tl.debug_barrier()  # every hit has been read
-    tl.store(hits_ptr + place, hits, kept)
-    tl.store(count_ptr + b, tl.sum(kept.to(tl.int32)))
+    left = 0
+    for start in range(0, C, PART):  # none is moved beyond where it was
+        part = start + tl.arange(0, PART)
+        hits = tl.load(hits_ptr + part, part < count, other=0)
+        score = (hits >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        kept = (part < count) & ~(score < theta)  # NaN stays, on either side
+        place = left + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+        tl.debug_barrier()  # all of this part have been read
+        tl.store(hits_ptr + place, hits, kept)
+        left += tl.sum(kept.to(tl.int32))
+    tl.store(count_ptr + b, left)
     tl.store(theta_ptr + b, theta)
     if count > C:
         tl.store(flag_ptr + b, 1)
@@ -125,7 +132,7 @@ def narrow(
     C = hits.shape[1]
     _narrow_kernel[(len(hits),)](
         hits, count, flag, theta, q_norms, q_errors, norm, rank, *margin,
-        HAS_ERROR=q_errors is not None, C=C, num_warps=narrow_warps(C),
+        HAS_ERROR=q_errors is not None, C=C, PART=min(C, 4096), num_warps=narrow_warps(C),
     )  # fmt: skip
 
 

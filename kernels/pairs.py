@@ -18,6 +18,20 @@ METRICS = {"ip": 0, "cosine": 1, "l2": 2, "linear": 3}  # linear: as of scan.Vec
 LINEAR = tl.constexpr(3)
 WHOLE_BLOCK = 64  # columns whose sum can be carried
 ROUNDED = dict(enable_fp_fusion=False)  # every product, every sum
+INTERPRETED = tl.constexpr(interpreted())
+
+
+@triton.jit
+def _product(x, y):
+    """Rounded by itself, whatever is added to it: for Blackwell, ptxas fuses pairs of fp32 products
+    with sums even where it is asked not to."""
+    if INTERPRETED or x.dtype == tl.float64:
+        product = x * y
+    else:
+        product = tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return product
 
 
 @triton.jit
@@ -66,23 +80,26 @@ def pair_scores(
     for start in range(begin, dim, BLOCKS * 64):
         offs_d = start + tl.arange(0, BLOCKS * 64)
         mask_d = offs_d < dim
-        q = tl.load(q_ptr + offs_d, mask_d, other=0.0).to(ACC)
-        x = tl.load(x_rows + offs_d[None, :], there[:, None] & mask_d[None, :], other=0.0).to(ACC)
+        q = tl.load(q_ptr + offs_d, mask_d, other=0.0).to(tl.float32).to(ACC)  # float8: no way else
+        x = tl.load(x_rows + offs_d[None, :], there[:, None] & mask_d[None, :], other=0.0)
+        x = x.to(tl.float32).to(ACC)
         if METRIC == 2:
-            total = _add_blocks(total, -((q[None, :] - x) * (q[None, :] - x)), ROWS, BLOCKS)
+            apart = q[None, :] - x
+            total = _add_blocks(total, -_product(apart, apart), ROWS, BLOCKS)
         else:
-            total = _add_blocks(total, q[None, :] * x, ROWS, BLOCKS)
+            total = _add_blocks(total, _product(q[None, :], x), ROWS, BLOCKS)
         if METRIC == 1:
-            x_square = _add_blocks(x_square, x * x, ROWS, BLOCKS)
-            q_square = _add_blocks(q_square, (q * q)[None, :], 1, BLOCKS)
+            x_square = _add_blocks(x_square, _product(x, x), ROWS, BLOCKS)
+            q_square = _add_blocks(q_square, _product(q, q)[None, :], 1, BLOCKS)
     if METRIC == 1:
         norm = _root(x_square, ACC) * _root(q_square, ACC)
         total = _ratio(total, tl.where(norm == 0.0, 1.0, norm), ACC)  # NaN stays NaN
         total = tl.where(norm == 0.0, 0.0, total)
     if METRIC == LINEAR:
-        total = total * tl.load(scale_ptr + rows, there, other=0.0)
+        total = _product(total, tl.load(scale_ptr + rows, there, other=0.0).to(ACC))
         if HAS_OUTER:
-            total += factor * tl.load(outer_ptr + rows, there, other=0.0)
+            outer = tl.load(outer_ptr + rows, there, other=0.0)
+            total += _product(factor, outer)
     return total.to(tl.float32)
 
 
@@ -307,7 +324,7 @@ class Pairs:
     def _launch(self, rows, count, flag, out, C, begin, sums, shape) -> None:
         if not out.numel():
             return
-        blocks = pair_blocks(self.x)
+        blocks = pair_blocks(self.x, out.numel())
         tiles = triton.cdiv(out.shape[1], blocks["ROWS"])
         _keys_kernel[(len(rows) * tiles,)](
             self.q, self.x, self.scale, self.outer, self.factor, rows, count, flag, self.allowed,
@@ -327,7 +344,7 @@ class Pairs:
         parts = torch.empty(B, max(splits, 1), kept, dtype=torch.int64, device=keys.device)
         splits = parts.shape[1]
         rows = triton.cdiv(triton.cdiv(N, splits), kept) * kept
-        blocks = pair_blocks(self.x)
+        blocks = pair_blocks(self.x, B * N)
         warps = 8 if kept > 512 else 4
         blocks |= {"ROWS": min(blocks["ROWS"], kept), "num_warps": warps}
         _rescan_kernel[(B * splits,)](
@@ -342,11 +359,16 @@ class Pairs:
 
 RESCAN_BYTES = 64 << 20
 RESCANNED = SORTED_AT_ONCE  # k of a rescan at most
+FEW_PAIRS = 1 << 13  # 128 programs of 64 rows, one a processor
 
 
-def pair_blocks(x: Tensor) -> dict[str, int]:
-    """512 contiguous bytes of a row in one instruction of a warp, where rows are that long."""
+def pair_blocks(x: Tensor, pairs: int) -> dict[str, int]:
+    """8 KiB of rows a program, 128 contiguous bytes of each at a time: wider blocks take more
+    shuffles a column. Of few pairs, which leave the device idle, 256 columns: so many programs, so
+    few steps."""
     if interpreted():
         return dict(ROWS=256, BLOCKS=1, num_warps=1)
-    blocks = min(256 // x.element_size() // 32, triton.cdiv(x.shape[1], WHOLE_BLOCK))
-    return dict(ROWS=32, BLOCKS=triton.next_power_of_2(blocks), num_warps=4)
+    width = WHOLE_BLOCK * x.element_size()
+    blocks = min(4, 512 // width) if pairs <= FEW_PAIRS else max(1, 128 // width)
+    blocks = min(blocks, triton.next_power_of_2(triton.cdiv(x.shape[1], WHOLE_BLOCK)))
+    return dict(ROWS=8192 // (blocks * width), BLOCKS=blocks, num_warps=4)

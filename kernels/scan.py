@@ -295,6 +295,8 @@ class Scan:
         low: Tensor | None = None,
     ):
         self.q, self.x, self.norm, self.skip, self.low = q, x, norm, skip, low
+        if low is not None and x.shape[1] > config.BLOCK_D:  # three blocks a stage: two programs
+            config = config._replace(num_stages=2)  # are to share a processor's memory
         self.config = config
         self.tiles = triton.cdiv(len(x), config.BLOCK_N)
         self.bound = Margin.of(x, metric).bound
@@ -330,15 +332,9 @@ class Scan:
             self.q, self.low, self.x, v.scale, v.term, v.outer, self.factor, theta, self.skip,
             hits, count, self.norm, len(self.q), len(self.x), self.x.shape[1], hits.shape[1],
             self.tiles, tile_step(self.tiles), first, last, each, step, each * blocks, blocks,
-            self.bound,
-            self.q.stride(0), self.x.stride(0), DENSE=window > 0, **self.flags,
-            **config._asdict(), **self._limits(window),
+            self.bound, self.q.stride(0), self.x.stride(0), DENSE=window > 0, **self.flags,
+            **config._asdict(),
         )  # fmt: skip
-
-    def _limits(self, window: int) -> dict[str, int]:
-        """128 registers where eight warps need few more: two programs share a processor."""
-        few = self.config.num_warps == 8 and self.x.element_size() < 4 and not window
-        return {"maxnreg": 128} if few else {}
 
 
 def scan_precision(x: Tensor) -> str:
@@ -357,14 +353,22 @@ def tile_step(tiles: int) -> int:
 
 
 def scan_config(queries: int, x: Tensor) -> Config:
+    """Tiles of 128 bytes of a row, and the fewest warps whose registers hold what is made of a
+    tile's scores: then one takes the fewest instructions."""
     if interpreted():
         return Config(16, 64, 16, 1, 1)
     width = x.element_size()
-    columns = min(max(triton.next_power_of_2(x.shape[1]), 32 // width), 128 // width)
-    if width == 4:
-        return Config(
-            64 if queries > 16 else 16, 128, max(columns, 16), 8 if queries > 16 else 4, 3
-        )
-    if queries > 64:
-        return Config(128, 128, columns, 8, 3)
-    return Config(max(16, triton.next_power_of_2(queries)), 256, columns, 4, 3)
+    block_b = 16 if queries <= 16 else 64 if queries <= 64 or width == 4 else 128
+    least, aligned = max(16, 32 // width), x.stride(0) % 16 == 0
+    most = 128 // width if aligned else 32  # loaded one by one, and each with its address
+    columns = min(max(triton.next_power_of_2(x.shape[1]), least), most)
+    if scan_precision(x) == "tf32x3" and x.shape[1] > columns and (block_b > 16 or not aligned):
+        columns = 16  # for the halves of both operands, beside sums that go on
+    few = block_b == 16 or (block_b == 64 and width < 4)
+    block_n = 256 if block_b == 16 and width < 4 and aligned else 128
+    return Config(block_b, block_n, columns, 4 if few or (hopper(x) and aligned) else 8, 3)
+
+
+def hopper(x: Tensor) -> bool:
+    """Its matrix products read both operands from shared memory and leave registers."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9

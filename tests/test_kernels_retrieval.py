@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mrl_fast.kernels import pairs, retrieval, scan
+from mrl_fast.kernels import keys, pairs, retrieval, scan
 
 from mrl_fast import kernels, reference
 from mrl_fast.testing import assert_same_topk
@@ -121,6 +121,26 @@ def test_errors_of_the_scan_within_its_margin_change_nothing(
         else:
             wrong += int((result[1] != expected[1]).sum())
     assert wrong, "errors far beyond the margin were to show, or this test sees nothing"
+
+
+def test_narrowing_in_parts(triton_device):
+    C, rank = 8192, 5
+    score = torch.randn(4, C, generator=torch.Generator().manual_seed(0)).to(triton_device)
+    score[0, 7000] = torch.nan
+    before = score.view(torch.int32).long() << 32 | torch.arange(C, device=score.device)
+    sizes, norms = torch.tensor([[C, 5000, 100, C + 9], [1, 300, 1, 1]], device=score.device)
+    hits, count = before.clone(), sizes.int()
+    flag, theta = torch.zeros_like(count), torch.empty_like(score[:, 0])
+    one = torch.ones(1, device=score.device)
+    keys.narrow(hits, count, flag, theta, norms.float(), None, one, rank, (0.0, 0.0, 0.01, 0.0))
+    assert flag.tolist() == [0, 0, 0, 1]
+    for b, size in enumerate(sizes.clamp(max=C).tolist()):
+        seen = score[b, :size]
+        best = seen.sort(descending=True).values[rank - 1]  # NaN first
+        assert theta[b].item() == pytest.approx(best.item() - 0.02 * norms[b].item(), rel=1e-5)
+        kept = (~(seen < theta[b])).nonzero()[:, 0]
+        assert torch.equal(hits[b, : count[b]], before[b, kept])
+    assert 4900 < count[1] < 5000 and count[0] >= rank  # next to nothing, and nearly all, is cut
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -244,7 +264,7 @@ def test_blocks_that_are_loaded_together_are_added_one_by_one(double, triton_dev
         keys = []
         for blocks in (1, 2, 4):
             shape = dict(ROWS=32, BLOCKS=blocks, num_warps=4)
-            monkeypatch.setattr(pairs, "pair_blocks", lambda x, shape=shape: shape)
+            monkeypatch.setattr(pairs, "pair_blocks", lambda *_, shape=shape: shape)
             keys.append(retrieval.Pairs(q, x, metric, double=double).keys(rows))
         assert torch.equal(keys[0], keys[1]) and torch.equal(keys[0], keys[2])
 
