@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from mrl_fast.kernels import (
     logits_forward,
     predict_forward,
     rerank,
+    scan,
 )
 from mrl_fast.kernels.certified import Prefix, exact_topk
 from mrl_fast.kernels.pairs import METRICS, RESCANNED
@@ -35,14 +36,14 @@ DTYPES = {
     torch.float8_e4m3fn: "fp8",
 }  # fmt: skip
 BLOCKS = ("BLOCK_B", "BLOCK_N", "BLOCK_V", "BLOCK_D", "TILE", "ROWS", "BLOCKS", "KEPT", "C")
-BLOCKS += ("BLOCK_C",)
+BLOCKS += ("BLOCK_C", "PART")
 UNNAMED = {*BLOCKS, "GROUPS", "MAGIC_SUMS", "WHOLE", "ALIGNMENT", "PRECISION"}
 
 ROWS = 1 << 20
 # Columns of a scan, by the width of an element: a block of them, several blocks; then fewer, and
 # of integers so many that their sums must be converted.
 DIMS = {1: ((128, 256), (32, 512)), 2: ((64, 256), (16,)), 4: ((32, 64), (16,))}
-QUERIES = 1024, 128, 64, 32, 16, 1
+QUERIES = 1024, 128, 64, 16, 1
 WIDTH = 1024  # columns of what is scored pair by pair
 PREFIXES = (64, 128, 256)  # of the losses
 
@@ -62,12 +63,12 @@ class Case(NamedTuple):
         return {p.name: self.arguments[p.name] for p in parameters if p.is_constexpr}
 
 
-def cases() -> list[Case]:
-    """Each distinct one, named by the first call that launches it."""
+def cases(capability: int) -> list[Case]:
+    """Each distinct one of an architecture, named by the first call that launches it."""
     found: dict[str, Case] = {}
     for precision, call in calls():
         torch.set_float32_matmul_precision(precision)
-        with recorded() as launches:
+        with recorded(capability) as launches:
             call()
         for kernel, arguments, options in launches:
             kind = kind_of(kernel, arguments)
@@ -89,7 +90,7 @@ def key_of(one: Case) -> str:
 
 
 @contextmanager
-def recorded() -> Iterator[list[tuple[Any, dict[str, Any], dict[str, Any]]]]:
+def recorded(capability: int) -> Iterator[list[tuple[Any, dict[str, Any], dict[str, Any]]]]:
     """Kernels are not run here: what each would be launched with goes to the list."""
     launches = []
 
@@ -97,22 +98,29 @@ def recorded() -> Iterator[list[tuple[Any, dict[str, Any], dict[str, Any]]]]:
         options = {k: kwargs.pop(k) for k in set(kwargs) - set(self.arg_names)}
         launches.append((self, self.signature.bind(*args, **kwargs).arguments, options))
 
-    run = JITFunction.run
+    run, hopper = JITFunction.run, scan.hopper
     JITFunction.run = record  # pyright: ignore[reportAttributeAccessIssue]
+    scan.hopper = lambda x: capability == 90
     try:
         yield launches
     finally:
-        JITFunction.run = run
+        JITFunction.run, scan.hopper = run, hopper
+
+
+@cache
+def target_of(kernel: Any, capability: int) -> tuple[GPUTarget, Any, Callable[..., Any]]:
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    return target, backend, bind
 
 
 def specialised(one: Case, capability: int) -> tuple[Any, ...]:
     """Signature, constants, attributes and options, as Triton finds them at a launch; the target
     and its options."""
-    target = GPUTarget("cuda", capability, 32)
-    backend, kernel = make_backend(target), one.kernel
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    target, backend, bind = target_of(one.kernel, capability)
     bound, specialisation, _ = bind(**one.arguments, **one.options)
-    options, signature, constants, attributes = kernel._pack_args(
+    options, signature, constants, attributes = one.kernel._pack_args(
         backend, one.options, bound, specialisation, one.options
     )
     return signature, constants, attributes, one.options, target, options
@@ -184,17 +192,20 @@ def searches(dtype: torch.dtype, precision: str) -> Iterator[Call]:
         return precision, partial(function, *args, **more)
 
     few, other = DIMS[dtype.itemsize]
+    # fp16 differs from bf16, and TF32 from three products of it, in what multiplies only
+    twin = dtype == torch.float16 or precision == "high"
+    metrics = ("ip",) if twin else ("ip", "cosine", "l2")
     for queries in QUERIES:
         for dim in few:
-            yield of(search, dtype, queries, dim, "ip")
-            if queries > 1 and (dtype == torch.bfloat16 or dim == few[0]):
-                yield of(search, dtype, queries, dim, "cosine")
-                yield of(search, dtype, queries, dim, "l2")
+            for metric in metrics:
+                if metric == "ip" or queries > 1 and (dtype == torch.bfloat16 or dim == few[0]):
+                    yield of(search, dtype, queries, dim, metric)
     for dim in (*other, few[0] + 3):
         for queries in (1024, 16):
             yield of(search, dtype, queries, dim, "ip")
-    for metric in ("ip", "cosine", "l2"):
-        yield of(reranks, dtype, metric)
+    for metric in metrics:
+        yield of(reranks, dtype, metric, 64)
+        yield of(reranks, dtype, metric, 1)
         yield of(search, dtype, 1024, WIDTH, metric, allowed=True)
     yield of(search, dtype, 1024, WIDTH, "ip", q_dtype=torch.float32)
     for k in (20, 100, 200, 500, 1000, RESCANNED, RESCANNED + 1):
@@ -205,7 +216,7 @@ def searches(dtype: torch.dtype, precision: str) -> Iterator[Call]:
             yield of(codes, queries, few[0], outer=False)
             yield of(codes, queries, few[0], outer=True)
             continue
-        for metric in ("ip", "cosine", "l2") if dtype.itemsize > 1 else ():
+        for metric in metrics:
             yield of(certified, dtype, min(queries, 512), few[0], metric)
 
 
@@ -251,9 +262,9 @@ def certified(dtype: torch.dtype, queries: int, dim: int, metric: str) -> None:
     exact_topk(q, x, 10, metric, empty(q, 10), rows, Prefix(dim, rows, bounds))
 
 
-def reranks(dtype: torch.dtype, metric: str) -> None:
-    q, x = meta(64, WIDTH, dtype=dtype), meta(ROWS, WIDTH, dtype=dtype)
-    rerank(q, x, meta(64, 256, dtype=torch.int64), 10, WIDTH, metric)
+def reranks(dtype: torch.dtype, metric: str, queries: int) -> None:
+    q, x = meta(queries, WIDTH, dtype=dtype), meta(ROWS, WIDTH, dtype=dtype)
+    rerank(q, x, meta(queries, 256, dtype=torch.int64), 10, WIDTH, metric)
     funnel_search(q, x, [(64, 512), (256, 128), (WIDTH, 10)], metric)
 
 

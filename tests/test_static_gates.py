@@ -16,6 +16,7 @@ from triton.runtime.interpreter import GridExecutor
 
 ROOT = Path(__file__).parent.parent
 FREE = {*static_gates.BLOCKS, "TILE", "GROUPS", "WHOLE", "ALIGNMENT", "PRECISION", "MAGIC_SUMS"}
+FREE |= {"PART"}
 SOURCES = "\n".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
 KERNELS = set(re.findall(r"^def (_\w+_kernel)\(", SOURCES, re.M))
 
@@ -61,6 +62,9 @@ def test_half_precision_scans_take_five_instructions_a_score(rows):
     ("kernel", "wrong", "what"),
     [
         ("scan bf16 1024q 64d", {"spill_bytes": 4}, "spills"),
+        ("pairs bf16 64d tile 128 ip buckets", {"spill_bytes": 16}, "spills"),
+        ("pairs bf16 64d tile 128 ip buckets", {"loop_spills": 1}, "in its loop"),
+        ("scan bf16 1024q 64d", {"programs": 1}, "4 warps"),
         ("scan bf16 1024q 64d", {"shared_bytes": 230 << 10}, "more shared memory"),
         ("scan bf16 1024q 64d", {"shared_bytes": 24 << 10}, "no block during a product"),
         ("scan bf16 1024q 64d", {"matrix": 0}, "no matrix product"),
@@ -74,9 +78,12 @@ def test_half_precision_scans_take_five_instructions_a_score(rows):
     ],
 )
 def test_limits_are_seen_to_be_broken(kernel, wrong, what, rows):
-    row = next(row for row in rows if row["kernel"] == kernel and row["arch"] == 90)
-    assert not static_gates.failures(row)
-    assert any(what in failure for failure in static_gates.failures(row | wrong))
+    fused = "fuses" in what or "of a row" in what  # on Blackwell too, where ptxas would
+    these = [row for row in rows if row["kernel"] == kernel and (fused or row["arch"] == 90)]
+    assert {row["arch"] for row in these} >= ({80, 90, 100} if fused else {90})
+    for row in these:
+        assert not static_gates.failures(row)
+        assert any(what in failure for failure in static_gates.failures(row | wrong))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launches are recorded in the interpreter")
