@@ -295,8 +295,8 @@ class Scan:
         low: Tensor | None = None,
     ):
         self.q, self.x, self.norm, self.skip, self.low = q, x, norm, skip, low
-        if low is not None and x.shape[1] > config.BLOCK_D:  # three blocks a stage: two programs
-            config = config._replace(num_stages=2)  # are to share a processor's memory
+        if low is not None and x.shape[1] > config.BLOCK_D and hopper(x):  # three blocks a stage:
+            config = config._replace(num_stages=2)  # two programs share a processor's memory
         self.config = config
         self.tiles = triton.cdiv(len(x), config.BLOCK_N)
         self.bound = Margin.of(x, metric).bound
