@@ -299,3 +299,18 @@ def test_bad_input():
     ]:
         with pytest.raises(error, match=message):
             call()
+
+
+def test_probe_sees_no_offset_and_needs_no_gradients():
+    train, test = two_classes(300, 0), two_classes(100, 1)
+    expected = linear_probe_accuracy(*train, *test, (1, 2), steps=20, batch=64)
+    offset = torch.tensor([3.0, 1024.0])
+    moved = [(x + offset, labels) for x, labels in (train, test)]
+    assert linear_probe_accuracy(*moved[0], *moved[1], (1, 2), steps=20, batch=64) == expected
+    tracked = train[0].requires_grad_(), train[1]
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            assert linear_probe_accuracy(*tracked, *test, (1, 2), steps=20, batch=64) == expected
+    with torch.inference_mode():
+        made = two_classes(300, 0)
+        assert linear_probe_accuracy(*made, *test, (1, 2), steps=20, batch=64) == expected

@@ -241,6 +241,29 @@ def test_fixed_feature_layer(bias):
         layer(x[:, :7])
 
 
+def test_logits_may_be_written_to():
+    layer = MRL_Linear_Layer(NESTING, CLASSES)
+    logits = layer(torch.randn(ROWS, WIDTH))
+    logits[0][:, 0] = -1.0
+    logits[1].mul_(2)
+    sum(part.sum() for part in logits).backward()
+    assert not layer.nesting_classifier_0.weight.grad[0].any()
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_hooks_of_a_classifier_run(deferred):
+    """weight_norm makes the weight in one, from parameters that training changes."""
+    layer = MRL_Linear_Layer(NESTING, CLASSES)
+    layer.deferred = deferred
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and used
+        nn.utils.weight_norm(layer.nesting_classifier_0)
+    with torch.no_grad():
+        layer.nesting_classifier_0.weight_g.mul_(3)
+    x = torch.randn(ROWS, WIDTH)
+    torch.testing.assert_close(layer(x)[0], layer.nesting_classifier_0(x[:, : NESTING[0]]))
+
+
 def test_soft_targets_and_maps_go_to_pytorch():
     """What nn.CrossEntropyLoss takes beside classes [B], on logits."""
     g = torch.Generator().manual_seed(0)

@@ -86,7 +86,7 @@ def test_goes_on_where_it_was_stopped(out, tmp_path):
     for file in out.glob("cells/*.json"):
         (kept / "cells" / file.name).write_bytes(file.read_bytes())
     damaged, missing, old = (kept / "cells" / f"quick-{n}.json" for n in CELLS)
-    damaged.write_text(damaged.read_text()[:-100])
+    damaged.write_text(json.dumps({"recipe": reproduce.RECIPE}))
     missing.unlink()
     cell = json.loads(old.read_text())
     old.write_text(json.dumps(cell | {"recipe": 0}))
@@ -126,6 +126,22 @@ def test_claims_hold_fail_or_are_not_shown():
     seeds = [{"a": 1.0 + i, "b": -1 - i / 9, "c": -5 - i / 9} for i in range(3)]
     word, why = judge(several, seeds)
     assert word == FAILS and why.startswith("c: -5.1") and why.endswith("; 1 more")
+
+
+def test_errors_at_random_hold_no_superclass():
+    """Half of 4 superclasses' rows right, the rest anywhere: no more than chance is shown."""
+    (claim,) = (c for c in claims.CLAIMS if c.name.startswith("Superclasses"))
+    chance = 0.2
+    fine, coarse = [0.5, 0.7], [0.5 + 0.5 * chance, 0.7 + 0.3 * chance]
+    cell = {
+        "dims": [4, 8],
+        "linear": {"MRL": fine},
+        "superclass": {"MRL": coarse, "chance": chance},
+    }
+    assert judge(claim, [cell] * 3).word == FAILS
+    cell["superclass"] = {"MRL": [0.9, 0.95], "chance": chance}
+    assert judge(claim, [cell] * 3).word == HOLDS
+    assert judge(claim, [{}]).word == UNSHOWN
 
 
 def test_interval():
@@ -180,6 +196,22 @@ def test_banking77(tmp_path, monkeypatch):
     # a row and its label stay together: row i holds i + 1, and even rows are "cash", 1
     assert torch.equal(task.labels["train"], task.inputs["train"][:, 0].round().long() % 2)
     assert task.labels["test"].tolist() == [1, 0, 1]
+    cache.write_bytes(cache.read_bytes()[:100])  # damaged, then of other texts
+    assert torch.equal(
+        data.banking77(tmp_path, cache, 0, print).inputs["test"], task.inputs["test"]
+    )
+    (folder / "train.csv").write_text("\n".join(["text,category", *reversed(rows)]))
+    assert not torch.equal(
+        data.banking77(tmp_path, cache, 0, print).labels["train"], task.labels["train"]
+    )
+    assert calls == [2000, 3] * 3
+    (folder / "train.csv").write_bytes(b"text,category\n\xff\xfe,card\n")
+    with pytest.raises(ValueError, match="expected a readable .*train.csv"):
+        data.banking77(tmp_path, cache, 0, print)
+    (folder / "train.csv").write_text("\n".join(["text,category", *rows[:1510]]))
+    with pytest.raises(ValueError, match="expected 1500 training rows and 20 more a class"):
+        data.banking77(tmp_path, cache, 0, print)
+    (folder / "train.csv").write_text("\n".join(["text,category", *rows]))
     (folder / "test.csv").write_text("text,category\nwhat,unknown\n")
     with pytest.raises(ValueError, match="categories in train.csv, got {'unknown'}"):
         data.banking77(tmp_path, cache, 0, lambda what: None)

@@ -91,6 +91,14 @@ def test_texts_that_the_guide_cannot_tell_apart(encoder, guide):
     torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
 
 
+def test_gist_takes_two_or_three_columns(encoder, guide):
+    features = [encoder.preprocess(column) for column in texts(ROWS, 4)]
+    for nested in (MatryoshkaLoss, originals.MatryoshkaLoss):
+        loss_fn = nested(encoder, originals.GISTEmbedLoss(encoder, guide), DIMS)
+        with pytest.raises(ValueError, match="xpected 2 or 3"):
+            loss_fn([dict(f) for f in features], None)
+
+
 def test_a_guide_with_another_tokenizer(encoder, guide, tmp_path):
     other = encoder_in(tmp_path, width=32, seed=2).eval()
     vocabulary = other.tokenizer.get_vocab()

@@ -155,5 +155,8 @@ def test_ranks(tmp_path):
         "from tests.test_sentence_transformers_training import losses_of_a_rank\n"
         f"losses_of_a_rank(int(sys.argv[1]), {str(tmp_path)!r})\n"
     )
-    children = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(2)]
+    # elsewhere: transformers would take the checkout's kernels/ for the package of that name
+    children = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=tmp_path) for rank in range(2)
+    ]
     assert [child.wait(300) for child in children] == [0, 0]

@@ -53,12 +53,18 @@ def load_fashion_mnist(folder: Path) -> Data:
                 arrays[name] = archive[name]
     except Exception as error:  # whatever numpy and zipfile raise on a damaged file
         raise ValueError(f"--data: expected a readable {file}, got {error}") from error
+    shape = arrays["x_train"].shape[1:]
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.ndim != 3 or len(x) != len(y) or not len(x) or x.dtype != np.uint8 or y.ndim != 1:
+        images = x.ndim == 3 and x.shape[1:] == shape and len(x) and x.dtype == np.uint8
+        if not images or y.shape != x.shape[:1] or y.dtype.kind not in "iu":
             raise ValueError(
-                f"--data: expected images [n, h, w] uint8 and labels [n] in {file}, "
-                f"got {part} {x.shape} {x.dtype} and {y.shape}"
+                f"--data: expected images [n, h, w] uint8 and labels [n], integers, in {file}, "
+                f"got {part} {x.shape} {x.dtype} and {y.shape} {y.dtype}"
+            )
+        if y.min() < 0 or y.max() > 9:
+            raise ValueError(
+                f"--data: expected labels 0 to 9 in {file}, got {part} {y.min()} to {y.max()}"
             )
     train, test = (
         torch.from_numpy(arrays[name]).flatten(1).float().sub_(72.9).div_(90.0)  # mean, deviation

@@ -89,8 +89,34 @@ def linear_probe_accuracy(
     """
     dims = _check_sets(train, train_labels, test, test_labels, dims)
     steps, batch = check_int(steps, "steps", 1), check_int(batch, "batch", 1)
+    with (
+        torch.inference_mode(False),  # whatever the caller evaluates under
+        torch.enable_grad(),
+        torch.autocast(train.device.type, enabled=False),
+    ):
+        heads, standardised = _trained_probe(
+            train.detach(), train_labels, dims, steps, batch, seed, on_step
+        )
+    predicted = [
+        matryoshka_predict(standardised(part), heads.weight, dims, bias=heads.bias).labels
+        for part in test.split(PREDICTED_ROWS)
+    ]
+    return accuracy(torch.cat(predicted, dim=1), test_labels)
+
+
+def _trained_probe(
+    train: Tensor,
+    train_labels: Tensor,
+    dims: Sequence[int],
+    steps: int,
+    batch: int,
+    seed: int,
+    on_step: Callable[[], object],
+) -> tuple[MRLLinear, Callable[[Tensor], Tensor]]:
+    """A linear classifier a prefix, and what makes its inputs of vectors."""
     mean = train.mean(dim=0, dtype=torch.float32)
-    scale = train.float().std(correction=0).clamp_min(torch.finfo(torch.float32).tiny)
+    variance = (train.float() - mean).square().mean()
+    scale = variance.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
 
     def standardised(x: Tensor) -> Tensor:
         return (x.float() - mean) / scale
@@ -110,11 +136,7 @@ def linear_probe_accuracy(
         optimizer.step()
         schedule.step()
         on_step()
-    predicted = [
-        matryoshka_predict(standardised(part), heads.weight, dims, bias=heads.bias).labels
-        for part in test.split(PREDICTED_ROWS)
-    ]
-    return accuracy(torch.cat(predicted, dim=1), test_labels)
+    return heads, standardised
 
 
 def few_shot_accuracy(

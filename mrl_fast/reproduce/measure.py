@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mrl_fast.adaptive import AdaptiveClassifier
+from mrl_fast.demo.report import machine
 from mrl_fast.demo.train import encode, principal_components, train_encoder
 from mrl_fast.evaluate import (
     accuracy,
@@ -148,6 +149,7 @@ def measure(
         "seed": seed,
         "dims": list(dims),
         "classes": mrl_head.num_classes,
+        "machine": machine(),
         "rows": {part: len(labels[part]) for part in PARTS},
         "linear": linear,
         "nearest": nearest,
@@ -163,9 +165,12 @@ def measure(
         "searches": searches(mrl, labels, dims),
     }
     if task.superclass is not None:
+        others = torch.bincount(task.superclass)[task.superclass] - 1  # [V], of its superclass
+        chance = others[test_labels].double().mean().item() / (len(others) - 1)
         cell["superclass"] = {
             "MRL": superclass_accuracy(predicted, test_labels, task.superclass),
             "FF": superclass_accuracy(fixed_predicted, test_labels, task.superclass),
+            "chance": chance,  # that an error at random stays within the superclass
         }
     on_step("search")
     return cell

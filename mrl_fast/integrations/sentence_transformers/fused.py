@@ -26,7 +26,7 @@ from mrl_fast.losses.pairs import Side, gather_rows, rank_of
 Form = Callable[[Any, list[Tensor], list[Tensor], tuple[int, ...], Sequence[float]], NestedLoss]
 
 MASK_BYTES = 1 << 24  # of a guide's cosines at a time
-ROUNDING = 2**-21  # of a guide's cosines, in fp32: texts that are equal are no false negatives
+ROUNDING = 2**-40  # of a guide's cosines, in fp64: texts that are equal are no false negatives
 
 
 def fused_form(loss: nn.Module) -> Form | None:
@@ -96,14 +96,16 @@ def gist(
     weights: Sequence[float],
 ) -> NestedLoss:
     """GISTEmbedLoss. Its guide's embeddings are not cut to prefixes, so that all share its masks,
-    which are made of its cosines in fp32."""
+    which are made of its cosines in fp64: a GPU's fp32 products may be of TF32."""
+    if isinstance(loss, losses.GISTEmbedLoss) and len(columns) > 3:
+        raise ValueError(f"sentence_features: expected 2 or 3 columns, got {len(columns)}")
     group = _group(loss)
     anchors, positives = columns[:2]
     documents = [gather_rows(block, group) for block in columns[1:]]
     local = torch.arange(len(anchors), device=anchors.device)
     own = local + rank_of(group) * len(anchors)  # [B], each row's positive
     with torch.no_grad():
-        units = [F.normalize(guide.float(), dim=1) for guide in guides]
+        units = [F.normalize(guide.double(), dim=1) for guide in guides]
         others = [gather_rows(unit, group) for unit in units[1:]]
         limit = (units[0] * units[1]).sum(1, keepdim=True)  # [B, 1]
         relative = loss.margin_strategy == "relative"
@@ -151,7 +153,7 @@ def _joint_rows(
 
 def _exceeds(rows: Tensor, columns: Tensor, limit: Tensor) -> Tensor:
     """``rows @ columns.T > limit``, ``[B, C]`` bool; its scores in chunks of rows."""
-    chunk = max(1, MASK_BYTES // (4 * max(1, len(columns))))
+    chunk = max(1, MASK_BYTES // (8 * max(1, len(columns))))
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         return torch.cat(
             [

@@ -74,7 +74,8 @@ class MatryoshkaLoss(_Logged, losses.MatryoshkaLoss):
 
     A ``SentenceTransformerTrainer`` logs ``loss_768``, ``loss_256``, … beside ``loss`` (in an
     evaluation ``eval_loss_768``, …): unweighted means over the steps since the last log. Of a dim
-    that was not drawn in a step (``n_dims_per_step``) its last loss counts.
+    that was not drawn in a step (``n_dims_per_step``) its last loss counts. Where the losses of
+    several data sets have different dims, the trainer divides each by the steps of all.
 
     Args:
         model: The SentenceTransformer.
