@@ -69,13 +69,14 @@ def markdown(cells: SetCells, *, quick: bool) -> str:
         f"{found[0]['classes']} classes, {len(found)} seeds"
         for name, found in cells.items()
     )
+    machines = sorted({cell["machine"] for found in cells.values() for cell in found})
     lines = [
         "# The paper's claims, reproduced at a size that fits",
         "",
         "Matryoshka Representation Learning (Kusupati et al., NeurIPS 2022), by `mrl-fast reproduce"
         f"{' --quick' if quick else ''}`. {sizes}.",
         "",
-        *sorted({cell["machine"] for found in cells.values() for cell in found}),
+        "Measured on " + "; and ".join(machines) + ".",
         "",
         "## Claims",
         "",
