@@ -8,7 +8,7 @@ CXX_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/cpp/*.cpp' 'tests/cpp/*.
 .PHONY: demo test fuzz lint format bench reproduce gates sanitize clean
 
 demo: $(READY)
-	$(BIN)/mrl-fast demo --out demo-out reproduce-out
+	$(BIN)/mrl-fast demo --out demo-out
 
 # Files of tests at once on all cores; threads that wait must not spin where others could run.
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
