@@ -274,7 +274,7 @@ def table(rows: list[Row], extent: str) -> str:
         count=len({row["kernel"] for row in rows}),
         binaries=len(rows),
         extent=extent,
-        broken="all within the limits of `failures`" if not broken else f"{len(broken)} failures",
+        broken="\n  - ".join([f"{len(broken)} failures:" if broken else "no failures", *broken]),
         spills=f"{len(spilling)} binaries, {most} bytes at most" if spilling else "none",
         counted="\n".join(
             f"  - {r['kernel']}: {r['instructions']} of {INSTRUCTIONS[r['kernel']]:.2f}"
