@@ -1,5 +1,5 @@
-# make demo | test | fuzz | bench | reproduce | lint | gates; each sets up .venv first if it has to. make
-# sanitize needs a C++ compiler only.
+# make demo | test | fuzz | bench | reproduce | lint | gates; each sets up .venv first if it has to.
+# make sanitize needs a C++ compiler only.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -35,8 +35,8 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/pytest benchmarks
 
-# The paper's claims on DATA's Fashion-MNIST and banking77 and a synthetic set, in half an hour; goes
-# on where it was stopped.
+# The paper's claims on DATA's Fashion-MNIST and banking77 and a synthetic set, in 40 minutes; goes on
+# where it was stopped.
 DATA ?= $(MRL_FAST_DATA)
 reproduce: $(READY)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[reproduce]'

@@ -70,7 +70,7 @@ def reproduce(
     """Train MRL, MRL-E and the baselines, and say which of the paper's claims hold here.
 
     Writes report.md and report.html with tables and figures. Each set and seed is kept as it is
-    done: a run that was stopped goes on where it was. The full form takes an hour on two cores.
+    done: a run that was stopped goes on where it was. The full form takes 40 minutes on two cores.
     """
     try:
         from mrl_fast.reproduce import run_reproduce

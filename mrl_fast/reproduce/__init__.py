@@ -80,7 +80,7 @@ def run_reproduce(
         return out / "cells" / f"{'quick-' * quick}{name}-{seed}.json"
 
     for seed in range(seeds):
-        for name in wanted:
+        for name in reversed(wanted):  # what may be missing is noticed before anything is trained
             if read(path(name, seed), name, seed) is not None:
                 continue
             task = load(name, seed)

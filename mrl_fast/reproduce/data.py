@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mrl_fast.demo.data import load_digits, load_fashion_mnist
 
-CLASSES, SUPERCLASSES = 200, 20
 CLOTHES = [0, 1, 0, 0, 0, 2, 0, 2, 3, 2]  # Fashion-MNIST: tops, trousers, shoes, bag
 PARTS = ("train", "holdout", "test")
 LEAST_ROWS = 20  # a class, on average: few shots take 9 of each
@@ -40,7 +39,7 @@ def synthetic(seed: int, *, quick: bool = False) -> Task:
     200 classes in 20 superclasses (quick: 40 in 8) of 32 latent dimensions, 128 inputs. A seed is
     a set of its own.
     """
-    classes, superclasses = (40, 8) if quick else (CLASSES, SUPERCLASSES)
+    classes, superclasses = (40, 8) if quick else (200, 20)
     latent, width = 32, 128
     generator = torch.Generator().manual_seed(seed)
 

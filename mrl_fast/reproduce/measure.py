@@ -17,6 +17,7 @@ from mrl_fast.adaptive import AdaptiveClassifier
 from mrl_fast.demo.report import machine
 from mrl_fast.demo.train import encode, principal_components, train_encoder
 from mrl_fast.evaluate import (
+    Retrieval,
     accuracy,
     few_shot_accuracy,
     linear_probe_accuracy,
@@ -38,6 +39,7 @@ EPISODES = 10
 TOLERANCE = 0.001  # of the holdout, for the cascade that is calibrated for cost
 TIMED_QUERIES, REPETITIONS = 1000, 5
 PROBES = 4  # linear probes a cell
+MAPPED = ("FF", "MRL", "SVD", "truncated FF")  # whose mAP the report has
 
 Vectors = dict[str, Tensor]  # by part
 
@@ -108,11 +110,8 @@ def measure(
     }
     linear |= {name: probe(vectors, dims, name) for name, vectors in frozen.items()}
 
-    def each_fixed(measured: Callable[[Vectors, tuple[int]], list]) -> list:
-        return [measured(x, (d,))[0] for d, (x, _) in zip(dims, fixed, strict=True)]
-
-    def neighbours(vectors: Vectors, dims: Sequence[int]) -> list[float]:
-        return nearest_neighbour_accuracy(*sets(vectors), dims)
+    def retrieved(vectors: Vectors, dims: Sequence[int]) -> list[Retrieval]:
+        return retrieval(vectors["test"], test_labels, vectors["train"], train_labels, dims, k=K)
 
     by_prefix = {
         "MRL": mrl,
@@ -122,16 +121,8 @@ def measure(
         "truncated FF": full,
         "random columns": frozen["Rand-LP"],
     }
-    nearest = {"FF": each_fixed(neighbours)}
-    nearest |= {name: neighbours(vectors, dims) for name, vectors in by_prefix.items()}
-
-    def mean_precision(vectors: Vectors, dims: Sequence[int]) -> list[float]:
-        found = retrieval(vectors["test"], test_labels, vectors["train"], train_labels, dims, k=K)
-        return [each.map for each in found]
-
-    single_shot = {"FF": each_fixed(mean_precision)}
-    for name in ("MRL", "SVD", "truncated FF"):
-        single_shot[name] = mean_precision(by_prefix[name], dims)
+    found = {name: retrieved(vectors, dims) for name, vectors in by_prefix.items()}
+    found["FF"] = [retrieved(x, (d,))[0] for d, (x, _) in zip(dims, fixed, strict=True)]
 
     few = {
         name: {
@@ -142,8 +133,7 @@ def measure(
         }
         for name in ("MRL", "truncated FF", "SVD")
     }
-    between = between_dims(dims)
-    everything = sorted({*dims, *between})
+    everything = sorted({*dims, *between_dims(dims)})
     cell = {
         "task": task.name,
         "seed": seed,
@@ -152,14 +142,14 @@ def measure(
         "machine": machine(),
         "rows": {part: len(labels[part]) for part in PARTS},
         "linear": linear,
-        "nearest": nearest,
-        "map": single_shot,
+        "nearest": {name: [each.top1 for each in by_dim] for name, by_dim in found.items()},
+        "map": {name: [each.map for each in found[name]] for name in MAPPED},
         "few_shot": few,
         "adaptive": adaptive(mrl, mrl_head, labels),
         "oracle": oracle_accuracy(predicted, test_labels),
         "interpolated": {
             "dims": everything,
-            "nearest": neighbours(mrl, everything),
+            "nearest": nearest_neighbour_accuracy(*sets(mrl), everything),
             "linear": probe(mrl, everything, "dims in between"),
         },
         "searches": searches(mrl, labels, dims),

@@ -127,9 +127,7 @@ def adaptive_panel(axis: Axes, cells: Sequence[Cell]) -> None:
             x, 100 * y, marker, ms=12, color="#E69F00", mec="black", mew=0.8, ls="", label=label
         )
     dims_axis(axis, dims)
-    zoomed = cells[0]["linear"]["MRL"]
-    low = 100 * min(min(cell["linear"]["MRL"][0] for cell in cells), zoomed[0])
-    axis.set_ylim(low - 1, None)
+    axis.set_ylim(100 * min(cell["linear"]["MRL"][0] for cell in cells) - 1, None)
 
 
 def few_shot_panel(axis: Axes, cells: Sequence[Cell]) -> None:

@@ -6,16 +6,16 @@ import base64
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from markdown_it import MarkdownIt
 
 from mrl_fast.reproduce import plots
-from mrl_fast.reproduce.claims import CANNOT, CLAIMS, Cell, Interval, judge
+from mrl_fast.reproduce.claims import CANNOT, CLAIMS, Interval, judge
 from mrl_fast.reproduce.measure import EPISODES, SHORTLIST, TIMED_QUERIES
+from mrl_fast.reproduce.plots import SetCells
 
-SetCells = Mapping[str, Sequence[Cell]]
 METHODS = (
     "MRL trains one encoder and a head for each prefix; MRL-E one tied head; FF is an ordinary net "
     "of that width, trained anew for each. From the widest FF's vectors: SVD, its own head on "
