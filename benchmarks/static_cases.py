@@ -37,7 +37,7 @@ DTYPES = {
 }  # fmt: skip
 BLOCKS = ("BLOCK_B", "BLOCK_N", "BLOCK_V", "BLOCK_D", "TILE", "ROWS", "BLOCKS", "KEPT", "C")
 BLOCKS += ("BLOCK_C", "PART")
-UNNAMED = {*BLOCKS, "GROUPS", "MAGIC_SUMS", "WHOLE", "ALIGNMENT", "PRECISION"}
+UNNAMED = {*BLOCKS, "GROUPS", "MAGIC_SUMS", "WHOLE", "ALIGNMENT", "PRECISION", "PROMOTED"}
 
 ROWS = 1 << 20
 # Columns of a scan, by the width of an element: a block of them, several blocks; then fewer, and
@@ -80,13 +80,12 @@ def cases(capability: int) -> list[Case]:
 
 
 def key_of(one: Case) -> str:
-    """Equal for launches that run one binary, but for sizes that are multiples of 16 or are not."""
+    """Equal for launches that run one binary, but for dims that are multiples of 16 or are not."""
     signature, _, attributes, options, _, _ = specialised(one, 90)
     wide = {p.name: i for i, p in enumerate(one.kernel.params) if p.name.startswith("stride_x")}
     strides = {name: attributes.get((i,)) for name, i in wide.items()}
-    one_query = one.arguments.get("B") == 1
     pointers = [v for v in signature.values() if v.startswith("*")]
-    return repr((one.kernel.__name__, pointers, one.constants, strides, options, one_query))
+    return repr((one.kernel.__name__, pointers, one.constants, strides, options))
 
 
 @contextmanager
@@ -155,7 +154,6 @@ def details(kernel: Any, arguments: dict[str, Any]) -> list[str]:
     words += [str(get(name)) for name in ("KEPT", "BLOCK_C", "C") if name in constants]
     for name in constants:
         words += trait(name, get(name)) if name not in UNNAMED else []
-    words += ["one tile"] * (get("steps") == 1)
     return words + ["unaligned"] * bool(get("stride_xn", 0) % 16)
 
 

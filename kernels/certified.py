@@ -23,7 +23,7 @@ from mrl_fast.kernels.retrieval import (
     topk,
     upper,
 )
-from mrl_fast.kernels.scan import BUCKET, Scan, scan_config
+from mrl_fast.kernels.scan import BUCKET, Margin, Scan, scan_config
 from mrl_fast.kernels.tiling import chunks
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def exact_topk(
     Returns how many rows of each query were scored at full width, ``[B]`` int64; N where all were
     scanned."""
     touched = torch.full((len(q),), len(x), dtype=torch.int64, device=q.device)
-    plan = Plan.of(k, len(x), scan_config(len(q), x), exact=True)
+    plan = Plan.of(k, x, scan_config(len(q), x), Margin.of(x, metric))
     if prefix is None or not len(x) or k > SURVIVORS or len(plan.ends) == 1:
         topk(q, x, k, metric, result, rows, double=True)
         return touched
@@ -79,7 +79,7 @@ def _certify(
     touched = torch.where(flag != 0, len(x), (count * BUCKET).clamp(max=len(x)))
 
     coarse, config = scan_queries(q, x, metric), scan_config(len(q), x)
-    plan = Plan.of(k, len(x), config, exact=coarse.exact)
+    plan = Plan.of(k, x, config, coarse.margin)
     scan = Scan(
         config, coarse.q, x, metric, rows.vectors, coarse.norms, rows.norm, skip=(flag == 0).int(),
         low=coarse.low,
@@ -112,7 +112,8 @@ def _reach(
     )
     seeds = config.BLOCK_N // BUCKET
     hits, count, flag, _ = buffers(q, size + seeds, seeds)
-    scan(hits, count, gate, 0, 1, window=1)  # the last tile, which may be ragged
+    # The last tile, which may be ragged, is the first in order: its buckets are kept unseen.
+    hits[:, :seeds] = torch.arange(scan.tiles * seeds - seeds, scan.tiles * seeds, device=q.device)
     scan(hits, count, gate, 1, scan.tiles)
     return hits, count, flag, scan
 

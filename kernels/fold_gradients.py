@@ -42,7 +42,7 @@ def sigmoid(y):
     return tl.where(y < 0.0, e, 1.0) / (1.0 + e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "V", "G", "first", "steps", "stride_rg"])
 def _score_gradients_kernel(
     x_ptr,  # [B, D], a chunk of the rows
     w_ptr,  # [V, D], a chunk of the classes
@@ -187,7 +187,10 @@ def _score_gradients_kernel(
 
 def configs(flags: dict[str, Any]) -> dict[int, Config]:
     """By the width of an element."""
-    return MASKING_CONFIGS if flags["HAS_MASK"] else STORING_CONFIGS
+    configs = MASKING_CONFIGS if flags["HAS_MASK"] else STORING_CONFIGS
+    if flags["LINK"] == "sigmoid":  # with three stages ptxas spills for Blackwell
+        configs = configs | {4: configs[4]._replace(num_stages=4)}
+    return configs
 
 
 def largest_of(gradients: Sequence[Tensor], soft: Tensor | None, d_soft: Tensor | None) -> Tensor:

@@ -41,7 +41,7 @@ def softplus(y):
     return tl.maximum(y, 0.0) + 2.0 * (s + s * q * series)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "V", "first", "steps", "stride_rg"])
 def _statistics_kernel(
     x_ptr,  # [B, D]
     w_ptr,  # [V, D]
@@ -155,7 +155,10 @@ def configs(flags: dict[str, Any]) -> dict[int, Config]:
     extra = flags["HAS_BIAS"] or flags["SOFT"] != "none"  # beside scales
     light = not (flags["HAS_SCALE"] and extra or flags["HAS_MASK"] or flags["COLUMNS"])
     light = light and flags["OWN"] == "none" and flags["SOFT"] != "matrix"
-    return CONFIGS if light and flags["LINK"] == "softmax" else STORING_CONFIGS
+    if not light or flags["LINK"] == "sigmoid":
+        return STORING_CONFIGS
+    multiply_adds = flags["HAS_SCALE"] and flags["PRECISION"] == "ieee"  # of fp32, from registers
+    return CONFIGS | ({4: STORING_CONFIGS[4]} if multiply_adds else {})
 
 
 def merged(part_max: Tensor, part_sum: Tensor) -> tuple[Tensor, Tensor]:

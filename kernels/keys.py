@@ -42,7 +42,7 @@ def row_of(key):
     return 0xFFFFFFFF - (key & 0xFFFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _narrow_kernel(
     hits_ptr,  # [B, C] int64, in and out: a score's bits above a bucket's number
     count_ptr,  # [B] int32: how many were appended, those beyond C dropped; out: how many are left
@@ -95,7 +95,7 @@ def _narrow_kernel(
         tl.store(flag_ptr + b, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "k", "stride_sb", "stride_ob"])
 def _decode_kernel(
     keys_ptr,  # [B, C] int64
     ids_ptr,  # [N] int64, what a result calls a row

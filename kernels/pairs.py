@@ -18,6 +18,7 @@ METRICS = {"ip": 0, "cosine": 1, "l2": 2, "linear": 3}  # linear: as of scan.Vec
 LINEAR = tl.constexpr(3)
 WHOLE_BLOCK = 64  # columns whose sum can be carried
 ROUNDED = dict(enable_fp_fusion=False)  # every product, every sum
+ROOMY = dict(maxnreg=168)  # registers of a thread; left to itself, ptxas spills to need fewer
 INTERPRETED = tl.constexpr(interpreted())
 
 
@@ -113,7 +114,7 @@ def _ratio(x, y, ACC: tl.constexpr):
     return tl.div_rn(x, y) if ACC == tl.float32 else x / y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C", "tiles"])
 def _keys_kernel(
     q_ptr,  # [B, dim]
     x_ptr,  # [N, dim]
@@ -195,7 +196,7 @@ def _best_of_both(best, new):
     return tl.sort(tl.maximum(best, tl.sort(new)), descending=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits", "rows_each"])
 def _rescan_kernel(
     q_ptr,  # [B, dim]
     x_ptr,  # [N, dim]
@@ -204,9 +205,8 @@ def _rescan_kernel(
     factor_ptr,  # [B]
     flag_ptr,  # [B] int32
     allowed_ptr,  # [N] uint8
-    keys_ptr,  # [B, width] int64: a split's KEPT best go to its part
+    parts_ptr,  # [B, splits, KEPT] int64: the best of each split
     N,
-    width,
     splits,
     rows_each,  # a multiple of KEPT
     dim,
@@ -226,7 +226,7 @@ def _rescan_kernel(
     if tl.load(flag_ptr + b) == 0:
         return
     split = tl.program_id(0) % splits
-    part_ptr = keys_ptr + b * width + split * KEPT
+    part_ptr = parts_ptr + tl.program_id(0).to(tl.int64) * KEPT
     first = split.to(tl.int64) * rows_each
     factor = tl.load(factor_ptr + b) if HAS_OUTER else 0.0
     best = tl.full((KEPT,), EMPTY, tl.int64)
@@ -252,7 +252,7 @@ def _rescan_kernel(
     tl.store(part_ptr + tl.arange(0, KEPT), best)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "splits"])
 def _merge_kernel(
     parts_ptr,  # [B, splits, KEPT] int64, each in descending order
     flag_ptr,  # [B] int32
@@ -301,6 +301,8 @@ class Pairs:
             "HAS_ALLOWED": allowed is not None,
             "ACC": tl.float64 if double else tl.float32,
         }
+        plain = self.flags["METRIC"] != METRICS["cosine"] and not double and not in_bytes(x)
+        self.room = {} if plain else ROOMY
 
     def keys(self, rows: Tensor, *, begin: int = 0, sums: Tensor | None = None) -> Tensor:
         """Of each query with its own rows ``[B, C]``, −1 for none."""
@@ -331,7 +333,7 @@ class Pairs:
             sums, out,
             len(self.x), C, tiles, begin, self.x.shape[1], self.q.stride(0), self.x.stride(0),
             rows.stride(0), 0 if sums is None else sums.stride(0), HAS_SUMS=sums is not None,
-            **shape, **self.flags, **blocks, **ROUNDED,
+            **shape, **self.flags, **blocks, **self.room, **ROUNDED,
         )  # fmt: skip
 
     def rescan(self, keys: Tensor, flag: Tensor, k: int) -> None:
@@ -349,8 +351,8 @@ class Pairs:
         blocks |= {"ROWS": min(blocks["ROWS"], kept), "num_warps": warps}
         _rescan_kernel[(B * splits,)](
             self.q, self.x, self.scale, self.outer, self.factor, flag, self.allowed, parts,
-            N, kept * splits, splits, rows, self.x.shape[1], self.q.stride(0),
-            self.x.stride(0), KEPT=kept, **self.flags, **blocks, **ROUNDED,
+            N, splits, rows, self.x.shape[1], self.q.stride(0),
+            self.x.stride(0), KEPT=kept, **self.flags, **blocks, **ROOMY, **ROUNDED,
         )  # fmt: skip
         _merge_kernel[(B,)](
             parts, flag, keys, keys.shape[1], splits, KEPT=kept, num_warps=warps
@@ -362,13 +364,21 @@ RESCANNED = SORTED_AT_ONCE  # k of a rescan at most
 FEW_PAIRS = 1 << 13  # 128 programs of 64 rows, one a processor
 
 
+def in_bytes(x: Tensor) -> bool:
+    """Whether rows are loaded byte by byte."""
+    return x.element_size() == 1 and x.stride(0) % 16 != 0
+
+
 def pair_blocks(x: Tensor, pairs: int) -> dict[str, int]:
     """8 KiB of rows a program, 128 contiguous bytes of each at a time: wider blocks take more
     shuffles a column. Of few pairs, which leave the device idle, 256 columns: so many programs, so
-    few steps."""
+    few steps. Bytes that are no vectors take a load and an address each: half as many."""
     if interpreted():
         return dict(ROWS=256, BLOCKS=1, num_warps=1)
     width = WHOLE_BLOCK * x.element_size()
     blocks = min(4, 512 // width) if pairs <= FEW_PAIRS else max(1, 128 // width)
     blocks = min(blocks, triton.next_power_of_2(triton.cdiv(x.shape[1], WHOLE_BLOCK)))
-    return dict(ROWS=8192 // (blocks * width), BLOCKS=blocks, num_warps=4)
+    rows = 8192 // (blocks * width)
+    if in_bytes(x):
+        rows, blocks = 64, 1
+    return dict(ROWS=rows, BLOCKS=blocks, num_warps=4)

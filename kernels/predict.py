@@ -24,7 +24,7 @@ from mrl_fast.kernels.tiling import (
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "V", "steps"])
 def _predict_kernel(
     x_ptr,  # [B, D]
     w_ptr,  # [V, D]

@@ -7,6 +7,7 @@ from those by (score, row) (keys.py). A query whose buffer overflows, as among t
 rows, is flagged, and the device itself scans all rows for it by that routine.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,8 +25,7 @@ LEAST_RANK = 16  # a threshold by fewer is a matter of luck
 
 
 class Plan(NamedTuple):
-    """How a scan for k of N rows goes by tiles of a shape: exact, where its error is that of fp32
-    sums."""
+    """How a scan for k of N rows goes, by tiles of a shape and with an error within a margin."""
 
     rank: int  # of the threshold
     buffer: int  # buckets
@@ -33,8 +33,8 @@ class Plan(NamedTuple):
     ends: list[int]  # of the phases, in tiles; the first seeds the threshold
 
     @classmethod
-    def of(cls, k: int, rows: int, config: Config, *, exact: bool) -> "Plan":
-        tiles = triton.cdiv(rows, config.BLOCK_N)
+    def of(cls, k: int, x: Tensor, config: Config, margin: Margin) -> "Plan":
+        tiles = triton.cdiv(len(x), config.BLOCK_N)
         rank = max(k, LEAST_RANK)
         buffer = min(max(triton.next_power_of_2(64 * rank), BUFFER[0]), BUFFER[1])
         # Of the next r times as many rows as were seen, about r · rank buckets are kept.
@@ -42,7 +42,10 @@ class Plan(NamedTuple):
         ends = [min(tiles, buffer * BUCKET // config.BLOCK_N)]
         while ends[-1] < tiles:
             ends.append(min(tiles, int(ends[-1] * (1 + growth)) + 1))
-        kept = triton.next_power_of_2(rank + rank // 8 + 8 if exact else 2 * rank)
+        # Cosines of vectors that lie anywhere have a deviation of dim^-0.5; the best of millions
+        # are 4.5 of it out, where so many more are within twice the margin.
+        near = math.exp(min(9 * margin.bound * x.shape[1] ** 0.5, 1.3))
+        kept = min(triton.next_power_of_2(int(near * rank) + rank // 8 + 8), buffer)
         return cls(rank, buffer, kept, ends)
 
     @property
@@ -134,7 +137,7 @@ def topk(
     if k > RESCANNED:
         return score_all(q, x, k, metric, result, rows, double=double)
     coarse, config = scan_queries(q, x, metric), scan_config(len(q), x)
-    plan = Plan.of(k, len(x), config, exact=coarse.exact)
+    plan = Plan.of(k, x, config, coarse.margin)
     step = max(1, TEMPORARY_BYTES // plan.bytes)
     step = step if step < 128 else step // 128 * 128  # whole tiles of queries
     if rows.vectors is None and len(q) > min(step, config.BLOCK_B):
@@ -158,11 +161,6 @@ class Coarse(NamedTuple):
     norms: Tensor  # [B] fp32, at least the queries'; infinite where no bound holds
     errors: Tensor | None  # [B] fp32, norms of what both parts lack; None: nothing
     margin: Margin
-
-    @property
-    def exact(self) -> bool:
-        """Whether the margin is of fp32 sums, not of coarser products."""
-        return self.margin.bound < 1e-3
 
     def part(self, part: slice) -> "Coarse":
         low, errors = (None if x is None else x[part] for x in (self.low, self.errors))
@@ -217,7 +215,7 @@ def approx_topk(
         return result, 1.0
     vectors, norm = row_vectors(x, metric)
     rows, coarse = Rows(vectors, norm), scan_queries(q, x, metric)
-    plan = Plan.of(k, len(x), config, exact=coarse.exact)
+    plan = Plan.of(k, x, config, coarse.margin)
     plan = plan._replace(buffer=triton.next_power_of_2(buckets), ends=[])
     for part in chunks(len(q), max(1, TEMPORARY_BYTES // plan.bytes)):
         mine, pairs = coarse.part(part), rows.pairs(q[part], x, metric, double=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 BUCKET = 16  # rows
 MAGIC = tl.constexpr(0x4B400000)  # an int32 sum that starts here reads as 1.5 · 2^23 + sum in fp32
 NOTHING = tl.constexpr((0xFF800000 - (1 << 32) << 32) | 0xFFFFFFFF)  # −inf, of no bucket's rows
+PROMOTED = 32  # columns of float8 that Hopper's tensor cores add up at once
 MAGIC_DIM = 256  # columns of int8 up to which it does
 
 
@@ -41,6 +42,11 @@ def _larger(a, b):
 
 
 @triton.jit
+def _added(q, x, acc, PRECISION: tl.constexpr, PROMOTED: tl.constexpr):
+    return tl.dot(q, x, acc, PRECISION, max_num_imprecise_acc=PROMOTED, out_dtype=acc.dtype)
+
+
+@triton.jit
 def _best_of_buckets(v, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
     """[BLOCK_B, BLOCK_N] -> [BLOCK_B, GROUPS, 4], of the rows that pairs.bucket_row names."""
     even, odd = tl.split(tl.reshape(v, (BLOCK_B, BLOCK_N // 8, 4, 2)))
@@ -50,7 +56,11 @@ def _best_of_buckets(v, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl
     return tl.reduce(v, 1, _larger)
 
 
-@triton.jit
+# Sizes that no access is aligned by: one binary serves them all, whatever they are divisible by.
+SIZES = "B N C tiles tile_step first last each steps".split()
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _scan_kernel(
     q_ptr,  # [B, dim]
     low_ptr,  # [B, dim], as q: what rounding the queries left of them
@@ -75,7 +85,6 @@ def _scan_kernel(
     each,  # a program's, a multiple of `window`
     window,  # tiles that share a bucket's place, where all are kept
     steps,  # a program's: blocks of columns of all its tiles
-    blocks,  # of columns
     bound,  # relative error of a sum
     stride_qb,  # in elements, as the next; last axes are contiguous
     stride_xn,
@@ -93,6 +102,7 @@ def _scan_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    PROMOTED: tl.constexpr,  # columns of float8 after which sums are added up in fp32; 0: elsewhere
 ):
     BUCKETS: tl.constexpr = 4 * GROUPS  # of a tile
     query_tiles = tl.cdiv(B, BLOCK_B)
@@ -132,6 +142,7 @@ def _scan_kernel(
     tile = ((begin.to(tl.int64) * tile_step + tiles - 1) % tiles).to(tl.int32)
     window_best = tl.full((BLOCK_B, GROUPS, 4), -float("inf"), tl.float32)
     window_key = tl.full((BLOCK_B, GROUPS, 4), NOTHING, tl.int64)
+    blocks = 1 if WHOLE else tl.cdiv(dim, BLOCK_D)
     position = begin
     block = 0
     if WHOLE:
@@ -156,14 +167,16 @@ def _scan_kernel(
             q = tl.load(q_rows + columns[None, :], mask_d[None, :], other=0.0)
         if WHOLE:  # sums that start anew are not carried through the loop
             fresh = tl.full((BLOCK_B, BLOCK_N), start, ACC)
-            v = tl.dot(q, x, fresh, input_precision=PRECISION, out_dtype=ACC)
+            v = tl.dot(q, x, fresh, PRECISION, max_num_imprecise_acc=PROMOTED, out_dtype=ACC)
             if HAS_LOW:
-                v = tl.dot(low_whole, x, v, input_precision=PRECISION, out_dtype=ACC)
+                v = tl.dot(
+                    low_whole, x, v, PRECISION, max_num_imprecise_acc=PROMOTED, out_dtype=ACC
+                )
         else:
-            acc = tl.dot(q, x, acc, input_precision=PRECISION, out_dtype=ACC)
+            acc = _added(q, x, acc, PRECISION, PROMOTED)
             if HAS_LOW:
                 low = tl.load(low_rows + columns[None, :], mask_d[None, :], other=0.0)
-                acc = tl.dot(low, x, acc, input_precision=PRECISION, out_dtype=ACC)
+                acc = _added(low, x, acc, PRECISION, PROMOTED)
         if NORMS >= 0:
             wide = x.to(tl.float32)
             square += tl.sum(wide * wide, axis=0)
@@ -251,8 +264,9 @@ class Margin(NamedTuple):
         dim = x.shape[1]
         width = x.element_size()
         tf32 = 2.0**-9 if scan_precision(x) == "tf32" else 2.0**-18
-        # Of eight bits: Hopper adds products of float8 in 14.
-        coarse = {1: max(2.0**-7, dim * 2.0**-13), 2: 0.0, 4: tf32}[width]
+        # Products of float8 are added to 14 bits of the largest, elsewhere perhaps all of them.
+        added = PROMOTED if promoted(x) else max(64, dim)
+        coarse = {1: (added + 2) * 2.0**-13, 2: 0.0, 4: tf32}[width]
         exact = x.dtype == torch.int8  # sums of integers, rounded at the end
         bound = 2 * (dim + 16) * 2.0**-24 + (0.0 if exact else coarse)
         tiny = dim * torch.finfo(torch.float32).tiny
@@ -313,6 +327,7 @@ class Scan:
             "MAGIC_SUMS": x.dtype == torch.int8 and x.shape[1] <= MAGIC_DIM,
             "GROUPS": config.groups,
             "PRECISION": scan_precision(x),
+            "PROMOTED": PROMOTED if promoted(x) else 0,
         }
 
     def __call__(
@@ -331,7 +346,7 @@ class Scan:
         _scan_kernel[(query_tiles * splits,)](
             self.q, self.low, self.x, v.scale, v.term, v.outer, self.factor, theta, self.skip,
             hits, count, self.norm, len(self.q), len(self.x), self.x.shape[1], hits.shape[1],
-            self.tiles, tile_step(self.tiles), first, last, each, step, each * blocks, blocks,
+            self.tiles, tile_step(self.tiles), first, last, each, step, each * blocks,
             self.bound, self.q.stride(0), self.x.stride(0), DENSE=window > 0, **self.flags,
             **config._asdict(),
         )  # fmt: skip
@@ -364,9 +379,17 @@ def scan_config(queries: int, x: Tensor) -> Config:
     columns = min(max(triton.next_power_of_2(x.shape[1]), least), most)
     if scan_precision(x) == "tf32x3" and x.shape[1] > columns and (block_b > 16 or not aligned):
         columns = 16  # for the halves of both operands, beside sums that go on
-    few = block_b == 16 or (block_b == 64 and width < 4)
+    few = block_b == 16 or (block_b == 64 and width == 2)
     block_n = 256 if block_b == 16 and width < 4 and aligned else 128
+    if x.dtype == torch.float8_e4m3fn and block_b > 16:
+        block_b = 128 if queries > 128 and hopper(x) else 64
+        block_n = 64 if hopper(x) else 128  # which has two sums of each score
     return Config(block_b, block_n, columns, 4 if few or (hopper(x) and aligned) else 8, 3)
+
+
+def promoted(x: Tensor) -> bool:
+    """Whether products are added in few bits, and those of PROMOTED columns then in fp32."""
+    return x.dtype == torch.float8_e4m3fn and hopper(x)
 
 
 def hopper(x: Tensor) -> bool:

@@ -101,6 +101,22 @@ def test_recall_of_truth(tmp_path, built, queries):
     assert summary["recall"] == pytest.approx((300 * 9 - 100) / (300 * 9))
 
 
+def test_search_on_a_device(built, queries, monkeypatch):
+    load, devices = MatryoshkaIndex.load, []
+
+    def recorded(path, *, device="cpu"):
+        devices.append(device)
+        return load(path, device=device)
+
+    monkeypatch.setattr(MatryoshkaIndex, "load", recorded)
+    options = "search", built, queries, "--limit", 2, "-k", 3, "--stages", "8:40,32:3"
+    mine, theirs = run_json(*options, "--device", "cuda"), run_json(*options)
+    for found, expected in zip(mine["results"], theirs["results"], strict=True):
+        assert found["ids"] == expected["ids"]
+        assert found["scores"] == pytest.approx(expected["scores"], rel=1e-5)
+    assert devices == ["cuda", "cpu"]
+
+
 # --- tune
 
 
@@ -207,6 +223,8 @@ def scene(tmp_path_factory):
         (["search", "{index}", "{base}", "--out", "{none}/r.npz"], "--out: expected a folder that"),
         (["search", "{index}", "{base}", "--truth", "{text}"], "text.npy: expected a .npy file"),
         (["search", "{index}", "{base}", "--allowed", "{base}"], "base.npy: expected integers"),
+        (["search", "{index}", "{base}", "--device", "tpu"], "--device: expected 'cpu', 'cuda'"),
+        (["tune", "{index}", "{base}", "--device", "cuda:x"], "--device: expected 'cpu', 'cuda'"),
         (["tune", "{index}", "{narrow}"], "narrow.npy: expected vectors of the index's width"),
         (["tune", "{index}", "{base}", "--limit", "255"], "at least 256 sample queries, got 255"),
         (["tune", "{index}", "{base}", "--recall", "1.5"], "recall: expected a number in"),

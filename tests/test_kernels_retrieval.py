@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mrl_fast.kernels import keys, pairs, retrieval, scan
+from mrl_fast.kernels.tiling import operand
 
 from mrl_fast import kernels, reference
 from mrl_fast.testing import assert_same_topk
@@ -67,8 +68,58 @@ def test_scan_of_eight_bits(metric, dtype, rescans, triton_device):
     exact = reference.scores(q, x, 20, metric)
     result = kernels.prefix_topk(q, x, 4, 20, metric)
     assert_same_topk(result, exact, name=metric, tolerance=1e-6 * exact.abs().max().item())
-    if dtype == torch.int8:
-        assert not rescans
+    assert not rescans
+
+
+@pytest.mark.parametrize("signs", [True, False], ids=["signs", "positive"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn],
+    ids=str,
+)
+def test_sums_of_a_scan_are_within_its_margin(dtype, signs, triton_device):
+    """What tensor cores add up, by truncation, against fp64: on a device above all."""
+    N, dim = (200_000, 1000) if triton_device == "cuda" else (300, 40)
+    q, x = (make_vectors(n, dim, triton_device, seed=n) for n in (70, N))
+    if not signs:  # errors of one direction
+        q, x = q.abs(), x.abs()
+    scale = 40 if dtype == torch.int8 else 1
+    q, x = (operand((v * scale).clamp(-127, 127).to(dtype)) for v in (q, x))
+    coarse, config = retrieval.scan_queries(q, x, "ip"), scan.scan_config(len(q), x)
+    seeds, tiles = config.BLOCK_N // scan.BUCKET, -(-N // config.BLOCK_N)
+    hits, count, _, theta = retrieval.buffers(q, tiles * seeds, tiles * seeds)
+    vectors, norm = retrieval.row_vectors(x, "ip")
+    one = scan.Scan(config, coarse.q, x, "ip", vectors, coarse.norms, norm)
+    one(hits, count, theta, 0, tiles, window=1)
+    best = (hits >> 32).int().view(torch.float32).double()
+    bucket, i = (hits & 0xFFFFFFFF)[0], torch.arange(scan.BUCKET, device=q.device)
+    assert torch.equal(bucket.sort().values, torch.arange(tiles * seeds, device=q.device))
+    within = (bucket % seeds)[:, None]
+    rows = (i // 2 * config.groups + within // 4) * 8 + within % 4 * 2 + i % 2
+    rows += (bucket // seeds * config.BLOCK_N)[:, None]
+    exact = (q.double() @ x.double().T).gather(1, rows.clamp(max=N - 1).flatten().expand(70, -1))
+    exact = exact.view(70, -1, scan.BUCKET).where(rows < N, -torch.inf).amax(2)
+    error = coarse.margin.error(coarse.norms, norm)[:, None]
+    there = exact > -torch.inf
+    assert ((best - exact).abs() <= error)[there].all(), ((best - exact).abs() / error)[there].max()
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256, 768])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float32], ids=str)
+def test_margins_leave_few_rows_to_be_scored_again(dim, dtype, monkeypatch):
+    """On Hopper the error of sums in few bits must not grow with the columns, or all queries would
+    be rescanned. By scores of fp32: margins are of a device's products."""
+    monkeypatch.setattr(scan, "hopper", lambda x: True)
+    monkeypatch.setattr(scan, "scan_precision", lambda x: "tf32")
+    q, x = (make_vectors(n, dim, "cpu", seed=n).to(dtype) for n in (4, 200_000))
+    k, margin = 100, scan.Margin.of(x, "ip")
+    plan = retrieval.Plan.of(k, x, scan.Config(64, 128, 64, 4, 3), margin)
+    scores = q.float() @ x.float().T
+    error = margin.error(q.float().norm(dim=1), x.float().norm(dim=1).max())
+    theta = scores.topk(k).values[:, -1] - 2 * error
+    buckets = scores.view(len(q), -1, scan.BUCKET).amax(2)
+    kept = (buckets >= theta[:, None]).sum(1)
+    assert (kept <= plan.kept).all(), (kept, plan)
 
 
 @pytest.mark.parametrize("metric", METRICS)

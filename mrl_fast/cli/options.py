@@ -44,6 +44,13 @@ Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Read no mor
 K = Annotated[
     int, typer.Option("-k", "--k", min=1, help="Neighbours a query; at most all vectors.")
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="cpu|cuda|cuda:N",
+        help="Where to search; on a GPU, a copy of the index's vectors there.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")
 ]

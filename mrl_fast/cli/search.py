@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
+from mrl_fast import _inputs as inputs
 from mrl_fast.cli import building, searching
 from mrl_fast.cli.inputs import Vectors, stages_of
-from mrl_fast.cli.options import Column, Folder, Json, K, Key, Limit, Queries, Quiet
+from mrl_fast.cli.options import Column, Device, Folder, Json, K, Key, Limit, Queries, Quiet
 from mrl_fast.cli.output import failing, say, show_json, show_rows, shown_stages
 from mrl_fast.index import MatryoshkaIndex
 from mrl_fast.readers import PARQUET, read_ids
@@ -57,6 +58,7 @@ def search(
     column: Column = None,
     key: Key = None,
     limit: Limit = None,
+    device: Device = "cpu",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -78,7 +80,7 @@ def search(
         if allowed is not None and allowed.suffix.lower() in PARQUET:
             raise ValueError(f"--allowed: expected .npy, .ivecs or .txt, got {allowed}")
         vectors = Vectors(queries, column=column, key=key, limit=limit)
-        loaded = _loaded(index)
+        loaded = _loaded(index, device)
         only = None if allowed is None else read_ids(allowed)
         if only is not None and not (there := loaded.contains(only)).all():
             say(f"warning: {int(there.sum()):,} of the {len(only):,} ids in {allowed} are there")
@@ -142,6 +144,7 @@ def tune(
     column: Column = None,
     key: Key = None,
     limit: Limit = None,
+    device: Device = "cpu",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -157,7 +160,7 @@ def tune(
     """
     with failing():
         vectors = Vectors(queries, column=column, key=key, limit=limit)
-        loaded = _loaded(index)
+        loaded = _loaded(index, device)
         if k > len(loaded):
             raise ValueError(f"-k: expected at most the index's {len(loaded):,} rows, got {k:,}")
         report = searching.tune(
@@ -173,8 +176,8 @@ def tune(
         print(f"saved in {index}" + (f"; wrote {plot}" if plot else ""))
 
 
-def _loaded(folder: Path) -> MatryoshkaIndex:
-    index = MatryoshkaIndex.load(folder)
+def _loaded(folder: Path, device: str) -> MatryoshkaIndex:
+    index = MatryoshkaIndex.load(folder, device=inputs.device(device, "--device"))
     if of := building.unfinished(folder):
         say(
             f"warning: {folder} holds {len(index):,} of {of['rows']:,} rows of {of['source']}: its "
