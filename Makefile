@@ -13,7 +13,7 @@ demo: $(READY)
 # Files of tests at once on all cores; threads that wait must not spin where others could run.
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 test: lint sanitize
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # What the tests do at random for seconds, for half an hour: damaged files, threads, kills.
 FUZZ ?= 40

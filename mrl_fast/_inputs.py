@@ -17,20 +17,20 @@ from mrl_fast._checks import check_finite, check_matrix, check_stages
 from mrl_fast._dispatch import triton_is_interpreted
 
 
-def device(x: Any, name: str = "device") -> str:
+def device(x: Any) -> str:
     """``"cpu"``, ``"cuda"`` or ``"cuda:<number>"``, where kernels can run."""
     if isinstance(x, torch.device):
         x = str(x)
     if not isinstance(x, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", x):
-        raise ValueError(f"{name}: expected 'cpu', 'cuda' or 'cuda:<number>', got {x!r}")
+        raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:<number>', got {x!r}")
     if x == "cpu":
         return x
     if importlib.util.find_spec("triton") is None:
-        raise ValueError(f"{name}: {x!r} needs the triton package, which is not installed")
+        raise ValueError(f"device: {x!r} needs the triton package, which is not installed")
     number = int(x.partition(":")[2] or 0)
     if not triton_is_interpreted() and number >= torch.cuda.device_count():
         raise ValueError(
-            f"{name}: expected one of {torch.cuda.device_count()} CUDA devices, got {x!r} "
+            f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {x!r} "
             "(without one, set TRITON_INTERPRET=1 before the first import of triton)"
         )
     return x

@@ -95,7 +95,7 @@ def test_bounds_that_are_the_scores(metric, triton_device):
     """Rows without a tail: rounding alone decides whether a bound reaches its own score."""
     x = make_rows(700, triton_device, structure=True)
     x[:, PREFIX:] = 0
-    q = x[::120] + 0.3 * make_rows(6, triton_device, structure=False)
+    q = x[::240] + 0.3 * make_rows(3, triton_device, structure=False)
     q[:, PREFIX:] = 0
     rows, prefix = known(x, metric)
     for k in (1, 3):

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from mrl_fast import _inputs as inputs
 from mrl_fast.cli import building, searching
 from mrl_fast.cli.inputs import Vectors, stages_of
 from mrl_fast.cli.options import Column, Device, Folder, Json, K, Key, Limit, Queries, Quiet
@@ -177,7 +176,7 @@ def tune(
 
 
 def _loaded(folder: Path, device: str) -> MatryoshkaIndex:
-    index = MatryoshkaIndex.load(folder, device=inputs.device(device, "--device"))
+    index = MatryoshkaIndex.load(folder, device=device)
     if of := building.unfinished(folder):
         say(
             f"warning: {folder} holds {len(index):,} of {of['rows']:,} rows of {of['source']}: its "
