@@ -84,8 +84,7 @@ def key_of(one: Case) -> str:
     signature, _, attributes, options, _, _ = specialised(one, 90)
     wide = {p.name: i for i, p in enumerate(one.kernel.params) if p.name.startswith("stride_x")}
     strides = {name: attributes.get((i,)) for name, i in wide.items()}
-    pointers = [v for v in signature.values() if v.startswith("*")]
-    return repr((one.kernel.__name__, pointers, one.constants, strides, options))
+    return repr((one.kernel.__name__, signature, one.constants, strides, options))
 
 
 @contextmanager
@@ -161,6 +160,8 @@ def trait(name: str, value: Any) -> list[str]:
     if name in ("METRIC", "NORMS"):
         metric = {-1: [], **{code: [metric] for metric, code in METRICS.items()}}[value]
         return ["norms of"] * (name == "NORMS" and value >= 0) + metric
+    if name == "DENSE":
+        return [[], ["dense"], ["windows"]][value]
     if name == "ACC":
         return ["fp64"] * (str(value) == "fp64")
     if name == "SOFT":

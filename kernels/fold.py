@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from mrl_fast.kernels.tiling import (
     Config,
+    aligned,
     alignment,
     config,
     make_schedule,
@@ -151,7 +152,7 @@ def by_class(t: Tensor, fill: float = 0.0) -> Tensor:
 
 
 def in_vectors_already(t: Tensor) -> bool:
-    return t.shape[1] % 16 == t.stride(0) % 16 == t.data_ptr() % 16 == 0
+    return t.shape[1] % 16 == 0 and aligned(t)
 
 
 def in_vectors(t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from mrl_fast.kernels.keys import EMPTY, SORTED_AT_ONCE, make_key
-from mrl_fast.kernels.tiling import interpreted, programs
+from mrl_fast.kernels.tiling import aligned, interpreted, programs
 from torch import Tensor
 
 METRICS = {"ip": 0, "cosine": 1, "l2": 2, "linear": 3}  # linear: as of scan.Vectors
@@ -114,7 +114,7 @@ def _ratio(x, y, ACC: tl.constexpr):
     return tl.div_rn(x, y) if ACC == tl.float32 else x / y
 
 
-@triton.jit(do_not_specialize=["N", "C", "tiles"])
+@triton.jit(do_not_specialize=["N", "C", "tiles", "stride_rb", "stride_sb"])
 def _keys_kernel(
     q_ptr,  # [B, dim]
     x_ptr,  # [N, dim]
@@ -366,7 +366,7 @@ FEW_PAIRS = 1 << 13  # 128 programs of 64 rows, one a processor
 
 def in_bytes(x: Tensor) -> bool:
     """Whether rows are loaded byte by byte."""
-    return x.element_size() == 1 and x.stride(0) % 16 != 0
+    return x.element_size() == 1 and not aligned(x)
 
 
 def pair_blocks(x: Tensor, pairs: int) -> dict[str, int]:

@@ -37,16 +37,17 @@ class Plan(NamedTuple):
         tiles = triton.cdiv(len(x), config.BLOCK_N)
         rank = max(k, LEAST_RANK)
         buffer = min(max(triton.next_power_of_2(64 * rank), BUFFER[0]), BUFFER[1])
-        # Of the next r times as many rows as were seen, about r · rank buckets are kept.
-        growth = max(1.0, (buffer - 2 * rank) / (3 * rank))
+        # Cosines of vectors that lie anywhere have a deviation of dim^-0.5; the best of millions
+        # are 4.5 of it out, where so many more are within twice the error; in clusters more are.
+        near = math.exp(min(9 * margin.relative * x.shape[1] ** 0.5, 3.0))
+        # Of the next r times as many rows as were seen, about r · near · rank buckets are kept.
+        growth = max(1.0, (buffer - 2 * near * rank) / (3 * near * rank))
         ends = [min(tiles, buffer * BUCKET // config.BLOCK_N)]
         while ends[-1] < tiles:
             ends.append(min(tiles, int(ends[-1] * (1 + growth)) + 1))
-        # Cosines of vectors that lie anywhere have a deviation of dim^-0.5; the best of millions
-        # are 4.5 of it out, where so many more are within twice the margin.
-        near = math.exp(min(9 * margin.bound * x.shape[1] ** 0.5, 1.3))
-        kept = min(triton.next_power_of_2(int(near * rank) + rank // 8 + 8), buffer)
-        return cls(rank, buffer, kept, ends)
+        least = 2 * rank if margin.bound > 1e-3 else rank + rank // 8 + 8
+        kept = triton.next_power_of_2(max(int(near * rank), least))
+        return cls(rank, buffer, min(kept, buffer), ends)
 
     @property
     def bytes(self) -> int:
@@ -176,6 +177,8 @@ def scan_queries(q: Tensor, x: Tensor, metric: str) -> Coarse:
         rest = q - coarse.to(q.dtype)
         low = rest.to(x.dtype)
         errors = upper(row_norms(rest - low.to(q.dtype)), dim)
+        if x.is_floating_point():  # the parts' norms together
+            norms = norms * (1 + torch.finfo(x.dtype).eps)
     return Coarse(coarse, low, upper(norms, dim), errors, Margin.of(x, metric))
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from mrl_fast.kernels.tiling import interpreted, precision, programs
+from mrl_fast.kernels.tiling import aligned, interpreted, precision, programs
 from torch import Tensor
 
 BUCKET = 16  # rows
@@ -57,7 +57,7 @@ def _best_of_buckets(v, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl
 
 
 # Sizes that no access is aligned by: one binary serves them all, whatever they are divisible by.
-SIZES = "B N C tiles tile_step first last each steps".split()
+SIZES = "B N C tiles tile_step first last each window steps".split()
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -94,7 +94,7 @@ def _scan_kernel(
     HAS_SKIP: tl.constexpr,
     HAS_LOW: tl.constexpr,
     NORMS: tl.constexpr,  # the metric whose terms are made of norms found in the scan; −1: none
-    DENSE: tl.constexpr,  # the best bucket of every window is kept, at its place
+    DENSE: tl.constexpr,  # 1: every bucket is kept, at its place; 2: the best of every window is
     WHOLE: tl.constexpr,  # one block holds all columns
     MAGIC_SUMS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -167,11 +167,9 @@ def _scan_kernel(
             q = tl.load(q_rows + columns[None, :], mask_d[None, :], other=0.0)
         if WHOLE:  # sums that start anew are not carried through the loop
             fresh = tl.full((BLOCK_B, BLOCK_N), start, ACC)
-            v = tl.dot(q, x, fresh, PRECISION, max_num_imprecise_acc=PROMOTED, out_dtype=ACC)
+            v = _added(q, x, fresh, PRECISION, PROMOTED)
             if HAS_LOW:
-                v = tl.dot(
-                    low_whole, x, v, PRECISION, max_num_imprecise_acc=PROMOTED, out_dtype=ACC
-                )
+                v = _added(low_whole, x, v, PRECISION, PROMOTED)
         else:
             acc = _added(q, x, acc, PRECISION, PROMOTED)
             if HAS_LOW:
@@ -213,7 +211,11 @@ def _scan_kernel(
             best = _best_of_buckets(v, BLOCK_B, BLOCK_N, GROUPS)
             bucket = tile * BUCKETS + bucket_lane
             key = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | bucket.to(tl.int64)
-            if DENSE:
+            if DENSE == 1:
+                if position < last:
+                    slot = position * BUCKETS + bucket_lane
+                    tl.store(buffer + slot, tl.where(best == -float("inf"), NOTHING, key), live_b)
+            elif DENSE == 2:
                 better = ~(best <= window_best)
                 window_best = tl.where(better, best, window_best)
                 window_key = tl.where(better, key, window_key)
@@ -257,6 +259,11 @@ class Margin(NamedTuple):
         """For queries' norms ``[B]`` and the largest of a row's ``[1]``."""
         return self.a + self.c * q * q + self.d * q * x + self.e * x * x
 
+    @property
+    def relative(self) -> float:
+        """The error for vectors of norm 1."""
+        return self.c + self.d + self.e
+
     @classmethod
     def of(cls, x: Tensor, metric: str) -> "Margin":
         """In a scan's units: products with the unnormalised query under cosine, and
@@ -264,9 +271,10 @@ class Margin(NamedTuple):
         dim = x.shape[1]
         width = x.element_size()
         tf32 = 2.0**-9 if scan_precision(x) == "tf32" else 2.0**-18
-        # Products of float8 are added to 14 bits of the largest, elsewhere perhaps all of them.
+        # So many products of float8 at a time, and their sum, are cut off below 2^-13 of the
+        # largest, and below some more than that of one whose factor is subnormal.
         added = PROMOTED if promoted(x) else max(64, dim)
-        coarse = {1: (added + 2) * 2.0**-13, 2: 0.0, 4: tf32}[width]
+        coarse = {1: (added + 10) * 2.0**-13, 2: 0.0, 4: tf32}[width]
         exact = x.dtype == torch.int8  # sums of integers, rounded at the end
         bound = 2 * (dim + 16) * 2.0**-24 + (0.0 if exact else coarse)
         tiny = dim * torch.finfo(torch.float32).tiny
@@ -347,7 +355,7 @@ class Scan:
             self.q, self.low, self.x, v.scale, v.term, v.outer, self.factor, theta, self.skip,
             hits, count, self.norm, len(self.q), len(self.x), self.x.shape[1], hits.shape[1],
             self.tiles, tile_step(self.tiles), first, last, each, step, each * blocks,
-            self.bound, self.q.stride(0), self.x.stride(0), DENSE=window > 0, **self.flags,
+            self.bound, self.q.stride(0), self.x.stride(0), DENSE=min(window, 2), **self.flags,
             **config._asdict(),
         )  # fmt: skip
 
@@ -374,21 +382,21 @@ def scan_config(queries: int, x: Tensor) -> Config:
         return Config(16, 64, 16, 1, 1)
     width = x.element_size()
     block_b = 16 if queries <= 16 else 64 if queries <= 64 or width == 4 else 128
-    least, aligned = max(16, 32 // width), x.stride(0) % 16 == 0
-    most = 128 // width if aligned else 32  # loaded one by one, and each with its address
+    least, vectors = max(16, 32 // width), aligned(x)
+    most = 128 // width if vectors else 32  # loaded one by one, and each with its address
     columns = min(max(triton.next_power_of_2(x.shape[1]), least), most)
-    if scan_precision(x) == "tf32x3" and x.shape[1] > columns and (block_b > 16 or not aligned):
+    if scan_precision(x) == "tf32x3" and x.shape[1] > columns and (block_b > 16 or not vectors):
         columns = 16  # for the halves of both operands, beside sums that go on
     few = block_b == 16 or (block_b == 64 and width == 2)
-    block_n = 256 if block_b == 16 and width < 4 and aligned else 128
+    block_n = 256 if block_b == 16 and width < 4 and vectors else 128
     if x.dtype == torch.float8_e4m3fn and block_b > 16:
         block_b = 128 if queries > 128 and hopper(x) else 64
-        block_n = 64 if hopper(x) else 128  # which has two sums of each score
-    return Config(block_b, block_n, columns, 4 if few or (hopper(x) and aligned) else 8, 3)
+        block_n = 64 if hopper(x) else 128  # promoted, a score has two sums in registers
+    return Config(block_b, block_n, columns, 4 if few or (hopper(x) and vectors) else 8, 3)
 
 
 def promoted(x: Tensor) -> bool:
-    """Whether products are added in few bits, and those of PROMOTED columns then in fp32."""
+    """Whether products are added up in few bits, and only PROMOTED of them before fp32."""
     return x.dtype == torch.float8_e4m3fn and hopper(x)
 
 

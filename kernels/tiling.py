@@ -48,6 +48,11 @@ def operand(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(0) < 1 << 22 else x.contiguous()
 
 
+def aligned(x: Tensor) -> bool:
+    """Whether rows can be read 16 bytes at a time."""
+    return x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+
+
 def stored(dtype: torch.dtype) -> torch.dtype:
     """Of a workspace: the interpreter cuts fp32 to bf16 short instead of rounding it."""
     return torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype

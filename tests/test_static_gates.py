@@ -119,11 +119,16 @@ def test_cases_have_every_feature_that_is_launched(monkeypatch):
 VARIANTS = """
 import itertools, json
 import torch
-from static_cases import Case, empty, fold, meta, recorded, specialised, topk, Rows
+from static_cases import (
+    Case, Rows, approx_topk, empty, fold, meta, recorded, rerank, specialised, topk
+)
 
 def search(queries, rows, k):
     q, x = (meta(n, 64, dtype=torch.bfloat16) for n in (queries, rows))
     topk(q, x, k, "ip", empty(q, k), Rows())
+    approx_topk(q, x, k, 64, "ip", 0.9)
+    for candidates in (100, 112, 127):
+        rerank(q, x, meta(queries, candidates, dtype=torch.int64), k, 64, "ip")
 
 def loss(rows, classes):
     x, weight = (meta(n, 256, dtype=torch.bfloat16) for n in (rows, classes))
@@ -145,4 +150,6 @@ print(json.dumps({name: len(variants) for name, variants in binaries.items()}))
 def test_one_binary_serves_batches_and_collections_of_all_sizes():
     """Or a collection that grows would be waited for, at every other search, by the compiler."""
     expected = dict.fromkeys(KERNELS - {"_nested_logits_kernel", "_predict_kernel"}, 1)
-    assert compiling("-c", VARIANTS) == expected | {"_scan_kernel": 2}  # seeds, and the rest
+    # Seeds, windows and the rest; rows in buckets or not. Buffers and blocks are powers of two.
+    expected |= {"_scan_kernel": 3, "_keys_kernel": 2, "_narrow_kernel": 3, "_decode_kernel": 2}
+    assert compiling("-c", VARIANTS) == expected

@@ -149,9 +149,10 @@ def tune(
 ) -> None:
     """Find the fastest stages for a recall, and save them.
 
-    Measures on this machine. QUERIES are samples of what will be asked: at least 256, better
-    thousands, and not the index's own vectors. Searches for at most this k use the stages from
-    then on, until the index has grown by more than a tenth or another tune replaces them.
+    Measures on this machine, and on the --device that is to search: the stages are saved with the
+    index, and used wherever it is opened. QUERIES are samples of what will be asked: at least 256,
+    better thousands, and not the index's own vectors. Searches for at most this k use the stages
+    from then on, until the index has grown by more than a tenth or another tune replaces them.
 
     \b
     Example:
