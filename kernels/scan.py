@@ -212,9 +212,9 @@ def _scan_kernel(
             bucket = tile * BUCKETS + bucket_lane
             key = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | bucket.to(tl.int64)
             if DENSE == 1:
-                if position < last:
-                    slot = position * BUCKETS + bucket_lane
-                    tl.store(buffer + slot, tl.where(best == -float("inf"), NOTHING, key), live_b)
+                slot = position * BUCKETS + bucket_lane
+                some = tl.where(best == -float("inf"), NOTHING, key)
+                tl.store(buffer + slot, some, live_b & (position < last))
             elif DENSE == 2:
                 better = ~(best <= window_best)
                 window_best = tl.where(better, best, window_best)
