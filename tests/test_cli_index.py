@@ -138,6 +138,8 @@ def started(*arguments):
     return subprocess.Popen(
         [sys.executable, "-c", code, "index", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell's background jobs ignore interrupts, and so would theirs
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def test_sums_of_a_scan_are_within_its_margin(dtype, kind, shape, triton_device)
     assert ((best - exact).abs() <= error).all(), ((best - exact).abs() / error).max()
 
 
-@pytest.mark.parametrize("dim", [64, 256, 768])
+@pytest.mark.parametrize("dim", [256, 768])
 @pytest.mark.parametrize("k", [10, 100])
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float32], ids=str)
@@ -125,7 +125,7 @@ def test_margins_leave_few_rows_to_be_scored_again(dtype, metric, k, dim, monkey
     be rescanned. By scores of fp32: margins are of a device's products."""
     monkeypatch.setattr(scan, "hopper", lambda x: True)
     monkeypatch.setattr(scan, "scan_precision", lambda x: "tf32")
-    q, x = (make_vectors(n, dim, "cpu", seed=n) for n in (4, 200_000))
+    q, x = (make_vectors(n, dim, "cpu", seed=n) for n in (4, 100_000))
     q, x = (torch.nn.functional.normalize(v).to(dtype) for v in (q, x))
     margin, config = scan.Margin.of(x, metric), scan.Config(64, 128, 64, 4, 3)
     plan = retrieval.Plan.of(k, x, config, margin)
