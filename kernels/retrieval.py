@@ -39,7 +39,8 @@ class Plan(NamedTuple):
         buffer = min(max(triton.next_power_of_2(64 * rank), BUFFER[0]), BUFFER[1])
         # Cosines of vectors that lie anywhere have a deviation of dim^-0.5; the best of millions
         # are 4.5 of it out, where so many more are within twice the error; in clusters more are.
-        near = math.exp(min(9 * margin.relative * x.shape[1] ** 0.5, 3.0))
+        error = margin.c + margin.d + margin.e  # for norms of 1
+        near = math.exp(min(9 * error * x.shape[1] ** 0.5, 3.0))
         # Of the next r times as many rows as were seen, about r · near · rank buckets are kept.
         growth = max(1.0, (buffer - 2 * near * rank) / (3 * near * rank))
         ends = [min(tiles, buffer * BUCKET // config.BLOCK_N)]

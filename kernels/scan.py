@@ -259,11 +259,6 @@ class Margin(NamedTuple):
         """For queries' norms ``[B]`` and the largest of a row's ``[1]``."""
         return self.a + self.c * q * q + self.d * q * x + self.e * x * x
 
-    @property
-    def relative(self) -> float:
-        """The error for vectors of norm 1."""
-        return self.c + self.d + self.e
-
     @classmethod
     def of(cls, x: Tensor, metric: str) -> "Margin":
         """In a scan's units: products with the unnormalised query under cosine, and

@@ -9,6 +9,7 @@ from mrl_fast import kernels, reference
 from mrl_fast.testing import assert_same_topk
 
 METRICS = ["ip", "cosine", "l2"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
 
 
 def make_vectors(rows, width, device, *, seed=0, dtype=torch.float32):
@@ -73,17 +74,12 @@ def test_scan_of_eight_bits(metric, dtype, rescans, triton_device):
 
 # On a device: tiles of every number of queries, columns in one block and in several, rows that are
 # not aligned. The interpreter has one shape of tiles.
-SHAPES = [(70, 1024), (200, 128), (16, 128), (16, 1024), (200, 1024), (70, 1000)]
-SHAPES = SHAPES if torch.cuda.is_available() else [(70, 40)]
+ON_A_DEVICE = [(70, 1024), (200, 128), (16, 128), (16, 1024), (200, 1024), (70, 1000)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", ON_A_DEVICE if torch.cuda.is_available() else [(70, 40)], ids=str)
 @pytest.mark.parametrize("kind", ["signs", "positive", "spike"])
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_of_a_scan_are_within_its_margin(dtype, kind, shape, triton_device):
     """What tensor cores add up, by truncation, against fp64: on a device above all."""
     N, (B, dim) = 100_000 if triton_device == "cuda" else 300, shape
