@@ -315,7 +315,7 @@ def line(kind: str, rows: list[Row]) -> str:
 def in_short(kernel: str, arch: int) -> bool:
     """Beside the first kernel of each kind: the scans that most depends on."""
     plain = re.fullmatch(r"scan .* 1024q (32|64|128)d", kernel)
-    half = re.match(r"scan bf16 .*\b64d\b", kernel)
+    half = re.match(r"scan bf16 .*\b64d\b", kernel) and "dense" not in kernel
     return kernel == "scan bf16 1024q 64d" or arch == 90 and bool(plain or half)
 
 

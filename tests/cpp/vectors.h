@@ -19,7 +19,11 @@
 using namespace mrl;
 
 constexpr double ROUNDING = 1.0 / (1 << 24);  // of fp32, relative
+#ifdef __SANITIZE_THREAD__
+constexpr int THREADS[] = {4};
+#else
 constexpr int THREADS[] = {1, 2, 4};
+#endif
 constexpr Metric METRICS[] = {Metric::IP, Metric::COSINE, Metric::L2};
 constexpr DType DTYPES[] = {DType::F32, DType::F16, DType::BF16};
 
