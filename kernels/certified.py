@@ -105,7 +105,7 @@ def _reach(
     theta, norms = theta.double(), norms.double()
     units = {"ip": theta, "cosine": theta * norms, "l2": (theta + norms**2) / 2}[metric]
     slack = 2e-6 * (units.abs() + (norms**2 if metric == "l2" else 0.0))
-    gate = (units - slack - 2 * error).float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    gate = (units - slack - error).float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
     config = scan_config(len(q), x[:, :dim])
     scan = Scan(
         config, coarse.q, x[:, :dim], metric, vectors, coarse.norms, bounds.norm, low=coarse.low

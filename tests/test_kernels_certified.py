@@ -92,18 +92,27 @@ def test_rows_that_are_not_allowed(triton_device):
 
 
 @pytest.mark.parametrize(("metric", "k"), [("ip", 1), ("cosine", 3), ("l2", 3)])
-def test_bounds_that_are_the_scores(metric, k, triton_device):
-    """Rows without a tail: rounding alone decides whether a bound reaches its own score."""
+def test_bounds_that_are_the_scores(metric, k, triton_device, monkeypatch):
+    """Rows without a tail: rounding alone decides whether a bound reaches its own score, and all
+    are as much too low as a scan's error allows."""
     x = make_rows(700, triton_device, structure=True)
     x[:, PREFIX:] = 0
     q = x[::240] + 0.3 * make_rows(3, triton_device, structure=False)
     q[:, PREFIX:] = 0
     rows, prefix = known(x, metric)
+    margin = certified.Margin.of(x[:, :PREFIX], metric)
+    low = 0.99 * margin.error(torch.linalg.vector_norm(q, dim=1), prefix.bounds.norm)
+
+    class Low(certified.Scan):
+        def __call__(self, hits, count, theta, *phase, **more):
+            super().__call__(hits, count, theta + low, *phase, **more)
+
+    monkeypatch.setattr(certified, "Scan", Low)
     result = empty(q, k)
     touched = certified.exact_topk(q, x, k, metric, result, rows, prefix)
     exact = reference.scores(q, x, WIDTH, metric)
     assert_same_topk(result, exact, name=metric, tolerance=1e-6 * exact.abs().max().item())
-    assert (touched < len(x)).any()
+    assert (touched < len(x)).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)
