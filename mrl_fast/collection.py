@@ -7,7 +7,7 @@ for reranking: no fp32 column is stored twice.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ class Collection:
         self.place = torch.device("cpu" if interpreted else self.device)
         self._engine, self._store = engine(layout, self.dims, metric, self.device, self.place)
         self._next_id = 0  # one more than the largest id so far
+        # Of a chunk that is converted: a new one each time would leave holes among the blocks.
+        self._room = torch.empty(0, self.width, dtype=layout.dtype)
         self._writing = threading.RLock()  # held by who changes the index or saves it
 
     @property
@@ -216,25 +218,24 @@ class Collection:
         if fits:
             self._rotation = Rotation(self.width).fit(x)  # before a search can find what it rotated
         try:
-            self._store.append(x, ids, self._convert(), replacing)
+            self._store.append(x, ids, self._convert, replacing)
         finally:  # an interrupt may come when it is done; none comes where nothing is called
             if self._store.snapshot is before:
                 self._rotation = rotation
             else:
                 self._next_id = next_id
 
-    def _convert(self) -> Callable[[Tensor], Tensor]:
-        rotation, dtype = self._rotation, DTYPES[self.dtype]
-
-        def convert(part: Tensor) -> Tensor:
-            if rotation is not None:
-                part = rotation.apply(part)
-            stored = part.to(dtype)
-            if stored.dtype != part.dtype:
-                check_finite(stored, f"vectors as {self.dtype}")
-            return stored
-
-        return convert
+    def _convert(self, part: Tensor) -> Tensor:
+        """Vectors as they are to be stored, until it is called again."""
+        if self._rotation is not None:
+            part = self._rotation.apply(part)
+        if part.dtype == self._layout.dtype:
+            return part
+        if len(self._room) < len(part):
+            self._room = torch.empty(part.shape, dtype=self._layout.dtype)
+        stored = self._room[: len(part)].copy_(part)
+        check_finite(stored, f"vectors as {self.dtype}")
+        return stored
 
     def _rotated(self, queries: Tensor, now: cpu.Snapshot) -> Tensor:
         if self._rotation is None or not now.count:

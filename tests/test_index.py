@@ -224,8 +224,7 @@ def test_memory_beyond_the_vectors():
 PEAK = """
 import sys, torch
 from mrl_fast import MatryoshkaIndex
-parts, prefix_dtype, dtype = int(sys.argv[1]), *sys.argv[2:]
-rows = 80000 if dtype == "float32" else 160000  # as many bytes
+rows, parts, prefix_dtype, dtype = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 x = torch.ones(rows, 768) + torch.arange(768.0)
 warm = MatryoshkaIndex((64, 768), prefix_dtype=prefix_dtype, dtype=dtype)
 warm.add(x[:200])
@@ -237,7 +236,7 @@ open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS:")
 for part in x.chunk(parts):
     index.add(part)
-print((status("VmHWM:") - before) * 1024 / (80000 * 768 * 4))
+print((status("VmHWM:") - before) * 1024 / (rows * 768 * (4 if dtype == "float32" else 2)))
 """
 
 
@@ -246,7 +245,7 @@ print((status("VmHWM:") - before) * 1024 / (80000 * 768 * 4))
 @pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("parts", [1, 40])
 def test_adding_needs_little_more_than_the_vectors(parts, prefix_dtype, dtype):
-    command = [sys.executable, "-c", PEAK, str(parts), prefix_dtype, dtype]
+    command = [sys.executable, "-c", PEAK, "80000", str(parts), prefix_dtype, dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.2, done.stdout  # times the bytes of the vectors
 

@@ -19,7 +19,7 @@ from mrl_fast.cpu.snapshot import Snapshot
 # Prefix norm, code unit, code error; then a tail's norm a level. As enum Stat in csrc/cpu/search.h.
 STATS = 3
 BLOCK_ROWS = 1 << 16, 1 << 10  # at most, at least
-CHUNK_ROWS = 1 << 10  # converted at a time
+CHUNK_ROWS = 1 << 11  # converted at a time
 
 
 class Layout:
