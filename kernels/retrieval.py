@@ -46,6 +46,7 @@ class Plan(NamedTuple):
         ends = [min(tiles, buffer * BUCKET // config.BLOCK_N)]
         while ends[-1] < tiles:
             ends.append(min(tiles, int(ends[-1] * (1 + growth)) + 1))
+        # For clusters: room for their rows where sums are coarse, for near ties where they are not.
         least = 2 * rank if margin.bound > 1e-3 else rank + rank // 8 + 8
         kept = triton.next_power_of_2(max(int(near * rank), least))
         return cls(rank, buffer, min(kept, buffer), ends)
