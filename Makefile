@@ -18,8 +18,7 @@ test: lint sanitize
 # What the tests do at random for seconds, for half an hour: damaged files, threads, kills.
 FUZZ ?= 40
 fuzz: $(READY)
-	MRL_FAST_FUZZ=$(FUZZ) $(BIN)/pytest -s tests/test_fuzz_files.py tests/test_threads.py \
-		tests/test_updates.py tests/test_crash.py tests/test_kills.py
+	MRL_FAST_FUZZ=$(FUZZ) $(BIN)/pytest -s tests/stress
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -43,11 +42,11 @@ reproduce: $(READY)
 	$(BIN)/mrl-fast reproduce --out reproduce-out $(if $(DATA),--data $(DATA))
 
 gates: $(READY)
-	$(BIN)/python benchmarks/static_gates.py
+	$(BIN)/python -m benchmarks.gates.static
 
 # The engine with tests/cpp, under AddressSanitizer with UndefinedBehaviorSanitizer, and under
 # ThreadSanitizer.
-SANITIZED := $(wildcard csrc/cpu/*.cpp tests/cpp/*.cpp)
+SANITIZED := $(wildcard csrc/cpu/*.cpp csrc/cpu/*/*.cpp tests/cpp/*.cpp tests/cpp/*/*.cpp)
 checks_of_address := address,undefined
 checks_of_thread := thread
 
@@ -66,7 +65,7 @@ build/sanitize/$(1)/%.o: %.cpp
 	@mkdir -p $$(@D)
 	$$(CXX) -fsanitize=$(checks_of_$(1)) -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS \
 		-std=c++17 -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Wno-maybe-uninitialized \
-		-Icsrc -pthread -MMD -MP -c $$< -o $$@
+		-Icsrc -Itests/cpp -pthread -MMD -MP -c $$< -o $$@
 
 -include $(SANITIZED:%.cpp=build/sanitize/$(1)/%.d)
 endef

@@ -5,7 +5,7 @@ import platform
 from glob import glob
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # On ARM, compilers fuse multiplies and adds on their own; without that scores have x86's bits.
 UNFUSED = ["-ffp-contract=off"] if platform.machine() in ("aarch64", "arm64") else []
@@ -16,22 +16,13 @@ setup(
     # `kernels/` cannot be installed under its own name: PyPI has a package called kernels.
     package_dir={"mrl_fast": "mrl_fast", "mrl_fast.kernels": "kernels"},
     packages=[
-        "mrl_fast",
-        "mrl_fast.cli",
-        "mrl_fast.cpu",
-        "mrl_fast.demo",
-        "mrl_fast.evaluate",
-        "mrl_fast.gpu",
-        "mrl_fast.integrations",
-        "mrl_fast.integrations.sentence_transformers",
-        "mrl_fast.kernels",
-        "mrl_fast.losses",
-        "mrl_fast.reproduce",
+        *find_packages(include=["mrl_fast*"]),
+        *(f"mrl_fast.{name}" for name in find_packages(include=["kernels*"])),
     ],
     ext_modules=[
         Pybind11Extension(
             "mrl_fast._C",
-            sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+            sorted(glob("csrc/**/*.cpp", recursive=True)),
             include_dirs=["csrc"],
             depends=sorted(glob("csrc/**/*.h", recursive=True)),
             cxx_std=17,

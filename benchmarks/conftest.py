@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import pytest
-from measure import DEVICE, alternate, copy_gbps, machine, multiply_gflops
 
-from mrl_fast.cpu import native
+from benchmarks.measure import DEVICE, alternate, copy_gbps, machine, multiply_gflops
+from mrl_fast.shared import native
 
 
 def pytest_addoption(parser):

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from mrl_fast import _C
-from mrl_fast.cpu import native
+from mrl_fast.shared import native
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parent.parent

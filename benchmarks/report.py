@@ -1,4 +1,4 @@
-"""The tables of a benchmark run:  python benchmarks/report.py results.json
+"""The tables of a benchmark run:  python -m benchmarks.report results.json
 
 Losses, searches (beside the best full scan, then every rival), filters, the
 store, growth; what we lose is bold.
@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import rivals
-from search_data import RECALL
-from search_rivals import FLAT
+from benchmarks import rivals
+from benchmarks.search_data import RECALL
+from benchmarks.search_rivals import FLAT
 
 SOURCE = ("commit", "date", "device", "threads", "torch", "python")
 

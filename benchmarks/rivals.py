@@ -1,6 +1,6 @@
 """Every loss that is timed, ours and the rivals', as steps: forward, backward, gradients.
 
-    python benchmarks/rivals.py CASE PROVIDER [ROWS]      # one step's extra peak memory, in MiB
+    python -m benchmarks.rivals CASE PROVIDER [ROWS]      # one step's extra peak memory, in MiB
 
 Rivals see the same embeddings and weights. "compiled" is the loop over prefixes under
 torch.compile; sentence-transformers' losses run over a model that hands out fixed embeddings.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mrl_fast import SearchResult, prefix_topk
 from mrl_fast.evaluate import recall_at_k
-from mrl_fast.rotation import Rotation
+from mrl_fast.search.index.rotation import Rotation
 
 Search = Callable[[Tensor, int], Tensor]  # queries [B, D], k → ids [B, k] int64
 NAMES = ("clustered", "centreless", "fashion_mnist", "vectors")
@@ -83,7 +83,7 @@ def real(name: str, folder: Path | None, rows: int) -> tuple[Tensor, Tensor]:
     if folder is None:
         raise ValueError("--data: expected a folder of real vectors, got none")
     if name == "fashion_mnist":
-        from mrl_fast.demo.data import load_fashion_mnist
+        from mrl_fast.experiments.demo.data import load_fashion_mnist
 
         data = load_fashion_mnist(folder)
         x, q = data.train[:rows], data.test[:QUERIES]

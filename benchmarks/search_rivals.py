@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from search_data import SHORTLISTS, Case, K, Search
 from torch import Tensor
+
+from benchmarks.search_data import SHORTLISTS, Case, K, Search
 
 FLAT = ("faiss", "faiss_blas", "faiss_shards", "torch")
 MANY = 2048  # from here on only what may win takes part
@@ -50,7 +51,7 @@ def searching(index: Any) -> Search:
 
 
 def with_blas(search: Search) -> Search:
-    from mrl_fast.demo.search import blas_from
+    from mrl_fast.experiments.demo.search import blas_from
 
     def run(q: Tensor, k: int) -> Tensor:
         with blas_from(4):

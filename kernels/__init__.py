@@ -1,43 +1,28 @@
-"""Triton kernels: tensors and sizes in, tensors out; no autograd, no validation, no environment."""
+"""Triton kernels: tensors and sizes in, tensors out; no autograd, no validation, no environment.
 
-if __name__ != "mrl_fast.kernels":
-    raise ImportError("these kernels are installed as mrl_fast.kernels; import them by that name")
+They are installed as ``mrl_fast.kernels``. Where the checkout's root is on ``sys.path``, a library
+that asks for PyPI's package called kernels (transformers does) finds this folder first: then it is
+given that package, or, where there is none, an empty module that looks like a folder without code.
+"""
 
-import functools
+if __name__ == "kernels":
+    import importlib.machinery
+    import importlib.util
+    import sys
+    from pathlib import Path
 
-import torch
-from mrl_fast.kernels import fold_gradients, fold_statistics, logits, predict, retrieval
+    _root = Path(__file__).resolve().parents[1]
+    _others = [entry for entry in sys.path if Path(entry or ".").resolve() != _root]
+    _spec = importlib.machinery.PathFinder.find_spec("kernels", _others)
+    if _spec is not None and _spec.loader is not None and _spec.origin is not None:
+        sys.modules["kernels"] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules["kernels"])
+    else:
+        __path__: list[str] = []  # nothing is imported from here under this name
+        del __file__  # as of a folder without __init__.py, which is taken for no package
 
-
-def on_its_device(function):
-    """Triton launches on the current device, which need not be where the first tensor is."""
-
-    @functools.wraps(function)
-    def call(first, *args, **kwargs):
-        with torch.cuda.device_of(first):
-            return function(first, *args, **kwargs)
-
-    return call
-
-
-fold_backward = on_its_device(fold_gradients.fold_backward)
-fold_forward = on_its_device(fold_statistics.fold_forward)
-logits_backward = on_its_device(logits.logits_backward)
-logits_forward = on_its_device(logits.logits_forward)
-predict_forward = on_its_device(predict.predict_forward)
-approx_topk = on_its_device(retrieval.approx_topk)
-funnel_search = on_its_device(retrieval.funnel_search)
-prefix_topk = on_its_device(retrieval.prefix_topk)
-rerank = on_its_device(retrieval.rerank)
-
-__all__ = [
-    "approx_topk",
-    "fold_backward",
-    "fold_forward",
-    "funnel_search",
-    "logits_backward",
-    "logits_forward",
-    "predict_forward",
-    "prefix_topk",
-    "rerank",
-]
+        def __getattr__(name: str) -> None:
+            raise AttributeError(
+                f"module 'kernels' has no attribute {name!r}: these kernels are installed as "
+                "mrl_fast.kernels"
+            )

@@ -1,8 +1,28 @@
-"""Raw addresses and sizes; ``mrl_fast.cpu`` is the only caller. See csrc/bindings.cpp."""
+"""Raw addresses and sizes; ``mrl_fast.shared.native`` is its handle. See csrc/bindings/."""
+
+from enum import IntEnum
 
 TILE: int  # rows of a vertical tile
 ROWS: int  # rows of a block of nested scores
 GROUP_ROWS: int  # rows that share column statistics
+
+class DType(IntEnum):
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+
+class Metric(IntEnum):
+    IP = 0
+    COSINE = 1
+    L2 = 2
+
+class Stat(IntEnum):
+    """What is known of each stored row; TAIL_NORM is the first of one a level."""
+
+    PREFIX_NORM = 0
+    CODE_SCALE = 1
+    CODE_ERROR = 2
+    TAIL_NORM = 3
 
 def use_openmp(library: str, /) -> bool: ...
 def available() -> list[str]: ...  # instruction sets of this processor, best first
@@ -10,7 +30,7 @@ def advise_huge_pages(begin: int, bytes: int, /) -> None: ...
 
 class Rows:
     """Vectors to search, as spans ``(first, rows, packed, codes, tail, stride, stats,
-    stats_stride, ids)``; see csrc/cpu/search.h. Holds addresses, not the arrays."""
+    stats_stride, ids)``; see csrc/cpu/search/search.h. Holds addresses, not the arrays."""
 
     eligible: int  # rows that may be found
 

@@ -1,6 +1,9 @@
 """Matryoshka (nested) embeddings, trained and searched at the speed of the hardware."""
 
-from mrl_fast._types import (
+from mrl_fast.integrations.sentence_transformers import semantic_search
+from mrl_fast.search.index import MatryoshkaIndex
+from mrl_fast.search.ops import approx_topk, funnel_search, prefix_topk, rerank
+from mrl_fast.shared.types import (
     ApproxResult,
     ExactResult,
     NestedLoss,
@@ -8,23 +11,20 @@ from mrl_fast._types import (
     RangeResult,
     SearchResult,
 )
-from mrl_fast.adaptive import AdaptiveClassifier
-from mrl_fast.heads import matryoshka_logits, matryoshka_predict
-from mrl_fast.index import MatryoshkaIndex
-from mrl_fast.integrations.sentence_transformers import semantic_search
-from mrl_fast.losses import (
+from mrl_fast.training.cascade import AdaptiveClassifier
+from mrl_fast.training.heads import matryoshka_logits, matryoshka_predict
+from mrl_fast.training.losses import (
     matryoshka_cross_entropy,
     matryoshka_distill,
     matryoshka_info_nce,
     matryoshka_sigmoid_loss,
 )
-from mrl_fast.modules import (
+from mrl_fast.training.modules import (
     MatryoshkaCrossEntropyLoss,
     MatryoshkaInfoNCELoss,
     MatryoshkaLoopLoss,
     MRLLinear,
 )
-from mrl_fast.retrieval import approx_topk, funnel_search, prefix_topk, rerank
 
 __version__ = "0.1.0"
 

@@ -37,14 +37,15 @@ class Carried:
 
 @pytest.fixture(autouse=torch.cuda.is_available())
 def kernels_for_cpu_tensors(monkeypatch):
-    from mrl_fast import _dispatch, engine
-    from mrl_fast.losses import distill
+    from mrl_fast.shared import dispatch
+    from mrl_fast.training import ops
+    from mrl_fast.training.losses import distill
 
     def module_of(impl):
         module = original(impl)
         return Carried(module, "cuda") if impl == "triton" else module
 
-    original = _dispatch.module_of
-    monkeypatch.setattr(_dispatch, "triton_is_interpreted", lambda: True)
-    for user in (_dispatch, engine, distill):
+    original = dispatch.module_of
+    monkeypatch.setattr(dispatch, "triton_is_interpreted", lambda: True)
+    for user in (dispatch, ops, distill):
         monkeypatch.setattr(user, "module_of", module_of)

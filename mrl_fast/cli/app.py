@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from mrl_fast.cli import index, needs_extra
+from mrl_fast.cli import commands, needs_extra
 from mrl_fast.cli.output import failing, say, shows_progress
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-app.add_typer(index.app, name="index")
+app.add_typer(commands.app, name="index")
 
 
 @app.callback()
@@ -38,7 +38,7 @@ def demo(
     adaptive and funnel search beside FAISS flat; writes both as plots. Takes a minute or two.
     """
     try:
-        from mrl_fast.demo import run_demo
+        from mrl_fast.experiments.demo import run_demo
     except ModuleNotFoundError as error:
         needs_extra(error, "demo")
         raise typer.Exit(2) from None
@@ -73,7 +73,7 @@ def reproduce(
     done: a run that was stopped goes on where it was. The full form takes 40 minutes on two cores.
     """
     try:
-        from mrl_fast.reproduce import run_reproduce
+        from mrl_fast.experiments.reproduce import run_reproduce
     except ModuleNotFoundError as error:
         needs_extra(error, "demo")
         raise typer.Exit(2) from None

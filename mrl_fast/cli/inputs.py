@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mrl_fast._arrays import as_tensor
-from mrl_fast.index import MatryoshkaIndex
-from mrl_fast.readers import open_vectors, read_ids
+from mrl_fast.search.index import MatryoshkaIndex
+from mrl_fast.search.readers import open_vectors, read_ids
+from mrl_fast.shared.arrays import as_tensor
 
 CHUNK_BYTES = 1 << 25  # of vectors as fp32, read and added at a time
 

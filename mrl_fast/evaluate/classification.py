@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrl_fast._checks import check_int
 from mrl_fast.evaluate.common import check_labels, check_vectors, kind
-from mrl_fast.heads import matryoshka_predict
-from mrl_fast.modules import MatryoshkaCrossEntropyLoss, MRLLinear
-from mrl_fast.retrieval import prefix_topk
+from mrl_fast.search.ops import prefix_topk
+from mrl_fast.shared.checks import check_int
+from mrl_fast.training.heads import matryoshka_predict
+from mrl_fast.training.modules import MatryoshkaCrossEntropyLoss, MRLLinear
 
 PREDICTED_ROWS = 1 << 14  # rows that are standardised and predicted at a time
 

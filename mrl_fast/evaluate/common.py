@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrl_fast._checks import (
+from mrl_fast.shared.checks import (
     check_dims,
     check_finite,
     check_matrix,

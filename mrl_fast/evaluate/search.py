@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrl_fast._checks import check_choice, check_int
-from mrl_fast._types import SearchResult
 from mrl_fast.evaluate.common import check_labels, check_vectors, kind
-from mrl_fast.retrieval import prefix_topk, rerank
+from mrl_fast.search.ops import prefix_topk, rerank
+from mrl_fast.shared.checks import check_choice, check_int
+from mrl_fast.shared.types import SearchResult
 
 DIVISORS = ("k", "relevant")
 GAINS = ("linear", "exponential")

@@ -1,143 +1,17 @@
-"""FAISS indexes to MatryoshkaIndex and back, a chunk of rows at a time."""
+"""FAISS indexes to MatryoshkaIndex and back; the same as the index's own methods."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import torch
+from mrl_fast.search.index import MatryoshkaIndex
 
-from mrl_fast.index import MatryoshkaIndex
-from mrl_fast.integrations import default_dims
-
-try:
-    import faiss
-except ImportError as error:
-    raise ImportError(
-        "mrl_fast.integrations.faiss needs FAISS: pip install 'mrl-fast[faiss]'"
-    ) from error
-
-CHUNK_BYTES = 1 << 26  # of fp32 vectors
-SUPPORTED = "IndexFlat, IndexScalarQuantizer, or IndexIDMap or IndexIDMap2 of these"
-
-
-def from_faiss(
-    index: Any,
-    dims: Sequence[int] | None = None,
-    *,
-    dtype: str = "float32",
-    prefix_dtype: str = "float32",
-    rotation: str | None = None,
-) -> MatryoshkaIndex:
-    """A MatryoshkaIndex of a FAISS index's vectors, in their order, with its metric and ids.
-
-    An exact search finds what FAISS finds, up to the order of equal scores and the rounding of its
-    sums. An inner-product index stays one, of unit vectors too. Codes of a scalar quantiser become
-    the vectors that they stand for, as FAISS decodes them: what rounding to codes lost stays lost.
-
-    Args:
-        index: faiss.IndexFlat (IP, L2), IndexScalarQuantizer, or IndexIDMap or IndexIDMap2 of one.
-        dims: Prefix widths, the last the index's. None: the width, and its halves down to 64.
-        dtype, prefix_dtype, rotation: As for a new MatryoshkaIndex; a rotation is fitted on vectors
-            from all over the index.
-
-    Raises:
-        TypeError: Another kind of index; names it and those that are supported.
-        ValueError: Another metric than inner product and L2; ids below 0 or given twice; dims that
-            do not end at the index's width.
-    """
-    flat, ids = _opened(index)
-    metrics = {faiss.METRIC_INNER_PRODUCT: "ip", faiss.METRIC_L2: "l2"}
-    if flat.metric_type not in metrics:
-        raise ValueError(
-            f"index: expected METRIC_INNER_PRODUCT or METRIC_L2, got {_metric_name(flat)}"
-        )
-    made = MatryoshkaIndex(
-        default_dims(flat.d) if dims is None else dims,
-        metric=metrics[flat.metric_type],
-        dtype=dtype,
-        prefix_dtype=prefix_dtype,
-        rotation=rotation,
-    )
-    if made.width != flat.d:
-        raise ValueError(f"dims: expected the last to be {flat.d}, got {made.width}")
-    if rotation is not None and flat.ntotal:
-        spread = np.linspace(0, flat.ntotal - 1, min(flat.ntotal, _rows(flat.d)))
-        made.fit(flat.reconstruct_batch(spread.astype(np.int64)))
-    for begin, end in _chunks(flat.ntotal, flat.d):
-        made.add(flat.reconstruct_n(begin, end - begin), ids[begin:end])
-    return made
+from_faiss = MatryoshkaIndex.from_faiss
 
 
 def to_faiss(index: MatryoshkaIndex) -> Any:
-    """A FAISS flat index of an index's vectors, in the order of its rows.
-
-    Its exact searches find what ours find; for ``"l2"`` FAISS's scores are squared distances.
-    ``"cosine"`` becomes unit vectors under inner products (vectors of norm 0 stay 0): queries must
-    be normalised too. Vectors are fp32 there, so that of a scalar-quantised FAISS index brought
-    here the flat index of the decoded vectors comes back.
-
-    Args:
-        index: Not to be changed meanwhile.
-
-    Returns:
-        faiss.IndexFlatIP or IndexFlatL2 where ids are 0, 1, 2, … in the order of rows; else
-        faiss.IndexIDMap2 of one.
-    """
-    ids = index.ids
-    made: Any = (faiss.IndexFlatL2 if index.metric == "l2" else faiss.IndexFlatIP)(index.width)
-    mapped = not torch.equal(ids, torch.arange(len(ids)))
-    if mapped:
-        made = faiss.IndexIDMap2(made)
-    for begin, end in _chunks(len(ids), index.width):
-        x = index.reconstruct(ids[begin:end])
-        if index.metric == "cosine":
-            norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
-            x = (x / norms.where(norms > 0, 1)).float()
-        if mapped:
-            made.add_with_ids(x.numpy(), ids[begin:end].numpy())
-        else:
-            made.add(x.numpy())
-    return made
+    """``index.to_faiss()``."""
+    return index.to_faiss()
 
 
-def _opened(index: Any) -> tuple[Any, np.ndarray]:
-    """What holds the vectors, and the id of each, ``[N]`` int64."""
-    names = []
-    inner, ids = index, None
-    while isinstance(inner, faiss.Index):
-        inner = faiss.downcast_index(inner)
-        names.append(type(inner).__name__)
-        if isinstance(inner, (faiss.IndexFlat, faiss.IndexScalarQuantizer)):
-            return inner, np.arange(inner.ntotal) if ids is None else _checked(ids)
-        if not isinstance(inner, faiss.IndexIDMap) or ids is not None:
-            break
-        ids = faiss.vector_to_array(inner.id_map)
-        inner = inner.index
-    names = names or [type(index).__name__]
-    raise TypeError(f"index: expected faiss {SUPPORTED}, got {' of '.join(names)}")
-
-
-def _checked(ids: np.ndarray) -> np.ndarray:
-    """FAISS takes any ids, an index those of at least 0, once each."""
-    if len(ids) and ids.min() < 0:
-        raise ValueError(f"index: expected ids of at least 0, got {ids.min()}")
-    values, counts = np.unique(ids, return_counts=True)
-    if len(values) < len(ids):
-        raise ValueError(f"index: expected no id twice, got {values[counts > 1][0]} again")
-    return ids
-
-
-def _metric_name(index: Any) -> str:
-    named = {getattr(faiss, name): name for name in dir(faiss) if name.startswith("METRIC_")}
-    return named.get(index.metric_type, f"metric {index.metric_type}")
-
-
-def _rows(width: int) -> int:
-    return max(1, CHUNK_BYTES // (4 * width))
-
-
-def _chunks(count: int, width: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, count, _rows(width)):
-        yield begin, min(begin + _rows(width), count)
+__all__ = ["from_faiss", "to_faiss"]

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
-from mrl_fast.index import MatryoshkaIndex
-from mrl_fast.integrations.records import Codec, Records
+from mrl_fast.integrations.stores.records import Codec, Records
+from mrl_fast.search.index import MatryoshkaIndex
 
 try:
     from langchain_core.documents import Document

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
-from mrl_fast.index import MatryoshkaIndex
-from mrl_fast.integrations.records import Codec, Records
+from mrl_fast.integrations.stores.records import Codec, Records
+from mrl_fast.search.index import MatryoshkaIndex
 
 try:
     from llama_index.core.bridge.pydantic import PrivateAttr
@@ -35,7 +35,7 @@ except ImportError as error:
         "mrl_fast.integrations.llama_index needs LlamaIndex: pip install 'mrl-fast[llama-index]'"
     ) from error
 
-from mrl_fast.integrations.llama_filters import keep_of, passes
+from mrl_fast.integrations.stores.llama_filters import keep_of, passes
 
 NODES = {
     kind.class_name(): kind

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mrl_fast._checks import check_dims, check_int, check_matrix
-from mrl_fast.heads import matryoshka_logits
-from mrl_fast.losses import matryoshka_cross_entropy
-from mrl_fast.losses.common import weighted_sum
+from mrl_fast.shared.checks import check_dims, check_int, check_matrix
+from mrl_fast.training.heads import matryoshka_logits
+from mrl_fast.training.losses import matryoshka_cross_entropy
+from mrl_fast.training.losses.reductions import weighted_sum
 
 
 class MRL_Linear_Layer(nn.Module):

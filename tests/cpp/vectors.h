@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/search.h"
+#include "cpu/search/search.h"
 
 // Naive loops are no place for races or overruns, and take minutes where each step is watched.
 #define UNWATCHED __attribute__((no_sanitize("address", "thread", "undefined")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mrl_fast.integrations.sentence_transformers.search import semantic_search
+from mrl_fast.search.semantic import semantic_search
 
 if TYPE_CHECKING:
     from mrl_fast.integrations.sentence_transformers.losses import Matryoshka2dLoss, MatryoshkaLoss

@@ -14,13 +14,13 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import batch_to_device, cos_sim, dot_score, pytorch_cos_sim
 from torch import Tensor, nn
 
-from mrl_fast import reference
-from mrl_fast._dispatch import choose
-from mrl_fast._types import NestedLoss
-from mrl_fast.engine import fold
-from mrl_fast.losses import matryoshka_info_nce
-from mrl_fast.losses.common import check_dim_weights, nested_loss
-from mrl_fast.losses.pairs import Side, gather_rows, rank_of
+from mrl_fast.shared.dispatch import choose
+from mrl_fast.shared.types import NestedLoss
+from mrl_fast.training import reference
+from mrl_fast.training.losses import matryoshka_info_nce
+from mrl_fast.training.losses.embeddings import Side, gather_rows, rank_of
+from mrl_fast.training.losses.reductions import check_dim_weights, nested_loss
+from mrl_fast.training.ops import fold
 
 # of a loss: its columns of embeddings [B, D], those of its guide, dims and their weights
 Form = Callable[[Any, list[Tensor], list[Tensor], tuple[int, ...], Sequence[float]], NestedLoss]

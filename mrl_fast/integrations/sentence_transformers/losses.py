@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mrl_fast._checks import check_dims
+from mrl_fast.shared.checks import check_dims
 
 try:
     from sentence_transformers.base.trainer import BaseTrainer

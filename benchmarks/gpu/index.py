@@ -1,0 +1,189 @@
+"""Part 4: an index on the device, end to end, against exact full-width search by PyTorch.
+
+1.28 M unit rows of 2048 columns with a falling spectrum, with and without centres. Where they are
+stored in half precision, rows and queries are rounded before anyone sees them. Shortlists are the
+least that are good enough on held-out queries. Bytes: the prefix of every row, and the columns that
+later stages add to what is kept; of an exact search, the rows that it touched, each once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import search_data
+from benchmarks.gpu import exact
+from benchmarks.gpu.measure import DEVICE, DTYPES, OURS, Call, Row, Work, generator
+from benchmarks.gpu.rivals import torch_topk
+from mrl_fast import MatryoshkaIndex
+
+K = 10
+HELD_OUT_RECALL = 0.995
+TUNED_ON = 512  # queries
+BATCHES = (1024, 1, 50_000, 64)
+SHORTLISTS = (200, 400, 800, 1600, 3200)
+STORED = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+class Search(NamedTuple):
+    data: str  # "clustered" or "centreless"
+    dtype: str
+    prefix_dtype: str
+    how: str  # "stages", "tuned" or "exact"
+    queries: int
+    rows: int = 1_280_000
+    dims: tuple[int, ...] = (64, 256, 2048)
+    judged: int = 256  # queries, also of a smaller batch
+    held_out: int = 512  # queries that shortlists are chosen on
+    recall: float = 0.99
+
+    @property
+    def name(self) -> str:
+        return f"index-{self.data}-{self.dtype}-{self.prefix_dtype}-{self.how}-q{self.queries}"
+
+    @property
+    def shape(self) -> str:
+        size = f"{self.rows:,} × {self.dims[-1]} {self.data}"
+        return f"{size}, {self.prefix_dtype} prefix, {self.queries:,} queries, {self.how}"
+
+    def tiny(self) -> Search:
+        return self._replace(
+            queries=min(self.queries, 3), rows=300, dims=(8, 16, 32), judged=6, held_out=6,
+            recall=0.9,
+        )  # fmt: skip
+
+    def work(self) -> Work:
+        x, queries = vectors(self.data, self.dtype, self.rows, self.dims[-1])
+        filled = index(self.data, self.dtype, self.prefix_dtype, self.rows, self.dims)
+        q, stages, options = queries[: self.queries], None, {}
+        notes: dict[str, Any] = {}
+        if self.how == "exact":
+            options["exact"] = True
+        elif self.how == "stages":
+            stages = options["stages"] = shortlist(filled, x, queries[-self.held_out :])
+        else:
+            if filled.tuned is None:
+                samples = queries[-self.held_out - TUNED_ON : -self.held_out]
+                filled.tune(samples, K, self.recall, progress=False)
+            stages = filled.tuned and filled.tuned.stages
+        if self.how != "exact":
+            notes["stages"] = stages
+
+        def search(some: Tensor) -> Any:
+            return filled.search(some, K, **options)
+
+        widened = None if self.dtype == "fp32" else torch.float32
+        calls: dict[str, Call] = {OURS: lambda: search(q)}
+        if self.queries < BATCHES[2] or widened is None:
+            calls["torch"] = torch_topk(q, x, K)
+        if widened is not None:
+            calls["torch_fp32_scores"] = torch_topk(q, x, K, out_dtype=widened)
+        several = self.queries < self.judged  # one says nothing of recall: more, batch by batch
+        some = exact.spread_over(self.queries, self.judged).to(DEVICE)
+        asked = queries[: self.judged] if several else q[some]
+        least = exact.topk(asked, x, K)[0][:, -1:] - exact.tolerance(asked, x, "ip")
+
+        def judge(name: str) -> float:
+            if name == OURS and several:
+                ids = torch.cat([search(part)[1] for part in asked.split(self.queries)])
+            else:
+                ids = calls[name]()[1]
+                ids = ids if several else ids[some]
+            assert ((ids >= 0) & (ids < len(x))).all(), "an id is no row"
+            return exact.recall(
+                exact.pair_scores(asked[: len(ids)], x, ids, "ip"), least[: len(ids)]
+            )
+
+        touched = None if stages else search(q).rows_touched.sum().item()
+        return Work(calls, judge, "recall", self.recall, *self.cost(x, stages, touched), notes)
+
+    def cost(
+        self, x: Tensor, stages: Sequence[tuple[int, int]] | None, touched: int | None
+    ) -> tuple[float, dict[str, float], str]:
+        """Bytes, FLOPs by rate, and how they are counted."""
+        int8, size, first = self.prefix_dtype == "int8", x.element_size(), self.dims[0]
+        scanned = first if stages is None else stages[0][0]
+        numbers = float(len(x) * scanned)
+        begin = 0 if int8 else scanned  # codes are no part of a score
+        if stages is None:
+            assert touched is not None
+            pairs = float(touched) * (self.dims[-1] - begin)
+            added = min(pairs, float(len(x)) * (self.dims[-1] - begin))
+            text = "touched·(D − d')"
+        else:
+            added = 0.0
+            for (_, keep), (dim, _) in zip(stages, stages[1:], strict=False):
+                added += float(self.queries) * keep * (dim - begin)
+                begin = dim
+            pairs, text = added, "B·Σkeep·(d − d')"
+        rate = "int8" if int8 else self.dtype
+        flops = {rate: 2 * self.queries * numbers}
+        flops[self.dtype] = flops.get(self.dtype, 0.0) + 2 * pairs
+        prefix = 1 if int8 else size
+        return (
+            prefix * numbers + size * added, flops,
+            f"{prefix}·N·d₀ + {size}·{text} bytes; 2·B·N·d₀ + 2·{text} FLOPs",
+        )  # fmt: skip
+
+
+SEARCHES = [
+    Search(data, dtype, prefix, how, batch)
+    for data, dtype, prefix, ways in (
+        ("clustered", "bf16", "int8", ("stages", "exact", "tuned")),
+        ("centreless", "bf16", "int8", ("exact", "tuned")),
+        ("clustered", "bf16", "float32", ("stages",)),
+        ("clustered", "fp32", "int8", ("stages", "exact")),
+    )
+    for how in ways
+    for batch in BATCHES
+]
+
+
+def rows(*, tiny: bool) -> Iterator[Row]:
+    for spec in SEARCHES:
+        if tiny and (spec.how == "tuned" or spec.queries != BATCHES[0]):
+            continue  # which takes the interpreter minutes
+        made = spec.tiny() if tiny else spec
+        precision = "high" if spec.dtype == "fp32" else "highest"  # full products are TF32's
+        headline = spec in SEARCHES[:8]
+        yield Row(spec.name, made.shape, spec.dtype, made.work, precision, headline)
+
+
+@lru_cache(maxsize=1)
+def vectors(name: str, dtype: str, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Unit rows, and queries near some of them, as search_data's but more of these."""
+    centres = 3000 if name == "clustered" else 0
+    x, _ = search_data.standard(rows, width, centres=centres, device=DEVICE)
+    spread = 1 / (1 + torch.arange(width, device=DEVICE) / 16).sqrt()
+    source, count = generator(1), min(max(BATCHES), rows) + 2 * TUNED_ON
+    near = x[torch.randint(rows, (count,), generator=source, device=DEVICE)]
+    noise = torch.randn(near.shape, generator=source, device=DEVICE) * spread / spread.norm()
+    return x.to(DTYPES[dtype]), F.normalize(near + 0.3 * noise).to(DTYPES[dtype])
+
+
+@lru_cache(maxsize=1)
+def index(
+    name: str, dtype: str, prefix_dtype: str, rows: int, dims: tuple[int, ...]
+) -> MatryoshkaIndex:
+    x, _ = vectors(name, dtype, rows, dims[-1])
+    made: Callable[..., MatryoshkaIndex] = MatryoshkaIndex
+    filled = made(dims, metric="ip", dtype=STORED[dtype], prefix_dtype=prefix_dtype, device="cuda")
+    filled.add(x)
+    return filled
+
+
+def shortlist(filled: MatryoshkaIndex, x: Tensor, held_out: Tensor) -> list[tuple[int, int]]:
+    """The first prefix, and the full width of as few rows as are enough; else of the most."""
+    least = exact.topk(held_out, x, K)[0][:, -1:] - exact.tolerance(held_out, x, "ip")
+    stages = []
+    for keep in SHORTLISTS:
+        stages = [(filled.dims[0], min(keep, len(x))), (filled.dims[-1], K)]
+        ids = filled.search(held_out, K, stages=stages)[1]
+        if exact.recall(exact.pair_scores(held_out, x, ids, "ip"), least) >= HELD_OUT_RECALL:
+            break
+    return stages

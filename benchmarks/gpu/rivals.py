@@ -1,0 +1,220 @@
+"""Searches by others on a GPU, each made into ``() → (scores, ids)``.
+
+    torch             matmul and topk, in the chunks of queries or of rows that are fastest here;
+                      half precision scores are rounded to it, in torch_fp32_scores they are not
+    compiled          a chunk of the same under torch.compile
+    jax_top_k, jax_approx_max_k, faiss, cuvs    where installed, on contiguous rows
+
+The last four run on streams of their own: they wait for ours first, and the host for them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.measure import DEVICE, Call, device_seconds, lazily, synchronize
+
+SCORE_BYTES = 4 << 30  # of a chunk of scores
+TRIAL_QUERIES = 1024  # that chunks are chosen on
+GATHER_BYTES = 2 << 30
+
+Result = tuple[Tensor, Tensor]
+Score = Callable[[Tensor, slice], Tensor]  # queries [b, d], rows → [b, rows]
+Chunk = Callable[[Tensor, slice], Result]  # the k best of these rows, counted from their first
+
+
+def wide(dtype: torch.dtype | None) -> dict[str, Any]:
+    return {} if dtype is None else {"out_dtype": dtype}
+
+
+def scores_of(x: Tensor, metric: str, out_dtype: torch.dtype | None = None) -> Score:
+    """What depends on the rows alone, their norms, is made ahead, as an index would."""
+    widened = wide(out_dtype)
+    if metric == "ip":
+        return lambda q, rows: torch.mm(q, x[rows].T, **widened)
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+    if metric == "cosine":
+        inverse = norms.reciprocal().to(out_dtype or x.dtype)
+
+        def cosine(q: Tensor, rows: slice) -> Tensor:
+            unit = torch.nn.functional.normalize(q)
+            return torch.mm(unit, x[rows].T, **widened).mul_(inverse[rows])
+
+        return cosine
+    squares = norms.square().to(out_dtype or x.dtype)
+
+    def l2(q: Tensor, rows: slice) -> Tensor:
+        own = torch.linalg.vector_norm(q, dim=1, dtype=torch.float32).square()[:, None]
+        doubled = torch.mm(q, x[rows].T, **widened).mul_(2).sub_(squares[rows])
+        return doubled.sub_(own.to(doubled.dtype))
+
+    return l2
+
+
+def scan(q: Tensor, count: int, k: int, chunk: Chunk, query_step: int, row_step: int) -> Result:
+    found = []
+    for some in q.split(query_step):
+        parts = []
+        for begin in range(0, count, row_step):
+            values, ids = chunk(some, slice(begin, min(begin + row_step, count)))
+            parts.append((values, ids + begin))
+        values, ids = (torch.cat(t, 1) for t in zip(*parts, strict=True))
+        if len(parts) > 1:
+            values, order = values.topk(k)
+            ids = ids.gather(1, order)
+        found.append((values, ids))
+    values, ids = (torch.cat(t) for t in zip(*found, strict=True))
+    return values, ids
+
+
+def torch_topk(
+    q: Tensor, x: Tensor, k: int, metric: str = "ip", out_dtype: torch.dtype | None = None, *,
+    compiled: bool = False,
+) -> Call:  # fmt: skip
+    def build() -> Call:
+        score, count = scores_of(x, metric, out_dtype), len(x)
+        size = (out_dtype or x.dtype).itemsize
+
+        def chunk(some: Tensor, rows: slice) -> Result:
+            return score(some, rows).topk(min(k, rows.stop - rows.start))
+
+        row_steps = [count, *(n for n in (1 << 17, 1 << 20) if n < count)]
+        steps = [(max(1, SCORE_BYTES // (n * size)), n) for n in row_steps]
+        trials = {}
+        for step in steps if len(steps) > 1 else []:
+            trial = lambda step=step: scan(q[:TRIAL_QUERIES], count, k, chunk, *step)  # noqa: E731
+            trial()
+            trials[step] = device_seconds(trial)
+        best = min(trials, key=lambda step: trials[step], default=steps[0])
+        if not compiled:
+            return lambda: scan(q, count, k, chunk, *best)
+        whole: Any = torch.compile(
+            lambda some, part: torch.topk(some @ part.T, min(k, len(part))), dynamic=False
+        )
+        return lambda: scan(q, count, k, lambda some, rows: whole(some, x[rows]), *best)
+
+    return lazily(build)
+
+
+def jax_topk(q: Tensor, x: Tensor, k: int, function: str) -> Call:
+    def build() -> Call:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        jax = importlib.import_module("jax")
+        if DEVICE != "cuda" or jax.default_backend() != "gpu":
+            raise RuntimeError("JAX has no GPU here")
+        best = getattr(jax.lax, function)
+
+        @jax.jit
+        def step(some, rows):
+            return best(jax.numpy.matmul(some, rows.T, preferred_element_type="float32"), k)
+
+        step_size = max(1, SCORE_BYTES // (4 * len(x)))
+        parts = [jax.dlpack.from_dlpack(part) for part in q.split(step_size)]
+        rows = jax.dlpack.from_dlpack(x)
+
+        def call() -> Result:
+            synchronize()
+            found = jax.block_until_ready([step(part, rows) for part in parts])
+            scores, ids = (
+                torch.cat([torch.from_dlpack(t) for t in ts]) for ts in zip(*found, strict=True)
+            )
+            return scores, ids.long()
+
+        return call
+
+    return lazily(build)
+
+
+def faiss_topk(q: Tensor, x: Tensor, k: int, metric: str) -> Call:
+    def build() -> Call:
+        faiss: Any = importlib.import_module("faiss")
+        if not hasattr(faiss, "StandardGpuResources"):
+            raise RuntimeError("FAISS has no GPU here")
+        importlib.import_module("faiss.contrib.torch_utils")
+        resources = faiss.StandardGpuResources()
+        kind = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}[metric]
+
+        def call() -> Result:
+            synchronize()
+            scores, ids = faiss.knn_gpu(resources, q, x, k, metric=kind)
+            synchronize()
+            return (-scores if metric == "l2" else scores), ids
+
+        return call
+
+    return lazily(build)
+
+
+def cuvs_topk(q: Tensor, x: Tensor, k: int, metric: str) -> Call:
+    def build() -> Call:
+        brute_force: Any = importlib.import_module("cuvs.neighbors.brute_force")
+        kind = {"ip": "inner_product", "l2": "sqeuclidean", "cosine": "cosine"}[metric]
+        index = brute_force.build(x, metric=kind)
+
+        def call() -> Result:
+            synchronize()
+            distances, ids = brute_force.search(index, q, k)
+            synchronize()
+            scores = torch.as_tensor(distances, device=DEVICE)
+            scores = {"ip": scores, "l2": -scores, "cosine": 1 - scores}[metric]
+            return scores, torch.as_tensor(ids, device=DEVICE).long()
+
+        return call
+
+    return lazily(build)
+
+
+def installed(*packages: str) -> list[str]:
+    return [name for name in packages if importlib.util.find_spec(name) is not None]
+
+
+def torch_rerank(
+    q: Tensor, x: Tensor, candidates: Tensor, k: int, out_dtype: torch.dtype | None = None, *,
+    summed: bool = False,
+) -> Call:  # fmt: skip
+    """Gathers candidates, as many as fit, and scores them by bmm; or by products that are summed,
+    compiled: then nothing gathered needs to be written."""
+    step = max(1, GATHER_BYTES // (candidates.shape[1] * x.shape[1] * x.element_size()))
+
+    def by_bmm(some: Tensor, rows: Tensor) -> Tensor:
+        return torch.bmm(x[rows], some[:, :, None], **wide(out_dtype))[:, :, 0]
+
+    def by_sum(some: Tensor, rows: Tensor) -> Tensor:
+        return (x[rows].float() * some.float()[:, None]).sum(-1)
+
+    def build() -> Call:
+        score = torch.compile(by_sum, dynamic=False) if summed else by_bmm
+
+        def call() -> Result:
+            found = []
+            for some, rows in zip(q.split(step), candidates.split(step), strict=True):
+                best = score(some, rows).topk(k)
+                found.append((best.values, rows.gather(1, best.indices)))
+            values, ids = (torch.cat(t) for t in zip(*found, strict=True))
+            return values, ids
+
+        return call
+
+    return lazily(build)
+
+
+def torch_funnel(
+    q: Tensor, x: Tensor, stages: Sequence[tuple[int, int]], out_dtype: torch.dtype | None = None
+) -> Call:
+    (first, kept), *later = stages
+    start = torch_topk(q[:, :first], x[:, :first], kept, out_dtype=out_dtype)
+
+    def call() -> Result:
+        scores, rows = start()
+        for dim, keep in later:
+            scores, rows = torch_rerank(q[:, :dim], x[:, :dim], rows, keep, out_dtype)()
+        return scores, rows
+
+    return call

@@ -1,3 +1,0 @@
-// The kernels for AVX-512 with VNNI.
-#define MRL_VNNI
-#include "cpu/kernels_avx512.cpp"

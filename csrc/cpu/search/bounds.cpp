@@ -1,0 +1,200 @@
+#include "cpu/search/bounds.h"
+
+#include <algorithm>
+
+namespace mrl {
+namespace {
+
+// A threshold just below x: NaN, which drops nothing, where that is beyond fp32. The constant is
+// more than what sums of denormal products lose.
+float below(double x) {
+    const float least = std::nextafter(float(x - 1e-36), -INFINITY);
+    return std::isinf(least) ? NAN : least;
+}
+float above(double x) { return std::nextafter(float(x), INFINITY); }
+
+double distance64(const float* x, const float* y, int64_t cols) {
+    double sum = 0.0;
+    for (int64_t c = 0; c < cols; ++c) sum += (double(x[c]) - y[c]) * (double(x[c]) - y[c]);
+    return sum;
+}
+
+}  // namespace
+
+Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& queries, Metric metric_,
+                 int64_t dim_, int64_t k_)
+    : kernels(kernels_),
+      rows(rows_),
+      metric(metric_),
+      dim(dim_),
+      k(k_),
+      margin(1.01 * std::ldexp(double(dim_ + 64), -24)),
+      theta(queries.n),
+      touched(queries.n) {
+    if (!rows.levels.empty()) stops.assign(rows.levels.begin() + 1, rows.levels.end());
+    stops.push_back(dim);
+    for (int64_t q = 0; q < queries.n; ++q) {
+        const float* query = queries.data + q * queries.stride;
+        data.push_back(query);
+        norm.push_back(std::sqrt(kernels.dot64(query, query, dim)));
+        head.push_back(std::sqrt(kernels.dot64(query, query, prefix())));
+        theta[q] = -INFINITY;
+        touched[q] = 0;
+        for (int64_t level : rows.levels)
+            tails.push_back(std::sqrt(kernels.dot64(query + level, query + level, dim - level)));
+        if (rows.code_dim) codes.push_back(encode(query, rows.code_dim));
+    }
+}
+
+float Problem::threshold(int64_t q, double theta) const {
+    const double squares = metric == Metric::L2 ? norm[q] * norm[q] * (1.0 - SLACK) : 0.0;
+    return below(theta + squares);
+}
+
+double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
+    const Span& span = span_of(rows, row);
+    const int64_t local = row - span.first, packed = rows.packed_dim, lane = local % TILE;
+    x->resize(dim + 1);
+    float* values = x->data();
+    for (int64_t c = 0; c < packed; ++c)
+        values[c] = span.packed[(local / TILE * packed + c) * TILE + lane];
+    kernels.widen_row(tail_at(rows, span, local, packed), rows.dtype, dim - packed,
+                      values + packed);
+    if (metric == Metric::L2) return -distance64(data[q], values, dim);
+    const double dot = kernels.dot64(data[q], values, dim);
+    if (metric == Metric::IP) return dot + 0.0;
+    const double length = norm[q] * std::sqrt(kernels.dot64(values, values, dim));
+    return length > 0.0 ? dot / length + 0.0 : 0.0;
+}
+
+// Terms, in order: prefix norm, tail norm, code error, the squared norm (l2).
+void Pass::factor(const Panel::Group& group, int64_t i) {
+    const int64_t at = group.first + i, q = queries_[at];
+    const double unit = p_.unit(q), room = p_.margin * p_.norm[q];
+    float* factors = factors_.data() + group.first * TERMS + i;
+    const bool coded = source_ == Source::CODES;
+    const double error = coded ? p_.codes[q].error : 0.0;
+    scales_[at] = float(unit * (coded ? p_.codes[q].unit : 1.0));
+    if (!ordinary(p_.norm[q] * p_.norm[q])) scales_[at] = NAN;
+    factors[0 * group.size] = above(unit * (error + room));
+    factors[1 * group.size] = above(unit * (room + p_.tail(q, 0)));
+    factors[2 * group.size] = above(unit * (error + p_.head[q] + room));
+    factors[3 * group.size] = -1.0f;
+}
+
+void Pass::prepare(Scan* scan) {
+    scan->row_scale = nullptr;
+    const bool coded = source_ == Source::CODES, tails = !p_.rows.levels.empty();
+    const float *prefix = reader_.stat(PREFIX_NORM), *unit = reader_.stat(CODE_SCALE),
+                *error = reader_.stat(CODE_ERROR), *tail = reader_.stat(TAIL_NORM);
+    for (int r = 0; r < scan->rows; ++r) {
+        const float rest = tails ? tail[r] : 0.0f, square = prefix[r] * prefix[r] + rest * rest;
+        float inverse = 1.0f;
+        if (p_.metric == Metric::COSINE) inverse = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f;
+        row_scale_[r] = coded ? unit[r] * inverse : inverse;
+        if (!ordinary(square) || (square == 0.0f && prefix[r] + rest > 0.0f)) row_scale_[r] = NAN;
+        terms_[0][r] = prefix[r] * inverse;
+        terms_[1][r] = rest * inverse;
+        terms_[2][r] = coded ? error[r] * inverse : 0.0f;
+        terms_[3][r] = p_.metric == Metric::L2 ? square * float(1.0 - SLACK) : 0.0f;
+    }
+    scan->row_scale = row_scale_;
+    scan->term_values = terms_[0];
+}
+
+bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
+    for (size_t i = 0; i < queries_.size(); ++i) {
+        topks_[i].count = 0;
+        thetas_[i] = trial ? trial->theta[queries_[i]] : p_.theta[queries_[i]].load();
+        thresholds_[i] = p_.threshold(queries_[i], thetas_[i]);
+    }
+    Scan scan = {};
+    bool finite = true;
+    for (int64_t tile = begin; tile < end; ++tile) {
+        finite &= reader_.read(tile, &scan);
+        prepare(&scan);
+        for (const Panel::Group& group : panel_.groups()) {
+            scan.panel = group.data;
+            scan.offsets = panel_.offsets() + group.first;
+            scan.query_scale = scales_.data() + group.first;
+            scan.term_factors = factors_.data() + group.first * TERMS;
+            scan.topk = topks_.data() + group.first;
+            scan.thresholds = thresholds_.data() + group.first;
+            p_.kernels.scan[int(source_)][group.size - 1](scan);
+        }
+    }
+    for (size_t i = 0; i < queries_.size(); ++i)
+        if (topks_[i].count > 0 && !(trial && columns_read[i] > trial->budget))
+            finish(i, trial != nullptr);
+    return finite;
+}
+
+// Whether a row can still be among the best after the columns before a level.
+bool Pass::possible(size_t i, const Span& span, int64_t local, double sum, size_t level) const {
+    const int64_t q = queries_[i];
+    const double prefix = span.stats[PREFIX_NORM * span.stats_stride + local];
+    const double tail =
+        p_.rows.levels.empty() ? 0.0 : span.stats[TAIL_NORM * span.stats_stride + local];
+    const double rest = level < p_.rows.levels.size()
+                            ? span.stats[(TAIL_NORM + level) * span.stats_stride + local]
+                            : 0.0;
+    const double square = prefix * prefix + tail * tail, norm = std::sqrt(square);
+    if (!ordinary(square) || !ordinary(p_.norm[q] * p_.norm[q])) return true;
+    double bound = sum + p_.margin * p_.norm[q] * norm + p_.tail(q, level) * rest;
+    if (p_.metric == Metric::COSINE) bound = norm > 0.0 ? bound * p_.unit(q) / norm + SLACK : SLACK;
+    if (p_.metric == Metric::L2)
+        bound = 2.0 * bound - (square + p_.norm[q] * p_.norm[q]) * (1.0 - SLACK);
+    return !(bound < thetas_[i]);
+}
+
+// Carries a chunk's rows of one query through the later bounds; scores those that remain in fp64.
+void Pass::finish(size_t i, bool counting) {
+    const int64_t q = queries_[i];
+    const TopK& kept = topks_[i];
+    sums_.resize(kept.count);
+    local_.resize(kept.count);
+    spans_.resize(kept.count);
+    pointers_.resize(kept.count);
+    for (int64_t e = 0; e < kept.count; ++e) {
+        const int64_t row = row_of(kept.entries[e].key);
+        spans_[e] = &span_of(p_.rows, row);
+        local_[e] = row - spans_[e]->first;
+        sums_[e] = source_ == Source::CODES ? 0.0f : kept.entries[e].partial;
+    }
+    int64_t count = kept.count;
+    int64_t from = p_.rows.packed_dim;
+    if (!counting) p_.touched[q].fetch_add(count, std::memory_order_relaxed);
+    for (size_t s = 0; s < p_.stops.size() && count > 0; from = p_.stops[s++]) {
+        const int64_t cols = p_.stops[s] - from;
+        for (int64_t e = 0; e < count; ++e)
+            pointers_[e] = tail_at(p_.rows, *spans_[e], local_[e], from);
+        p_.kernels.dots(p_.data[q] + from, pointers_.data(), p_.rows.dtype, int(count), cols,
+                        sums_.data());
+        columns_read[i] += count * cols;
+        int64_t left = 0;
+        for (int64_t e = 0; e < count; ++e) {
+            if (!possible(i, *spans_[e], local_[e], sums_[e], s + 1)) continue;
+            sums_[left] = sums_[e];
+            local_[left] = local_[e];
+            spans_[left++] = spans_[e];
+        }
+        count = left;
+    }
+    if (counting) return;
+    std::vector<Final>& heap = heaps[i];
+    for (int64_t e = 0; e < count; ++e) {
+        const int64_t row = spans_[e]->first + local_[e];
+        const Final final = {p_.score(q, row, &vector_), row};
+        if (int64_t(heap.size()) == p_.k) {
+            if (!(final < heap.front())) continue;
+            std::pop_heap(heap.begin(), heap.end());
+            heap.back() = final;
+        } else {
+            heap.push_back(final);
+        }
+        std::push_heap(heap.begin(), heap.end());
+        if (int64_t(heap.size()) == p_.k) raise(p_.theta[q], heap.front().score);
+    }
+}
+
+}  // namespace mrl

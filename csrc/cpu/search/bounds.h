@@ -1,0 +1,129 @@
+// Bounds on scores from what is known of rows' prefixes and tails, for certified exact search.
+//
+// After the columns before a level, ⟨q, x⟩ <= S + ‖q_tail‖·‖x_tail‖; where S is of int8 codes,
+// ⟨q, x⟩ <= ⟨q̂, x̂⟩ + ‖q − q̂‖·‖x̂‖ + ‖q‖·‖x − x̂‖ + ‖q_tail‖·‖x_tail‖. Each bound has room for the
+// rounding of what it is computed from. A row is dropped where its bound is below θ, the k-th best
+// fp64 score of rows seen so far.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+
+#include "cpu/search/scan.h"
+
+namespace mrl {
+
+constexpr int64_t CHUNK_TILES = 16;  // rows of a chunk serve all queries while they are in cache
+constexpr int64_t CHUNK_ROWS = CHUNK_TILES * TILE;
+constexpr double SLACK = 1e-6;  // relative: more than 8 roundings to fp32 of a norm or its square
+
+// Squared norms that fp32 bounds can be made of; rows and queries beyond are never dropped.
+constexpr double SMALLEST = 1e-30, LARGEST = 1e30;
+inline bool ordinary(double square) {
+    return square == 0.0 || (square > SMALLEST && square < LARGEST);
+}
+
+struct Final {
+    double score;
+    int64_t row;
+    bool operator<(const Final& other) const {  // a heap's front is the worst
+        return score > other.score || (score == other.score && row < other.row);
+    }
+};
+
+inline void raise(std::atomic<double>& value, double to) {
+    double now = value.load(std::memory_order_relaxed);
+    while (to > now && !value.compare_exchange_weak(now, to, std::memory_order_relaxed)) {
+    }
+}
+
+// What is fixed of a search: the queries' norms, from which every bound is made.
+struct Problem {
+    Problem(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
+            int64_t dim, int64_t k);
+    int64_t prefix() const { return rows.code_dim ? rows.code_dim : rows.packed_dim; }
+    Source source() const { return rows.code_dim ? Source::CODES : Source::PRODUCT; }
+    // Whether a bound costs less than a score.
+    bool prunes() const { return rows.code_dim > 0 || !rows.levels.empty(); }
+    double tail(int64_t q, size_t level) const {
+        return level < rows.levels.size() ? tails[q * rows.levels.size() + level] : 0.0;
+    }
+    // A factor that turns inner products with this query into the metric's scores.
+    double unit(int64_t q) const {
+        if (metric == Metric::COSINE) return norm[q] > 0.0 ? 1.0 / norm[q] : 0.0;
+        return metric == Metric::L2 ? 2.0 : 1.0;
+    }
+    // θ as what a gate compares with: a row below it is below θ.
+    float threshold(int64_t q, double theta) const;
+    // The fp64 score of a row; `x` is room for its columns.
+    double score(int64_t q, int64_t row, std::vector<float>* x) const;
+
+    const Kernels& kernels;
+    const Rows& rows;  // whose tiles are read in place: none are gathered
+    const Metric metric;
+    const int64_t dim, k;
+    const double margin;         // of rounding, times ‖q‖·‖x‖
+    std::vector<int64_t> stops;  // columns up to which sums go on after the first bound
+    std::vector<const float*> data;
+    std::vector<double> norm, head, tails;  // of all columns, of the prefix; [n, levels]
+    std::vector<Codes> codes;
+    std::vector<std::atomic<double>> theta;
+    std::vector<std::atomic<int64_t>> touched;
+};
+
+// One thread's pass over chunks of rows for some of the queries.
+class Pass {
+  public:
+    std::vector<std::vector<Final>> heaps;  // [queries], of the k best
+    std::vector<int64_t> columns_read;      // [queries]
+
+    Pass(Problem& problem, const std::vector<int64_t>& queries, const Panel& panel)
+        : heaps(queries.size()),
+          columns_read(queries.size()),
+          p_(problem),
+          queries_(queries),
+          panel_(panel),
+          source_(p_.source()),
+          reader_(p_.kernels, p_.rows, source_, problem.prefix(), panel.groups().size()),
+          thetas_(queries.size()),
+          thresholds_(queries.size()),
+          scales_(queries.size()),
+          factors_(TERMS * queries.size()),
+          entries_(new Entry[queries.size() * (CHUNK_ROWS + 1)]) {
+        for (size_t i = 0; i < queries.size(); ++i)
+            topks_.push_back({entries_.get() + i * (CHUNK_ROWS + 1), 0, CHUNK_ROWS + 1, 1});
+        for (const Panel::Group& group : panel.groups())
+            for (int64_t i = 0; i < group.size; ++i) factor(group, i);
+    }
+
+    // A guess at each query's θ, and columns beyond which counting them may stop.
+    struct Trial {
+        const std::vector<double>& theta;
+        double budget;
+    };
+    // Tiles [begin, end), at most a chunk. A trial finds nothing but columns_read.
+    bool run(int64_t begin, int64_t end, const Trial* trial);
+
+  private:
+    void factor(const Panel::Group& group, int64_t i);
+    void prepare(Scan* scan);
+    void finish(size_t i, bool counting);
+    bool possible(size_t i, const Span& span, int64_t local, double sum, size_t level) const;
+
+    Problem& p_;
+    const std::vector<int64_t>& queries_;
+    const Panel& panel_;
+    const Source source_;
+    TileReader reader_;
+    std::vector<double> thetas_;
+    std::vector<float> thresholds_, scales_, factors_;  // factors: [groups, TERMS, size]
+    std::unique_ptr<Entry[]> entries_;
+    std::vector<TopK> topks_;
+    float row_scale_[TILE], terms_[TERMS][TILE];
+    std::vector<float> vector_, sums_;
+    std::vector<int64_t> local_;
+    std::vector<const Span*> spans_;
+    std::vector<const void*> pointers_;
+};
+
+}  // namespace mrl

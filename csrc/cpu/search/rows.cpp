@@ -1,0 +1,164 @@
+// The rows that a search may find, and their tiles in order.
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/search/scan.h"
+
+namespace mrl {
+namespace {
+
+// Below one row in so many, gathering their prefixes costs less than scanning their tiles.
+constexpr int64_t FEW = 64;
+
+int64_t tiles_of(const Rows& rows) {
+    int64_t tiles = 0;
+    for (const Span& span : rows.spans) tiles += span.tiles();
+    return tiles;
+}
+
+}  // namespace
+
+void pack_flags(const uint8_t* flags, int64_t count, uint64_t* words) {
+    for (int64_t first = 0; first < count; first += 64, ++words) {
+        const int64_t n = std::min<int64_t>(64, count - first);
+        uint64_t word = 0;
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8) {
+            uint64_t eight;  // 0x01 or 0x00 a byte; the product gathers their bits in its last byte
+            std::memcpy(&eight, flags + first + i, 8);
+            word |= (eight * 0x0102040810204080u) >> 56 << i;
+        }
+        for (; i < n; ++i) word |= uint64_t(flags[first + i]) << i;
+        *words = word;
+    }
+}
+
+Rows Rows::restricted(const uint64_t* to) const {
+    Rows result = {spans, packed_dim, code_dim, dtype, levels};
+    const int64_t all = tiles_of(*this);
+    result.mask = to;
+    result.tiles.reserve(all);
+    for (int64_t tile = 0; tile < all; ++tile) {
+        result.masked += __builtin_popcountll(to[tile]);
+        if (to[tile]) result.tiles.push_back(tile);
+    }
+    if (result.masked * FEW < count()) result.list();
+    return result;
+}
+
+void Rows::list() {
+    if (!listed.empty()) return;
+    listed.reserve(masked);
+    int64_t before = 0;
+    auto tile = tiles.begin();
+    for (const Span& span : spans) {
+        for (; tile != tiles.end() && *tile < before + span.tiles(); ++tile)
+            for (uint64_t bits = mask[*tile]; bits; bits &= bits - 1)
+                listed.push_back(span.first + (*tile - before) * TILE + __builtin_ctzll(bits));
+        before += span.tiles();
+    }
+}
+
+TileReader::TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
+                       int64_t groups)
+    : kernels_(kernels),
+      rows_(rows),
+      source_(source),
+      dim_(dim),
+      groups_(std::max<int64_t>(groups, 1)),
+      head_(std::min(dim, rows.packed_dim)),
+      tail_(source == Source::CODES ? 0 : dim - head_),
+      count_(count(rows, source)),
+      unpacked_((gathers(rows, source) ? dim : tail_) * TILE) {
+    int64_t tiles = 0;
+    for (const Span& span : rows.spans) {
+        starts_.push_back(tiles);
+        tiles += span.tiles();
+    }
+    starts_.push_back(tiles);
+}
+
+int64_t TileReader::count(const Rows& rows, Source source) {
+    if (gathers(rows, source)) return (int64_t(rows.listed.size()) + TILE - 1) / TILE;
+    return rows.mask ? rows.tiles.size() : tiles_of(rows);
+}
+
+TileReader::Place TileReader::place(int64_t i) {
+    const int64_t number = rows_.mask ? rows_.tiles[i] : i;
+    if (number < starts_[at_] || number >= starts_[at_ + 1])
+        at_ = std::upper_bound(starts_.begin(), starts_.end() - 1, number) - starts_.begin() - 1;
+    return {&rows_.spans[at_], number - starts_[at_], number};
+}
+
+// As many bytes as this tile has are prefetched while all groups are scanned.
+void TileReader::ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const {
+    scan->ahead = static_cast<const char*>(tile);
+    scan->ahead_end = scan->ahead + steps * bytes;
+    scan->ahead_lines = std::max<int64_t>(1, (bytes / 64 + groups_ - 1) / groups_);
+}
+
+bool TileReader::read(int64_t tile, Scan* scan) {
+    if (gathers(rows_, source_)) return gather(tile, scan);
+    const Place here = place(tile);
+    span_ = here.span;
+    local_ = here.tile;
+    const int64_t first = local_ * TILE;
+    scan->first_row = span_->first + first;
+    scan->rows = int(std::min<int64_t>(TILE, span_->rows - first));
+    scan->wanted = ~uint64_t(0) >> (TILE - scan->rows);
+    if (rows_.mask) scan->wanted &= rows_.mask[here.number];
+    // The tile that is far enough ahead for memory to answer in time.
+    constexpr int64_t FAR = 16 << 10;
+    const int64_t quads = (rows_.code_dim + 3) / 4, code_bytes = quads * TILE * 4,
+                  head_bytes = head_ * TILE * int64_t(sizeof(float)),
+                  bytes = source_ == Source::CODES ? code_bytes : head_bytes,
+                  distance = std::max<int64_t>(1, FAR / std::max<int64_t>(bytes, 1));
+    const Place later = place(std::min(tile + distance, count_ - 1));
+    if (source_ == Source::CODES) {
+        scan->quads = quads;
+        scan->codes = span_->codes + local_ * code_bytes;
+        ahead(scan, later.span->codes + later.tile * code_bytes, quads, 4 * TILE);
+        return true;
+    }
+    const auto packed = [&](const Place& at) {
+        return at.span->packed + at.tile * rows_.packed_dim * TILE;
+    };
+    scan->segments[0] = {packed(here), head_};
+    scan->segments[1] = {unpacked_.data(), tail_};
+    ahead(scan, packed(later), head_, TILE * sizeof(float));
+    if (tail_ == 0) return true;
+    const Place next = place(std::min(tile + 1, count_ - 1));
+    const void *pointers[TILE], *coming[TILE];
+    for (int r = 0; r < TILE; ++r) {
+        pointers[r] = tail_at(rows_, *span_, first + r, rows_.packed_dim);
+        coming[r] = tail_at(rows_, *next.span, next.tile * TILE + r, rows_.packed_dim);
+    }
+    return kernels_.pack(pointers, coming, rows_.dtype, scan->rows, tail_, unpacked_.data());
+}
+
+bool TileReader::gather(int64_t tile, Scan* scan) {
+    const int64_t first = tile * TILE, last = int64_t(rows_.listed.size()) - 1;
+    scan->first_row = first;
+    scan->rows = int(std::min<int64_t>(TILE, last + 1 - first));
+    scan->wanted = ~uint64_t(0) >> (TILE - scan->rows);
+    const void *pointers[TILE], *coming[TILE];
+    float* columns = unpacked_.data();
+    for (int r = 0; r < TILE; ++r) {
+        const int64_t row = rows_.listed[std::min(first + r, last)];
+        const Span& span = span_of(rows_, row);
+        const int64_t local = row - span.first;
+        pointers[r] = tail_at(rows_, span, local, rows_.packed_dim);
+        const int64_t lane = local / TILE * rows_.packed_dim * TILE + local % TILE;
+        for (int64_t c = 0; c < head_; ++c) columns[c * TILE + r] = span.packed[lane + c * TILE];
+        const int64_t later = rows_.listed[std::min(first + TILE + r, last)];
+        const Span& other = span_of(rows_, later);
+        coming[r] = tail_at(rows_, other, later - other.first, rows_.packed_dim);
+    }
+    scan->segments[0] = {columns, head_};
+    scan->segments[1] = {columns + head_ * TILE, tail_};
+    scan->ahead = scan->ahead_end = nullptr;
+    return tail_ == 0 ||
+           kernels_.pack(pointers, coming, rows_.dtype, scan->rows, tail_, columns + head_ * TILE);
+}
+
+}  // namespace mrl

@@ -1,0 +1,322 @@
+#include "cpu/search/scan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <mutex>
+
+#include "cpu/threads.h"
+
+namespace mrl {
+namespace {
+
+constexpr double MULTIPLIES_A_THREAD =
+    2e6;  // below this, starting a thread costs more than it brings
+
+// Whether the best or the worst of sorted entries has a score that is infinite or NaN.
+bool beyond_float(const Entry* sorted, int64_t count) {
+    return count > 0 && !(std::isfinite(score_of(sorted[0].key)) &&
+                          std::isfinite(score_of(sorted[count - 1].key)));
+}
+
+// The best `keep` first, in order.
+void cut(std::vector<Entry>& entries, int64_t keep) {
+    if (keep < int64_t(entries.size())) {
+        std::nth_element(entries.begin(), entries.begin() + keep, entries.end(), better);
+        entries.resize(keep);
+    }
+    std::sort(entries.begin(), entries.end(), better);
+}
+
+// Entries beyond k before a cut: as many again halve the cuts' cost, a few let the gate close soon.
+int64_t spare(int64_t k) { return std::max<int64_t>(k, 32); }
+
+// One thread's kept rows of each query.
+struct Kept {
+    Kept(const float* gates, int64_t queries, int64_t k, int64_t rows)
+        : thresholds(gates, gates + queries), topks(queries) {
+        const int64_t capacity = std::min(rows, std::min(k, rows) + spare(k)) + 1;
+        entries.reset(new Entry[queries * capacity]);
+        for (int64_t q = 0; q < queries; ++q)
+            topks[q] = {entries.get() + q * capacity, 0, capacity, std::min(k, rows)};
+    }
+    std::unique_ptr<Entry[]> entries;
+    std::vector<float> thresholds;
+    std::vector<TopK> topks;
+};
+
+// What turns a tile's sums into a metric's scores.
+class Scaling {
+  public:
+    Scaling(const Kernels& kernels, const Queries& queries, Metric metric, Source source,
+            int64_t dim, const std::vector<Codes>& coded)
+        : kernels_(kernels), metric_(metric), source_(source), query_scale_(queries.n, 1.0f) {
+        for (int64_t q = 0; q < queries.n; ++q) {
+            if (metric == Metric::COSINE)
+                query_scale_[q] = query_scale(queries.data + q * queries.stride, dim);
+            if (source == Source::CODES)
+                query_scale_[q] *= (metric == Metric::L2 ? 2.0f : 1.0f) * coded[q].unit;
+        }
+    }
+    // For the tile that was read last.
+    void prepare(const TileReader& tiles, Scan* scan) {
+        if (source_ == Source::CODES) {
+            const float *unit = tiles.stat(CODE_SCALE), *norm = tiles.stat(PREFIX_NORM);
+            for (int r = 0; r < scan->rows; ++r) {
+                row_scale_[r] = unit[r];
+                if (metric_ == Metric::COSINE) row_scale_[r] = norm[r] > 0 ? unit[r] / norm[r] : 0;
+                terms_[r] = norm[r] * norm[r];  // 2⟨q, x⟩ − ‖x‖² orders as −‖q − x‖² does
+            }
+            scan->row_scale = row_scale_;
+            if (metric_ == Metric::L2) scan->term_values = terms_;
+        } else if (metric_ == Metric::COSINE) {
+            std::fill(sqnorm_, sqnorm_ + TILE, 0.0f);
+            for (const Segment& segment : scan->segments) kernels_.sqnorms(segment, sqnorm_);
+            for (int r = 0; r < TILE; ++r) row_scale_[r] = inverse_norm(sqnorm_[r]);
+            scan->row_scale = row_scale_;
+            scan->row_sqnorm = sqnorm_;
+        }
+    }
+    void of_group(const Panel::Group& group, Scan* scan) {
+        scan->query_scale = query_scale_.data() + group.first;
+        scan->term_factors = factors_;
+        std::fill(factors_, factors_ + TERMS * MAX_GROUP, 0.0f);
+        std::fill(factors_, factors_ + group.size, -1.0f);
+    }
+
+  private:
+    const Kernels& kernels_;
+    const Metric metric_;
+    const Source source_;
+    std::vector<float> query_scale_;
+    float row_scale_[TILE], sqnorm_[TILE], terms_[TERMS * TILE] = {}, factors_[TERMS * MAX_GROUP];
+};
+
+// Scans tiles for all queries and keeps each one's best.
+class Scanner {
+  public:
+    Scanner(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
+            Source source, int64_t dim, int threads)
+        : kernels_(kernels),
+          rows_(rows),
+          queries_(queries),
+          metric_(metric),
+          source_(source),
+          dim_(dim),
+          threads_(threads),
+          coded_(source == Source::CODES ? encode_all(queries, dim) : std::vector<Codes>()),
+          panel_(source == Source::CODES ? Panel(kernels, coded_) : Panel(queries, dim)) {}
+
+    // Appends to `best` at least the `keep` best of tiles tile_at(0), ..., tile_at(tiles - 1) that
+    // beat their query's gate. tile_at ascends. False if a value is not finite.
+    template <class TileAt>
+    bool run(int64_t tiles, const TileAt& tile_at, int64_t keep, const std::vector<float>& gates,
+             std::vector<std::vector<Entry>>* best) const;
+
+  private:
+    static std::vector<Codes> encode_all(const Queries& queries, int64_t dim) {
+        std::vector<Codes> coded;
+        for (int64_t q = 0; q < queries.n; ++q)
+            coded.push_back(encode(queries.data + q * queries.stride, dim));
+        return coded;
+    }
+    const Kernels& kernels_;
+    const Rows& rows_;
+    const Queries queries_;
+    const Metric metric_;
+    const Source source_;
+    const int64_t dim_;
+    const int threads_;
+    const std::vector<Codes> coded_;
+    const Panel panel_;
+};
+
+template <class TileAt>
+bool Scanner::run(int64_t tiles, const TileAt& tile_at, int64_t keep,
+                  const std::vector<float>& gates, std::vector<std::vector<Entry>>* best) const {
+    const int threads = threads_for(double(tiles) * TILE * dim_ * (queries_.n + 1), threads_);
+    // Many queries are shared out, each thread seeing every row: its gates close sooner than those
+    // of two threads that see half the rows each. Few queries: the rows are shared out.
+    const std::vector<Panel::Group>& groups = panel_.groups();
+    const int64_t parts = int64_t(groups.size()) >= 2 * threads ? threads : 1;
+    auto first_group = [&](int64_t part) { return part * int64_t(groups.size()) / parts; };
+    auto first_query = [&](int64_t part) {
+        return part < parts ? groups[first_group(part)].first : queries_.n;
+    };
+    std::atomic<bool> finite{true};
+    std::mutex merging;
+    std::deque<Ranges> ranges;
+    for (int64_t part = 0; part < parts; ++part)
+        ranges.emplace_back(tiles, std::clamp<int64_t>(tiles / (threads * 8), 1, 64));
+    parallel(threads, [&](int thread) {
+        const int64_t part = thread % parts, offset = first_query(part);
+        Kept mine(gates.data() + offset, first_query(part + 1) - offset, keep, rows_.count());
+        TileReader reader(kernels_, rows_, source_, dim_,
+                          first_group(part + 1) - first_group(part));
+        Scaling scaling(kernels_, queries_, metric_, source_, dim_, coded_);
+        Scan scan = {};
+        for (int64_t i, last; ranges[part].next(&i, &last);) {
+            for (; i < last; ++i) {
+                if (!reader.read(tile_at(i), &scan)) finite = false;
+                scaling.prepare(reader, &scan);
+                for (int64_t g = first_group(part); g < first_group(part + 1); ++g) {
+                    const Panel::Group& group = groups[g];
+                    scan.panel = group.data;
+                    scan.offsets = panel_.offsets() + group.first;
+                    scaling.of_group(group, &scan);
+                    scan.topk = mine.topks.data() + group.first - offset;
+                    scan.thresholds = mine.thresholds.data() + group.first - offset;
+                    kernels_.scan[int(source_)][group.size - 1](scan);
+                }
+            }
+        }
+        std::unique_lock<std::mutex> lock(merging, std::defer_lock);
+        if (parts == 1) lock.lock();
+        for (int64_t q = offset; q < first_query(part + 1); ++q) {
+            const TopK& topk = mine.topks[q - offset];
+            (*best)[q].insert((*best)[q].end(), topk.entries, topk.entries + topk.count);
+        }
+    });
+    return finite;
+}
+
+}  // namespace
+
+float score_of(uint64_t key) {
+    const uint32_t ordered = uint32_t(key >> 32);
+    const uint32_t bits = ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered;
+    float score;
+    std::memcpy(&score, &bits, sizeof score);
+    return score;
+}
+
+float query_scale(const float* query, int64_t dim) {
+    float sum = 0.0f;
+    for (int64_t c = 0; c < dim; ++c) sum += query[c] * query[c];
+    return inverse_norm(sum);
+}
+
+int threads_for(double multiplies, int threads) {
+    return int(std::max(1.0, std::min(double(threads), multiplies / MULTIPLIES_A_THREAD)));
+}
+
+float shrink(TopK& topk) {
+    Entry* kth = topk.entries + topk.k - 1;
+    std::nth_element(topk.entries, kth, topk.entries + topk.count, better);
+    topk.count = topk.k;
+    return score_of(kth->key);
+}
+
+Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
+                Source source, int64_t dim, int64_t keep, int64_t step, int threads, Entry* out,
+                int64_t* counts) {
+    constexpr int64_t SAMPLE = 8;  // every eighth tile
+    const Scanner scanner(kernels, rows, queries, metric, source, dim, threads);
+    const int64_t tiles = (TileReader::count(rows, source) + step - 1) / step;
+    const bool gathers = TileReader::gathers(rows, source);
+    std::vector<std::vector<Entry>> best(queries.n);
+    std::vector<float> gates(queries.n, NAN);  // NaN: nothing is below it
+    std::atomic<bool> overflow{false};
+    auto every = [&](int64_t i) { return i * step; };
+    bool finite;
+    if (queries.n < MAX_GROUP || rows.eligible() < 16 * SAMPLE * keep * step) {
+        finite = scanner.run(tiles, every, keep, gates, &best);
+    } else {
+        // A sample gates the rest: of the k best, about k / SAMPLE are in it, hardly ever as many
+        // as `guess`. Rows that the last of these beats are dropped.
+        const double mean = double(keep) / SAMPLE;
+        const int64_t guess = int64_t(mean + 4.0 * std::sqrt(mean) + 4.0);
+        auto sampled = [&](int64_t i) { return (i * SAMPLE + SAMPLE - 1) * step; };
+        auto others = [&](int64_t i) { return (i + i / (SAMPLE - 1)) * step; };
+        finite = scanner.run(tiles / SAMPLE, sampled, guess, gates, &best);
+        each(queries.n, threads, [&](int64_t q) {
+            cut(best[q], guess);
+            if (int64_t(best[q].size()) == guess) gates[q] = score_of(best[q].back().key);
+        });
+        finite &= scanner.run(tiles - tiles / SAMPLE, others, keep, gates, &best);
+    }
+    if (!finite) return Status::NOT_FINITE;
+    std::vector<char> missed(queries.n, 0);
+    auto finish = [&](int64_t q, const std::vector<Entry>& all) {
+        counts[q] = all.size();
+        std::copy(all.begin(), all.end(), out + q * keep);
+        for (Entry* e = out + q * keep; gathers && e < out + q * keep + counts[q]; ++e)
+            e->key = with_row(e->key, rows.listed[row_of(e->key)]);
+        if (beyond_float(all.data(), counts[q])) overflow = true;
+    };
+    each(queries.n, threads, [&](int64_t q) {
+        cut(best[q], keep);
+        // Where fewer than k beat the gate it was no bound, so that query goes without one.
+        missed[q] = !std::isnan(gates[q]) &&
+                    !(int64_t(best[q].size()) == keep && score_of(best[q].back().key) > gates[q]);
+        if (!missed[q]) finish(q, best[q]);
+    });
+    std::vector<int64_t> again;
+    std::vector<float> data;
+    for (int64_t q = 0; q < queries.n; ++q) {
+        if (!missed[q]) continue;
+        const float* query = queries.data + q * queries.stride;
+        again.push_back(q);
+        data.insert(data.end(), query, query + dim);
+    }
+    if (!again.empty()) {
+        const Queries part = {data.data(), int64_t(again.size()), dim};
+        std::vector<std::vector<Entry>> found(again.size());
+        Scanner(kernels, rows, part, metric, source, dim, threads)
+            .run(tiles, every, keep, std::vector<float>(again.size(), NAN), &found);
+        each(again.size(), threads, [&](int64_t i) {
+            cut(found[i], keep);
+            finish(again[i], found[i]);
+        });
+    }
+    return overflow ? Status::OVERFLOW_ : Status::OK;
+}
+
+Status advance_all(const Kernels& kernels, const Rows& rows, const float* query, Metric metric,
+                   int64_t from, int64_t to, int64_t keep, std::vector<float>& tile,
+                   std::vector<Entry>& candidates) {
+    constexpr int64_t COLUMN_BLOCK = 256;  // columns a gathered tile advances by
+    const float scale = metric == Metric::COSINE ? query_scale(query, to) : 1.0f;
+    const int64_t count = candidates.size();
+    tile.resize(COLUMN_BLOCK * TILE);
+    // Where row i of the candidates begins; the last stands for those beyond.
+    auto point = [&](int64_t first, int64_t column, const void** pointers) {
+        for (int r = 0; r < TILE; ++r) {
+            const int64_t row = row_of(candidates[std::min(first + r, count - 1)].key);
+            const Span& span = span_of(rows, row);
+            pointers[r] = tail_at(rows, span, row - span.first, column);
+        }
+    };
+    const void *pointers[2][TILE], **now = pointers[0], **next = pointers[1];
+    float sums[TILE], sqnorm[TILE];
+    if (count > 0) point(0, from, now);
+    for (int64_t first = 0; first < count; first += TILE) {
+        const int n = int(std::min<int64_t>(TILE, count - first));
+        Entry* group = candidates.data() + first;
+        std::fill(sums, sums + TILE, 0.0f);
+        std::fill(sqnorm, sqnorm + TILE, 0.0f);
+        for (int r = 0; r < n; ++r) {
+            sums[r] = group[r].partial;
+            sqnorm[r] = group[r].sqnorm;
+        }
+        for (int64_t column = from; column < to; column += COLUMN_BLOCK) {
+            const Segment segment = {tile.data(), std::min(COLUMN_BLOCK, to - column)};
+            const bool last = column + COLUMN_BLOCK >= to;
+            point(last ? first + TILE : first, last ? from : column + COLUMN_BLOCK, next);
+            if (!kernels.pack(now, next, rows.dtype, n, segment.cols, tile.data()))
+                return Status::NOT_FINITE;
+            kernels.advance(metric, segment, query + column, sums);
+            if (metric == Metric::COSINE) kernels.sqnorms(segment, sqnorm);
+            std::swap(now, next);
+        }
+        for (int r = 0; r < n; ++r) {
+            const float score =
+                metric == Metric::COSINE ? sums[r] * (inverse_norm(sqnorm[r]) * scale) : sums[r];
+            group[r] = {make_key(score, row_of(group[r].key)), sums[r], sqnorm[r]};
+        }
+    }
+    cut(candidates, keep);
+    return beyond_float(candidates.data(), candidates.size()) ? Status::OVERFLOW_ : Status::OK;
+}
+
+}  // namespace mrl

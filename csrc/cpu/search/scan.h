@@ -1,0 +1,133 @@
+// A pass over all rows: what the first stage of a search and certified exact search have in common.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "cpu/search/search.h"
+
+namespace mrl {
+
+inline bool better(const Entry& a, const Entry& b) { return a.key > b.key; }
+float score_of(uint64_t key);
+inline int64_t row_of(uint64_t key) { return int64_t(0xffffffffu - uint32_t(key)); }
+inline uint64_t with_row(uint64_t key, int64_t row) { return (key | 0xffffffffu) - uint64_t(row); }
+
+// 0 for a norm of 0; NaN, which is reported, where the square overflowed.
+inline float inverse_norm(float sqnorm) {
+    if (std::isinf(sqnorm)) return std::numeric_limits<float>::quiet_NaN();
+    return sqnorm > 0.0f ? 1.0f / std::sqrt(sqnorm) : 0.0f;
+}
+float query_scale(const float* query, int64_t dim);  // its inverse norm
+
+bool finite(const Queries& queries, int64_t dim);
+
+inline int64_t element_size(DType dtype) { return dtype == DType::F32 ? 4 : 2; }
+
+inline const Span& span_of(const Rows& rows, int64_t row) {
+    size_t low = 0, high = rows.spans.size();
+    while (high - low > 1) {
+        const size_t middle = (low + high) / 2;
+        (rows.spans[middle].first <= row ? low : high) = middle;
+    }
+    return rows.spans[low];
+}
+inline int64_t id_of(const Rows& rows, int64_t row) {
+    const Span& span = span_of(rows, row);
+    return span.ids ? span.ids[row - span.first] : row;
+}
+// A row of a span, counted from the span's first, from a column of the tail on.
+inline const void* tail_at(const Rows& rows, const Span& span, int64_t row, int64_t column) {
+    return static_cast<const char*>(span.tail) +
+           (row * span.stride + column - rows.packed_dim) * element_size(rows.dtype);
+}
+
+// As many threads as the work is worth.
+int threads_for(double multiplies, int threads);
+
+constexpr float TINY = 1e-30f;  // smaller values have codes of 0
+
+// A vector's first columns as int8 codes.
+struct Codes {
+    std::vector<int8_t> codes;  // [dim, rounded up to a multiple of four]
+    float unit;                 // of a code
+    double error;               // norm of the prefix less what the codes stand for
+};
+Codes encode(const float* x, int64_t dim);
+
+// Queries side by side in groups of up to MAX_GROUP, column by column: what a scan broadcasts.
+class Panel {
+  public:
+    struct Group {
+        int64_t first, size;
+        const void* data;
+    };
+    Panel(const Queries& queries, int64_t dim);
+    // Codes instead of columns.
+    Panel(const Kernels& kernels, const std::vector<Codes>& coded);
+
+    const std::vector<Group>& groups() const { return groups_; }
+    const int32_t* offsets() const { return offsets_.data(); }
+
+  private:
+    template <class Fn>
+    void group(int64_t count, int64_t bytes_a_query, const Fn& fill);
+    std::unique_ptr<char[]> data_;
+    std::vector<int32_t> offsets_;
+    std::vector<Group> groups_;
+};
+
+// The tiles that hold rows to be found, one after the other as a scan wants them; columns that lie
+// row-major are packed on the way. Rows that are few are gathered, 64 a tile, unless codes are
+// read: there a scan's row is its number among them.
+class TileReader {
+  public:
+    // `groups` of queries will scan each tile.
+    TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
+               int64_t groups);
+    static bool gathers(const Rows& rows, Source source) {
+        return source != Source::CODES && !rows.listed.empty();
+    }
+    static int64_t count(const Rows& rows, Source source);
+    // Fills the columns, first_row, rows and wanted; false if a value is not finite.
+    bool read(int64_t tile, Scan* scan);
+    // Of the last tile read, which was not gathered: a row's statistic, by lane.
+    const float* stat(int which) const {
+        return span_->stats + which * span_->stats_stride + local_ * TILE;
+    }
+
+  private:
+    struct Place {
+        const Span* span;
+        int64_t tile;    // of the span
+        int64_t number;  // among all tiles
+    };
+    Place place(int64_t i);
+    bool gather(int64_t tile, Scan* scan);
+    void ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const;
+
+    const Kernels& kernels_;
+    const Rows& rows_;
+    const Source source_;
+    const int64_t dim_, groups_, head_, tail_, count_;  // head: of the columns in tiles
+    std::vector<int64_t> starts_;  // each span's first tile, and how many there are
+    size_t at_ = 0;                // span of the last place
+    std::vector<float> unpacked_;  // [columns, TILE]
+    const Span* span_ = nullptr;
+    int64_t local_ = 0;  // tile of the span
+};
+
+// The first stage: queries against every `step`-th tile, at most `keep` entries each, best first,
+// into out [n, keep] with their counts.
+Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
+                Source source, int64_t dim, int64_t keep, int64_t step, int threads, Entry* out,
+                int64_t* counts);
+
+// Carries one query's candidates from column `from` to column `to` and orders the best `keep` of
+// them first.
+Status advance_all(const Kernels& kernels, const Rows& rows, const float* query, Metric metric,
+                   int64_t from, int64_t to, int64_t keep, std::vector<float>& tile,
+                   std::vector<Entry>& candidates);
+
+}  // namespace mrl

@@ -1,0 +1,93 @@
+// The kernels for AVX2: 8 lanes, 16 registers.
+#include "cpu/simd/kernels.h"
+#include "cpu/training/nested.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace mrl {
+namespace avx2 {
+
+#include "cpu/simd/x86.h"
+
+struct Simd {
+    typedef __m256 Vec;
+    typedef int32_t Int __attribute__((vector_size(32)));
+    typedef __m256 Mask;
+    static Mask above(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_NLE_UQ); }
+    static Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+    static uint32_t bits(Mask m) { return _mm256_movemask_ps(m); }
+    static constexpr int WIDTH = 8;
+    static constexpr bool TRANSPOSES = true;
+    // Vectors of rows a group: enough chains to hide the latency, few enough to stay in registers.
+    static constexpr int rows_of([[maybe_unused]] int group) {
+        return group == 1 ? 8 : group == 2 ? 4 : 2;
+    }
+
+    static Vec load(const float* x) { return _mm256_loadu_ps(x); }
+    static void store(float* x, Vec v) { _mm256_storeu_ps(x, v); }
+    static Vec broadcast(float x) { return _mm256_set1_ps(x); }
+    static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+    static Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
+    static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+    template <class T>
+    static Vec load(const T* x) {
+        return load8(x);
+    }
+    template <class T>
+    static float transpose(const T* const* rows, const void* const* ahead, int64_t cols,
+                           float* tile) {
+        return transpose8(rows, ahead, cols, tile);
+    }
+
+    // Even and odd columns apart, as 16-bit values: their products' sums in pairs cannot saturate.
+    struct Bytes {
+        __m256i even, odd;
+    };
+    static constexpr int QUAD_BYTES = 8;
+    static Int broadcast_int(int32_t x) { return Int(_mm256_set1_epi32(x)); }
+    static Vec to_float(Int x) { return _mm256_cvtepi32_ps(__m256i(x)); }
+    static Bytes load_bytes(const uint8_t* x) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+        return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
+    }
+    static Int dot4(Bytes row, const char* query, Int sum) {
+        int32_t even, odd;
+        __builtin_memcpy(&even, query, 4);
+        __builtin_memcpy(&odd, query + 4, 4);
+        return sum + Int(_mm256_madd_epi16(row.even, _mm256_set1_epi32(even))) +
+               Int(_mm256_madd_epi16(row.odd, _mm256_set1_epi32(odd)));
+    }
+};
+
+#include "cpu/simd/kernel_table.h"
+
+}  // namespace avx2
+
+const Kernels* avx2_kernels() {
+    static const Kernels kernels = avx2::make_kernels("avx2");
+    return &kernels;
+}
+
+}  // namespace mrl
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#else
+
+namespace mrl {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace mrl
+
+#endif

@@ -1,0 +1,120 @@
+// The kernels for AVX-512: 16 lanes, 32 registers. Compiled a second time with VNNI, the byte
+// products of newer processors.
+#include "cpu/simd/kernels.h"
+#include "cpu/training/nested.h"
+
+#if defined(MRL_VNNI)
+#define MRL_TARGET "avx512f,avx512bw,avx512vnni,avx2,fma,f16c"
+#define MRL_NAME avx512vnni
+#define MRL_KERNELS avx512vnni_kernels
+#else
+#define MRL_TARGET "avx512f,avx512bw,avx2,fma,f16c"
+#define MRL_NAME avx512
+#define MRL_KERNELS avx512_kernels
+#endif
+#define MRL_TEXT(x) MRL_STRING(x)
+#define MRL_STRING(x) #x
+#define MRL_PRAGMA(x) _Pragma(#x)
+#define MRL_PUSH(x) MRL_PRAGMA(GCC target(x))
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target(MRL_TARGET))), apply_to = function)
+#else
+#pragma GCC push_options
+MRL_PUSH(MRL_TARGET)
+#endif
+
+namespace mrl {
+namespace MRL_NAME {
+
+#include "cpu/simd/x86.h"
+
+struct Simd {
+    typedef __m512 Vec;
+    typedef int32_t Int __attribute__((vector_size(64)));
+    typedef __mmask16 Mask;
+    static Mask above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+    static Mask either(Mask a, Mask b) { return a | b; }
+    static uint32_t bits(Mask m) { return m; }
+    static constexpr int WIDTH = 16;
+    static constexpr bool TRANSPOSES = true;
+    // Vectors of rows a group: enough chains to hide the latency, few enough to stay in registers.
+    static constexpr int rows_of([[maybe_unused]] int group) { return 4; }
+
+    static Vec load(const float* x) { return _mm512_loadu_ps(x); }
+    static void store(float* x, Vec v) { _mm512_storeu_ps(x, v); }
+    static Vec broadcast(float x) { return _mm512_set1_ps(x); }
+    static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+    static Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
+    static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+    static Vec load(const F16* x) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    }
+    static Vec load(const BF16* x) {
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+    template <class T>
+    static float transpose(const T* const* rows, const void* const* ahead, int64_t cols,
+                           float* tile) {
+        return transpose8(rows, ahead, cols, tile);
+    }
+
+    static Int broadcast_int(int32_t x) { return Int(_mm512_set1_epi32(x)); }
+    static Vec to_float(Int x) { return _mm512_cvtepi32_ps(__m512i(x)); }
+#if defined(MRL_VNNI)
+    typedef __m512i Bytes;
+    static constexpr int QUAD_BYTES = 4;
+    static Bytes load_bytes(const uint8_t* x) { return _mm512_loadu_si512(x); }
+    static Int dot4(Bytes row, const char* query, Int sum) {
+        int32_t quad;
+        __builtin_memcpy(&quad, query, 4);
+        return Int(_mm512_dpbusd_epi32(__m512i(sum), row, _mm512_set1_epi32(quad)));
+    }
+#else
+    // Even and odd columns apart, as 16-bit values: their products' sums in pairs cannot saturate.
+    struct Bytes {
+        __m512i even, odd;
+    };
+    static constexpr int QUAD_BYTES = 8;
+    static Bytes load_bytes(const uint8_t* x) {
+        const __m512i bytes = _mm512_loadu_si512(x);
+        return {_mm512_and_si512(bytes, _mm512_set1_epi16(255)), _mm512_srli_epi16(bytes, 8)};
+    }
+    static Int dot4(Bytes row, const char* query, Int sum) {
+        int32_t even, odd;
+        __builtin_memcpy(&even, query, 4);
+        __builtin_memcpy(&odd, query + 4, 4);
+        return sum + Int(_mm512_madd_epi16(row.even, _mm512_set1_epi32(even))) +
+               Int(_mm512_madd_epi16(row.odd, _mm512_set1_epi32(odd)));
+    }
+#endif
+};
+
+#include "cpu/simd/kernel_table.h"
+
+}  // namespace MRL_NAME
+
+const Kernels* MRL_KERNELS() {
+    static const Kernels kernels = MRL_NAME::make_kernels(MRL_TEXT(MRL_NAME));
+    return &kernels;
+}
+
+}  // namespace mrl
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#else
+
+namespace mrl {
+const Kernels* MRL_KERNELS() { return nullptr; }
+}  // namespace mrl
+
+#endif

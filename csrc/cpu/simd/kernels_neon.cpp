@@ -1,0 +1,120 @@
+// The kernels for NEON, which every AArch64 processor has: 4 lanes, 32 registers.
+#include "cpu/simd/kernels.h"
+#include "cpu/training/nested.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+namespace mrl {
+namespace neon {
+
+struct Simd {
+    typedef float Vec __attribute__((vector_size(16)));
+    typedef int32_t Int __attribute__((vector_size(16)));
+    typedef Int Mask;
+    static Mask above(Vec a, Vec b) { return ~(a <= b); }
+    static Mask either(Mask a, Mask b) { return a | b; }
+    static uint32_t bits(Mask m) {
+        const Mask lanes = {1, 2, 4, 8};
+        return vaddvq_s32(m & lanes);
+    }
+    static constexpr int WIDTH = 4;
+    static constexpr bool TRANSPOSES = true;
+    // Vectors of rows a group: enough chains to hide the latency, few enough to stay in registers.
+    static constexpr int rows_of(int group) { return group == 1 ? 16 : group == 2 ? 8 : 4; }
+
+    static Vec load(const float* x) {
+        Vec v;
+        __builtin_memcpy(&v, x, sizeof v);
+        return v;
+    }
+    static void store(float* x, Vec v) { __builtin_memcpy(x, &v, sizeof v); }
+    static Vec broadcast(float x) { return vdupq_n_f32(x); }
+#if defined(__clang__)
+    static Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+    static Vec fnma(Vec a, Vec b, Vec c) { return vfmsq_f32(c, a, b); }
+#else
+    // GCC takes those intrinsics to read memory, and so would store every sum in every step.
+    static Vec fma(Vec a, Vec b, Vec c) {
+        asm("fmla %0.4s, %1.4s, %2.4s" : "+w"(c) : "w"(a), "w"(b));
+        return c;
+    }
+    static Vec fnma(Vec a, Vec b, Vec c) {
+        asm("fmls %0.4s, %1.4s, %2.4s" : "+w"(c) : "w"(a), "w"(b));
+        return c;
+    }
+#endif
+    static Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
+    static Vec load(const F16* x) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&x->bits))); }
+    static Vec load(const BF16* x) {
+        return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&x->bits), 16));
+    }
+
+    // tile[c][0..8) = rows[0..8)[c] for c < cols, a multiple of 8; 0, or NaN if a value is not
+    // finite. Prefetches as many columns of the 8 rows ahead, where there are any.
+    template <class T>
+    static float transpose(const T* const* rows, const void* const* ahead, int64_t cols,
+                           float* tile) {
+        Prefetch prefetch = {ahead, cols * int64_t(sizeof(T)), 0, 0};
+        Vec check[4] = {};
+        for (int64_t c = 0; c < cols; c += 4, tile += 4 * TILE) {
+            prefetch.lines(sizeof(T) / 2);  // as many as these columns have
+            for (int r = 0; r < 8; r += 4) {
+                Vec row[4];
+                for (int i = 0; i < 4; ++i) {
+                    row[i] = load(rows[r + i] + c);
+                    check[i] = fma(row[i], Vec{}, check[i]);
+                }
+                const float32x4x2_t top = vtrnq_f32(row[0], row[1]),
+                                    bottom = vtrnq_f32(row[2], row[3]);
+                for (int i = 0; i < 2; ++i) {
+                    const float64x2_t a = vreinterpretq_f64_f32(top.val[i]),
+                                      b = vreinterpretq_f64_f32(bottom.val[i]);
+                    store(tile + i * TILE + r, vreinterpretq_f32_f64(vzip1q_f64(a, b)));
+                    store(tile + (i + 2) * TILE + r, vreinterpretq_f32_f64(vzip2q_f64(a, b)));
+                }
+            }
+        }
+        return vaddvq_f32((check[0] + check[1]) + (check[2] + check[3]));
+    }
+
+    // Even and odd columns apart, as 16-bit values: a product is at most 255 · 128 and fits, too.
+    struct Bytes {
+        int16x8_t even, odd;
+    };
+    static constexpr int QUAD_BYTES = 8;
+    static Int broadcast_int(int32_t x) { return vdupq_n_s32(x); }
+    static Vec to_float(Int x) { return __builtin_convertvector(x, Vec); }
+    static Bytes load_bytes(const uint8_t* x) {
+        uint16x8_t bytes;
+        __builtin_memcpy(&bytes, x, sizeof bytes);
+        return {vreinterpretq_s16_u16(vandq_u16(bytes, vdupq_n_u16(255))),
+                vreinterpretq_s16_u16(vshrq_n_u16(bytes, 8))};
+    }
+    static Int dot4(Bytes row, const char* query, Int sum) {
+        int32_t even, odd;
+        __builtin_memcpy(&even, query, 4);
+        __builtin_memcpy(&odd, query + 4, 4);
+        sum = vpadalq_s16(sum, vmulq_s16(row.even, vreinterpretq_s16_s32(vdupq_n_s32(even))));
+        return vpadalq_s16(sum, vmulq_s16(row.odd, vreinterpretq_s16_s32(vdupq_n_s32(odd))));
+    }
+};
+
+#include "cpu/simd/kernel_table.h"
+
+}  // namespace neon
+
+const Kernels* neon_kernels() {
+    static const Kernels kernels = neon::make_kernels("neon");
+    return &kernels;
+}
+
+}  // namespace mrl
+
+#else
+
+namespace mrl {
+const Kernels* neon_kernels() { return nullptr; }
+}  // namespace mrl
+
+#endif

@@ -1,0 +1,147 @@
+"""Exact search by bounds, and range search: every row that could matter is scored in fp64.
+
+After a prefix of columns, ⟨q, x⟩ <= S + ‖q_tail‖·‖x_tail‖ (Cauchy and Schwarz). A shortlist's k-th
+best full score is a threshold θ; a second scan of the prefix keeps the rows whose bound reaches it.
+Where those are too many, as among vectors without structure, the query's rows are scanned at full
+width instead: the device decides, query by query. A range search is the same scan with θ given.
+"""
+
+from typing import NamedTuple
+
+import torch
+from mrl_fast.kernels.search.keys import EMPTY, Result, scores_of, select
+from mrl_fast.kernels.search.pair_scores import RESCANNED
+from mrl_fast.kernels.search.scan import BUCKET, Margin, Scan, scan_config
+from mrl_fast.kernels.search.topk import (
+    TEMPORARY_BYTES,
+    Plan,
+    Rows,
+    buffers,
+    empty,
+    row_norms,
+    scan_queries,
+    shortlist,
+    topk,
+    upper,
+)
+from mrl_fast.kernels.shared.tiling import chunks
+from torch import Tensor
+
+SURVIVORS = 2048  # buckets whose rows are scored in full
+
+
+class Prefix(NamedTuple):
+    """What bounds a score by its first ``dim`` columns.
+
+    Attributes:
+        dim: Their number.
+        shortlist: Of these, ``rows`` as for a search by the prefix.
+        bounds: At full width, with the tails' norms, rounded up, as ``outer``.
+    """
+
+    dim: int
+    shortlist: Rows
+    bounds: Rows
+
+
+def exact_topk(
+    q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: Rows, prefix: Prefix | None
+) -> Tensor:
+    """The k best of the rows ``x [N, D]`` by scores summed in fp64 and rounded to fp32.
+
+    Returns how many rows of each query were scored at full width, ``[B]`` int64; N where all were
+    scanned."""
+    touched = torch.full((len(q),), len(x), dtype=torch.int64, device=q.device)
+    plan = Plan.of(k, x, scan_config(len(q), x), Margin.of(x, metric))
+    if prefix is None or not len(x) or k > SURVIVORS or len(plan.ends) == 1:
+        topk(q, x, k, metric, result, rows, double=True)
+        return touched
+    size = SURVIVORS * BUCKET * 8 + plan.bytes
+    for part in chunks(len(q), max(1, TEMPORARY_BYTES // size)):
+        to = result[0][part], result[1][part]
+        touched[part] = _certify(q[part], x, k, metric, to, rows, prefix)
+    return touched
+
+
+def _certify(
+    q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: Rows, prefix: Prefix
+) -> Tensor:
+    pairs = rows.pairs(q, x, metric, double=True)
+    near = empty(q, min(RESCANNED, max(64, 4 * k)))
+    topk(q[:, : prefix.dim], x[:, : prefix.dim], near[0].shape[1], metric, near, prefix.shortlist)
+    best = pairs.keys(near[1]).topk(k, dim=1).values[:, -1]  # [B]
+
+    hits, count, flag, scan = _reach(
+        q, x, prefix.dim, metric, scores_of(best), prefix.bounds, SURVIVORS
+    )
+    config = scan.config
+    keys = pairs.bucket_keys(hits, count, flag, SURVIVORS, config.BLOCK_N, config.groups)
+    touched = torch.where(flag != 0, len(x), (count * BUCKET).clamp(max=len(x)))
+
+    coarse, config = scan_queries(q, x, metric), scan_config(len(q), x)
+    plan = Plan.of(k, x, config, coarse.margin)
+    scan = Scan(
+        config, coarse.q, x, metric, rows.vectors, coarse.norms, rows.norm, skip=(flag == 0).int(),
+        low=coarse.low,
+    )  # fmt: skip
+    others = shortlist(scan, pairs, k, plan, coarse, among=flag)
+    select(torch.cat([keys, others], dim=1), result, rows.ids)
+    return touched
+
+
+def _reach(
+    q: Tensor, x: Tensor, dim: int, metric: str, theta: Tensor, bounds: Rows, size: int
+) -> tuple[Tensor, Tensor, Tensor, Scan]:
+    """The buckets of every row whose score at full width may be at least ``theta [B]``, by its
+    first ``dim`` columns: hits, their count, whether they are more than ``size``."""
+    coarse = scan_queries(q[:, :dim], x[:, :dim], metric)
+    norms = upper(row_norms(q), q.shape[1])  # at full width, as the bounds' rows
+    error = coarse.margin.error(torch.maximum(norms, coarse.norms), bounds.norm)
+    if coarse.errors is not None:
+        error = error + coarse.errors * bounds.norm
+    vectors = bounds.vectors
+    if dim < x.shape[1]:
+        vectors = vectors._replace(factor=upper(row_norms(q[:, dim:]), q.shape[1]))
+    theta, norms = theta.double(), norms.double()
+    units = {"ip": theta, "cosine": theta * norms, "l2": (theta + norms**2) / 2}[metric]
+    slack = 2e-6 * (units.abs() + (norms**2 if metric == "l2" else 0.0))
+    gate = (units - slack - error).float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    config = scan_config(len(q), x[:, :dim])
+    scan = Scan(
+        config, coarse.q, x[:, :dim], metric, vectors, coarse.norms, bounds.norm, low=coarse.low
+    )
+    seeds = config.BLOCK_N // BUCKET
+    hits, count, flag, _ = buffers(q, size + seeds, seeds)
+    # The last tile, which may be ragged, is the first in order: its buckets are kept unseen.
+    hits[:, :seeds] = torch.arange(scan.tiles * seeds - seeds, scan.tiles * seeds, device=q.device)
+    scan(hits, count, gate, 1, scan.tiles)
+    return hits, count, flag, scan
+
+
+def range_search(
+    q: Tensor, x: Tensor, threshold: float, metric: str, rows: Rows
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Limits, scores and ids of every row whose fp64 score, rounded to fp32, reaches the threshold.
+    Waits for the device, to learn how many there are."""
+    least = float(torch.tensor(threshold, dtype=torch.float32))
+    found = [torch.empty(0, dtype=torch.int64, device=q.device)]
+    counts = [] if len(x) else [0] * len(q)
+    for part in chunks(len(q) - len(counts), max(1, TEMPORARY_BYTES // (SURVIVORS * BUCKET * 8))):
+        size = SURVIVORS
+        theta = torch.full((len(q[part]),), threshold, dtype=torch.float64, device=q.device)
+        hits, count, flag, scan = _reach(q[part], x, x.shape[1], metric, theta, rows, size)
+        if (most := int(count.max())) > size:
+            size = most
+            hits, count, flag, scan = _reach(q[part], x, x.shape[1], metric, theta, rows, size)
+        for i in range(len(theta)):
+            b, mine = slice(part.start + i, part.start + i + 1), slice(i, i + 1)
+            keys = rows.pairs(q[b], x, metric, double=True).bucket_keys(
+                hits[mine], count[mine], flag[mine], size, scan.config.BLOCK_N, scan.config.groups
+            )[0]
+            keys = keys[(keys != EMPTY.value) & (scores_of(keys) >= least)]
+            found.append(keys.sort(descending=True).values)
+            counts.append(len(keys))
+    lims = torch.tensor([0, *counts], device=q.device).cumsum(0)
+    keys = torch.cat(found)
+    ids = 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+    return lims, scores_of(keys), ids if rows.ids is None else rows.ids[ids]

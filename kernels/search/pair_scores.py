@@ -1,0 +1,384 @@
+"""The canonical score of a pair, and the kernels that score pairs of a query and chosen rows.
+
+Columns are taken in blocks of 64: a block's products are summed neighbour by neighbour, then block
+after block is added to the sum so far. That order follows from the columns alone, so a score has
+the same bits whatever batch, list or kernel it is made in, and a sum can be carried from a prefix
+of whole blocks to a longer one. Products and sums are rounded one by one: fused where a compiler
+sees fit, they would differ from kernel to kernel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from mrl_fast.kernels.search.keys import EMPTY, SORTED_AT_ONCE, make_key
+from mrl_fast.kernels.shared.tiling import aligned, interpreted, programs
+from torch import Tensor
+
+METRICS = {"ip": 0, "cosine": 1, "l2": 2, "linear": 3}  # linear: as of scan.Vectors
+LINEAR = tl.constexpr(3)
+WHOLE_BLOCK = 64  # columns whose sum can be carried
+ROUNDED = dict(enable_fp_fusion=False)  # every product, every sum
+ROOMY = dict(maxnreg=168)  # registers of a thread; left to itself, ptxas spills to need fewer
+INTERPRETED = tl.constexpr(interpreted())
+
+
+@triton.jit
+def _product(x, y):
+    """Rounded by itself, whatever is added to it: for Blackwell, ptxas fuses pairs of fp32 products
+    with sums even where it is asked not to."""
+    if INTERPRETED or x.dtype == tl.float64:
+        product = x * y
+    else:
+        product = tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return product
+
+
+@triton.jit
+def _sum_pairs(x, ROWS: tl.constexpr, LOG_COLUMNS: tl.constexpr):  # [ROWS, 2^LOG_COLUMNS]
+    """Sums of neighbours, then of neighbouring sums: of two numbers at a time, which have one sum.
+    tl.sum over more adds in an order that follows from how the loads were vectorised."""
+    for i in tl.static_range(LOG_COLUMNS):
+        x = tl.sum(tl.reshape(x, (ROWS, 1 << (LOG_COLUMNS - 1 - i), 2)), axis=2)
+    return tl.reshape(x, (ROWS,))
+
+
+@triton.jit
+def _add_blocks(total, x, ROWS: tl.constexpr, BLOCKS: tl.constexpr):  # [ROWS, BLOCKS · 64]
+    """total plus the sum of each block of 64 columns, one after the other."""
+    if BLOCKS == 1:
+        return total + _sum_pairs(x, ROWS, 6)
+    x = tl.reshape(x, (ROWS * BLOCKS, 64))
+    sums = tl.reshape(_sum_pairs(x, ROWS * BLOCKS, 6), (ROWS, BLOCKS))
+    for i in tl.static_range(BLOCKS):  # one of the numbers is added, the others are zeros
+        total += tl.sum(tl.where(tl.arange(0, BLOCKS)[None, :] == i, sums, 0.0), axis=1)
+    return total
+
+
+@triton.jit
+def pair_scores(
+    q_ptr,  # [dim], the query
+    x_ptr,  # [N, dim]
+    scale_ptr,  # [N] fp32, as the next; linear only
+    outer_ptr,
+    factor,  # the query's
+    rows,  # [ROWS] int64
+    there,  # [ROWS], whether there is a row
+    total,  # [ROWS] of ACC: the sum over the columns before `begin`, whole blocks
+    begin,
+    dim,
+    stride_xn,
+    METRIC: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    x_square = tl.zeros((ROWS,), ACC)
+    q_square = tl.zeros((1,), ACC)
+    x_rows = x_ptr + rows[:, None] * stride_xn
+    for start in range(begin, dim, BLOCKS * 64):
+        offs_d = start + tl.arange(0, BLOCKS * 64)
+        mask_d = offs_d < dim
+        q = tl.load(q_ptr + offs_d, mask_d, other=0.0).to(tl.float32).to(ACC)  # float8: no way else
+        x = tl.load(x_rows + offs_d[None, :], there[:, None] & mask_d[None, :], other=0.0)
+        x = x.to(tl.float32).to(ACC)
+        if METRIC == 2:
+            apart = q[None, :] - x
+            total = _add_blocks(total, -_product(apart, apart), ROWS, BLOCKS)
+        else:
+            total = _add_blocks(total, _product(q[None, :], x), ROWS, BLOCKS)
+        if METRIC == 1:
+            x_square = _add_blocks(x_square, _product(x, x), ROWS, BLOCKS)
+            q_square = _add_blocks(q_square, _product(q, q)[None, :], 1, BLOCKS)
+    if METRIC == 1:
+        norm = _root(x_square, ACC) * _root(q_square, ACC)
+        total = _ratio(total, tl.where(norm == 0.0, 1.0, norm), ACC)  # NaN stays NaN
+        total = tl.where(norm == 0.0, 0.0, total)
+    if METRIC == LINEAR:
+        total = _product(total, tl.load(scale_ptr + rows, there, other=0.0).to(ACC))
+        if HAS_OUTER:
+            outer = tl.load(outer_ptr + rows, there, other=0.0)
+            total += _product(factor, outer)
+    return total.to(tl.float32)
+
+
+@triton.jit
+def _root(x, ACC: tl.constexpr):
+    return tl.sqrt_rn(x) if ACC == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def _ratio(x, y, ACC: tl.constexpr):
+    return tl.div_rn(x, y) if ACC == tl.float32 else x / y
+
+
+@triton.jit(do_not_specialize=["N", "C", "tiles", "stride_rb", "stride_sb"])
+def _keys_kernel(
+    q_ptr,  # [B, dim]
+    x_ptr,  # [N, dim]
+    scale_ptr,
+    outer_ptr,
+    factor_ptr,  # [B]
+    rows_ptr,  # [B, C] int64: rows, −1 is none; or, BUCKETS, hits of a scan
+    count_ptr,  # [B] int32, how many hits there are
+    flag_ptr,  # [B] int32: to be rescanned; set where there are more than C
+    allowed_ptr,  # [N] uint8
+    sums_ptr,  # [B, C] fp32: sums over the columns before `begin`
+    out_ptr,  # [B, C · lanes] int64
+    N,
+    C,
+    tiles,  # of ROWS rows; the grid is B · tiles, for its second axis ends at 65535
+    begin,
+    dim,
+    stride_qb,  # in elements, as the next three; last axes are contiguous
+    stride_xn,
+    stride_rb,
+    stride_sb,
+    METRIC: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    BUCKETS: tl.constexpr,  # rows come in buckets of a scan, as of the next two
+    TILE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    lanes = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    if BUCKETS:
+        PER: tl.constexpr = TILE // (4 * GROUPS)  # rows of a bucket
+        count = tl.load(count_ptr + b)
+        many = count > C
+        if many:
+            tl.store(flag_ptr + b, 1)
+        there = (lanes // PER < count) & (tl.load(flag_ptr + b) == 0) & ~many
+        hit = tl.load(rows_ptr + b * stride_rb + lanes // PER, there, other=0)
+        rows = bucket_row(hit & 0xFFFFFFFF, lanes % PER, TILE, GROUPS)
+        there &= rows < N
+    else:
+        there = lanes < C
+        rows = tl.load(rows_ptr + b * stride_rb + lanes, there, other=-1)
+        there &= (rows >= 0) & (rows < N)
+    if HAS_ALLOWED:
+        there &= tl.load(allowed_ptr + rows, there, other=0) != 0
+    total = tl.zeros((ROWS,), ACC)
+    if HAS_SUMS:
+        total = tl.load(sums_ptr + b * stride_sb + lanes, there, other=0.0).to(ACC)
+    factor = tl.load(factor_ptr + b) if HAS_OUTER else 0.0
+    score = pair_scores(
+        q_ptr + b * stride_qb, x_ptr, scale_ptr, outer_ptr, factor, rows, there, total, begin, dim,
+        stride_xn, METRIC, HAS_OUTER, ROWS, BLOCKS, ACC,
+    )  # fmt: skip
+    key = tl.where(there, make_key(score, rows), EMPTY)
+    width = C * PER if BUCKETS else C
+    tl.store(out_ptr + b * width + lanes, key, lanes < width)
+
+
+@triton.jit
+def bucket_row(bucket, i, TILE: tl.constexpr, GROUPS: tl.constexpr):
+    """The i-th row of a bucket. A thread of a matrix product holds two neighbouring columns of
+    every eight, so a bucket is such pairs, GROUPS eights apart, and its best is found in one
+    thread."""
+    OF_TILE: tl.constexpr = 4 * GROUPS
+    within = bucket % OF_TILE
+    eight = i // 2 * GROUPS + within // 4
+    return bucket // OF_TILE * TILE + eight * 8 + within % 4 * 2 + i % 2
+
+
+@triton.jit
+def _best_of_both(best, new):
+    """Of as many in descending order as there are in no order: as one falls and the other rises,
+    the larger of each pair are the best."""
+    return tl.sort(tl.maximum(best, tl.sort(new)), descending=True)
+
+
+@triton.jit(do_not_specialize=["N", "splits", "rows_each"])
+def _rescan_kernel(
+    q_ptr,  # [B, dim]
+    x_ptr,  # [N, dim]
+    scale_ptr,
+    outer_ptr,
+    factor_ptr,  # [B]
+    flag_ptr,  # [B] int32
+    allowed_ptr,  # [N] uint8
+    parts_ptr,  # [B, splits, KEPT] int64: the best of each split
+    N,
+    splits,
+    rows_each,  # a multiple of KEPT
+    dim,
+    stride_qb,
+    stride_xn,
+    METRIC: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    KEPT: tl.constexpr,  # at least k
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The best of a split's rows, for queries that are flagged. Their place is also where KEPT new
+    keys are gathered, tile by tile, before they are sorted."""
+    b = (tl.program_id(0) // splits).to(tl.int64)
+    if tl.load(flag_ptr + b) == 0:
+        return
+    split = tl.program_id(0) % splits
+    part_ptr = parts_ptr + tl.program_id(0).to(tl.int64) * KEPT
+    first = split.to(tl.int64) * rows_each
+    factor = tl.load(factor_ptr + b) if HAS_OUTER else 0.0
+    best = tl.full((KEPT,), EMPTY, tl.int64)
+    worst = tl.min(best)
+    for start in range(0, rows_each, KEPT):
+        for tile in range(0, KEPT, ROWS):
+            lanes = tile + tl.arange(0, ROWS)
+            rows = first + start + lanes
+            there = rows < N
+            if HAS_ALLOWED:
+                there &= tl.load(allowed_ptr + rows, there, other=0) != 0
+            score = pair_scores(
+                q_ptr + b * stride_qb, x_ptr, scale_ptr, outer_ptr, factor, rows, there,
+                tl.zeros((ROWS,), ACC), 0, dim, stride_xn, METRIC, HAS_OUTER, ROWS, BLOCKS, ACC,
+            )  # fmt: skip
+            tl.store(part_ptr + lanes, tl.where(there, make_key(score, rows), EMPTY))
+        tl.debug_barrier()
+        new = tl.load(part_ptr + tl.arange(0, KEPT))
+        if tl.max(new) > worst:
+            best = _best_of_both(best, new)
+            worst = tl.min(best)
+        tl.debug_barrier()  # before it is written again
+    tl.store(part_ptr + tl.arange(0, KEPT), best)
+
+
+@triton.jit(do_not_specialize=["width", "splits"])
+def _merge_kernel(
+    parts_ptr,  # [B, splits, KEPT] int64, each in descending order
+    flag_ptr,  # [B] int32
+    keys_ptr,  # [B, width] int64: the best go first
+    width,
+    splits,
+    KEPT: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    if tl.load(flag_ptr + b) == 0:
+        return
+    lanes = tl.arange(0, KEPT)
+    best = tl.load(parts_ptr + b * splits * KEPT + lanes)
+    for split in range(1, splits):
+        new = tl.load(parts_ptr + (b * splits + split) * KEPT + lanes)
+        if tl.max(new) > tl.min(best):
+            best = _best_of_both(best, new)
+    tl.store(keys_ptr + b * width + lanes, best)
+
+
+class Pairs:
+    """Queries and rows whose pairs are scored: ``[B, dim]`` and ``[N, dim]``, by a metric.
+
+    Args:
+        linear: sum · scale + factor · outer, ``[N]``, ``[B]`` and ``[N]`` fp32, instead of a
+            metric's; without the second part where there is no outer.
+        allowed: ``[N]`` uint8: rows where it is 0 have no score.
+        double: Sum in fp64.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        x: Tensor,
+        metric: str,
+        *,
+        linear: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
+        allowed: Tensor | None = None,
+        double: bool = False,
+    ):
+        self.q, self.x, self.allowed = q, x, allowed
+        self.scale, self.factor, self.outer = linear or (None, None, None)
+        self.flags = {
+            "METRIC": METRICS["linear" if linear else metric],
+            "HAS_OUTER": self.outer is not None,
+            "HAS_ALLOWED": allowed is not None,
+            "ACC": tl.float64 if double else tl.float32,
+        }
+        plain = self.flags["METRIC"] != METRICS["cosine"] and not double and not in_bytes(x)
+        self.room = {} if plain else ROOMY
+
+    def keys(self, rows: Tensor, *, begin: int = 0, sums: Tensor | None = None) -> Tensor:
+        """Of each query with its own rows ``[B, C]``, −1 for none."""
+        B, C = rows.shape
+        out = torch.empty(B, C, dtype=torch.int64, device=rows.device)
+        self._launch(
+            rows, None, None, out, C, begin, sums, {"BUCKETS": False, "TILE": 0, "GROUPS": 0}
+        )
+        return out
+
+    def bucket_keys(
+        self, buckets: Tensor, count: Tensor, flag: Tensor, most: int, tile: int, groups: int
+    ) -> Tensor:
+        """Of every row of the first ``count`` buckets, ``most`` at most, of a scan by tiles."""
+        per = tile // (4 * groups)
+        out = torch.empty(len(buckets), most * per, dtype=torch.int64, device=buckets.device)
+        shape = {"BUCKETS": True, "TILE": tile, "GROUPS": groups}
+        self._launch(buckets, count, flag, out, most, 0, None, shape)
+        return out
+
+    def _launch(self, rows, count, flag, out, C, begin, sums, shape) -> None:
+        if not out.numel():
+            return
+        blocks = pair_blocks(self.x, out.numel())
+        tiles = triton.cdiv(out.shape[1], blocks["ROWS"])
+        _keys_kernel[(len(rows) * tiles,)](
+            self.q, self.x, self.scale, self.outer, self.factor, rows, count, flag, self.allowed,
+            sums, out,
+            len(self.x), C, tiles, begin, self.x.shape[1], self.q.stride(0), self.x.stride(0),
+            rows.stride(0), 0 if sums is None else sums.stride(0), HAS_SUMS=sums is not None,
+            **shape, **self.flags, **blocks, **self.room, **ROUNDED,
+        )  # fmt: skip
+
+    def rescan(self, keys: Tensor, flag: Tensor, k: int) -> None:
+        """The k best of all rows, for the queries that are flagged, to their keys ``[B, width]``.
+        The others cost next to nothing."""
+        kept = max(32, triton.next_power_of_2(k))
+        B, N = len(keys), len(self.x)
+        # As many as keep the device busy with one query, or with several within the bytes.
+        splits = min(programs(self.q), triton.cdiv(N, kept), RESCAN_BYTES // (8 * kept * B))
+        parts = torch.empty(B, max(splits, 1), kept, dtype=torch.int64, device=keys.device)
+        splits = parts.shape[1]
+        rows = triton.cdiv(triton.cdiv(N, splits), kept) * kept
+        blocks = pair_blocks(self.x, B * N)
+        warps = 8 if kept > 512 else 4
+        blocks |= {"ROWS": min(blocks["ROWS"], kept), "num_warps": warps}
+        _rescan_kernel[(B * splits,)](
+            self.q, self.x, self.scale, self.outer, self.factor, flag, self.allowed, parts,
+            N, splits, rows, self.x.shape[1], self.q.stride(0),
+            self.x.stride(0), KEPT=kept, **self.flags, **blocks, **ROOMY, **ROUNDED,
+        )  # fmt: skip
+        _merge_kernel[(B,)](
+            parts, flag, keys, keys.shape[1], splits, KEPT=kept, num_warps=warps
+        )  # fmt: skip
+
+
+RESCAN_BYTES = 64 << 20
+RESCANNED = SORTED_AT_ONCE  # k of a rescan at most
+FEW_PAIRS = 1 << 13  # 128 programs of 64 rows, one a processor
+
+
+def in_bytes(x: Tensor) -> bool:
+    """Whether rows are loaded byte by byte."""
+    return x.element_size() == 1 and not aligned(x)
+
+
+def pair_blocks(x: Tensor, pairs: int) -> dict[str, int]:
+    """8 KiB of rows a program, 128 contiguous bytes of each at a time: wider blocks take more
+    shuffles a column. Of few pairs, which leave the device idle, 256 columns: so many programs, so
+    few steps. Bytes that are no vectors take a load and an address each: half as many."""
+    if interpreted():
+        return dict(ROWS=256, BLOCKS=1, num_warps=1)
+    width = WHOLE_BLOCK * x.element_size()
+    blocks = min(4, 512 // width) if pairs <= FEW_PAIRS else max(1, 128 // width)
+    blocks = min(blocks, triton.next_power_of_2(triton.cdiv(x.shape[1], WHOLE_BLOCK)))
+    rows = 8192 // (blocks * width)
+    if in_bytes(x):
+        rows, blocks = 64, 1
+    return dict(ROWS=rows, BLOCKS=blocks, num_warps=4)

@@ -1,0 +1,1 @@
+"""What kernels of both wings share: tiles, and the device they run on."""

@@ -1,0 +1,45 @@
+"""dx, dw and db from the gradients of nested scores: two matrix products a slab.
+
+Column j of x counts in every prefix wider than j, so with A_g the gradient of prefix g's scores and
+T_g = Σ_{h >= g} A_h: dX[:, slab g] = T_g · W[:, slab g], dW[:, slab g] = T_gᵀ · X[:, slab g] and
+db = colsum(T_0). All prefixes cost what the widest one does. Chunks of rows × classes bound the
+memory that T takes; sums over chunks are fp32.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from mrl_fast.kernels.shared.tiling import chunk_steps, chunks, product, slabs, whole_tiles
+from torch import Tensor
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # dx [B, D], dw [V, W], db [V] fp32
+
+
+def nested_gradients(
+    x: Tensor,
+    weight: Tensor,
+    dims: Sequence[int],
+    bytes_a_score: int,
+    suffix_sums: Callable[[slice, slice], Iterable[Tensor]],
+    scale: Tensor,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+) -> Gradients:
+    """``suffix_sums(rows, classes)`` gives T_g / scale, ``[rows, classes]``, from the widest prefix
+    down; ``scale`` is an fp32 scalar on the device; the dtypes are those of dx and dw."""
+    row_step, class_step = chunk_steps(len(x), whole_tiles(len(weight)), bytes_a_score)
+    whole = row_step >= len(x)  # every element of dw is then made once
+    dx = torch.zeros_like(x, dtype=x_dtype)
+    dw = torch.zeros_like(weight, dtype=weight_dtype if whole else torch.float32)
+    db = torch.zeros(len(weight), device=x.device)
+    for rows in chunks(len(x), row_step):
+        dx_rows = torch.zeros(rows.stop - rows.start, dims[-1], device=x.device)
+        for classes in chunks(len(weight), class_step):
+            for slab, suffix in zip(reversed(slabs(dims)), suffix_sums(rows, classes), strict=True):
+                rounded = suffix.to(x.dtype)
+                dx_rows[:, slab] += product(rounded, weight[classes, slab]).mul_(scale)
+                dw[classes, slab] += product(rounded.T, x[rows, slab]).mul_(scale)
+                if slab.start == 0:
+                    db[classes] += suffix.sum(0, dtype=torch.float32).mul_(scale)
+        dx[rows, : dims[-1]] = dx_rows.to(x_dtype)
+    return dx, dw.to(weight_dtype), db

@@ -1,0 +1,180 @@
+"""Building an index from a file, in steps that an interruption cannot undo; adding to one."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mrl_fast.cli.inputs import Vectors, check_width, naming_rows
+from mrl_fast.cli.output import progress, replacing
+from mrl_fast.search.disk import manifest as manifests
+from mrl_fast.search.index import MatryoshkaIndex
+from mrl_fast.shared.arrays import as_tensor
+
+MARKER = "unfinished.json"  # in the index's folder while a build is not done
+CHECKPOINT_BYTES = 1 << 28  # of vectors as fp32
+FIT_BYTES = 1 << 28
+
+
+def unfinished(folder: Path) -> dict[str, Any] | None:
+    """What a build that is not done was asked for: ``source`` and ``rows``."""
+    try:
+        found = json.loads((folder / MARKER).read_text())
+        return {"source": str(found["source"]), "rows": int(found["rows"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MARKER}: expected a source and rows, got {error}") from None
+
+
+def build(
+    vectors: Vectors,
+    out: Path,
+    dims: list[int],
+    settings: dict[str, Any],
+    *,
+    checkpoint: int | None,
+    overwrite: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    """An index of the vectors in the folder, or what is missing of it; a summary."""
+    if dims[-1:] != [vectors.width]:
+        raise ValueError(
+            f"--dims: expected the last to be the vectors' width {vectors.width}, got {dims}"
+        )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, got {out}, which is a file")
+    begun, new = time.perf_counter(), False
+    index = MatryoshkaIndex(dims, **settings)
+    if (out / manifests.FILE).exists() and not overwrite:
+        index = MatryoshkaIndex.load(out)
+        _check_same(index, {"dims": tuple(dims), **settings}, out)
+        _check_rows(index, vectors, out)
+    else:
+        if settings["rotation"]:
+            samples = vectors.matrix(max(1, FIT_BYTES // (4 * vectors.width)))
+            with naming_rows(vectors.path, samples, 0):
+                index.fit(samples)
+            del samples
+        if new := not (out / manifests.FILE).exists():
+            index.save(out)
+    done = len(index)
+    if done < vectors.rows:
+        if not overwrite:
+            _mark(vectors, out)
+        checkpoint = checkpoint or max(1, CHECKPOINT_BYTES // (4 * vectors.width))
+        try:
+            index = _append_all(index, vectors, out, checkpoint, overwrite, quiet)
+        except BaseException:
+            if new and not len(MatryoshkaIndex.load(out)):  # as if nothing had been asked for
+                for name in (MARKER, *manifests.files_of(manifests.read(out)), manifests.FILE):
+                    (out / name).unlink(missing_ok=True)
+            raise
+    (out / MARKER).unlink(missing_ok=True)
+    return {
+        "index": out, "rows": len(index), "added": len(index) - done, "dims": index.dims,
+        "seconds": time.perf_counter() - begun,
+    }  # fmt: skip
+
+
+def add(vectors: Vectors, folder: Path, *, quiet: bool) -> dict[str, Any]:
+    """Appends the vectors and saves once; a summary."""
+    begun = time.perf_counter()
+    index = MatryoshkaIndex.load(folder)
+    if unfinished(folder):
+        raise ValueError(f"{folder}: expected a whole index, got an unfinished build: run it again")
+    check_width(vectors, index)
+    try:
+        with progress("add", vectors.rows, quiet=quiet) as bar:
+            for part, ids, row in vectors.chunks(vectors.chunk_rows):
+                with naming_rows(vectors.path, part, row, index.dtype):
+                    index.add(part, ids)
+                bar.update(len(part))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"nothing was added to {folder}") from None
+    index.save(folder)
+    return {
+        "index": folder, "rows": len(index), "added": vectors.rows, "dims": index.dims,
+        "seconds": time.perf_counter() - begun,
+    }  # fmt: skip
+
+
+def _mark(vectors: Vectors, out: Path) -> None:
+    marker = {"source": str(vectors.path.absolute()), "rows": vectors.rows}
+    with replacing(out / MARKER) as file:
+        file.write_text(json.dumps(marker))
+
+
+def _append_all(
+    index: MatryoshkaIndex,
+    vectors: Vectors,
+    out: Path,
+    checkpoint: int,
+    overwrite: bool,
+    quiet: bool,
+) -> MatryoshkaIndex:
+    """Adds what is missing; saves and opens the index anew every ``checkpoint`` rows, so that no
+    more than these are in memory. An index that is overwritten is there until the first save."""
+    saved, again = len(index), "the same command"
+    if overwrite:
+        again += " without --overwrite"
+    chunk = checkpoint // -(-checkpoint // vectors.chunk_rows)
+    try:
+        with progress("build", vectors.rows, done=saved, quiet=quiet) as bar:
+            for part, ids, row in vectors.chunks(chunk, saved):
+                with naming_rows(vectors.path, part, row, index.dtype):
+                    index.add(part, ids)
+                bar.update(len(part))
+                if len(index) + chunk > saved + checkpoint or len(index) == vectors.rows:
+                    if overwrite and not saved:
+                        _mark(vectors, out)
+                    index.save(out)
+                    index = MatryoshkaIndex.load(out)
+                    saved = len(index)
+    except KeyboardInterrupt:  # perhaps after a save, before anything here knew
+        if not saved and not unfinished(out):
+            raise KeyboardInterrupt(f"{out} is as it was") from None
+        saved = len(MatryoshkaIndex.load(out))
+        raise KeyboardInterrupt(
+            f"{saved:,} of {vectors.rows:,} rows are in {out}; {again} goes on after them"
+        ) from None
+    return index
+
+
+def _check_same(index: MatryoshkaIndex, wanted: dict[str, Any], out: Path) -> None:
+    for name, value in wanted.items():
+        there = getattr(index, name)
+        if name == "rotation":
+            there = None if there is None else "pca"
+        if there != value:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected {there} as in {out}, got {value}; "
+                "--overwrite builds anew"
+            )
+
+
+def _check_rows(index: MatryoshkaIndex, vectors: Vectors, out: Path) -> None:
+    """The index holds the file's first rows, as far as its first and its last vector show."""
+    count = len(index)
+    if count > vectors.rows:
+        raise ValueError(
+            f"--out: expected at most the {vectors.rows:,} rows of {vectors.path} in {out}, got "
+            f"{count:,}; --overwrite builds anew"
+        )
+    ids, dtype = index.ids, torch.finfo(getattr(torch, index.dtype))
+    for row in sorted({0, count - 1}) if count else ():
+        part, given, _ = next(vectors.chunks(1, row))
+        there, here = index.reconstruct(ids[row : row + 1]), as_tensor(part, "vectors").float()
+        norm = float(torch.linalg.vector_norm(here))
+        moved = float(torch.linalg.vector_norm(there - here))
+        # Rounding to the dtype, and in fp32 where the rows were rotated there and back.
+        rounding = dtype.eps * (norm + dtype.tiny * vectors.width**0.5) + 1e-5 * norm
+        if int(ids[row]) != (row if given is None else given[0]) or not moved <= rounding:
+            raise ValueError(
+                f"--out: expected {out} to hold the first rows of {vectors.path}, got another "
+                f"vector or id than in row {row:,}; --overwrite builds anew"
+            )

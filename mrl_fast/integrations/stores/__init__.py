@@ -1,0 +1,1 @@
+"""What vector stores over an index share: records, their journal, and filters."""

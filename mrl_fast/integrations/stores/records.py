@@ -1,0 +1,323 @@
+"""Values by name, each with a vector in an index: what the stores of other libraries keep."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mrl_fast.integrations.stores.journal import Journal, line_of, locked, sync
+from mrl_fast.search.index import MatryoshkaIndex
+from mrl_fast.search.index.validate import default_dims
+
+INDEX, JOURNAL = "index", "records.jsonl"
+SLACK = 1000  # removed rows or lines that are not worth moving the others for
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class Codec(NamedTuple):
+    """How values of a kind become what JSON can hold, and back."""
+
+    kind: str
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+
+
+class Records(Generic[T]):
+    """Values by name, each with a vector, that others may search while one thread changes them.
+
+    Every value that is put gets a row of the index whose number was never used before, drawn at
+    random: so the records of two states can lie in one file, and the index tells which there are.
+
+    Args:
+        codec: For what is saved.
+        dims: The index's. None: of the first vectors' width.
+        options: The index's others, as MatryoshkaIndex takes them.
+
+    Attributes:
+        index: None until vectors are put, where there are no dims.
+    """
+
+    def __init__(self, codec: Codec, dims: Sequence[int] | None, options: dict[str, Any]):
+        MatryoshkaIndex((1,) if dims is None else dims, **options)  # has wrong ones raise now
+        self.index = None if dims is None else MatryoshkaIndex(dims, **options)
+        self._codec, self._options = codec, options
+        self._entries: dict[int, tuple[str, T]] = {}  # by row
+        self._rows: dict[str, int] = {}
+        self._changing = threading.RLock()
+        self._changes = 0  # odd during one
+        self._journal: Journal | None = None
+        self._unsaved: set[int] = set()  # rows that are not in the journal
+
+    def put(self, names: Sequence[str], vectors: Any, values: Sequence[T]) -> None:
+        """Adds values, replacing those of the same names; the last of a name given twice counts.
+
+        Args:
+            vectors: ``[n, D]``, or a list of lists.
+        """
+        last = {name: i for i, name in enumerate(names)}
+        if not last:
+            return
+        x = _matrix(vectors, "embeddings")
+        if len(x) != len(names):
+            raise ValueError(f"embeddings: expected {len(names)} rows, got {len(x)}")
+        x = x[list(last.values())]
+        with self._change():
+            index = self.index
+            if index is None:
+                index = MatryoshkaIndex(default_dims(x.shape[1]), **self._options)
+            rows = _new_rows(index, len(last))
+            self._entries.update(
+                (row, (name, values[i])) for row, (name, i) in zip(rows, last.items(), strict=True)
+            )
+            try:
+                index.add(x, torch.tensor(rows))
+            except BaseException:
+                for row in rows:
+                    del self._entries[row]
+                raise
+            self.index = index
+            self._unsaved.update(rows)
+            replaced = [self._rows[name] for name in last if name in self._rows]
+            self._rows.update(zip(last, rows, strict=True))
+            self._drop(replaced)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Removes the values of these names, where there are any."""
+        with self._change():
+            gone = (self._rows.pop(name, None) for name in list(names))
+            self._drop([row for row in gone if row is not None])
+
+    def clear(self) -> None:
+        with self._change():
+            self._drop(list(self._rows.values()))
+            self._rows.clear()
+            if self.index is not None:
+                self.index.compact()
+
+    def get(self, name: str) -> T | None:
+        entry = self._settled(lambda: self._entries.get(self._rows.get(name, -1)))
+        return None if entry is None else entry[1]
+
+    def values(self) -> list[T]:
+        """In the order they were put."""
+        return [value for _, value in list(self._entries.values())]
+
+    def search(
+        self, vector: Any, k: int, keep: Callable[[T], bool] | None = None, **options: Any
+    ) -> list[tuple[T, float]]:
+        """The best values, with scores.
+
+        Args:
+            vector: ``[D]``, or a list.
+            keep: Which values to search.
+            options: More of ``MatryoshkaIndex.search``'s.
+        """
+        index, q = self.index, _matrix([vector], "query")
+        if index is None:
+            return []
+        found = self._settled(lambda: self._search(index, q, k, keep, options))
+        return [(value, score) for _, value, score in found]
+
+    def diverse(
+        self, vector: Any, k: int, fetch: int, weight: float,
+        keep: Callable[[T], bool] | None = None, **options: Any,
+    ) -> list[tuple[T, float]]:  # fmt: skip
+        """Of the ``fetch`` best, k that are relevant and unlike one another, in the order chosen:
+        maximal marginal relevance.
+
+        Args:
+            weight: Of relevance; the rest is of the likeness to what was chosen before. Both are
+                full-width cosines.
+        """
+        index, q = self.index, _matrix([vector], "query")
+        if index is None:
+            return []
+
+        def look() -> tuple[list[tuple[int, T, float]], Any]:
+            found = self._search(index, q, max(k, fetch), keep, options)
+            rows = torch.tensor([row for row, _, _ in found], dtype=torch.int64)
+            return found, index.reconstruct(rows)
+
+        found, x = self._settled(look)
+        return [found[i][1:] for i in _marginal(q[0], x, k, weight)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes what the folder does not have yet; until that is done it holds what it held.
+
+        Args:
+            path: A folder: new, empty, or with such records, which are replaced.
+
+        Raises:
+            ValueError: Nothing was ever put and there are no dims; a value that JSON cannot hold; a
+                folder with other files, or one that another has saved to since.
+        """
+        folder = Path(path).absolute()
+        with self._changing:
+            if self.index is None:
+                raise ValueError("dims: expected dims, or a vector, before a save, got neither")
+            if not folder.is_dir():
+                folder.mkdir(parents=True)
+                sync(folder.parent)
+            with locked(folder):
+                self._save(folder, self.index)
+
+    def load(self, path: str | os.PathLike[str], *, verify: bool) -> None:
+        """Takes over what a folder holds.
+
+        Raises:
+            FileNotFoundError: There is nothing.
+            ValueError: Another version or kind, or damage: names the file.
+        """
+        folder = Path(path).absolute()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"path: expected a folder that was saved to, got {folder}")
+        journal = Journal(folder / JOURNAL, self._codec.kind)
+        with locked(folder, shared=True):
+            index = MatryoshkaIndex.load(folder / INDEX, verify=verify)
+            rows = index.ids.tolist()
+            records = journal.read(set(rows))
+        for row in rows:
+            try:
+                name, value = records[row]
+                value = self._codec.decode(value)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{journal.file}: row {row}: {error}") from error
+            self._entries[row], self._rows[name] = (name, value), row
+        if len(self._rows) < len(rows):
+            raise ValueError(f"{journal.file}: expected no name twice")
+        self.index, self._journal = index, journal
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        with self._changing:
+            self._changes += 1
+            try:
+                yield
+            finally:
+                self._changes += 1
+
+    def _settled(self, read: Callable[[], R]) -> R:
+        """What ``read`` returns where nothing changes meanwhile; at the second try, if need be,
+        nothing may."""
+        before = self._changes
+        if before % 2 == 0:
+            try:
+                result = read()
+            except ValueError:
+                if self._changes == before:
+                    raise
+            else:
+                if self._changes == before:
+                    return result
+        with self._changing:
+            return read()
+
+    def _search(
+        self,
+        index: MatryoshkaIndex,
+        q: Tensor,
+        k: int,
+        keep: Callable[[T], bool] | None,
+        options: dict[str, Any],
+    ) -> list[tuple[int, T, float]]:
+        """Rows, their values, and scores."""
+        allowed = None
+        if keep is not None:
+            entries = list(self._entries.items())
+            kept = [row for row, (_, value) in entries if keep(value)]
+            allowed = torch.tensor(kept, dtype=torch.int64)
+        scores, rows = index.search(q, k, allowed=allowed, **options)
+        return [
+            (row, entry[1], score)
+            for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)
+            if (entry := self._entries.get(row))
+        ]
+
+    def _drop(self, rows: list[int]) -> None:
+        if not rows or self.index is None:
+            return
+        self.index.remove(torch.tensor(rows))
+        for row in rows:
+            del self._entries[row]
+        self._unsaved.difference_update(rows)
+        if self.index.removed > len(self.index) + SLACK:
+            self.index.compact()
+
+    def _save(self, folder: Path, index: MatryoshkaIndex) -> None:
+        file = folder / JOURNAL
+        for name in sorted(os.listdir(folder)):
+            if name not in (INDEX, JOURNAL, JOURNAL + ".new"):
+                raise ValueError(
+                    f"path: expected a store or an empty folder, got {folder / name} in it"
+                )
+        journal = self._journal
+        known = journal is not None and journal.file == file and journal.unchanged
+        if journal is None or not known:
+            journal = Journal(file, self._codec.kind)
+        mixed = not known and file.exists()  # with others' lines
+        # All lines are made first: nothing is written where one cannot be.
+        journal.append(list(self._lines(self._unsaved if known else self._entries)))
+        if known:
+            self._unsaved = set()
+        index.save(folder / INDEX)
+        self._journal, self._unsaved = journal, set()
+        if mixed or journal.lines > 2 * len(self._entries) + SLACK:
+            journal.rewrite(self._lines(self._entries))
+
+    def _lines(self, rows: Iterable[int]) -> Iterator[bytes]:
+        for row in rows:
+            name, value = self._entries[row]
+            try:
+                line = line_of([row, [name, self._codec.encode(value)]])
+                same = self._codec.decode(json.loads(line)[1][1]) == value
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"{name!r}: expected what JSON can hold, got {error}") from error
+            if not same:
+                raise ValueError(f"{name!r}: expected what JSON gives back as it was, got {value}")
+            yield line
+
+
+def _new_rows(index: MatryoshkaIndex, count: int) -> list[int]:
+    while True:
+        first = secrets.randbits(62)
+        rows = list(range(first, first + count))
+        if not bool(index.contains(torch.tensor(rows)).any()):
+            return rows
+
+
+def _matrix(x: Any, name: str) -> Tensor:
+    """``[n, D]`` fp32."""
+    try:
+        array = np.asarray(x, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected rows of numbers, all of one width: {error}") from None
+    if array.ndim != 2:
+        raise ValueError(f"{name}: expected shape [n, D], got {list(array.shape)}")
+    return torch.from_numpy(np.require(array, requirements="W"))
+
+
+def _marginal(query: Tensor, x: Tensor, k: int, weight: float) -> list[int]:
+    """Which rows of x, ``[n, D]``, to choose, the most relevant first."""
+    x = normalize(x, dim=1)
+    relevance = x @ normalize(query, dim=0)
+    gain, likeness, chosen = relevance.clone(), torch.full_like(relevance, -1.0), []
+    while len(chosen) < min(k, len(x)):
+        best = int(gain.argmax())
+        chosen.append(best)
+        likeness = torch.maximum(likeness, x @ x[best])
+        gain = weight * relevance - (1 - weight) * likeness
+        gain[chosen] = -torch.inf
+    return chosen

@@ -1,0 +1,115 @@
+"""Search by C++ SIMD kernels: one chain of multiply-adds a pair, whatever is searched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mrl_fast.shared import native
+from mrl_fast.shared.checks import METRICS, check_finite
+from mrl_fast.shared.native import _C
+
+DTYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+}  # as enum DType in csrc/cpu/simd/kernels.h
+
+
+def prefix_topk(
+    queries: Tensor, database: Tensor, k: int, dim: int, metric: str
+) -> tuple[Tensor, Tensor]:
+    return funnel_search(queries, database, [(dim, k)], metric)
+
+
+def funnel_search(
+    queries: Tensor, database: Tensor, stages: Sequence[tuple[int, int]], metric: str
+) -> tuple[Tensor, Tensor]:
+    return search_rows(queries, row_major(database), stages, metric, database[:, : stages[-1][0]])
+
+
+def row_major(database: Tensor) -> _C.Rows:
+    span = (0, len(database), 0, 0, database.data_ptr(), database.stride(0), 0, 0, 0)
+    return _C.Rows([span], 0, 0, DTYPES[database.dtype], [])
+
+
+def search_rows(
+    queries: Tensor,
+    rows: _C.Rows,
+    stages: Sequence[tuple[int, int]],
+    metric: str,
+    unchecked: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Runs the stages. The first one's dim is at least the rows' packed columns.
+
+    ``unchecked``: the vectors, where it is not known yet that they are finite.
+    """
+    q = queries.float()  # [B, D]; a half-precision value is exact in fp32
+    scores, ids = _results(q, stages[-1][1])
+    problem = _C.search(
+        rows, q.data_ptr(), len(q), q.stride(0), METRICS.index(metric), list(stages),
+        torch.get_num_threads(), native.ISA, scores.data_ptr(), ids.data_ptr(),
+    )  # fmt: skip
+    _refuse(problem, queries[:, : stages[-1][0]], unchecked)
+    return scores, ids
+
+
+def exact_search(
+    queries: Tensor, rows: _C.Rows, dim: int, k: int, metric: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best by fp64 scores; and how many rows of each query were read beyond their prefix."""
+    scores, ids = _results(queries, k)
+    touched = torch.empty(len(queries), dtype=torch.int64)
+    problem = _C.exact_search(
+        rows, queries.data_ptr(), len(queries), queries.stride(0), METRICS.index(metric), dim, k,
+        torch.get_num_threads(), native.ISA,
+        scores.data_ptr(), ids.data_ptr(), touched.data_ptr(),
+    )  # fmt: skip
+    _refuse(problem, queries)
+    return scores, ids, touched
+
+
+def range_search(
+    queries: Tensor, rows: _C.Rows, dim: int, threshold: float, metric: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Limits, scores and ids of every row that reaches the threshold, as exact search scores it."""
+    found = _C.range_search(
+        rows, queries.data_ptr(), len(queries), queries.stride(0), METRICS.index(metric), dim,
+        threshold, torch.get_num_threads(), native.ISA,
+    )  # fmt: skip
+    _refuse(found.problem, queries)
+    limits = torch.tensor([0, *found.counts]).cumsum(0)
+    total = int(limits[-1])
+    scores, ids = torch.empty(total), torch.empty(total, dtype=torch.int64)
+    found.write(scores.data_ptr(), ids.data_ptr())
+    return limits, scores, ids
+
+
+def rerank(
+    queries: Tensor, database: Tensor, candidates: Tensor, k: int, dim: int, metric: str
+) -> tuple[Tensor, Tensor]:
+    q, candidates = queries.float(), candidates.contiguous()
+    scores, ids = _results(q, k)
+    problem = _C.rerank(
+        row_major(database), q.data_ptr(), len(q), q.stride(0), METRICS.index(metric),
+        candidates.data_ptr(), candidates.shape[1], dim, k, torch.get_num_threads(), native.ISA,
+        scores.data_ptr(), ids.data_ptr(),
+    )  # fmt: skip
+    _refuse(problem, queries[:, :dim], database[:, :dim])
+    return scores, ids
+
+
+def _results(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+
+
+def _refuse(problem: str, queries: Tensor, unchecked: Tensor | None = None) -> None:
+    if problem:
+        check_finite(queries, "queries")
+        if unchecked is not None:
+            check_finite(unchecked, "database")
+        raise ValueError(
+            "database: expected scores within float32, got one beyond (vectors too large)"
+        )

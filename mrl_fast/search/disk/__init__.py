@@ -1,0 +1,1 @@
+"""An index on disk: a folder of immutable files and one manifest."""

@@ -1,0 +1,128 @@
+"""What a saved index consists of: JSON that is checked field by field before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mrl_fast.shared.native import TILE
+
+FORMAT, VERSION = "mrl_fast index", 1
+FILE = "manifest.json"
+NAME = re.compile(r"(rows|alive|axes)-(\d{8})\.safetensors")
+MANIFEST_BYTES = 1 << 20  # at most; parsed, it may take 25 times that
+ROWS = (1 << 32) - 1  # at most
+FIELDS = (
+    "format", "version", "generation", "dims", "metric", "dtype", "prefix_dtype", "rotation",
+    "next_id", "tuned", "segments", "alive", "axes", "sha256",
+)  # fmt: skip
+
+
+def new(**fields: Any) -> dict[str, Any]:
+    return signed({"format": FORMAT, "version": VERSION, **fields})
+
+
+def signed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """With a checksum of the other fields."""
+    plain = {name: value for name, value in manifest.items() if name != "sha256"}
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return {**plain, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The manifest of a folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or of another version.
+    """
+    file = path / FILE
+    try:
+        with open(file, "rb") as opened:
+            text = opened.read(MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"path: expected a folder that holds an index, got {path}"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{file}: expected a file to read, got {error.strerror}") from error
+    return parse(file, text)
+
+
+def parse(file: Path, text: bytes) -> dict[str, Any]:
+    """The manifest that ``file`` holds, checked."""
+    if len(text) > MANIFEST_BYTES:
+        raise ValueError(f"{file}: size: expected at most {MANIFEST_BYTES} bytes, got more")
+    try:
+        manifest = json.loads(text)
+        digest = signed(manifest)["sha256"] if isinstance(manifest, dict) else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: expected JSON, got {error}") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(manifest).__name__}")
+    _check(file, manifest, digest)
+    return manifest
+
+
+def read_or_none(path: Path) -> dict[str, Any] | None:
+    try:
+        return read(path)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def files_of(manifest: dict[str, Any]) -> set[str]:
+    entries = [*manifest["segments"], manifest["alive"], manifest["axes"]]
+    return {entry["file"] for entry in entries if entry}
+
+
+def _check(file: Path, manifest: dict[str, Any], digest: str | None) -> None:
+    """What is not checked here, the index's own fields, is as the index is made of them."""
+
+    def need(ok: Any, name: str, expected: str, got: Any) -> None:
+        if not ok:
+            raise ValueError(f"{file}: {name}: expected {expected}, got {repr(got)[:80]}")
+
+    def whole(value: Any, low: int, high: int) -> bool:
+        return type(value) is int and low <= value <= high
+
+    def names_file(entry: Any, name: str, kind: str, keys: set[str]) -> None:
+        need(isinstance(entry, dict) and set(entry) == keys, name, f"{sorted(keys)}", entry)
+        matched = NAME.fullmatch(entry["file"]) if isinstance(entry["file"], str) else None
+        need(matched and matched[1] == kind, f"{name} file", f"a file of {kind}", entry["file"])
+        sha256 = entry["sha256"]
+        good = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)
+        need(good, f"{name} sha256", "64 hexadecimal digits", sha256)
+
+    get = manifest.get
+    need(get("format") == FORMAT, "format", repr(FORMAT), get("format"))
+    need(whole(get("version"), VERSION, VERSION), "version", f"{VERSION}", get("version"))
+    need(get("sha256") == digest, "sha256", f"{digest}", get("sha256"))
+    need(set(manifest) == set(FIELDS), "fields", ", ".join(FIELDS), sorted(map(str, manifest)))
+    need(whole(get("generation"), 1, 10**8 - 1), "generation", "a number", get("generation"))
+    need(whole(get("next_id"), 0, 2**63 - 1), "next_id", "an id", get("next_id"))
+    segments = manifest["segments"]
+    need(isinstance(segments, list), "segments", "a list", segments)
+    for i, segment in enumerate(segments):
+        name = f"segments[{i}]"
+        names_file(segment, name, "rows", {"file", "sha256", "rows", "used"})
+        rows, used = segment["rows"], segment["used"]
+        need(whole(rows, TILE, ROWS + 1), f"{name} rows", "a number of rows", rows)
+        need(rows % TILE == 0, f"{name} rows", f"a multiple of {TILE}", rows)
+        need(whole(used, 1, rows), f"{name} used", f"1 to {rows}", used)
+        last = i == len(segments) - 1
+        need(last or used % TILE == 0, f"{name} used", f"a multiple of {TILE}", used)
+    total = sum(segment["used"] for segment in segments)
+    need(total <= ROWS, "segments", f"at most {ROWS} rows", total)
+    if manifest["alive"] is not None:
+        need(segments, "alive", "none without rows", manifest["alive"])
+        names_file(manifest["alive"], "alive", "alive", {"file", "sha256"})
+    rotates = manifest["rotation"] is not None
+    if manifest["axes"] is not None:
+        names_file(manifest["axes"], "axes", "axes", {"file", "sha256"})
+        need(rotates, "axes", "none without a rotation", manifest["axes"])
+    else:
+        need(not (rotates and segments), "axes", "a file where rows are rotated", None)

@@ -1,0 +1,173 @@
+"""One state of an index's rows: what a search reads, whatever is added or removed meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mrl_fast.search.index.blocks import Block
+from mrl_fast.shared.native import TILE, Rows, pack_flags
+
+
+class Run:
+    """Ids of consecutive rows in ascending order, each with its newest row last."""
+
+    def __init__(self, ids: Tensor, rows: Tensor):
+        if not bool((ids.diff() > 0).all()):
+            ids, order = ids.sort(stable=True)
+            rows = rows[order]
+        self.ids, self.rows = ids, rows
+        self.gapless = int(ids[-1] - ids[0]) == len(ids) - 1 and bool((ids.diff() == 1).all())
+
+    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of these ids there are, and their rows."""
+        if self.gapless:
+            place = ids - self.ids[0]
+            there = (place >= 0) & (place < len(self.ids))
+        else:
+            place = torch.searchsorted(self.ids, ids, right=True) - 1
+            there = (place >= 0) & (self.ids[place.clamp(min=0)] == ids)
+        return there, self.rows[place[there]]
+
+
+class Snapshot:
+    """Rows [0, count), in blocks, of which some are removed.
+
+    Attributes:
+        rows: What the kernels read: all rows, those that are alive may be found.
+        blocks, counts: The rows lie in these, so many in each; in all but the last whole tiles.
+        alive: ``[tiles]`` int64, bit r of a word is row r of the tile; None: all rows are.
+        size: How many rows are alive.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        blocks: Sequence[Block],
+        counts: Sequence[int],
+        alive: Tensor | None,
+        held: Any,
+        before: Snapshot | None = None,
+    ):
+        self.blocks, self.counts, self.alive = tuple(blocks), tuple(counts), alive
+        self.count = sum(counts)
+        self.held = held  # what `rows` points to beside the blocks
+        self.device_rows: Any = None  # the same rows on a device, where the index is on one
+        self.rows = rows if alive is None else rows.restricted(alive.data_ptr())
+        self.size = self.rows.eligible
+        # Of the ids of the first rows, so many; more where ids are looked up.
+        self._runs: tuple[tuple[Run, ...], int] = before._runs if before else ((), 0)
+
+    @property
+    def nbytes(self) -> int:
+        blocks = zip(self.blocks, self.counts, strict=True)
+        runs = sum(run.ids.nbytes + run.rows.nbytes for run in self._runs[0])
+        words = 0 if self.alive is None else self.alive.nbytes
+        return sum(block.nbytes(n) for block, n in blocks) + runs + words
+
+    @property
+    def ids(self) -> Tensor:
+        """Of the rows that are alive, in their order, ``[size]``."""
+        return self._ids(0) if self.alive is None else self._ids(0)[self._alive_flags()]
+
+    def find(self, ids: Tensor) -> Tensor:
+        """The rows that have these ids, −1 where there is none, ``[n]``."""
+        found = torch.full_like(ids, -1)
+        for run in self._cover():  # a newer row of the same id comes later
+            there, rows = run.find(ids)
+            found[there] = rows
+        if self.alive is not None:
+            known = found.clamp(min=0)
+            dead = (self.alive[known // TILE] >> (known % TILE)) & 1 == 0
+            found[dead] = -1
+        return found
+
+    def restricted(self, allowed: Tensor) -> tuple[Rows, Tensor]:
+        """The rows that are alive and allowed, and what they point to."""
+        words = words_of(self.flags(allowed))
+        return self.rows.restricted(words.data_ptr()), words
+
+    def flags(self, allowed: Tensor) -> Tensor:
+        """Of each row, ``[count]`` bool, whether it is alive and allowed: by id, int64 ``[n]``,
+        where unknown ones are ignored, or by a bool for each row that is alive, ``[size]``."""
+        if allowed.dtype == torch.bool and self.alive is None:
+            return allowed
+        flags = torch.zeros(self.count, dtype=torch.bool)
+        if allowed.dtype == torch.bool:
+            flags[self._alive_flags()] = allowed
+        else:
+            rows = self.find(allowed)
+            flags[rows[rows >= 0]] = True
+        return flags
+
+    def vectors(self, rows: Tensor, width: int) -> Tensor:
+        """Rows by their number, ``[n, width]`` fp32."""
+        result = torch.empty(len(rows), width)
+        ends = torch.tensor(self.counts, dtype=torch.int64).cumsum(0)
+        which = torch.searchsorted(ends, rows, right=True)
+        for i in which.unique().tolist():
+            mine = (which == i).nonzero()[:, 0]
+            local = rows[mine] - (ends[i] - self.counts[i])
+            result[mine] = self.blocks[i].vectors(local).float()
+        return result
+
+    def without(self, rows: Tensor) -> Tensor:
+        """``alive`` less these rows."""
+        flags = torch.ones(self.count, dtype=torch.bool)
+        flags[rows] = False
+        words = words_of(flags)
+        return words if self.alive is None else words & self.alive
+
+    def alive_rows(self, begin: int, end: int) -> Tensor:
+        """The numbers of the rows alive in [begin, end), which begins a tile."""
+        if self.alive is None:
+            return torch.arange(begin, end)
+        flags = flags_of(self.alive[begin // TILE : -(-end // TILE)], end - begin)
+        return flags.nonzero()[:, 0] + begin
+
+    def _alive_flags(self) -> Tensor:
+        assert self.alive is not None
+        return flags_of(self.alive, self.count)
+
+    def _ids(self, begin: int) -> Tensor:
+        parts, first = [torch.empty(0, dtype=torch.int64)], 0
+        for block, count in zip(self.blocks, self.counts, strict=True):
+            parts.append(block.ids[max(begin - first, 0) : count])
+            first += count
+        return torch.cat(parts)
+
+    def _cover(self) -> tuple[Run, ...]:
+        runs, covered = self._runs
+        if covered < self.count:
+            new = Run(self._ids(covered), torch.arange(covered, self.count))
+            merged = [*runs]
+            while merged and len(merged[-1].ids) <= 2 * len(new.ids):  # so that they stay few
+                last = merged.pop()
+                new = Run(torch.cat([last.ids, new.ids]), torch.cat([last.rows, new.rows]))
+            runs = (*merged, new)
+            self._runs = runs, self.count
+        return runs
+
+
+def words_of(flags: Tensor) -> Tensor:
+    """``[n]`` bool as int64 words of 64 bits, the first the lowest, padded with zeros."""
+    words = torch.empty(-(-len(flags) // TILE), dtype=torch.int64)
+    pack_flags(flags.contiguous().data_ptr(), len(flags), words.data_ptr())
+    return words
+
+
+def flags_of(words: Tensor, count: int) -> Tensor:
+    bits = np.unpackbits(words.numpy().view(np.uint8), count=count, bitorder="little")
+    return torch.from_numpy(bits.view(bool))
+
+
+def restricted(now: Snapshot, allowed: Tensor | None) -> tuple[Rows, Any]:
+    """The rows of a snapshot that are alive and allowed, as of ``Snapshot.flags``, and what must be
+    kept meanwhile."""
+    if allowed is None:
+        return now.rows, now
+    return now.restricted(allowed.cpu())

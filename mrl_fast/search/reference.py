@@ -1,0 +1,60 @@
+"""The specification of search: every op in plain PyTorch, by a matrix of fp64 scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mrl_fast.shared.types import SearchResult
+
+
+def scores(queries: Tensor, database: Tensor, dim: int, metric: str) -> Tensor:  # [B, N] fp64
+    q, x = queries[:, :dim].double(), database[:, :dim].double()
+    if metric == "l2":
+        return -torch.cdist(q, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    s = q @ x.T
+    if metric == "cosine":
+        norms = torch.linalg.vector_norm(q, dim=1)[:, None] * torch.linalg.vector_norm(x, dim=1)
+        s = torch.where(norms > 0, s / norms, 0.0)
+    return s
+
+
+def best(scores: Tensor, rows: Tensor, k: int) -> SearchResult:
+    """The k best of each row of ``scores``, by (score descending, row ascending); rows < 0 are no
+    rows."""
+    scores = torch.where(rows >= 0, scores.float(), -torch.inf)  # [B, C]
+    by_row = rows.where(rows >= 0, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+    by_score = scores.gather(1, by_row).argsort(dim=1, descending=True, stable=True)[:, :k]
+    order = by_row.gather(1, by_score)
+    missing = k - order.shape[1]
+    return SearchResult(
+        F.pad(scores.gather(1, order), (0, missing), value=-torch.inf),
+        F.pad(rows.gather(1, order), (0, missing), value=-1),
+    )
+
+
+def prefix_topk(queries: Tensor, database: Tensor, k: int, dim: int, metric: str) -> SearchResult:
+    rows = torch.arange(len(database), device=queries.device).expand(len(queries), -1)
+    return best(scores(queries, database, dim, metric), rows, k)
+
+
+def rerank(
+    queries: Tensor, database: Tensor, candidates: Tensor, k: int, dim: int, metric: str
+) -> SearchResult:
+    s = scores(queries, database, dim, metric)  # [B, N]
+    if not len(database):
+        s = s.new_zeros(len(queries), 1)
+    return best(s.gather(1, candidates.clamp(min=0)), candidates, k)
+
+
+def funnel_search(
+    queries: Tensor, database: Tensor, stages: Sequence[tuple[int, int]], metric: str
+) -> SearchResult:
+    (dim, keep), *later = stages
+    result = prefix_topk(queries, database, keep, dim, metric)
+    for dim, keep in later:
+        result = rerank(queries, database, result.ids, keep, dim, metric)
+    return result

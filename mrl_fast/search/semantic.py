@@ -1,0 +1,141 @@
+"""sentence-transformers' semantic search, by nested search. Needs nothing of that library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mrl_fast.search.index import MatryoshkaIndex
+from mrl_fast.search.ops import funnel_search, prefix_topk
+from mrl_fast.shared.arrays import as_tensor
+from mrl_fast.shared.checks import check_finite, check_int, check_matrix, check_stages
+from mrl_fast.shared.types import SearchResult
+
+# By the names of sentence-transformers' functions, and of its SimilarityFunction.
+METRICS = {
+    "cos_sim": "cosine",
+    "pytorch_cos_sim": "cosine",
+    "cosine": "cosine",
+    "dot_score": "ip",
+    "dot": "ip",
+    "euclidean_sim": "l2",
+    "euclidean": "l2",
+}
+
+
+def semantic_search(
+    query_embeddings: Any,
+    corpus_embeddings: Any,
+    query_chunk_size: int = 100,
+    corpus_chunk_size: int = 500000,
+    top_k: int = 10,
+    score_function: str | Callable[..., Any] | None = None,
+    *,
+    dim: int | None = None,
+    stages: Sequence[tuple[int, int]] | None = None,
+) -> list[list[dict[str, int | float]]]:
+    """The best of a corpus for each query, as ``sentence_transformers.util.semantic_search`` gives
+    them, without scores in memory; of equal scores the lower corpus_id first.
+
+    Args:
+        query_embeddings: ``[B, D]``, or one query ``[D]``: tensor, numpy array, DLPack object, or a
+            list of rows. float64 is searched as fp32.
+        corpus_embeddings: ``[N, D]`` of the same dtype, or a MatryoshkaIndex.
+        query_chunk_size, corpus_chunk_size: At least 1. There is no score matrix that they would
+            have to bound: results, time and memory are the same for all.
+        top_k: Results a query, at least 1.
+        score_function: ``"cos_sim"``, ``"dot_score"``, ``"euclidean_sim"``, or sentence-
+            transformers' functions of these names. None: cos_sim, or an index's own metric.
+        dim: Search by the first ``dim`` columns only; one of an index's dims.
+        stages: ``(dim, keep)`` pairs: search a short prefix, rerank by longer ones, as
+            ``funnel_search`` does. With neither, an index searches as it is tuned, or exactly.
+
+    Returns:
+        For each query a list of ``{"corpus_id": int, "score": float}``, best first: an index's ids,
+        or rows; euclidean scores are −distance.
+
+    Raises:
+        ValueError, TypeError: Another score function, or not the index's; both dim and stages; a
+            wrong shape or dtype, NaN or infinite values.
+    """
+    check_int(query_chunk_size, "query_chunk_size", 1)
+    check_int(corpus_chunk_size, "corpus_chunk_size", 1)
+    k = check_int(top_k, "top_k", 1)
+    if dim is not None and stages is not None:
+        raise ValueError(f"dim: expected None where stages are given, got {dim}")
+    metric = None if score_function is None else _metric(score_function)
+    queries = _matrix(query_embeddings, "query_embeddings", one=True)
+    check_finite(queries, "query_embeddings")
+    if isinstance(corpus_embeddings, MatryoshkaIndex):
+        index = corpus_embeddings
+        if metric not in (None, index.metric):
+            raise ValueError(
+                f"score_function: expected one of the index's metric {index.metric!r}, "
+                f"got {metric!r}"
+            )
+        metric, result = index.metric, _search_index(queries, index, k, dim, stages)
+    else:
+        metric = metric or "cosine"
+        corpus = _matrix(corpus_embeddings, "corpus_embeddings")
+        result = _search_matrix(queries, corpus, k, metric, dim, stages)
+    scores = -(-result.scores).sqrt() if metric == "l2" else result.scores
+    return [
+        [{"corpus_id": i, "score": score} for i, score in zip(*row, strict=True) if i >= 0]
+        for row in zip(result.ids.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def _search_index(
+    queries: Tensor, index: MatryoshkaIndex, k: int, dim: int | None, stages: Any
+) -> SearchResult:
+    if dim is not None:
+        if dim not in index.dims:
+            raise ValueError(f"dim: expected one of {index.dims}, got {dim}")
+        stages = [(dim, k)]
+    return index.search(queries, k, stages=stages)
+
+
+def _search_matrix(
+    queries: Tensor, corpus: Tensor, k: int, metric: str, dim: int | None, stages: Any
+) -> SearchResult:
+    queries = queries.to(corpus.device)
+    if queries.dtype != corpus.dtype or queries.shape[1] != corpus.shape[1]:
+        raise ValueError(
+            f"query_embeddings: expected width {corpus.shape[1]} and {corpus.dtype} as "
+            f"corpus_embeddings, got {queries.shape[1]} and {queries.dtype}"
+        )
+    if stages is None:
+        return prefix_topk(queries, corpus, min(k, max(1, len(corpus))), dim=dim, metric=metric)
+    checked = check_stages(stages)
+    if checked[-1][1] < k:
+        raise ValueError(f"stages: expected a last keep of at least top_k={k}, got {checked[-1]}")
+    return funnel_search(queries, corpus, [*checked[:-1], (checked[-1][0], k)], metric=metric)
+
+
+def _metric(score_function: Any) -> str:
+    name = score_function
+    if callable(score_function):
+        known = str(getattr(score_function, "__module__", "")).startswith("sentence_transformers.")
+        name = getattr(score_function, "__name__", None) if known else None
+    if name not in METRICS:
+        raise ValueError(
+            f"score_function: expected one of {', '.join(METRICS)}, by name or as "
+            f"sentence-transformers' function, got {score_function!r}"
+        )
+    return METRICS[name]
+
+
+def _matrix(x: Any, name: str, *, one: bool = False) -> Tensor:
+    """``[n, D]``, floating point; where ``one`` is set, ``[D]`` becomes ``[1, D]``."""
+    if isinstance(x, (list, tuple)) and x:
+        try:
+            x = torch.stack([torch.as_tensor(row) for row in x])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}: expected rows of one width, got {error}") from None
+    if isinstance(x, Tensor) and x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
+    tensor = as_tensor(x, name)
+    return check_matrix(tensor[None] if one and tensor.ndim == 1 else tensor, name)

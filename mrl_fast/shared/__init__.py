@@ -1,0 +1,2 @@
+"""What training and search share: types, checks, arrays, the choice of an implementation, and the
+extension."""

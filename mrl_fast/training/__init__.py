@@ -1,0 +1,1 @@
+"""Nested scores folded into losses: what a training loop uses."""

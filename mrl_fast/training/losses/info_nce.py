@@ -1,0 +1,248 @@
+"""InfoNCE over nested prefixes: in-batch negatives, hard negatives, both ways, CLIP, GIST masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mrl_fast.shared.checks import check_choice, check_vector
+from mrl_fast.shared.dispatch import choose
+from mrl_fast.shared.types import NestedLoss
+from mrl_fast.training import reference
+from mrl_fast.training.losses.embeddings import Side, check_pairs, gather_rows, rank_of, ranks_of
+from mrl_fast.training.losses.reductions import (
+    REDUCTIONS,
+    check_classes,
+    check_dim_weights,
+    check_scale,
+    nested_loss,
+)
+from mrl_fast.training.ops import fold
+
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+HARDNESS = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
+Masks = Tensor | Mapping[str, Tensor] | None
+
+
+def matryoshka_info_nce(
+    queries: Tensor,
+    documents: Tensor | Sequence[Tensor],
+    dims: Sequence[int],
+    *,
+    dim_weights: Tensor | Sequence[float] | None = None,
+    scale: Tensor | float = 20.0,
+    target: Tensor | None = None,
+    directions: Sequence[str] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    hardness_mode: str | None = None,
+    hardness_strength: float = 0.0,
+    mask: Masks = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    group: Any = None,
+    impl: str | None = None,
+) -> NestedLoss:
+    """InfoNCE of every nested prefix, summed, each prefix normalised on its own.
+
+    By default equals ``sum(c * F.cross_entropy(scale * F.normalize(q[:, :d]) @ F.normalize(p[:,
+    :d]).T, target) for c, d in zip(dim_weights, dims))`` with no score matrix in memory. Options as
+    in sentence-transformers' MultipleNegativesRankingLoss; ``directions=("query_to_doc",
+    "doc_to_query"), partition_mode="per_direction"`` is CLIP's symmetric loss. Saves a few
+    numbers a row and prefix, and fp32 copies of half-precision inputs. fp32 statistics and gradient
+    sums and fp64 norms for every input dtype. Differentiable once.
+
+    Args:
+        queries: ``[B, D]``, any row stride.
+        documents: ``[C, D]`` with ``C >= B``, positives first, or a sequence ``[positives,
+            negatives_1, …]`` of ``[B, D]``: only a sequence says whose the negatives are.
+        dims: Prefix widths, strictly ascending, each in ``[1, D]``.
+        dim_weights: c_g, ``[G]``; default all 1: a sum over prefixes, not a mean.
+        scale: Inverse temperature, > 0; a tensor of one element may be learned (with a
+            ``hardness_mode`` its value is read, which waits for a GPU and breaks a graph).
+        target: ``[B]`` int64, the positive's row in the documents (of a sequence, laid end to end);
+            default: row i. A query's own documents are then its target alone.
+        directions: Which similarities are in the denominator: ``"query_to_doc"``, always, and any
+            of ``"query_to_query"`` (but its own), ``"doc_to_query"`` and ``"doc_to_doc"`` (the
+            positive's, but those of the same query).
+        partition_mode: ``"joint"``, one softmax over all directions, or ``"per_direction"``, the
+            mean of their log-partitions (no same-side directions then).
+        hardness_mode: Adds ``hardness_strength`` · cosine, a constant to the gradient, to the
+            scores of ``"in_batch_negatives"``, of one's own ``"hard_negatives"`` or of
+            ``"all_negatives"``, in the direction query_to_doc.
+        hardness_strength: >= 0.
+        mask: ``[B, C]`` bool, True is excluded from query_to_doc (a false negative, as GISTEmbed
+            finds it); or a mapping from directions to such masks, of a direction's rows and
+            columns. A positive that is masked makes the loss infinite.
+        normalize: False takes raw dot products.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``, over queries.
+        group: A ``torch.distributed`` process group: documents, and queries where a direction needs
+            them, are gathered from all ranks, with their gradients; the loss is that of the local
+            rows. ``torch.distributed.group.WORLD`` is all ranks; None gathers nothing. Every rank
+            needs as many rows.
+        impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
+
+    Returns:
+        NestedLoss: ``loss`` (scalar, or ``[B]`` with ``"none"``) and detached ``per_dim`` (``[G]``
+            or ``[G, B]``).
+
+    Raises:
+        ValueError, TypeError: An argument of the wrong shape, dtype, device or range.
+
+    Source: van den Oord et al. 2018 (InfoNCE); Kusupati et al., NeurIPS 2022, section 3 (nested,
+    normalised per prefix); Lan et al. 2025, equation 5 (hardness).
+    """
+    queries, sequence, dims = check_pairs(queries, documents, dims)
+    scale = check_scale(scale, "scale", queries)
+    check_choice(reduction, "reduction", REDUCTIONS)
+    _check_directions(directions, partition_mode)
+    if hardness_mode not in HARDNESS:
+        raise ValueError(f"hardness_mode: expected one of {HARDNESS}, got {hardness_mode!r}")
+    if not 0.0 <= hardness_strength < float("inf"):
+        raise ValueError(f"hardness_strength: expected >= 0, got {hardness_strength!r}")
+    dim_weights = check_dim_weights(dim_weights, len(dims), queries)
+    if target is not None:
+        check_vector(target, "target", len(queries), queries, dtype=torch.int64)
+        sequence = [torch.cat(sequence)]
+        check_classes(target, len(sequence[0]))
+    elif len(sequence[0]) < len(queries):
+        raise ValueError(
+            f"documents: expected at least {len(queries)} positives, got {len(sequence[0])}"
+        )
+
+    # This rank's positives among all documents, and its queries among all queries.
+    local = torch.arange(len(queries), device=queries.device)
+    positive = local if target is None else target
+    first = rank_of(group) * len(sequence[0])
+    blocks = [gather_rows(part, group) for part in sequence]
+    own_query = local + rank_of(group) * len(queries)
+    own_document, period = positive + first, len(blocks[0])
+    widths = {"doc": sum(map(len, blocks)), "query": len(queries) * ranks_of(group)}
+    mask = _check_mask(mask, widths, directions, queries)
+
+    arguments: dict[str, Any] = dict(
+        scale=scale, directions=tuple(directions), partition_mode=partition_mode,
+        hardness_mode=hardness_mode, hardness_strength=float(hardness_strength), mask=mask,
+        normalize=normalize, own_query=own_query, own_document=own_document, period=period,
+    )  # fmt: skip
+    impl = choose(impl, queries, sequence[0])
+    all_queries = queries
+    if {"query_to_query", "doc_to_query"} & set(directions):
+        all_queries = gather_rows(queries, group)
+    all_documents = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    # of the local rows
+    positives = sequence[0][: len(queries)] if target is None else sequence[0][target]
+    compute = reference.info_nce_rows if impl == "reference" else partial(_rows, impl)
+    rows = compute(queries, all_queries, positives, all_documents, dims, **arguments)
+    return nested_loss(rows, dim_weights, reduction, len(queries))
+
+
+def _rows(
+    impl: str,
+    queries: Tensor,
+    all_queries: Tensor,
+    positives: Tensor,
+    documents: Tensor,
+    dims: tuple[int, ...],
+    *,
+    scale: Tensor | float,
+    directions: tuple[str, ...],
+    partition_mode: str,
+    hardness_mode: str | None,
+    hardness_strength: float,
+    mask: dict[str, Tensor],
+    normalize: bool,
+    own_query: Tensor,
+    own_document: Tensor,
+    period: int,
+) -> Tensor:  # [G, B]
+    def side(x: Tensor) -> Side:
+        return Side.of(x, dims, normalize)
+
+    q, d = side(queries), side(documents)
+    shared: dict[str, Any] = dict(dims=dims, impl=impl, compute_dtype=q.compute_dtype)
+    boosts: dict[str, Any] = {}
+    if hardness_mode is not None and hardness_strength > 0:
+        # z + strength·cosine is z · (1 + strength / scale)
+        value = scale.detach() if isinstance(scale, Tensor) else scale
+        boost = 1.0 + hardness_strength / float(value)
+        if hardness_mode != "hard_negatives":
+            boosts["other_boost"] = boost
+        if hardness_mode != "in_batch_negatives":
+            boosts["own_boost"] = boost
+    both_ways = "doc_to_query" in directions
+    # A document's scores are a column of the queries' unless something tells the two apart.
+    by_columns = both_ways and not boosts and not mask and all_queries is queries
+    to_doc = fold(
+        q.x, d.x, **shared, row_scale=q.scaled(scale), col_scale=d.inverse, target=own_document,
+        period=period, mask=mask.get("query_to_doc"), columns=by_columns, **boosts,
+    )  # fmt: skip
+    parts = [(to_doc.row_max, to_doc.row_log)]  # maximum and log-sum of each direction
+    every_query = q if all_queries is queries else side(all_queries)
+    if "query_to_query" in directions:
+        f = fold(
+            q.x, every_query.x, **shared, row_scale=q.scaled(scale),
+            col_scale=every_query.inverse, target=own_query, exclude_own=True,
+            mask=mask.get("query_to_query"),
+        )  # fmt: skip
+        parts.append((f.row_max, f.row_log))
+    if by_columns:
+        parts.append((to_doc.col_max[:, own_document], to_doc.col_log[:, own_document]))
+    p = side(positives) if "doc_to_doc" in directions or (both_ways and not by_columns) else q
+    if both_ways and not by_columns:
+        f = fold(
+            p.x, every_query.x, **shared, row_scale=p.scaled(scale),
+            col_scale=every_query.inverse, mask=mask.get("doc_to_query"),
+        )  # fmt: skip
+        parts.append((f.row_max, f.row_log))
+    if "doc_to_doc" in directions:
+        f = fold(
+            p.x, d.x, **shared, row_scale=p.scaled(scale), col_scale=d.inverse,
+            target=own_document, period=period, exclude_own=True, mask=mask.get("doc_to_doc"),
+        )  # fmt: skip
+        parts.append((f.row_max, f.row_log))
+
+    # Relative to the positive's own log-sum, so that a sure one's small loss keeps its digits.
+    logs = [log + (top - to_doc.row_max) - to_doc.row_log for top, log in parts]
+    if partition_mode == "per_direction":
+        return torch.stack(logs).mean(0) - to_doc.hit
+    return torch.stack(logs).logsumexp(0) - to_doc.hit
+
+
+def _check_directions(directions: Sequence[str], partition_mode: str) -> None:
+    if isinstance(directions, str):
+        raise TypeError(f"directions: expected a sequence of names, got {directions!r}")
+    for name in directions:
+        check_choice(name, "directions", DIRECTIONS)
+    if "query_to_doc" not in directions or len(set(directions)) != len(directions):
+        raise ValueError(
+            f"directions: expected distinct names, 'query_to_doc' among them, got {directions!r}"
+        )
+    check_choice(partition_mode, "partition_mode", ("joint", "per_direction"))
+    if partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & set(directions):
+        raise ValueError(
+            "partition_mode: expected 'joint' with 'query_to_query' or 'doc_to_doc', which hold no "
+            "positive, got 'per_direction'"
+        )
+
+
+def _check_mask(
+    mask: Masks, widths: Mapping[str, int], directions: Sequence[str], like: Tensor
+) -> dict[str, Tensor]:
+    """Masks by direction; ``widths``: documents and queries there are in all."""
+    masks = {"query_to_doc": mask} if isinstance(mask, Tensor) else dict(mask or {})
+    for name, value in masks.items():
+        label = "mask" if isinstance(mask, Tensor) else f"mask[{name!r}]"
+        check_choice(name, "mask", tuple(directions))
+        if not isinstance(value, Tensor) or value.dtype != torch.bool:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{label}: expected a bool tensor, got {kind}")
+        expected = [len(like), widths[name.split("_to_")[1]]]
+        if list(value.shape) != expected:
+            raise ValueError(f"{label}: expected shape {expected}, got {list(value.shape)}")
+        if value.device != like.device:
+            raise ValueError(f"{label}: expected a tensor on {like.device}, got {value.device}")
+    return masks

@@ -1,0 +1,156 @@
+"""Every kind of Triton kernel compiles for every architecture, as it should; no GPU needed."""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from triton.runtime.interpreter import GridExecutor
+
+from benchmarks.gates import static
+from benchmarks.gpu import kernels
+
+ROOT = Path(__file__).parents[2]
+FREE = {*static.BLOCKS, "TILE", "GROUPS", "WHOLE", "ALIGNMENT", "PRECISION", "MAGIC_SUMS"}
+FREE |= {"PART"}
+SOURCES = "\n".join(file.read_text() for file in (ROOT / "kernels").rglob("*.py"))
+KERNELS = set(re.findall(r"^def (_\w+_kernel)\(", SOURCES, re.M))
+
+
+def compiling(*command):
+    """JSON that a program prints in whose process Triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+def gates(*options):
+    return compiling("-m", "benchmarks.gates.static", *options)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return gates("--short", "--json")
+
+
+def test_every_kernel_on_every_architecture(rows):
+    for name in KERNELS:
+        assert {row["arch"] for row in rows if row["function"] == name} == {80, 90, 100}, name
+    for family in ("logits", "predict", "statistics", "score gradients", "scan", "pairs", "rescan"):
+        eight = ("int8", "fp8") if family in ("scan", "pairs", "rescan") else ()
+        for dtype in ("fp32", "bf16", "fp16", *eight):
+            these = [row for row in rows if row["kernel"].startswith(f"{family} {dtype}")]
+            expected = {90, 100} if dtype == "fp8" else {80, 90, 100}
+            assert {row["arch"] for row in these} == expected, (family, dtype)
+
+
+def test_limits(rows):
+    limited = {row["kernel"] for row in rows if row["arch"] == 90 and row["instructions"]}
+    assert limited >= static.INSTRUCTIONS.keys()
+    broken = [what for row in rows for what in static.failures(row)]
+    assert not broken, "\n".join(broken)
+
+
+def test_half_precision_scans_take_five_instructions_a_score(rows):
+    found = {row["kernel"]: row["instructions"] for row in rows if row["arch"] == 90}
+    for dtype in ("bf16", "fp16"):
+        assert 2 < found[f"scan {dtype} 1024q 64d"] <= 5
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wrong", "what"),
+    [
+        ("scan bf16 1024q 64d", {"spill_bytes": 4}, "spills"),
+        ("pairs bf16 64d tile 128 ip buckets", {"spill_bytes": 8}, "spills"),
+        ("pairs bf16 64d tile 128 ip buckets", {"loop_spills": 1}, "in its loop"),
+        ("scan bf16 1024q 64d", {"programs": 1}, "4 warps"),
+        ("scan bf16 1024q 64d", {"shared_bytes": 230 << 10}, "more shared memory"),
+        ("scan bf16 1024q 64d", {"shared_bytes": 24 << 10}, "no block during a product"),
+        ("scan bf16 1024q 64d", {"matrix": 0}, "no matrix product"),
+        ("scan bf16 1024q 64d", {"grouped_matrix": 0}, "small matrix products"),
+        ("scan bf16 1024q 64d", {"narrow_copies": 1}, "16 bytes"),
+        ("scan bf16 1024q 64d", {"instructions": 5.1}, "instructions"),
+        ("logits fp32 ieee bias", {"matrix": 1}, "rounded matrix product"),
+        ("pairs bf16 64d tile 128 ip buckets", {"fma": 1}, "fuses products"),
+        ("pairs bf16 64d tile 128 ip buckets", {"loop_fma": 1}, "products and sums of a row"),
+        ("pairs bf16 64d tile 128 ip buckets", {"wide_loads": 0}, "16 bytes"),
+    ],
+)
+def test_limits_are_seen_to_be_broken(kernel, wrong, what, rows):
+    fused = "fuses" in what or "of a row" in what  # on Blackwell too, where ptxas would
+    these = [row for row in rows if row["kernel"] == kernel and (fused or row["arch"] == 90)]
+    assert {row["arch"] for row in these} >= ({80, 90, 100} if fused else {90})
+    for row in these:
+        assert not static.failures(row)
+        assert any(what in failure for failure in static.failures(row | wrong))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are recorded in the interpreter")
+def test_cases_have_every_feature_that_is_launched(monkeypatch):
+    launched = set()
+
+    def record(self, *args, **kwargs):
+        parameters = inspect.signature(self.fn).parameters
+        kwargs = {k: v for k, v in kwargs.items() if k in parameters}
+        arguments = inspect.signature(self.fn).bind(*args, **kwargs).arguments
+        names = [n for n, p in parameters.items() if "constexpr" in str(p.annotation)]
+        launched.add(features(self.fn.__name__, {n: arguments[n] for n in names}))
+
+    def features(kernel, constants):
+        kept = {k: v if isinstance(v, int) else str(v) for k, v in constants.items()}
+        return kernel, *sorted((k, v) for k, v in kept.items() if k not in FREE)
+
+    monkeypatch.setattr(GridExecutor, "__call__", record)
+    monkeypatch.setattr(kernels, "check", lambda *_: None)
+    kernels.main()
+    assert {kernel for kernel, *_ in launched} == KERNELS
+    missing = launched - {features(*case) for case in gates("--list")}
+    assert not missing, "\n".join(map(str, missing))
+
+
+VARIANTS = """
+import itertools, json
+import torch
+from benchmarks.gates.cases import (
+    Case, Rows, approx_topk, empty, fold, meta, recorded, rerank, specialised, topk
+)
+
+def search(queries, rows, k):
+    q, x = (meta(n, 64, dtype=torch.bfloat16) for n in (queries, rows))
+    topk(q, x, k, "ip", empty(q, k), Rows())
+    approx_topk(q, x, k, 64, "ip", 0.9)
+    for candidates in (100, 112, 127):
+        rerank(q, x, meta(queries, candidates, dtype=torch.int64), k, 64, "ip")
+
+def loss(rows, classes):
+    x, weight = (meta(n, 256, dtype=torch.bfloat16) for n in (rows, classes))
+    fold(x, weight, bias=meta(classes), target=meta(rows, dtype=torch.int64))
+
+with recorded(90) as launches:
+    for sizes in itertools.product((130, 512, 1000), (33_333, 65_537, 1 << 20), (9, 10, 16)):
+        search(*sizes)
+    for sizes in itertools.product((1, 100, 512), (1000, 1001, 4096)):
+        loss(*sizes)
+binaries = {}
+for kernel, arguments, options in launches:
+    one = specialised(Case("", kernel, arguments, options, ""), 90)[:4]
+    binaries.setdefault(kernel.__name__, set()).add(repr(one))
+print(json.dumps({name: len(variants) for name, variants in binaries.items()}))
+"""
+
+
+def test_one_binary_serves_batches_and_collections_of_all_sizes():
+    """Or a collection that grows would be waited for, at every other search, by the compiler."""
+    expected = dict.fromkeys(KERNELS - {"_nested_logits_kernel", "_predict_kernel"}, 1)
+    # Seeds, windows and the rest; rows in buckets or not. Buffers and blocks are powers of two.
+    expected |= {"_scan_kernel": 3, "_keys_kernel": 2, "_narrow_kernel": 3, "_decode_kernel": 2}
+    assert compiling("-c", VARIANTS) == expected

@@ -1,0 +1,147 @@
+"""An index's folder that others use, too: their files, their saves, their loads meanwhile."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from mrl_fast import MatryoshkaIndex
+from mrl_fast.search.disk import folder
+from mrl_fast.search.disk import manifest as manifests
+from tests.helpers.index_model import (  # noqa: F401
+    ROOT,
+    assert_same,
+    build,
+    change,
+    content,
+    names,
+    one_thread,
+    quick,
+    strays,
+)
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("notes.txt", "mine"),
+        ("rows-1.safetensors", "mine"),
+        ("manifest.json", '{"name": "a web page"}'),
+        ("manifest.json", "not even JSON"),
+        ("manifest.json", '{"format": "mrl_fast index", "version": 2}'),
+    ],
+)
+def test_other_peoples_files_are_left_alone(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match=f"path: expected an index or an empty .*/{name}"):
+        build()[0].save(tmp_path)
+    assert content(tmp_path) == before
+    if name != "manifest.json":
+        # Beside an index they stay, too.
+        (tmp_path / name).rename(tmp_path.parent / name)
+        build()[0].save(tmp_path)
+        (tmp_path.parent / name).rename(tmp_path / name)
+        build()[0].save(tmp_path)
+        assert (tmp_path / name).read_text() == text
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "index"):
+        with pytest.raises(OSError):
+            build()[0].save(path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_lost_update_is_refused(tmp_path):
+    one, model = build()
+    one.save(tmp_path)
+    other, others = MatryoshkaIndex.load(tmp_path), model.copy()
+    change(one, model)
+    one.save(tmp_path)
+    change(other, others, seed=9)
+    with pytest.raises(ValueError, match=r"generation 1\), got generation 2, which another has"):
+        other.save(tmp_path)
+    assert_same(other, others)
+    assert_same(MatryoshkaIndex.load(tmp_path, verify=True), model)
+    one.save(tmp_path)  # it was not harmed by the attempt
+    other.save(tmp_path / "elsewhere")
+    assert_same(MatryoshkaIndex.load(tmp_path / "elsewhere", verify=True), others)
+    assert not strays(tmp_path, "elsewhere")
+
+
+def test_one_saves_at_a_time(tmp_path):
+    index, _ = build()
+    index.save(tmp_path)
+    other = threading.Thread(target=index.save, args=(tmp_path,))
+    with folder._locked(tmp_path):
+        other.start()
+        other.join(timeout=0.3)
+        assert other.is_alive() and len(names(tmp_path)) == 2
+    other.join()
+
+
+def test_saved_anew_while_it_is_opened(tmp_path, monkeypatch):
+    index, model = build()
+    index.save(tmp_path)
+    reads, read = [], manifests.read
+
+    def overtaken(path):
+        manifest = read(path)
+        reads.append(manifest["generation"])
+        if len(reads) == 1:  # between the manifest and its files, all of which go
+            index.remove(index.ids[:1])
+            index.compact()
+            model.remove(model.ids[:1])
+            index.save(tmp_path)
+        return manifest
+
+    monkeypatch.setattr(folder.manifests, "read", overtaken)
+    assert_same(MatryoshkaIndex.load(tmp_path), model)
+    assert reads[0] == 1 and reads[-1] == 2
+
+
+SAVER = """
+import os, sys, torch
+from mrl_fast import MatryoshkaIndex
+os.fsync = lambda _: None
+torch.set_num_threads(1)
+index = MatryoshkaIndex((5, 20))
+state = 0
+while True:  # at state s: the ids from s on, 70 of them, each a vector of its id
+    wanted = torch.arange(state, state + 70)
+    new = wanted[~index.contains(wanted)]
+    index.add(new[:, None].float().expand(-1, 20).contiguous(), new)
+    index.remove(index.ids[~torch.isin(index.ids, wanted)])
+    if state % 3 == 0:
+        index.compact()
+    index.save(sys.argv[1])
+    if state == 0:
+        print("saved", flush=True)
+    state += 1
+"""
+
+
+def test_loading_while_another_process_saves(tmp_path):
+    command = [sys.executable, "-c", SAVER, str(tmp_path / "index")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as saver:
+        try:
+            assert saver.stdout.readline() == "saved\n"
+            states, loads = set(), 0
+            while loads < 300 or len(states) < 20:
+                assert saver.poll() is None
+                index = MatryoshkaIndex.load(tmp_path / "index", verify=loads % 2 == 0)
+                loads += 1
+                ids = index.ids
+                state = int(ids.min())
+                assert ids.sort().values.tolist() == list(range(state, state + 70))
+                assert torch.equal(index.reconstruct(ids), ids[:, None].float().expand(-1, 20))
+                assert state >= max(states, default=0)
+                states.add(state)
+        finally:
+            saver.kill()
