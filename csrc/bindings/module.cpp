@@ -8,11 +8,11 @@
 #include <string>
 #include <tuple>
 
-#include "cpu/simd/kernels.h"
 #include "cpu/memory.h"
-#include "cpu/training/nested.h"
-#include "cpu/threads.h"
 #include "cpu/search/search.h"
+#include "cpu/simd/kernels.h"
+#include "cpu/threads.h"
+#include "cpu/training/nested.h"
 
 namespace py = pybind11;
 using namespace mrl;
