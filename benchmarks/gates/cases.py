@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from mrl_fast.kernels.search import funnel_search, rerank, scan
+from mrl_fast.kernels.search import funnel_search, rerank, scan_shape
+from mrl_fast.kernels.search.approx import approx_topk
 from mrl_fast.kernels.search.certified import Prefix, exact_topk
-from mrl_fast.kernels.search.pair_scores import METRICS, RESCANNED
-from mrl_fast.kernels.search.scan import Vectors
-from mrl_fast.kernels.search.topk import Rows, approx_topk, empty, topk
+from mrl_fast.kernels.search.keys import empty
+from mrl_fast.kernels.search.metrics import NUMBERS, SumTerms
+from mrl_fast.kernels.search.pair_scores import RESCANNED
+from mrl_fast.kernels.search.plan import KnownRows
+from mrl_fast.kernels.search.topk import topk
 from mrl_fast.kernels.training import fold_backward, fold_forward, logits_forward, predict_forward
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -89,13 +92,13 @@ def recorded(capability: int) -> Iterator[list[tuple[Any, dict[str, Any], dict[s
         options = {k: kwargs.pop(k) for k in set(kwargs) - set(self.arg_names)}
         launches.append((self, self.signature.bind(*args, **kwargs).arguments, options))
 
-    run, hopper = JITFunction.run, scan.hopper
+    run, hopper = JITFunction.run, scan_shape.hopper
     JITFunction.run = record  # pyright: ignore[reportAttributeAccessIssue]
-    scan.hopper = lambda x: capability == 90
+    scan_shape.hopper = lambda x: capability == 90
     try:
         yield launches
     finally:
-        JITFunction.run, scan.hopper = run, hopper
+        JITFunction.run, scan_shape.hopper = run, hopper
 
 
 @cache
@@ -151,7 +154,7 @@ def details(kernel: Any, arguments: dict[str, Any]) -> list[str]:
 
 def trait(name: str, value: Any) -> list[str]:
     if name in ("METRIC", "NORMS"):
-        metric = {-1: [], **{code: [metric] for metric, code in METRICS.items()}}[value]
+        metric = {-1: [], **{code: [metric] for metric, code in NUMBERS.items()}}[value]
         return ["norms of"] * (name == "NORMS" and value >= 0) + metric
     if name == "DENSE":
         return [[], ["dense"], ["windows"]][value]
@@ -217,11 +220,11 @@ def search(
     allowed: bool = False, q_dtype: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     q, x = meta(queries, dim, dtype=q_dtype or dtype), meta(ROWS, dim, dtype=dtype)
-    rows = Rows()
+    rows = KnownRows()
     if allowed:
         ids, bytes_ = meta(ROWS, dtype=torch.int64), meta(ROWS, dtype=torch.uint8)
-        vectors = known(metric)._replace(term=meta(ROWS))
-        rows = Rows(vectors, meta(1), allowed=bytes_, ids=ids)
+        terms = known(metric)._replace(term=meta(ROWS))
+        rows = KnownRows(terms, meta(1), allowed=bytes_, ids=ids)
     topk(q, x, k, metric, empty(q, k), rows)
 
 
@@ -230,9 +233,9 @@ def approximate(dtype: torch.dtype, queries: int, dim: int) -> None:
     approx_topk(q, x, 10, dim, "ip", 0.95)
 
 
-def known(metric: str) -> Vectors:
+def known(metric: str) -> SumTerms:
     """What an index has of its rows."""
-    return Vectors(
+    return SumTerms(
         scale=meta(ROWS) if metric == "cosine" else None,
         term=meta(ROWS) if metric == "l2" else None,
     )
@@ -241,16 +244,16 @@ def known(metric: str) -> Vectors:
 def codes(queries: int, dim: int, *, outer: bool) -> None:
     """A prefix's codes, with what makes scores of their products."""
     q, x = meta(queries, dim, dtype=torch.int8), meta(ROWS, dim, dtype=torch.int8)
-    vectors = Vectors(scale=meta(ROWS))
+    terms = SumTerms(scale=meta(ROWS))
     if outer:
-        vectors = vectors._replace(outer=meta(ROWS), factor=meta(queries))
-    topk(q, x, 10, "ip", empty(q, 10), Rows(vectors, meta(1), linear=True))
+        terms = terms._replace(outer=meta(ROWS), factor=meta(queries))
+    topk(q, x, 10, "ip", empty(q, 10), KnownRows(terms, meta(1), linear=True))
 
 
 def certified(dtype: torch.dtype, queries: int, dim: int, metric: str) -> None:
     q, x = meta(queries, WIDTH, dtype=dtype), meta(ROWS, WIDTH, dtype=dtype)
-    rows = Rows(known(metric), meta(1))
-    bounds = Rows(known(metric)._replace(outer=meta(ROWS)), meta(1))
+    rows = KnownRows(known(metric), meta(1))
+    bounds = KnownRows(known(metric)._replace(outer=meta(ROWS)), meta(1))
     exact_topk(q, x, 10, metric, empty(q, 10), rows, Prefix(dim, rows, bounds))
 
 

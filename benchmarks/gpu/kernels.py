@@ -11,10 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from mrl_fast.kernels.search import certified, topk
+from mrl_fast.kernels.search import certified, plan
 from mrl_fast.kernels.search.certified import Prefix, exact_topk
+from mrl_fast.kernels.search.keys import empty
+from mrl_fast.kernels.search.metrics import row_terms
 from mrl_fast.kernels.search.pair_scores import RESCANNED
-from mrl_fast.kernels.search.topk import Rows, empty, row_vectors
+from mrl_fast.kernels.search.plan import KnownRows
+from mrl_fast.kernels.search.topk import prefix_topk as triton_topk
 from torch import Tensor
 
 from benchmarks.gpu.measure import DEVICE, DTYPES, generator
@@ -151,7 +154,7 @@ def phases(name: str, dtype: torch.dtype) -> None:
 
 def search(name: str, q: Tensor, x: Tensor, dim: int, metric: str) -> None:
     scores = reference.scores(q, x, dim, metric).sort(dim=1, descending=True).values
-    check(name, [topk.prefix_topk(q, x, K, dim, metric)[0]], [scores[:, :K]], 1e-4)
+    check(name, [triton_topk(q, x, K, dim, metric)[0]], [scores[:, :K]], 1e-4)
 
 
 def exact(name: str, q: Tensor, x: Tensor, metric: str) -> None:
@@ -159,13 +162,13 @@ def exact(name: str, q: Tensor, x: Tensor, metric: str) -> None:
         x = x.clone()
         if structured:
             x[:, DIMS[1] :] *= 1e-3
-        (vectors, norm), (short, short_norm) = (row_vectors(x[:, :d], metric) for d in (D, DIMS[1]))
+        (terms, norm), (short, short_norm) = (row_terms(x[:, :d], metric) for d in (D, DIMS[1]))
         tails = torch.linalg.vector_norm(x[:, DIMS[1] :].float(), dim=1) * (1 + 1e-6)
-        tails = tails if vectors.scale is None else tails * vectors.scale
-        bounds = Rows(vectors._replace(outer=tails), norm)
-        prefix = Prefix(DIMS[1], Rows(short, short_norm), bounds)
+        tails = tails if terms.scale is None else tails * terms.scale
+        bounds = KnownRows(terms._replace(outer=tails), norm)
+        prefix = Prefix(DIMS[1], KnownRows(short, short_norm), bounds)
         result = empty(q, K)
-        exact_topk(q, x, K, metric, result, Rows(vectors, norm), prefix)
+        exact_topk(q, x, K, metric, result, KnownRows(terms, norm), prefix)
         scores = reference.scores(q, x, D, metric).sort(dim=1, descending=True).values
         check(name, [result[0]], [scores[:, :K]], 1e-5)
 
@@ -173,12 +176,12 @@ def exact(name: str, q: Tensor, x: Tensor, metric: str) -> None:
 @contextmanager
 def small_buffers() -> Iterator[None]:
     """So that few rows are scanned in phases, and survivors of a bound may be too many."""
-    before = topk.BUFFER, topk.LEAST_RANK, certified.SURVIVORS
-    topk.BUFFER, topk.LEAST_RANK, certified.SURVIVORS = (16, 32), 4, 40
+    before = plan.BUFFER, plan.LEAST_RANK, certified.SURVIVORS
+    plan.BUFFER, plan.LEAST_RANK, certified.SURVIVORS = (16, 32), 4, 40
     try:
         yield
     finally:
-        topk.BUFFER, topk.LEAST_RANK, certified.SURVIVORS = before
+        plan.BUFFER, plan.LEAST_RANK, certified.SURVIVORS = before
 
 
 def main() -> None:

@@ -9,21 +9,13 @@ width instead: the device decides, query by query. A range search is the same sc
 from typing import NamedTuple
 
 import torch
-from mrl_fast.kernels.search.keys import EMPTY, Result, scores_of, select
+from mrl_fast.kernels.search.keys import EMPTY, Result, empty, scores_of, select
+from mrl_fast.kernels.search.metrics import GATES, Margin, row_norms, upper
 from mrl_fast.kernels.search.pair_scores import RESCANNED
-from mrl_fast.kernels.search.scan import BUCKET, Margin, Scan, scan_config
-from mrl_fast.kernels.search.topk import (
-    TEMPORARY_BYTES,
-    Plan,
-    Rows,
-    buffers,
-    empty,
-    row_norms,
-    scan_queries,
-    shortlist,
-    topk,
-    upper,
-)
+from mrl_fast.kernels.search.plan import KnownRows, Plan, buffers, fitting, scan_queries
+from mrl_fast.kernels.search.scan import Scan
+from mrl_fast.kernels.search.scan_shape import BUCKET, scan_config
+from mrl_fast.kernels.search.topk import shortlist, topk
 from mrl_fast.kernels.shared.tiling import chunks
 from torch import Tensor
 
@@ -40,13 +32,14 @@ class Prefix(NamedTuple):
     """
 
     dim: int
-    shortlist: Rows
-    bounds: Rows
+    shortlist: KnownRows
+    bounds: KnownRows
 
 
 def exact_topk(
-    q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: Rows, prefix: Prefix | None
-) -> Tensor:
+    q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: KnownRows,
+    prefix: Prefix | None,
+) -> Tensor:  # fmt: skip
     """The k best of the rows ``x [N, D]`` by scores summed in fp64 and rounded to fp32.
 
     Returns how many rows of each query were scored at full width, ``[B]`` int64; N where all were
@@ -57,14 +50,14 @@ def exact_topk(
         topk(q, x, k, metric, result, rows, double=True)
         return touched
     size = SURVIVORS * BUCKET * 8 + plan.bytes
-    for part in chunks(len(q), max(1, TEMPORARY_BYTES // size)):
+    for part in chunks(len(q), fitting(size)):
         to = result[0][part], result[1][part]
         touched[part] = _certify(q[part], x, k, metric, to, rows, prefix)
     return touched
 
 
 def _certify(
-    q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: Rows, prefix: Prefix
+    q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: KnownRows, prefix: Prefix
 ) -> Tensor:
     pairs = rows.pairs(q, x, metric, double=True)
     near = empty(q, min(RESCANNED, max(64, 4 * k)))
@@ -81,7 +74,7 @@ def _certify(
     coarse, config = scan_queries(q, x, metric), scan_config(len(q), x)
     plan = Plan.of(k, x, config, coarse.margin)
     scan = Scan(
-        config, coarse.q, x, metric, rows.vectors, coarse.norms, rows.norm, skip=(flag == 0).int(),
+        config, coarse.q, x, metric, rows.terms, coarse.norms, rows.norm, skip=(flag == 0).int(),
         low=coarse.low,
     )  # fmt: skip
     others = shortlist(scan, pairs, k, plan, coarse, among=flag)
@@ -90,7 +83,7 @@ def _certify(
 
 
 def _reach(
-    q: Tensor, x: Tensor, dim: int, metric: str, theta: Tensor, bounds: Rows, size: int
+    q: Tensor, x: Tensor, dim: int, metric: str, theta: Tensor, bounds: KnownRows, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Scan]:
     """The buckets of every row whose score at full width may be at least ``theta [B]``, by its
     first ``dim`` columns: hits, their count, whether they are more than ``size``."""
@@ -99,16 +92,16 @@ def _reach(
     error = coarse.margin.error(torch.maximum(norms, coarse.norms), bounds.norm)
     if coarse.errors is not None:
         error = error + coarse.errors * bounds.norm
-    vectors = bounds.vectors
+    terms = bounds.terms
     if dim < x.shape[1]:
-        vectors = vectors._replace(factor=upper(row_norms(q[:, dim:]), q.shape[1]))
+        terms = terms._replace(factor=upper(row_norms(q[:, dim:]), q.shape[1]))
     theta, norms = theta.double(), norms.double()
-    units = {"ip": theta, "cosine": theta * norms, "l2": (theta + norms**2) / 2}[metric]
-    slack = 2e-6 * (units.abs() + (norms**2 if metric == "l2" else 0.0))
-    gate = (units - slack - error).float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    reached, size_of_terms = GATES[metric](theta, norms)
+    gate = (reached - 2e-6 * size_of_terms - error).float()
+    gate = gate.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     config = scan_config(len(q), x[:, :dim])
     scan = Scan(
-        config, coarse.q, x[:, :dim], metric, vectors, coarse.norms, bounds.norm, low=coarse.low
+        config, coarse.q, x[:, :dim], metric, terms, coarse.norms, bounds.norm, low=coarse.low
     )
     seeds = config.BLOCK_N // BUCKET
     hits, count, flag, _ = buffers(q, size + seeds, seeds)
@@ -119,14 +112,14 @@ def _reach(
 
 
 def range_search(
-    q: Tensor, x: Tensor, threshold: float, metric: str, rows: Rows
+    q: Tensor, x: Tensor, threshold: float, metric: str, rows: KnownRows
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Limits, scores and ids of every row whose fp64 score, rounded to fp32, reaches the threshold.
     Waits for the device, to learn how many there are."""
     least = float(torch.tensor(threshold, dtype=torch.float32))
     found = [torch.empty(0, dtype=torch.int64, device=q.device)]
     counts = [] if len(x) else [0] * len(q)
-    for part in chunks(len(q) - len(counts), max(1, TEMPORARY_BYTES // (SURVIVORS * BUCKET * 8))):
+    for part in chunks(len(q) - len(counts), fitting(SURVIVORS * BUCKET * 8)):
         size = SURVIVORS
         theta = torch.full((len(q[part]),), threshold, dtype=torch.float64, device=q.device)
         hits, count, flag, scan = _reach(q[part], x, x.shape[1], metric, theta, rows, size)

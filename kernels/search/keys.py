@@ -160,3 +160,11 @@ def scores_of(keys: Tensor) -> Tensor:
     bits = keys >> 32
     score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int32).view(torch.float32)
     return torch.where(keys == EMPTY.value, -torch.inf, score)
+
+
+def empty(q: Tensor, k: int) -> Result:
+    """Room for a result, all of which will be written."""
+    return (
+        torch.empty(len(q), k, dtype=torch.float32, device=q.device),
+        torch.empty(len(q), k, dtype=torch.int64, device=q.device),
+    )

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from mrl_fast.kernels.search.keys import EMPTY, SORTED_AT_ONCE, make_key
-from mrl_fast.kernels.shared.tiling import aligned, interpreted, programs
+from mrl_fast.kernels.search.metrics import NUMBERS
+from mrl_fast.kernels.shared.tiling import aligned, interpreted
 from torch import Tensor
 
-METRICS = {"ip": 0, "cosine": 1, "l2": 2, "linear": 3}  # linear: as of scan.Vectors
 LINEAR = tl.constexpr(3)
 WHOLE_BLOCK = 64  # columns whose sum can be carried
 ROUNDED = dict(enable_fp_fusion=False)  # every product, every sum
@@ -189,90 +189,6 @@ def bucket_row(bucket, i, TILE: tl.constexpr, GROUPS: tl.constexpr):
     return bucket // OF_TILE * TILE + eight * 8 + within % 4 * 2 + i % 2
 
 
-@triton.jit
-def _best_of_both(best, new):
-    """Of as many in descending order as there are in no order: as one falls and the other rises,
-    the larger of each pair are the best."""
-    return tl.sort(tl.maximum(best, tl.sort(new)), descending=True)
-
-
-@triton.jit(do_not_specialize=["N", "splits", "rows_each"])
-def _rescan_kernel(
-    q_ptr,  # [B, dim]
-    x_ptr,  # [N, dim]
-    scale_ptr,
-    outer_ptr,
-    factor_ptr,  # [B]
-    flag_ptr,  # [B] int32
-    allowed_ptr,  # [N] uint8
-    parts_ptr,  # [B, splits, KEPT] int64: the best of each split
-    N,
-    splits,
-    rows_each,  # a multiple of KEPT
-    dim,
-    stride_qb,
-    stride_xn,
-    METRIC: tl.constexpr,
-    HAS_OUTER: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    KEPT: tl.constexpr,  # at least k
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """The best of a split's rows, for queries that are flagged. Their place is also where KEPT new
-    keys are gathered, tile by tile, before they are sorted."""
-    b = (tl.program_id(0) // splits).to(tl.int64)
-    if tl.load(flag_ptr + b) == 0:
-        return
-    split = tl.program_id(0) % splits
-    part_ptr = parts_ptr + tl.program_id(0).to(tl.int64) * KEPT
-    first = split.to(tl.int64) * rows_each
-    factor = tl.load(factor_ptr + b) if HAS_OUTER else 0.0
-    best = tl.full((KEPT,), EMPTY, tl.int64)
-    worst = tl.min(best)
-    for start in range(0, rows_each, KEPT):
-        for tile in range(0, KEPT, ROWS):
-            lanes = tile + tl.arange(0, ROWS)
-            rows = first + start + lanes
-            there = rows < N
-            if HAS_ALLOWED:
-                there &= tl.load(allowed_ptr + rows, there, other=0) != 0
-            score = pair_scores(
-                q_ptr + b * stride_qb, x_ptr, scale_ptr, outer_ptr, factor, rows, there,
-                tl.zeros((ROWS,), ACC), 0, dim, stride_xn, METRIC, HAS_OUTER, ROWS, BLOCKS, ACC,
-            )  # fmt: skip
-            tl.store(part_ptr + lanes, tl.where(there, make_key(score, rows), EMPTY))
-        tl.debug_barrier()
-        new = tl.load(part_ptr + tl.arange(0, KEPT))
-        if tl.max(new) > worst:
-            best = _best_of_both(best, new)
-            worst = tl.min(best)
-        tl.debug_barrier()  # before it is written again
-    tl.store(part_ptr + tl.arange(0, KEPT), best)
-
-
-@triton.jit(do_not_specialize=["width", "splits"])
-def _merge_kernel(
-    parts_ptr,  # [B, splits, KEPT] int64, each in descending order
-    flag_ptr,  # [B] int32
-    keys_ptr,  # [B, width] int64: the best go first
-    width,
-    splits,
-    KEPT: tl.constexpr,
-):
-    b = tl.program_id(0).to(tl.int64)
-    if tl.load(flag_ptr + b) == 0:
-        return
-    lanes = tl.arange(0, KEPT)
-    best = tl.load(parts_ptr + b * splits * KEPT + lanes)
-    for split in range(1, splits):
-        new = tl.load(parts_ptr + (b * splits + split) * KEPT + lanes)
-        if tl.max(new) > tl.min(best):
-            best = _best_of_both(best, new)
-    tl.store(keys_ptr + b * width + lanes, best)
-
-
 class Pairs:
     """Queries and rows whose pairs are scored: ``[B, dim]`` and ``[N, dim]``, by a metric.
 
@@ -296,12 +212,12 @@ class Pairs:
         self.q, self.x, self.allowed = q, x, allowed
         self.scale, self.factor, self.outer = linear or (None, None, None)
         self.flags = {
-            "METRIC": METRICS["linear" if linear else metric],
+            "METRIC": NUMBERS["linear" if linear else metric],
             "HAS_OUTER": self.outer is not None,
             "HAS_ALLOWED": allowed is not None,
             "ACC": tl.float64 if double else tl.float32,
         }
-        plain = self.flags["METRIC"] != METRICS["cosine"] and not double and not in_bytes(x)
+        plain = self.flags["METRIC"] != NUMBERS["cosine"] and not double and not in_bytes(x)
         self.room = {} if plain else ROOMY
 
     def keys(self, rows: Tensor, *, begin: int = 0, sums: Tensor | None = None) -> Tensor:
@@ -336,30 +252,7 @@ class Pairs:
             **shape, **self.flags, **blocks, **self.room, **ROUNDED,
         )  # fmt: skip
 
-    def rescan(self, keys: Tensor, flag: Tensor, k: int) -> None:
-        """The k best of all rows, for the queries that are flagged, to their keys ``[B, width]``.
-        The others cost next to nothing."""
-        kept = max(32, triton.next_power_of_2(k))
-        B, N = len(keys), len(self.x)
-        # As many as keep the device busy with one query, or with several within the bytes.
-        splits = min(programs(self.q), triton.cdiv(N, kept), RESCAN_BYTES // (8 * kept * B))
-        parts = torch.empty(B, max(splits, 1), kept, dtype=torch.int64, device=keys.device)
-        splits = parts.shape[1]
-        rows = triton.cdiv(triton.cdiv(N, splits), kept) * kept
-        blocks = pair_blocks(self.x, B * N)
-        warps = 8 if kept > 512 else 4
-        blocks |= {"ROWS": min(blocks["ROWS"], kept), "num_warps": warps}
-        _rescan_kernel[(B * splits,)](
-            self.q, self.x, self.scale, self.outer, self.factor, flag, self.allowed, parts,
-            N, splits, rows, self.x.shape[1], self.q.stride(0),
-            self.x.stride(0), KEPT=kept, **self.flags, **blocks, **ROOMY, **ROUNDED,
-        )  # fmt: skip
-        _merge_kernel[(B,)](
-            parts, flag, keys, keys.shape[1], splits, KEPT=kept, num_warps=warps
-        )  # fmt: skip
 
-
-RESCAN_BYTES = 64 << 20
 RESCANNED = SORTED_AT_ONCE  # k of a rescan at most
 FEW_PAIRS = 1 << 13  # 128 programs of 64 rows, one a processor
 

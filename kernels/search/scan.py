@@ -8,32 +8,24 @@ ones seed the threshold (all their buckets are kept), and it is tightened betwee
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from mrl_fast.kernels.shared.tiling import aligned, interpreted, precision, programs
+from mrl_fast.kernels.search.metrics import NUMBERS, Margin, SumTerms
+from mrl_fast.kernels.search.scan_shape import (
+    PROMOTED,
+    Config,
+    promoted,
+    scan_precision,
+    with_low_part,
+)
+from mrl_fast.kernels.shared.tiling import programs
 from torch import Tensor
 
-BUCKET = 16  # rows
 MAGIC = tl.constexpr(0x4B400000)  # an int32 sum that starts here reads as 1.5 · 2^23 + sum in fp32
 NOTHING = tl.constexpr((0xFF800000 - (1 << 32) << 32) | 0xFFFFFFFF)  # −inf, of no bucket's rows
-PROMOTED = 32  # columns of float8 that Hopper's tensor cores add up at once
 MAGIC_DIM = 256  # columns of int8 up to which it does
-
-
-class Config(NamedTuple):
-    BLOCK_B: int
-    BLOCK_N: int
-    BLOCK_D: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def groups(self) -> int:
-        """Buckets of a tile in fours: eight rows apart in one lie as many eights of rows."""
-        return self.BLOCK_N // (4 * BUCKET)
 
 
 @triton.jit
@@ -48,7 +40,7 @@ def _added(q, x, acc, PRECISION: tl.constexpr, PROMOTED: tl.constexpr):
 
 @triton.jit
 def _best_of_buckets(v, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
-    """[BLOCK_B, BLOCK_N] -> [BLOCK_B, GROUPS, 4], of the rows that pairs.bucket_row names."""
+    """[BLOCK_B, BLOCK_N] -> [BLOCK_B, GROUPS, 4], of the rows that pair_scores.bucket_row names."""
     even, odd = tl.split(tl.reshape(v, (BLOCK_B, BLOCK_N // 8, 4, 2)))
     v = _larger(even, odd)
     eights: tl.constexpr = BLOCK_N // 8 // GROUPS
@@ -242,59 +234,14 @@ def _scan_kernel(
         tl.atomic_max(norm_ptr, tl.max(largest), sem="relaxed")
 
 
-class Margin(NamedTuple):
-    """How far a scan's score may be from the canonical one: ``a + c·q² + d·q·x + e·x²`` with a
-    query's norm and the largest norm of a row, which is 1 under cosine.
-
-    Both round every product and sum, tensor cores by truncation, and the metric's own terms: in all
-    fewer than 2(d + 16) roundings of numbers no larger than the norms' product."""
-
-    bound: float  # relative error of a sum
-    a: float
-    c: float = 0.0
-    d: float = 0.0
-    e: float = 0.0
-
-    def error(self, q: Tensor, x: Tensor) -> Tensor:
-        """For queries' norms ``[B]`` and the largest of a row's ``[1]``."""
-        return self.a + self.c * q * q + self.d * q * x + self.e * x * x
-
-    @classmethod
-    def of(cls, x: Tensor, metric: str) -> "Margin":
-        """In a scan's units: products with the unnormalised query under cosine, and
-        ⟨q, x⟩ − ‖x‖²/2 under l2."""
-        dim = x.shape[1]
-        width = x.element_size()
-        tf32 = 2.0**-9 if scan_precision(x) == "tf32" else 2.0**-18
-        # So many products of float8 at a time, and their sum, are cut off below 2^-13 of the
-        # largest, and below some more than that of one whose factor is subnormal.
-        added = PROMOTED if promoted(x) else max(64, dim)
-        coarse = {1: (added + 10) * 2.0**-13, 2: 0.0, 4: tf32}[width]
-        exact = x.dtype == torch.int8  # sums of integers, rounded at the end
-        bound = 2 * (dim + 16) * 2.0**-24 + (0.0 if exact else coarse)
-        tiny = dim * torch.finfo(torch.float32).tiny
-        if metric == "l2":  # (q + x)²/2 <= q² + x²
-            return cls(bound, tiny, c=bound, e=bound)
-        return cls(bound, tiny, d=bound)
-
-
-class Vectors(NamedTuple):
-    """What a scan makes of a row's sum beside the sum: sum · scale + term + factor · outer."""
-
-    scale: Tensor | None = None  # [N] fp32, as the next two
-    term: Tensor | None = None
-    outer: Tensor | None = None
-    factor: Tensor | None = None  # [B] fp32
-
-
 class Scan:
     """A pass over the rows ``x [N, dim]`` for the queries ``q [B, dim]``.
 
     Args:
         config: The shape of its tiles, of whose numbers phases, buckets and hits are.
-        vectors: Of the rows; None: the metric's, from norms that the scan finds itself.
-        q_norms: ``[B]`` fp32; read where ``vectors`` is None.
-        norm: ``[1]`` fp32, out where ``vectors`` is None: the largest norm of a row.
+        terms: What the metric makes of a sum; None: from norms that the scan finds itself.
+        q_norms: ``[B]`` fp32; read where ``terms`` is None.
+        norm: ``[1]`` fp32, out where ``terms`` is None: the largest norm of a row.
         skip: ``[B]`` int32, not 0 where a query needs no scan.
         low: ``[B, dim]``, to be added to ``q``.
     """
@@ -305,27 +252,25 @@ class Scan:
         q: Tensor,
         x: Tensor,
         metric: str,
-        vectors: Vectors | None,
+        terms: SumTerms | None,
         q_norms: Tensor,
         norm: Tensor,
         skip: Tensor | None = None,
         low: Tensor | None = None,
     ):
         self.q, self.x, self.norm, self.skip, self.low = q, x, norm, skip, low
-        if low is not None and x.shape[1] > config.BLOCK_D and hopper(x):  # three blocks a stage:
-            config = config._replace(num_stages=2)  # two programs share a processor's memory
-        self.config = config
+        self.config = config = config if low is None else with_low_part(config, x)
         self.tiles = triton.cdiv(len(x), config.BLOCK_N)
         self.bound = Margin.of(x, metric).bound
-        self.factor = vectors.factor if vectors and vectors.factor is not None else q_norms
-        self.vectors = vectors or Vectors()
+        self.factor = terms.factor if terms and terms.factor is not None else q_norms
+        self.terms = terms or SumTerms()
         self.flags = {
-            "HAS_SCALE": self.vectors.scale is not None,
-            "HAS_TERM": self.vectors.term is not None,
-            "HAS_OUTER": self.vectors.outer is not None,
+            "HAS_SCALE": self.terms.scale is not None,
+            "HAS_TERM": self.terms.term is not None,
+            "HAS_OUTER": self.terms.outer is not None,
             "HAS_SKIP": skip is not None,
             "HAS_LOW": low is not None,
-            "NORMS": ("ip", "cosine", "l2").index(metric) if vectors is None else -1,
+            "NORMS": NUMBERS[metric] if terms is None else -1,
             "WHOLE": x.shape[1] <= config.BLOCK_D,
             "MAGIC_SUMS": x.dtype == torch.int8 and x.shape[1] <= MAGIC_DIM,
             "GROUPS": config.groups,
@@ -340,7 +285,7 @@ class Scan:
         ``theta [B]`` or, with a window, the best bucket of each so many tiles."""
         if first >= last:
             return
-        config, v = self.config, self.vectors
+        config, v = self.config, self.terms
         query_tiles, step = triton.cdiv(len(self.q), config.BLOCK_B), max(1, window)
         each = triton.cdiv(last - first, max(1, programs(self.q) // query_tiles))
         each = triton.cdiv(each, step) * step
@@ -355,12 +300,6 @@ class Scan:
         )  # fmt: skip
 
 
-def scan_precision(x: Tensor) -> str:
-    """On tensor cores always, for what is returned is scored again: three products of TF32 halves,
-    or one where PyTorch may take that for a product."""
-    return "tf32x3" if x.dtype == torch.float32 and precision(x) == "ieee" else precision(x)
-
-
 def tile_step(tiles: int) -> int:
     """A step through all tiles, modulo their number, whose first positions lie apart: the golden
     section, made to have no common factor with it."""
@@ -368,33 +307,3 @@ def tile_step(tiles: int) -> int:
     while math.gcd(step, tiles) > 1:
         step += 1
     return step % tiles
-
-
-def scan_config(queries: int, x: Tensor) -> Config:
-    """Tiles of 128 bytes of a row, and the fewest warps whose registers hold what is made of a
-    tile's scores: then one takes the fewest instructions."""
-    if interpreted():
-        return Config(16, 64, 16, 1, 1)
-    width = x.element_size()
-    block_b = 16 if queries <= 16 else 64 if queries <= 64 or width == 4 else 128
-    least, vectors = max(16, 32 // width), aligned(x)
-    most = 128 // width if vectors else 32  # loaded one by one, and each with its address
-    columns = min(max(triton.next_power_of_2(x.shape[1]), least), most)
-    if scan_precision(x) == "tf32x3" and x.shape[1] > columns and (block_b > 16 or not vectors):
-        columns = 16  # for the halves of both operands, beside sums that go on
-    few = block_b == 16 or (block_b == 64 and width == 2)
-    block_n = 256 if block_b == 16 and width < 4 and vectors else 128
-    if x.dtype == torch.float8_e4m3fn and block_b > 16:
-        block_b = 128 if queries > 128 and hopper(x) else 64
-        block_n = 64 if hopper(x) else 128  # promoted, a score has two sums in registers
-    return Config(block_b, block_n, columns, 4 if few or (hopper(x) and vectors) else 8, 3)
-
-
-def promoted(x: Tensor) -> bool:
-    """Whether products are added up in few bits, and only PROMOTED of them before fp32."""
-    return x.dtype == torch.float8_e4m3fn and hopper(x)
-
-
-def hopper(x: Tensor) -> bool:
-    """Its matrix products read both operands from shared memory and leave registers."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9

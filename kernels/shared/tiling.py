@@ -70,9 +70,13 @@ def programs(q: Tensor) -> int:
 
 
 def precision(x: Tensor) -> str:
-    """How fp32 products are made, by PyTorch's own setting; half precision has one way only."""
-    exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    """How fp32 products are made, by PyTorch's own setting; half precision has one way only.
+
+    The setting of CUDA's products is what both of PyTorch's interfaces set; the older one's getter
+    raises once the newer one was used.
+    """
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def whole_tiles(classes: int) -> int:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from mrl_fast.kernels.search import certified, topk
-from mrl_fast.kernels.search.topk import Rows, empty, row_vectors
+from mrl_fast.kernels.search import certified, metrics, plan
+from mrl_fast.kernels.search.keys import empty
+from mrl_fast.kernels.search.metrics import row_terms
+from mrl_fast.kernels.search.plan import KnownRows
 
 from mrl_fast.search import reference
 from mrl_fast.testing import assert_same_topk
@@ -24,19 +26,19 @@ def make_rows(rows, device, *, structure):
 
 
 def known(x, metric, prefix=PREFIX):
-    vectors, norm = row_vectors(x, metric)
+    terms, norm = row_terms(x, metric)
     tails = torch.linalg.vector_norm(x[:, prefix:], dim=1) * (1 + 1e-6)
     if metric == "cosine":
-        tails = tails * vectors.scale
-    short, short_norm = row_vectors(x[:, :prefix], metric)
-    bounds = Rows(vectors._replace(outer=tails), norm)
-    return Rows(vectors, norm), certified.Prefix(prefix, Rows(short, short_norm), bounds)
+        tails = tails * terms.scale
+    short, short_norm = row_terms(x[:, :prefix], metric)
+    bounds = KnownRows(terms._replace(outer=tails), norm)
+    return KnownRows(terms, norm), certified.Prefix(prefix, KnownRows(short, short_norm), bounds)
 
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr(topk, "BUFFER", (16, 32))
-    monkeypatch.setattr(topk, "LEAST_RANK", 4)
+    monkeypatch.setattr(plan, "BUFFER", (16, 32))
+    monkeypatch.setattr(plan, "LEAST_RANK", 4)
     monkeypatch.setattr(certified, "SURVIVORS", 40)
 
 
@@ -61,9 +63,9 @@ def test_a_bound_that_is_too_low_shows(metric, triton_device):
     x = make_rows(800, triton_device, structure=True)
     q = x[[5, 799]] + 0.05
     rows, prefix = known(x, metric)
-    outer = prefix.bounds.vectors.outer
+    outer = prefix.bounds.terms.outer
     wrong = prefix._replace(
-        bounds=prefix.bounds._replace(vectors=prefix.bounds.vectors._replace(outer=-3 * outer))
+        bounds=prefix.bounds._replace(terms=prefix.bounds.terms._replace(outer=-3 * outer))
     )
     result = empty(q, 9)
     certified.exact_topk(q, x, 9, metric, result, rows, wrong)
@@ -82,7 +84,7 @@ def test_rows_that_are_not_allowed(triton_device):
     out = torch.where(allowed == 1, 0.0, -torch.inf)
 
     def only(some):
-        return some._replace(vectors=some.vectors._replace(term=out), allowed=allowed)
+        return some._replace(terms=some.terms._replace(term=out), allowed=allowed)
 
     prefix = prefix._replace(shortlist=only(prefix.shortlist), bounds=only(prefix.bounds))
     result = empty(q, 5)
@@ -100,7 +102,7 @@ def test_bounds_that_are_the_scores(metric, k, triton_device, monkeypatch):
     q = x[::240] + 0.3 * make_rows(3, triton_device, structure=False)
     q[:, PREFIX:] = 0
     rows, prefix = known(x, metric)
-    margin = certified.Margin.of(x[:, :PREFIX], metric)
+    margin = metrics.Margin.of(x[:, :PREFIX], metric)
     low = 0.99 * margin.error(torch.linalg.vector_norm(q, dim=1), prefix.bounds.norm)
 
     class Low(certified.Scan):

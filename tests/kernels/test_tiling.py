@@ -1,5 +1,8 @@
 """How the Triton loss engine cuts its work."""
 
+import subprocess
+import sys
+
 import pytest
 from mrl_fast.kernels.shared import tiling
 
@@ -15,3 +18,30 @@ def test_chunks_fit_the_workspace(rows, classes, bytes_a_score):
     if held < tiling.WORKSPACE_BYTES // 2:  # small only where the problem is
         assert rows <= row_step and classes <= class_step
     assert row_step % 128 == class_step % 128 == 0
+
+
+SETTINGS = {
+    "pass": "ieee",
+    "torch.set_float32_matmul_precision('high')": "tf32",
+    "torch.backends.cuda.matmul.allow_tf32 = True": "tf32",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.cuda.matmul.fp32_precision = 'ieee'": "ieee",
+}
+
+
+def test_precision_follows_both_interfaces_of_pytorch():
+    """Each setting in a child of its own: PyTorch does not go back from the newer interface."""
+    code = f"""
+import os, torch
+from mrl_fast.kernels.shared.tiling import precision
+for setting in {list(SETTINGS)!r}:
+    if not os.fork():
+        exec(setting)
+        print(precision(torch.ones(1)), precision(torch.ones(1).half()), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    expected = [word for precision in SETTINGS.values() for word in (precision, "ieee")]
+    assert done.stdout.split() == expected, done.stderr

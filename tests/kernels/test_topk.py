@@ -3,7 +3,16 @@
 import pytest
 import torch
 from mrl_fast.kernels import search as kernels
-from mrl_fast.kernels.search import keys, pair_scores, scan, topk
+from mrl_fast.kernels.search import (
+    approx,
+    keys,
+    metrics,
+    pair_scores,
+    plan,
+    scan,
+    scan_shape,
+    topk,
+)
 from mrl_fast.kernels.shared.tiling import operand
 
 from mrl_fast.search import reference
@@ -23,16 +32,16 @@ def make_vectors(rows, width, device, *, seed=0, dtype=torch.float32):
 def rescans(monkeypatch):
     """A scan with small buffers, so that small databases are scanned in phases; counts the queries
     that were flagged."""
-    monkeypatch.setattr(topk, "BUFFER", (16, 32))
-    monkeypatch.setattr(topk, "LEAST_RANK", 4)
-    counted, rescan = [], topk.Pairs.rescan
+    monkeypatch.setattr(plan, "BUFFER", (16, 32))
+    monkeypatch.setattr(plan, "LEAST_RANK", 4)
+    counted, rescan = [], topk.rescan
 
     def spy(self, keys, flag, k):
         if flag.any():
             counted.append(int(flag.sum()))
         rescan(self, keys, flag, k)
 
-    monkeypatch.setattr(topk.Pairs, "rescan", spy)
+    monkeypatch.setattr(topk, "rescan", spy)
     return counted
 
 
@@ -93,16 +102,16 @@ def test_sums_of_a_scan_are_within_its_margin(dtype, kind, shape, triton_device)
             t.fill_(0.171875)[:, 0] = 16
     scale = {torch.int8: 7 if kind == "spike" else 40}.get(dtype, 1)
     q, x = (operand((scale * v).clamp(-127, 127).to(dtype)) for v in (q, x))
-    coarse, config = topk.scan_queries(q, x, "ip"), scan.scan_config(len(q), x)
-    seeds, tiles = config.BLOCK_N // scan.BUCKET, -(-N // config.BLOCK_N)
-    hits, count, _, theta = topk.buffers(q, tiles * seeds, tiles * seeds)
-    vectors, norm = topk.row_vectors(x, "ip")
-    one = scan.Scan(config, coarse.q, x, "ip", vectors, coarse.norms, norm)
+    coarse, config = plan.scan_queries(q, x, "ip"), scan_shape.scan_config(len(q), x)
+    seeds, tiles = config.BLOCK_N // scan_shape.BUCKET, -(-N // config.BLOCK_N)
+    hits, count, _, theta = plan.buffers(q, tiles * seeds, tiles * seeds)
+    terms, norm = metrics.row_terms(x, "ip")
+    one = scan.Scan(config, coarse.q, x, "ip", terms, coarse.norms, norm)
     one(hits, count, theta, 0, tiles, window=1)
     best = (hits >> 32).int().view(torch.float32).double()
-    bucket, i = (hits & 0xFFFFFFFF)[0], torch.arange(scan.BUCKET, device=q.device)
+    bucket, i = (hits & 0xFFFFFFFF)[0], torch.arange(scan_shape.BUCKET, device=q.device)
     there = bucket != 0xFFFFFFFF
-    assert (there.sum() * scan.BUCKET >= N) and len(bucket[there].unique()) == there.sum()
+    assert (there.sum() * scan_shape.BUCKET >= N) and len(bucket[there].unique()) == there.sum()
     best, bucket = best[:, there], bucket[there]
     within = (bucket % seeds)[:, None]
     rows = (i // 2 * config.groups + within // 4) * 8 + within % 4 * 2 + i % 2
@@ -120,27 +129,30 @@ def test_sums_of_a_scan_are_within_its_margin(dtype, kind, shape, triton_device)
 def test_margins_leave_few_rows_to_be_scored_again(dtype, metric, k, dim, monkeypatch):
     """On Hopper the error of sums in few bits must not grow with the columns, or all queries would
     be rescanned. By scores of fp32: margins are of a device's products."""
-    monkeypatch.setattr(scan, "hopper", lambda x: True)
-    monkeypatch.setattr(scan, "scan_precision", lambda x: "tf32")
+    monkeypatch.setattr(scan_shape, "hopper", lambda x: True)
+    monkeypatch.setattr(metrics, "scan_precision", lambda x: "tf32")
     q, x = (make_vectors(n, dim, "cpu", seed=n) for n in (4, 100_000))
     q, x = (torch.nn.functional.normalize(v).to(dtype) for v in (q, x))
-    margin, config = scan.Margin.of(x, metric), scan.Config(64, 128, 64, 4, 3)
-    plan = topk.Plan.of(k, x, config, margin)
+    margin, config = metrics.Margin.of(x, metric), scan_shape.Config(64, 128, 64, 4, 3)
+    planned = plan.Plan.of(k, x, config, margin)
     q, x = q.float(), x.float()
     scores = q @ x.T - (x.square().sum(1) / 2 if metric == "l2" else 0)
     error = margin.error(q.norm(dim=1), x.norm(dim=1).max())[:, None]
-    buckets = scores.view(len(q), -1, scan.BUCKET).amax(2)
+    buckets = scores.view(len(q), -1, scan_shape.BUCKET).amax(2)
     theta = torch.full_like(error, -torch.inf)
     begin = 0
-    for end in plan.ends:  # in any order: rows are random
-        ends = begin * config.BLOCK_N // scan.BUCKET, end * config.BLOCK_N // scan.BUCKET
+    for end in planned.ends:  # in any order: rows are random
+        ends = (
+            begin * config.BLOCK_N // scan_shape.BUCKET,
+            end * config.BLOCK_N // scan_shape.BUCKET,
+        )
         hits = (buckets[:, ends[0] : ends[1]] >= theta).sum(1)
-        assert begin == 0 or (hits + plan.kept <= plan.buffer).all(), (hits, plan)
+        assert begin == 0 or (hits + planned.kept <= planned.buffer).all(), (hits, planned)
         seen = buckets[:, : ends[1]]
-        theta = seen.topk(plan.rank).values[:, -1:] - 2 * error
+        theta = seen.topk(planned.rank).values[:, -1:] - 2 * error
         begin = end
     kept = (buckets >= theta).sum(1)
-    assert (kept <= plan.kept).all(), (kept, plan)
+    assert (kept <= planned.kept).all(), (kept, planned)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -170,12 +182,12 @@ def test_errors_of_the_scan_within_its_margin_change_nothing(
         def noisy(self, hits, count, *rest, factor=factor, worst=worst, random=generator, **more):
             before = count.clone()
             scan(self, hits, count, *rest, **more)
-            margin = topk.Margin.of(x, metric).error(norms[1], norms[0])
+            margin = metrics.Margin.of(x, metric).error(norms[1], norms[0])
             score = (hits >> 32).int().view(torch.float32)
             noise = 2 * torch.rand(score.shape, generator=random).to(score) - 1
             if worst:
                 config, bucket = self.config, expected[1] % self.config.BLOCK_N
-                of_tile = config.BLOCK_N // topk.BUCKET
+                of_tile = config.BLOCK_N // scan_shape.BUCKET
                 bucket = bucket // 8 % config.groups * 4 + bucket % 8 // 2
                 bucket += expected[1] // config.BLOCK_N * of_tile
                 best = ((hits & 0xFFFFFFFF)[:, :, None] == bucket[:, None]).any(2)
@@ -251,8 +263,8 @@ def test_norms_of_zero_and_beyond_fp32(rescans, triton_device, monkeypatch):
     rescans.clear()
     x = make_vectors(300, 4, triton_device, seed=1)
     x[1] *= 1e-15  # squares of it leave fp32's normal range: no margin holds
-    for bytes_at_once in (topk.TEMPORARY_BYTES, 1):  # norms found in the scan, and before it
-        monkeypatch.setattr(topk, "TEMPORARY_BYTES", bytes_at_once)
+    for bytes_at_once in (plan.TEMPORARY_BYTES, 1):  # norms found in the scan, and before it
+        monkeypatch.setattr(plan, "TEMPORARY_BYTES", bytes_at_once)
         found = kernels.prefix_topk(q, x, 3, 4, "cosine")
         assert_same_topk(found, reference.scores(q, x, 4, "cosine"), name="cosine", tolerance=1e-6)
     assert rescans == [2, 1, 1]
@@ -274,7 +286,7 @@ def test_a_score_depends_on_nothing_but_the_pair(metric, rescans, triton_device,
     check(kernels.prefix_topk(q.T.contiguous().T, x.T.contiguous().T, 6, 21, metric))
     check(kernels.rerank(q, x, ids.flip(1), 6, 21, metric))
     check(kernels.funnel_search(q, x, [(5, 500), (21, 6)], metric))
-    monkeypatch.setattr(topk, "TEMPORARY_BYTES", 1)  # other chunks
+    monkeypatch.setattr(plan, "TEMPORARY_BYTES", 1)  # other chunks
     check(kernels.prefix_topk(q, x, 6, 21, metric))
     check(kernels.rerank(q, x, ids, 6, 21, metric))
     monkeypatch.setattr(topk, "RESCANNED", 5)  # every pair scored
@@ -282,11 +294,13 @@ def test_a_score_depends_on_nothing_but_the_pair(metric, rescans, triton_device,
 
 
 def test_chunks_of_rows(triton_device, monkeypatch):
-    monkeypatch.setattr(topk, "TEMPORARY_BYTES", 1)
+    monkeypatch.setattr(plan, "TEMPORARY_BYTES", 1)
     x = torch.arange(9000.0, device=triton_device)[:, None] // 4500
     for k in (3, 4600):  # within a chunk of 4096 rows, and beyond one
-        scores, ids = topk.empty(torch.ones(1, 1, device=x.device), k)
-        topk.score_all(torch.ones(1, 1, device=x.device), x, k, "ip", (scores, ids), topk.Rows())
+        scores, ids = keys.empty(torch.ones(1, 1, device=x.device), k)
+        topk.score_all(
+            torch.ones(1, 1, device=x.device), x, k, "ip", (scores, ids), plan.KnownRows()
+        )
         expected = torch.arange(9000, device=x.device).roll(-4500)[:k]
         assert torch.equal(ids[0], expected)
 
@@ -316,12 +330,12 @@ def test_rerank_of_strided_candidates_with_repeats(metric, triton_device):
 @pytest.mark.parametrize("metric", METRICS)
 def test_queries_of_more_bits_than_the_rows(metric, rescans, triton_device):
     q, x = make_vectors(3, 24, triton_device), make_vectors(900, 24, triton_device, seed=1).half()
-    found = topk.empty(q, 4)
+    found = keys.empty(q, 4)
     topk.topk(q, x.contiguous(), 4, metric, found)
     exact = reference.scores(q, x, 24, metric)
     assert_same_topk(found, exact, name=metric, tolerance=1e-5 * exact.abs().max().item())
     assert not rescans, "two parts of a query leave no margin to speak of"
-    coarse = topk.scan_queries(q, x, metric)
+    coarse = plan.scan_queries(q, x, metric)
     left = q.double() - coarse.q.double() - coarse.low.double()
     assert (left.norm(dim=1) <= coarse.errors).all() and (coarse.errors < 1e-5).all()
 
@@ -331,12 +345,12 @@ def test_blocks_that_are_loaded_together_are_added_one_by_one(double, triton_dev
     q, x = make_vectors(2, 300, triton_device), make_vectors(40, 300, triton_device, seed=1)
     rows = torch.arange(40, device=x.device).expand(2, -1)
     for metric in METRICS:
-        keys = []
+        found = []
         for blocks in (1, 2, 4):
             shape = dict(ROWS=32, BLOCKS=blocks, num_warps=4)
             monkeypatch.setattr(pair_scores, "pair_blocks", lambda *_, shape=shape: shape)
-            keys.append(topk.Pairs(q, x, metric, double=double).keys(rows))
-        assert torch.equal(keys[0], keys[1]) and torch.equal(keys[0], keys[2])
+            found.append(pair_scores.Pairs(q, x, metric, double=double).keys(rows))
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("factor", [1e-25, 1e-22, 1e18])
@@ -345,14 +359,14 @@ def test_norms_beyond_what_fp32_can_square(metric, factor, triton_device):
     """Scores of rows and queries that small are 0 or made of a few bits: then rows decide."""
     q, x = make_vectors(2, 6, triton_device), make_vectors(300, 6, triton_device, seed=1)
     for a, b in ((q * factor, x), (q, x * factor)):
-        found, every = topk.empty(q, 5), topk.empty(q, 5)
+        found, every = keys.empty(q, 5), keys.empty(q, 5)
         topk.topk(a, b, 5, metric, found)
-        topk.score_all(a, b, 5, metric, every, topk.Rows())
+        topk.score_all(a, b, 5, metric, every, plan.KnownRows())
         assert torch.equal(found[1], every[1]) and torch.equal(found[0], every[0])
 
 
 def test_the_default_dtype_is_not_ours(triton_device, monkeypatch):
-    monkeypatch.setattr(topk, "TEMPORARY_BYTES", 1)  # norms before the scan
+    monkeypatch.setattr(plan, "TEMPORARY_BYTES", 1)  # norms before the scan
     q, x = make_vectors(2, 6, triton_device), make_vectors(400, 6, triton_device, seed=1)
     expected = kernels.prefix_topk(q, x, 3, 6, "cosine")
     torch.set_default_dtype(torch.bfloat16)
@@ -379,18 +393,17 @@ def test_chunks_of_queries_that_alone_would_take_another_shape(
     metric, rescans, triton_device, monkeypatch
 ):
     def shape(queries, x):
-        return scan.Config(16, 64 if queries > 2 else 128, 16, 1, 1)
+        return scan_shape.Config(16, 64 if queries > 2 else 128, 16, 1, 1)
 
-    for user in (scan, topk):
+    for user in (approx, topk):
         monkeypatch.setattr(user, "scan_config", shape)
     q, x = make_vectors(3, 5, triton_device), make_vectors(1003, 5, triton_device, seed=1)
     expected = kernels.prefix_topk(q, x, 4, 5, metric)
-    monkeypatch.setattr(topk, "TEMPORARY_BYTES", 1)  # a query at a time
+    monkeypatch.setattr(plan, "TEMPORARY_BYTES", 1)  # a query at a time
     found = kernels.prefix_topk(q, x, 4, 5, metric)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     assert not rescans
-    approx = kernels.approx_topk(q, x, 4, 5, metric, 0.9)[0]
+    roughly = kernels.approx_topk(q, x, 4, 5, metric, 0.9)[0]
     monkeypatch.undo()
-    monkeypatch.setattr(scan, "scan_config", shape)
-    monkeypatch.setattr(topk, "scan_config", shape)
-    assert torch.equal(approx[1], kernels.approx_topk(q, x, 4, 5, metric, 0.9)[0][1])
+    monkeypatch.setattr(approx, "scan_config", shape)
+    assert torch.equal(roughly[1], kernels.approx_topk(q, x, 4, 5, metric, 0.9)[0][1])

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from mrl_fast.kernels.search import certified, topk
+from mrl_fast.kernels.search import certified, funnel, plan, topk
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mrl_fast import MatryoshkaIndex, SearchResult, prefix_topk, rerank
@@ -22,8 +22,8 @@ def vectors(rows, seed=0):
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr(topk, "BUFFER", (16, 64))
-    monkeypatch.setattr(topk, "LEAST_RANK", 4)
+    monkeypatch.setattr(plan, "BUFFER", (16, 64))
+    monkeypatch.setattr(plan, "LEAST_RANK", 4)
     monkeypatch.setattr(certified, "SURVIVORS", 24)
 
 
@@ -249,8 +249,8 @@ def test_ops_do_not_wait(metric, triton_device):
             run(q, rows, 5, 20, metric)  # compiles
         with no_waiting():
             _, ids = run(q, rows, 5, 20, metric)
-            topk.rerank(q, rows, ids, 3, 24, metric)
-            topk.funnel_search(q, rows, [(8, 8), (24, 4)], metric)
+            funnel.rerank(q, rows, ids, 3, 24, metric)
+            funnel.funnel_search(q, rows, [(8, 8), (24, 4)], metric)
 
 
 @on_gpu

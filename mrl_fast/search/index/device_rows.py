@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mrl_fast.kernels.search.topk import upper
+from mrl_fast.kernels.search.metrics import upper
 from mrl_fast.search.index.blocks import Layout
 from mrl_fast.search.index.snapshot import Snapshot, flags_of
 from mrl_fast.search.index.store import Store as HostStore

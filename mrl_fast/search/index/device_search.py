@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrl_fast.kernels.search import certified, topk
-from mrl_fast.kernels.search.keys import scores_of
+from mrl_fast.kernels.search import certified, funnel
+from mrl_fast.kernels.search.keys import empty, scores_of
+from mrl_fast.kernels.search.metrics import SAFE_NORM, SumTerms
 from mrl_fast.kernels.search.pair_scores import Pairs
-from mrl_fast.kernels.search.scan import Vectors
-from mrl_fast.kernels.search.topk import SAFE_NORM, Rows
+from mrl_fast.kernels.search.plan import KnownRows, fitting
+from mrl_fast.kernels.search.topk import topk
 from mrl_fast.kernels.shared.device import on_its_device
 from mrl_fast.kernels.shared.tiling import operand
 from mrl_fast.search.index.device_rows import DeviceRows
@@ -39,7 +40,7 @@ def rotated(queries: Tensor, rotation: Rotation) -> Tensor:
     """``queries @ axes.T``; a row's bits do not depend on the others."""
     axes = rotation.on(queries.device)
     columns = torch.arange(len(axes), device=axes.device)
-    parts = queries.split(max(1, topk.TEMPORARY_BYTES // (16 * len(axes))))
+    parts = queries.split(fitting(16 * len(axes)))
     return torch.cat(
         [scores_of(Pairs(q, axes, "ip").keys(columns.expand(len(q), -1))) for q in parts]
     )
@@ -53,16 +54,16 @@ def search_rows(
     ranks by them, and the next begins at the first column."""
     (dim, keep), *later = stages
     _in_use(rows)
-    found = topk.empty(q, keep)
+    found = empty(q, keep)
     if later and rows.codes is not None and dim == rows.dims[0]:
         codes, known = _by_codes(q, rows, metric)
-        topk.topk(codes, operand(rows.codes), keep, "ip", found, known)
+        topk(codes, operand(rows.codes), keep, "ip", found, known)
         scored = 0
     else:
         x, scored = operand(rows.vectors[:, :dim]), dim
         known = _known(rows, dim, metric, ids=None if later else rows.ids)
-        topk.topk(q[:, :dim], x, keep, metric, found, known)
-    return topk.rerank_stages(q, rows.vectors, found, later, metric, scored=scored, ids=rows.ids)
+        topk(q[:, :dim], x, keep, metric, found, known)
+    return funnel.rerank_stages(q, rows.vectors, found, later, metric, scored=scored, ids=rows.ids)
 
 
 @on_its_device
@@ -72,7 +73,7 @@ def exact_search(
     """The k best by fp64 scores rounded to fp32; and how many rows of each query were read beyond
     their prefix."""
     _in_use(rows)
-    result, x = topk.empty(q, k), operand(rows.vectors)
+    result, x = empty(q, k), operand(rows.vectors)
     whole = _known(rows, dim, metric, ids=rows.ids)
     touched = certified.exact_topk(q, x, k, metric, result, whole, _prefix(rows, dim, metric))
     return *result, touched
@@ -89,7 +90,7 @@ def range_search(
     return certified.range_search(q, operand(rows.vectors), threshold, metric, whole)
 
 
-def _known(rows: DeviceRows, dim: int, metric: str, *, ids: Tensor | None = None) -> Rows:
+def _known(rows: DeviceRows, dim: int, metric: str, *, ids: Tensor | None = None) -> KnownRows:
     """For a search by the first ``dim`` columns."""
     g = rows.dims.index(dim)
     largest, scale, term = rows.largest[g : g + 1], None, rows.out
@@ -99,7 +100,7 @@ def _known(rows: DeviceRows, dim: int, metric: str, *, ids: Tensor | None = None
         largest = torch.where(rows.smallest[g : g + 1] > SAFE_NORM, one, torch.inf)
     if metric == "l2":
         term = rows.factors[g] if rows.out is None else rows.factors[g] + rows.out
-    return Rows(Vectors(scale=scale, term=term), largest, rows.allowed, ids)
+    return KnownRows(SumTerms(scale=scale, term=term), largest, rows.allowed, ids)
 
 
 def _prefix(rows: DeviceRows, dim: int, metric: str) -> certified.Prefix | None:
@@ -107,12 +108,12 @@ def _prefix(rows: DeviceRows, dim: int, metric: str) -> certified.Prefix | None:
     if first == dim:
         return None
     whole = _known(rows, dim, metric)
-    assert whole.vectors is not None
-    bounds = whole._replace(vectors=whole.vectors._replace(outer=rows.tails))
+    assert whole.terms is not None
+    bounds = whole._replace(terms=whole.terms._replace(outer=rows.tails))
     return certified.Prefix(first, _known(rows, first, metric), bounds)
 
 
-def _by_codes(q: Tensor, rows: DeviceRows, metric: str) -> tuple[Tensor, Rows]:
+def _by_codes(q: Tensor, rows: DeviceRows, metric: str) -> tuple[Tensor, KnownRows]:
     """Queries as codes, and what makes scores of sums of products of codes. Their scale is of one
     query; the order of rows is what counts."""
     head = q[:, : rows.dims[0]].float()
@@ -120,13 +121,13 @@ def _by_codes(q: Tensor, rows: DeviceRows, metric: str) -> tuple[Tensor, Rows]:
     unit = torch.where(unit > UNIT, unit, 1.0)  # of zeros, or of as good as nothing
     codes = (head / unit).round().to(torch.int8)
     # The margin is of shortlists: no sum times its scale is larger than 127 · 127 · dim · this.
-    vectors, largest = Vectors(scale=rows.units, term=rows.out), rows.largest[:1] * 2
+    terms, largest = SumTerms(scale=rows.units, term=rows.out), rows.largest[:1] * 2
     if metric == "cosine":
         largest = torch.ones_like(largest) * 2
     if metric == "l2":  # ⟨q, x⟩ − ‖x‖²/2, in the query's unit
-        vectors = vectors._replace(outer=rows.factors[0], factor=unit[:, 0].reciprocal())
+        terms = terms._replace(outer=rows.factors[0], factor=unit[:, 0].reciprocal())
         largest = largest + largest * largest
-    return codes, Rows(vectors, largest, rows.allowed, linear=True)
+    return codes, KnownRows(terms, largest, rows.allowed, linear=True)
 
 
 def _in_use(rows: DeviceRows) -> None:

@@ -1,0 +1,53 @@
+"""Approximate top-k in one pass: of buckets that hold rows of many tiles, the best row of each."""
+
+import triton
+from mrl_fast.kernels.search import plan as plans
+from mrl_fast.kernels.search.keys import Result, empty, narrow, select
+from mrl_fast.kernels.search.metrics import row_terms
+from mrl_fast.kernels.search.plan import KnownRows, Plan, buffers, fitting, scan_queries
+from mrl_fast.kernels.search.rescan import rescan
+from mrl_fast.kernels.search.scan import Scan
+from mrl_fast.kernels.search.scan_shape import BUCKET, scan_config
+from mrl_fast.kernels.search.topk import topk
+from mrl_fast.kernels.shared.tiling import chunks, operand
+from torch import Tensor
+
+
+def approx_topk(
+    queries: Tensor, database: Tensor, k: int, dim: int, metric: str, recall: float
+) -> tuple[Result, float]:
+    """Of the k best rows those that no better one shares a bucket with; and the share of them that
+    is expected to be found: buckets hold the rows of many tiles, one hit of each is kept, and its
+    16 rows are scored again."""
+    q, x = operand(queries[:, :dim]), operand(database[:, :dim])
+    config, result = scan_config(len(q), x), empty(q, k)
+    tiles, of_tile = triton.cdiv(len(x), config.BLOCK_N), config.BLOCK_N // BUCKET
+    window = tiles
+    while window > 1 and expected_recall(k, tiles, window, of_tile) < recall:
+        window = (window + 1) // 2
+    buckets = triton.cdiv(tiles, window) * of_tile
+    if window < 2 or buckets > plans.BUFFER[1] or not len(q):  # as many as there are rows
+        topk(q, x, k, metric, result)
+        return result, 1.0
+    terms, norm = row_terms(x, metric)
+    rows, coarse = KnownRows(terms, norm), scan_queries(q, x, metric)
+    plan = Plan.of(k, x, config, coarse.margin)
+    plan = plan._replace(buffer=triton.next_power_of_2(buckets), ends=[])
+    for part in chunks(len(q), fitting(plan.bytes)):
+        mine, pairs = coarse.part(part), rows.pairs(q[part], x, metric, double=False)
+        scan = Scan(config, mine.q, x, metric, terms, mine.norms, norm)  # of one dtype: no low part
+        hits, count, flag, theta = buffers(mine.q, plan.buffer, buckets)
+        scan(hits, count, theta, 0, tiles, window=window)
+        narrow(hits, count, flag, theta, mine.norms, None, norm, k, mine.margin[1:])
+        keys = pairs.bucket_keys(hits, count, flag, plan.kept, config.BLOCK_N, config.groups)
+        rescan(pairs, keys, flag, k)
+        select(keys, (result[0][part], result[1][part]))
+    return result, expected_recall(k, tiles, window, of_tile)
+
+
+def expected_recall(k: int, tiles: int, window: int, of_tile: int) -> float:
+    """Of k rows that lie anywhere, the share that is the best of its bucket: ``of_tile`` of each
+    window of tiles, the last of which may be shorter."""
+    whole, rest = divmod(tiles, window)
+    sizes = ((whole, window / tiles / of_tile), (1, rest / tiles / of_tile))
+    return sum(n * of_tile * (1 - (1 - share) ** k) for n, share in sizes) / k

@@ -1,0 +1,118 @@
+"""What each metric makes of a prefix product, and how far a scan's score may be from the exact one.
+
+A scan ranks by ⟨q, x⟩ (ip), by ⟨q, x⟩ / ‖x‖ (cosine) and by ⟨q, x⟩ − ‖x‖²/2 (l2): the query's own
+part changes no order. A new metric is one entry of each table here, and a branch of the kernels
+``_scan_kernel`` and ``pair_scores``.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from mrl_fast.kernels.search.scan_shape import PROMOTED, promoted, scan_precision
+from torch import Tensor
+
+NUMBERS = {"ip": 0, "cosine": 1, "l2": 2, "linear": 3}  # METRIC and NORMS of the kernels
+SAFE_NORM = 2.0**-40  # squares of smaller norms may leave fp32's normal range
+
+
+class SumTerms(NamedTuple):
+    """What a scan makes of a row's sum beside the sum: sum · scale + term + factor · outer."""
+
+    scale: Tensor | None = None  # [N] fp32, as the next two
+    term: Tensor | None = None
+    outer: Tensor | None = None
+    factor: Tensor | None = None  # [B] fp32
+
+
+class Margin(NamedTuple):
+    """How far a scan's score may be from the canonical one: ``a + c·q² + d·q·x + e·x²`` with a
+    query's norm and the largest norm of a row, which is 1 under cosine.
+
+    Both round every product and sum, tensor cores by truncation, and the metric's own terms: in all
+    fewer than 2(d + 16) roundings of numbers no larger than the norms' product."""
+
+    bound: float  # relative error of a sum
+    a: float
+    c: float = 0.0
+    d: float = 0.0
+    e: float = 0.0
+
+    def error(self, q: Tensor, x: Tensor) -> Tensor:
+        """For queries' norms ``[B]`` and the largest of a row's ``[1]``."""
+        return self.a + self.c * q * q + self.d * q * x + self.e * x * x
+
+    @classmethod
+    def of(cls, x: Tensor, metric: str) -> "Margin":
+        """In a scan's units: products with the unnormalised query under cosine, and
+        ⟨q, x⟩ − ‖x‖²/2 under l2."""
+        dim = x.shape[1]
+        width = x.element_size()
+        tf32 = 2.0**-9 if scan_precision(x) == "tf32" else 2.0**-18
+        # So many products of float8 at a time, and their sum, are cut off below 2^-13 of the
+        # largest, and below some more than that of one whose factor is subnormal.
+        added = PROMOTED if promoted(x) else max(64, dim)
+        coarse = {1: (added + 10) * 2.0**-13, 2: 0.0, 4: tf32}[width]
+        exact = x.dtype == torch.int8  # sums of integers, rounded at the end
+        bound = 2 * (dim + 16) * 2.0**-24 + (0.0 if exact else coarse)
+        tiny = dim * torch.finfo(torch.float32).tiny
+        if metric == "l2":  # (q + x)²/2 <= q² + x²
+            return cls(bound, tiny, c=bound, e=bound)
+        return cls(bound, tiny, d=bound)
+
+
+def upper(norms: Tensor, dim: int) -> Tensor:
+    """Above the norms, whatever was rounded or lost of ``dim`` squares."""
+    return norms * (1 + 1e-6) + dim**0.5 * 1.1e-19
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """``[N]`` fp32."""
+    norm = torch.linalg.vector_norm
+    if x.element_size() > 1:
+        return norm(x, dim=1, dtype=torch.float32)
+    return torch.cat([norm(part.float(), dim=1) for part in x.split(1 << 20)])
+
+
+def row_terms(x: Tensor, metric: str) -> tuple[SumTerms, Tensor]:
+    """The metric's part of each row of ``x [N, dim]``, and the largest norm, ``[1]``; infinite
+    where squares leave fp32's normal range, so that no bound holds."""
+    norms = row_norms(x)
+    largest = upper(norms.nan_to_num(0.0, torch.inf).max(), x.shape[1])
+    terms, largest = TERMS[metric](norms, largest)
+    return terms, largest.reshape(1)
+
+
+def _ip(norms: Tensor, largest: Tensor) -> tuple[SumTerms, Tensor]:
+    return SumTerms(), largest
+
+
+def _cosine(norms: Tensor, largest: Tensor) -> tuple[SumTerms, Tensor]:
+    smallest = torch.where(norms > 0, norms, torch.inf).min()
+    largest = torch.where(smallest > SAFE_NORM, largest.clamp(1, 1), torch.inf)
+    return SumTerms(scale=norms.reciprocal().where(norms != 0, 0.0)), largest
+
+
+def _l2(norms: Tensor, largest: Tensor) -> tuple[SumTerms, Tensor]:
+    return SumTerms(term=-0.5 * norms * norms), largest
+
+
+# By the rows' norms and the largest of them.
+TERMS: dict[str, Callable[[Tensor, Tensor], tuple[SumTerms, Tensor]]] = {
+    "ip": _ip,
+    "cosine": _cosine,
+    "l2": _l2,
+}
+# A query's norm as a margin is for; NaN and infinity where no bound holds.
+QUERY_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ip": lambda norms: norms,
+    "cosine": lambda norms: torch.where(norms > SAFE_NORM, norms, torch.inf),
+    "l2": lambda norms: norms,
+}
+# What a scan's score must reach where the metric's own score is to reach θ, by the queries' norms;
+# and the size of the numbers that were added for it.
+GATES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "ip": lambda theta, norms: (theta, theta.abs()),
+    "cosine": lambda theta, norms: (theta * norms, (theta * norms).abs()),
+    "l2": lambda theta, norms: ((theta + norms**2) / 2, ((theta + norms**2) / 2).abs() + norms**2),
+}
