@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,11 +42,35 @@ PROBES = 4  # linear probes a cell
 MAPPED = ("FF", "MRL", "SVD", "truncated FF")  # whose mAP the report has
 
 Vectors = dict[str, Tensor]  # by part
+Sets = tuple[Tensor, Tensor, Tensor, Tensor]  # train, its labels, test, its labels
 
 
 def steps_of(task: Task) -> int:
     """How often ``on_step`` is called for a cell."""
     return (2 + len(task.dims)) * task.epochs + PROBES + 1
+
+
+class Nets(NamedTuple):
+    """Encoders' vectors by part, each with its head."""
+
+    mrl: tuple[Vectors, MRLLinear]
+    mrl_e: tuple[Vectors, MRLLinear]
+    fixed: list[tuple[Vectors, MRLLinear]]  # FF-k, one of each dim
+
+    @classmethod
+    def trained(cls, task: Task, seed: int, on_step: Callable[[str], object]) -> Nets:
+        def train(name: str, dims: Sequence[int], *, tied: bool = False):
+            encoder, head = train_encoder(
+                task.inputs["train"], task.labels["train"], dims, epochs=task.epochs, seed=seed,
+                tied=tied, on_epoch=lambda note: on_step(name),
+            )  # fmt: skip
+            return {part: encode(encoder, task.inputs[part]) for part in PARTS}, head
+
+        return cls(
+            train("MRL", task.dims),
+            train("MRL-E", task.dims, tied=True),
+            [train(f"FF-{dim}", (dim,)) for dim in task.dims],
+        )
 
 
 def measure(
@@ -60,77 +84,40 @@ def measure(
         probe_steps: Of a linear probe's optimiser.
         on_step: Called with what was done, ``steps_of(task)`` times.
     """
-    dims, width = task.dims, task.dims[-1]
-    labels, train_labels, test_labels = task.labels, task.labels["train"], task.labels["test"]
-
-    def trained(name: str, dims: Sequence[int], *, tied: bool = False) -> tuple[Vectors, MRLLinear]:
-        encoder, head = train_encoder(
-            task.inputs["train"],
-            train_labels,
-            dims,
-            epochs=task.epochs,
-            seed=seed,
-            tied=tied,
-            on_epoch=lambda note: on_step(name),
-        )
-        return {part: encode(encoder, task.inputs[part]) for part in PARTS}, head
-
-    mrl, mrl_head = trained("MRL", dims)
-    mrl_e, mrl_e_head = trained("MRL-E", dims, tied=True)
-    fixed = [trained(f"FF-{dim}", (dim,)) for dim in dims]
-    full, full_head = fixed[-1]
-
-    columns = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
-    rotated = dict(
-        zip(("train", "test"), principal_components(full["train"], full["test"]), strict=True)
-    )
+    dims, labels = task.dims, task.labels
+    nets = Nets.trained(task, seed, on_step)
+    (mrl, mrl_head), (full, full_head) = nets.mrl, nets.fixed[-1]
+    columns = torch.randperm(dims[-1], generator=torch.Generator().manual_seed(seed))
+    pca = principal_components(full["train"], full["test"])
     svd_basis = torch.linalg.svd(full["train"], full_matrices=False).Vh.T  # [D, D]
-    frozen = {
-        "MRL-LP": full,
-        "Rand-LP": {part: x[:, columns] for part, x in full.items()},
-        "PCA": rotated,
+    by_prefix = {
+        "MRL": mrl,
+        "MRL-E": nets.mrl_e[0],
+        "SVD": {part: full[part] @ svd_basis for part in ("train", "test")},
+        "PCA": dict(zip(("train", "test"), pca, strict=True)),
+        "truncated FF": full,
+        "random columns": {part: x[:, columns] for part, x in full.items()},
     }
-    svd = {part: full[part] @ svd_basis for part in ("train", "test")}
 
     def sets(vectors: Vectors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return vectors["train"], train_labels, vectors["test"], test_labels
+        return vectors["train"], labels["train"], vectors["test"], labels["test"]
 
     def probe(vectors: Vectors, dims: Sequence[int], name: str) -> list[float]:
         found = linear_probe_accuracy(*sets(vectors), dims, steps=probe_steps, seed=seed)
         on_step(f"probe of {name}")
         return found
 
-    predicted = labels_of(mrl["test"], mrl_head)  # [G, M]
-    fixed_predicted = torch.cat([labels_of(x["test"], head) for x, head in fixed])
-    linear = {
-        "MRL": accuracy(predicted, test_labels),
-        "MRL-E": accuracy(labels_of(mrl_e["test"], mrl_e_head), test_labels),
-        "FF": accuracy(fixed_predicted, test_labels),
-        "SVD": accuracy(labels_by_rank(svd["test"], svd_basis, full_head, dims), test_labels),
+    predicted = {  # [G, M]
+        "MRL": labels_of(mrl["test"], mrl_head),
+        "MRL-E": labels_of(nets.mrl_e[0]["test"], nets.mrl_e[1]),
+        "FF": torch.cat([labels_of(x["test"], head) for x, head in nets.fixed]),
+        "SVD": labels_by_rank(by_prefix["SVD"]["test"], svd_basis, full_head, dims),
     }
-    linear |= {name: probe(vectors, dims, name) for name, vectors in frozen.items()}
-
-    def retrieved(vectors: Vectors, dims: Sequence[int]) -> list[Retrieval]:
-        return retrieval(vectors["test"], test_labels, vectors["train"], train_labels, dims, k=K)
-
-    by_prefix = {
-        "MRL": mrl,
-        "MRL-E": mrl_e,
-        "SVD": svd,
-        "PCA": rotated,
-        "truncated FF": full,
-        "random columns": frozen["Rand-LP"],
-    }
-    found = {name: retrieved(vectors, dims) for name, vectors in by_prefix.items()}
-    found["FF"] = [retrieved(x, (d,))[0] for d, (x, _) in zip(dims, fixed, strict=True)]
-
+    linear = {name: accuracy(found, labels["test"]) for name, found in predicted.items()}
+    frozen = {"MRL-LP": "truncated FF", "Rand-LP": "random columns", "PCA": "PCA"}
+    linear |= {name: probe(by_prefix[of], dims, name) for name, of in frozen.items()}
     few = {
-        name: {
-            str(shots): few_shot_accuracy(
-                *sets(by_prefix[name]), dims, shots=shots, episodes=EPISODES, seed=seed
-            )
-            for shots in SHOTS
-        }
+        name: few_shots(sets(by_prefix[name]), dims, seed)
         for name in ("MRL", "truncated FF", "SVD")
     }
     everything = sorted({*dims, *between_dims(dims)})
@@ -142,11 +129,10 @@ def measure(
         "machine": machine(),
         "rows": {part: len(labels[part]) for part in PARTS},
         "linear": linear,
-        "nearest": {name: [each.top1 for each in by_dim] for name, by_dim in found.items()},
-        "map": {name: [each.map for each in found[name]] for name in MAPPED},
+        **retrieved({name: sets(x) for name, x in by_prefix.items()}, nets, sets, dims),
         "few_shot": few,
         "adaptive": adaptive(mrl, mrl_head, labels),
-        "oracle": oracle_accuracy(predicted, test_labels),
+        "oracle": oracle_accuracy(predicted["MRL"], labels["test"]),
         "interpolated": {
             "dims": everything,
             "nearest": nearest_neighbour_accuracy(*sets(mrl), everything),
@@ -155,15 +141,46 @@ def measure(
         "searches": searches(mrl, labels, dims),
     }
     if task.superclass is not None:
-        others = torch.bincount(task.superclass)[task.superclass] - 1  # [V], of its superclass
-        chance = others[test_labels].double().mean().item() / (len(others) - 1)
-        cell["superclass"] = {
-            "MRL": superclass_accuracy(predicted, test_labels, task.superclass),
-            "FF": superclass_accuracy(fixed_predicted, test_labels, task.superclass),
-            "chance": chance,  # that an error at random stays within the superclass
-        }
+        cell["superclass"] = superclasses(predicted, labels["test"], task.superclass)
     on_step("search")
     return cell
+
+
+def retrieved(
+    by_prefix: dict[str, Sets], nets: Nets, sets: Callable[[Vectors], Sets], dims: Sequence[int]
+) -> dict[str, dict[str, list[float]]]:
+    """1-NN accuracy of all, and mAP of those that the report has, one a dim."""
+
+    def of(vectors: Sets, dims: Sequence[int]) -> list[Retrieval]:
+        x, y, q, target = vectors
+        return retrieval(q, target, x, y, dims, k=K)
+
+    found = {name: of(vectors, dims) for name, vectors in by_prefix.items()}
+    found["FF"] = [of(sets(x), (d,))[0] for d, (x, _) in zip(dims, nets.fixed, strict=True)]
+    return {
+        "nearest": {name: [each.top1 for each in by_dim] for name, by_dim in found.items()},
+        "map": {name: [each.map for each in found[name]] for name in MAPPED},
+    }
+
+
+def few_shots(sets: Sets, dims: Sequence[int], seed: int) -> dict[str, list[float]]:
+    """By the number of shots."""
+    return {
+        str(shots): few_shot_accuracy(*sets, dims, shots=shots, episodes=EPISODES, seed=seed)
+        for shots in SHOTS
+    }
+
+
+def superclasses(
+    predicted: dict[str, Tensor], target: Tensor, superclass: Tensor
+) -> dict[str, Any]:
+    others = torch.bincount(superclass)[superclass] - 1  # [V], of its superclass
+    return {
+        "MRL": superclass_accuracy(predicted["MRL"], target, superclass),
+        "FF": superclass_accuracy(predicted["FF"], target, superclass),
+        # that an error at random stays within the superclass
+        "chance": others[target].double().mean().item() / (len(others) - 1),
+    }
 
 
 def labels_of(x: Tensor, head: MRLLinear) -> Tensor:
