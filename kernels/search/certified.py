@@ -27,8 +27,8 @@ class Prefix(NamedTuple):
 
     Attributes:
         dim: Their number.
-        shortlist: Of these, ``rows`` as for a search by the prefix.
-        bounds: At full width, with the tails' norms, rounded up, as ``outer``.
+        shortlist: Known rows of the first ``dim`` columns.
+        bounds: Known rows at full width; ``outer`` is the suffix's norm, rounded up.
     """
 
     dim: int

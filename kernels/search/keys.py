@@ -14,7 +14,7 @@ from torch import Tensor
 
 EMPTY = tl.constexpr(-(1 << 63))  # sorts after every key
 SORTED_AT_ONCE = 2048  # keys a program sorts; of more, torch.topk picks first
-SORTED_INTERPRETED = 16  # which takes the interpreter long
+SORTED_INTERPRETED = 16  # sorting takes the interpreter long
 
 Result = tuple[Tensor, Tensor]  # scores [B, k] fp32, rows [B, k] int64
 
@@ -58,13 +58,13 @@ def _narrow_kernel(
     e_e,
     HAS_ERROR: tl.constexpr,
     C: tl.constexpr,
-    PART: tl.constexpr,  # is moved at a time
+    PART: tl.constexpr,  # hits that are moved at a time
 ):
     b = tl.program_id(0)
     hits_ptr += b.to(tl.int64) * C
     count = tl.load(count_ptr + b)
     lanes = tl.arange(0, C)
-    halves = hits_ptr.to(tl.pointer_type(tl.int32))  # each second is a score
+    halves = hits_ptr.to(tl.pointer_type(tl.int32))  # the upper half of each is a score
     bits = tl.load(halves + 2 * lanes + 1, lanes < count, other=0)
     bits = tl.where(lanes < count, ordered(bits.to(tl.float32, bitcast=True)), -(1 << 31))
     least = tl.full((), -(1 << 31), tl.int32)  # the largest number that `rank` scores reach
@@ -80,7 +80,7 @@ def _narrow_kernel(
     bounded &= least != -(1 << 31)
     theta = tl.where(bounded, score_of(least) - 2 * error, -float("inf"))
     left = 0
-    for start in range(0, C, PART):  # none is moved beyond where it was
+    for start in range(0, C, PART):  # hits only move towards the front
         part = start + tl.arange(0, PART)
         hits = tl.load(hits_ptr + part, part < count, other=0)
         score = (hits >> 32).to(tl.int32).to(tl.float32, bitcast=True)

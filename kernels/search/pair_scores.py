@@ -37,8 +37,8 @@ def _product(x, y):
 
 @triton.jit
 def _sum_pairs(x, ROWS: tl.constexpr, LOG_COLUMNS: tl.constexpr):  # [ROWS, 2^LOG_COLUMNS]
-    """Sums of neighbours, then of neighbouring sums: of two numbers at a time, which have one sum.
-    tl.sum over more adds in an order that follows from how the loads were vectorised."""
+    """Sums of neighbours, then of neighbouring sums, two numbers at a time. tl.sum over more than two
+    adds in an order that depends on how the loads were vectorised."""
     for i in tl.static_range(LOG_COLUMNS):
         x = tl.sum(tl.reshape(x, (ROWS, 1 << (LOG_COLUMNS - 1 - i), 2)), axis=2)
     return tl.reshape(x, (ROWS,))
@@ -51,7 +51,7 @@ def _add_blocks(total, x, ROWS: tl.constexpr, BLOCKS: tl.constexpr):  # [ROWS, B
         return total + _sum_pairs(x, ROWS, 6)
     x = tl.reshape(x, (ROWS * BLOCKS, 64))
     sums = tl.reshape(_sum_pairs(x, ROWS * BLOCKS, 6), (ROWS, BLOCKS))
-    for i in tl.static_range(BLOCKS):  # one of the numbers is added, the others are zeros
+    for i in tl.static_range(BLOCKS):  # each sum picks one block; the others count as zeros
         total += tl.sum(tl.where(tl.arange(0, BLOCKS)[None, :] == i, sums, 0.0), axis=1)
     return total
 
@@ -129,7 +129,7 @@ def _keys_kernel(
     out_ptr,  # [B, C · lanes] int64
     N,
     C,
-    tiles,  # of ROWS rows; the grid is B · tiles, for its second axis ends at 65535
+    tiles,  # of ROWS rows; the grid is B · tiles because a second axis ends at 65535
     begin,
     dim,
     stride_qb,  # in elements, as the next three; last axes are contiguous
@@ -263,9 +263,9 @@ def in_bytes(x: Tensor) -> bool:
 
 
 def pair_blocks(x: Tensor, pairs: int) -> dict[str, int]:
-    """8 KiB of rows a program, 128 contiguous bytes of each at a time: wider blocks take more
-    shuffles a column. Of few pairs, which leave the device idle, 256 columns: so many programs, so
-    few steps. Bytes that are no vectors take a load and an address each: half as many."""
+    """A program reads 8 KiB of rows, 128 contiguous bytes of each at a time: wider blocks take more
+    shuffles a column. Few pairs leave the device idle, so they take up to 256 columns at a time:
+    more programs of fewer steps. Unaligned bytes take a load and an address each: 64 rows."""
     if interpreted():
         return dict(ROWS=256, BLOCKS=1, num_warps=1)
     width = WHOLE_BLOCK * x.element_size()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 TEMPORARY_BYTES = 256 << 20
 BUFFER = 2048, 16384  # buckets a query, at least and at most
-LEAST_RANK = 16  # a threshold by fewer is a matter of luck
+LEAST_RANK = 16  # a threshold by the best of fewer varies too much
 
 
 def fitting(bytes_each: int) -> int:
@@ -22,7 +22,7 @@ def fitting(bytes_each: int) -> int:
 
 
 class Plan(NamedTuple):
-    """How a scan for k of N rows goes, by tiles of a shape and with an error within a margin."""
+    """Phases and buffers of a scan for k of N rows, for a tile's shape and a scan's margin."""
 
     rank: int  # of the threshold
     buffer: int  # buckets
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
         ends = [min(tiles, buffer * BUCKET // config.BLOCK_N)]
         while ends[-1] < tiles:
             ends.append(min(tiles, int(ends[-1] * (1 + growth)) + 1))
-        # For clusters: room for their rows where sums are coarse, for near ties where they are not.
+        # Where sums are coarse there is room for a cluster's rows, elsewhere for near ties.
         least = 2 * rank if margin.bound > 1e-3 else rank + rank // 8 + 8
         kept = triton.next_power_of_2(max(int(near * rank), least))
         return cls(rank, buffer, min(kept, buffer), ends)

@@ -55,15 +55,15 @@ SIZES = "B N C tiles tile_step first last each window steps".split()
 @triton.jit(do_not_specialize=SIZES)
 def _scan_kernel(
     q_ptr,  # [B, dim]
-    low_ptr,  # [B, dim], as q: what rounding the queries left of them
+    low_ptr,  # [B, dim]: the queries less what q_ptr holds of them
     x_ptr,  # [N, dim]
-    scale_ptr,  # [N] fp32: what a row's products are multiplied by
-    term_ptr,  # [N] fp32: what is added to them
-    outer_ptr,  # [N] fp32: times the next, added too
+    scale_ptr,  # [N] fp32: factor of a row's product
+    term_ptr,  # [N] fp32: added to it
+    outer_ptr,  # [N] fp32: added times the query's factor
     factor_ptr,  # [B] fp32; with norms of its own, the queries' norms
     theta_ptr,  # [B] fp32
     skip_ptr,  # [B] int32: queries that need no scan
-    hits_ptr,  # [B, C] int64: a bucket's best score's bits, above its number
+    hits_ptr,  # [B, C] int64: the bits of a bucket's best score above the bucket's number
     count_ptr,  # [B] int32
     norm_ptr,  # [1] fp32, the largest norm so far
     B,
@@ -74,9 +74,9 @@ def _scan_kernel(
     tile_step,  # from one tile to the next, modulo their number
     first,  # positions in the order of tiles, as the next two
     last,
-    each,  # a program's, a multiple of `window`
+    each,  # tiles of a program, a multiple of `window`
     window,  # tiles that share a bucket's place, where all are kept
-    steps,  # a program's: blocks of columns of all its tiles
+    steps,  # blocks of columns that a program reads, of all its tiles
     bound,  # relative error of a sum
     stride_qb,  # in elements, as the next; last axes are contiguous
     stride_xn,
@@ -85,7 +85,7 @@ def _scan_kernel(
     HAS_OUTER: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     HAS_LOW: tl.constexpr,
-    NORMS: tl.constexpr,  # the metric whose terms are made of norms found in the scan; −1: none
+    NORMS: tl.constexpr,  # the metric, where the scan finds the rows' norms itself; else −1
     DENSE: tl.constexpr,  # 1: every bucket is kept, at its place; 2: the best of every window is
     WHOLE: tl.constexpr,  # one block holds all columns
     MAGIC_SUMS: tl.constexpr,
@@ -143,7 +143,7 @@ def _scan_kernel(
     for _ in range(steps):
         begin_n = tile.to(tl.int64) * BLOCK_N
         row, left = lanes, BLOCK_N
-        if DENSE:  # which takes the last tile first: the others are whole
+        if DENSE:  # these scans take the last tile, which may be ragged, first
             left = tl.minimum(N - begin_n, BLOCK_N).to(tl.int32)
             row = tl.minimum(lanes, left - 1)
         columns = block * BLOCK_D + offs_d
@@ -157,7 +157,7 @@ def _scan_kernel(
             q = q_whole
         else:
             q = tl.load(q_rows + columns[None, :], mask_d[None, :], other=0.0)
-        if WHOLE:  # sums that start anew are not carried through the loop
+        if WHOLE:  # a fresh sum is not carried through the loop
             fresh = tl.full((BLOCK_B, BLOCK_N), start, ACC)
             v = _added(q, x, fresh, PRECISION, PROMOTED)
             if HAS_LOW:
@@ -182,7 +182,7 @@ def _scan_kernel(
                 # Squares that leave fp32's normal range bound nothing.
                 safe = (square > 8.3e-25) | (square == 0.0)  # 2^-80
                 norm = tl.sqrt(square * (1.0 + dim * 2.4e-7) + dim * 1.2e-38)
-                if NORMS == 1:  # of what is multiplied by its inverse
+                if NORMS == 1:  # rows are normalised below
                     norm = tl.where(safe, 1.0, float("inf"))
                 largest = tl.maximum(largest, norm)
             if NORMS == 0:
@@ -224,9 +224,10 @@ def _scan_kernel(
             if not WHOLE:
                 acc = tl.full((BLOCK_B, BLOCK_N), start, ACC)
             square = tl.zeros((BLOCK_N,), tl.float32)
-        # Not under the condition, which waits for a product: the next block is loaded meanwhile.
+        # Outside the condition above, which waits for a product, so that the next block is
+        # loaded meanwhile.
         next_tile = tl.where(tile + tile_step >= tiles, tile + tile_step - tiles, tile + tile_step)
-        # The last tile again where there is none beyond, whose rows may not exist.
+        # After a program's last tile the same tile comes again: rows beyond may not exist.
         tile = tl.where(ends & (position + 1 < last), next_tile, tile)
         position = tl.where(ends, position + 1, position)
         block = tl.where(ends, 0, block)
@@ -238,7 +239,7 @@ class Scan:
     """A pass over the rows ``x [N, dim]`` for the queries ``q [B, dim]``.
 
     Args:
-        config: The shape of its tiles, of whose numbers phases, buckets and hits are.
+        config: The shape of tiles; phases, buckets and hits are counted in tiles of this shape.
         terms: What the metric makes of a sum; None: from norms that the scan finds itself.
         q_norms: ``[B]`` fp32; read where ``terms`` is None.
         norm: ``[1]`` fp32, out where ``terms`` is None: the largest norm of a row.

@@ -26,22 +26,22 @@ class Config(NamedTuple):
 
 
 def scan_config(queries: int, x: Tensor) -> Config:
-    """Tiles of 128 bytes of a row, and the fewest warps whose registers hold what is made of a
-    tile's scores: then one takes the fewest instructions."""
+    """A block of columns is 128 bytes of a row. The fewest warps whose registers hold a tile's scores
+    take the fewest instructions a score."""
     if interpreted():
         return Config(16, 64, 16, 1, 1)
     width = x.element_size()
     block_b = 16 if queries <= 16 else 64 if queries <= 64 or width == 4 else 128
     least, vectors = max(16, 32 // width), aligned(x)
-    most = 128 // width if vectors else 32  # loaded one by one, and each with its address
+    most = 128 // width if vectors else 32  # unaligned elements are loaded one by one
     columns = min(max(triton.next_power_of_2(x.shape[1]), least), most)
     if scan_precision(x) == "tf32x3" and x.shape[1] > columns and (block_b > 16 or not vectors):
-        columns = 16  # for the halves of both operands, beside sums that go on
+        columns = 16  # registers also hold both operands' halves and the running sums
     few = block_b == 16 or (block_b == 64 and width == 2)
     block_n = 256 if block_b == 16 and width < 4 and vectors else 128
     if x.dtype == torch.float8_e4m3fn and block_b > 16:
         block_b = 128 if queries > 128 and hopper(x) else 64
-        block_n = 64 if hopper(x) else 128  # promoted, a score has two sums in registers
+        block_n = 64 if hopper(x) else 128  # a promoted score has two sums in registers
     return Config(block_b, block_n, columns, 4 if few or (hopper(x) and vectors) else 8, 3)
 
 
@@ -52,12 +52,12 @@ def with_low_part(config: Config, x: Tensor) -> Config:
 
 
 def promoted(x: Tensor) -> bool:
-    """Whether products are added up in few bits, and only PROMOTED of them before fp32."""
+    """Whether tensor cores sum in few bits, so that every PROMOTED products go to an fp32 sum."""
     return x.dtype == torch.float8_e4m3fn and hopper(x)
 
 
 def hopper(x: Tensor) -> bool:
-    """Its matrix products read both operands from shared memory and leave registers."""
+    """Whether matrix products read both operands from shared memory, which spares registers."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
