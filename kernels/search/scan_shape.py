@@ -26,8 +26,8 @@ class Config(NamedTuple):
 
 
 def scan_config(queries: int, x: Tensor) -> Config:
-    """A block of columns is 128 bytes of a row. The fewest warps whose registers hold a tile's scores
-    take the fewest instructions a score."""
+    """A block of columns is 128 bytes of a row. The fewest warps whose registers hold a tile's
+    scores take the fewest instructions a score."""
     if interpreted():
         return Config(16, 64, 16, 1, 1)
     width = x.element_size()
