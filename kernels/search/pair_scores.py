@@ -37,7 +37,7 @@ def _product(x, y):
 
 @triton.jit
 def _sum_pairs(x, ROWS: tl.constexpr, LOG_COLUMNS: tl.constexpr):  # [ROWS, 2^LOG_COLUMNS]
-    """Sums of neighbours, then of neighbouring sums, two numbers at a time. tl.sum over more adds in
+    """Sums of neighbours, then of neighbouring sums, two numbers at a time. tl.sum adds more in
     an order that depends on how the loads were vectorised."""
     for i in tl.static_range(LOG_COLUMNS):
         x = tl.sum(tl.reshape(x, (ROWS, 1 << (LOG_COLUMNS - 1 - i), 2)), axis=2)
