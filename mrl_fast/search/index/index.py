@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from torch import Tensor
 
 from mrl_fast.search.disk import folder
-from mrl_fast.search.index import pickled, tuning
+from mrl_fast.search.index import cost, pickled, tuning
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.blocks import Layout
 from mrl_fast.search.index.config import IndexConfig
@@ -252,10 +252,10 @@ class MatryoshkaIndex:
         self._tuned = Tuned(report.stages, report.k, len(self))
         return report
 
-    def explain(self, stages: Sequence[tuple[int, int]], *, batch: int = 1) -> tuning.Explanation:
+    def explain(self, stages: Sequence[tuple[int, int]], *, batch: int = 1) -> cost.Explanation:
         """What ``stages``, as in ``search``, cost a query: rows visited, multiply-adds, bytes read.
         A ``batch`` of queries shares what the first stage reads."""
-        return tuning.explain(self, stages, batch=batch)
+        return cost.explain(self, stages, batch=batch)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes what the folder does not have yet; until that is done it holds what it held.

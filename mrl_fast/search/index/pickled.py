@@ -71,7 +71,7 @@ def restore(index: Any, state: dict[str, Any]) -> None:
 
 def copied(index: Any) -> Any:
     """The same index, to be changed by itself: the two share what neither ever writes to."""
-    copy = type(index).__new__(type(index))
+    copy: Any = object.__new__(type(index))
     copy.__dict__.update(index.__dict__)
     copy._make(index.config)
     with index._rows.changing():
