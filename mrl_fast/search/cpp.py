@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 
 from mrl_fast.shared import native
-from mrl_fast.shared.checks import METRICS, check_finite
-from mrl_fast.shared.native import _C
+from mrl_fast.shared.checks import check_finite
+from mrl_fast.shared.memory import HOST, address, empty
+from mrl_fast.shared.native import _C, DTYPES, METRICS
 
-DTYPES = {
-    torch.float32: 0,
-    torch.float16: 1,
-    torch.bfloat16: 2,
-}  # as enum DType in csrc/cpu/simd/kernels.h
+F32, I64 = torch.float32, torch.int64
 
 
 def prefix_topk(
@@ -31,7 +28,8 @@ def funnel_search(
 
 
 def row_major(database: Tensor) -> _C.Rows:
-    span = (0, len(database), 0, 0, database.data_ptr(), database.stride(0), 0, 0, 0)
+    begin = address(database, database.dtype)
+    span = (0, len(database), 0, 0, begin, database.stride(0), 0, 0, 0)
     return _C.Rows([span], 0, 0, DTYPES[database.dtype], [])
 
 
@@ -49,8 +47,8 @@ def search_rows(
     q = queries.float()  # [B, D]; a half-precision value is exact in fp32
     scores, ids = _results(q, stages[-1][1])
     problem = _C.search(
-        rows, q.data_ptr(), len(q), q.stride(0), METRICS.index(metric), list(stages),
-        torch.get_num_threads(), native.ISA, scores.data_ptr(), ids.data_ptr(),
+        rows, address(q, F32), len(q), q.stride(0), METRICS[metric], list(stages),
+        torch.get_num_threads(), native.ISA, address(scores, F32), address(ids, I64),
     )  # fmt: skip
     _refuse(problem, queries[:, : stages[-1][0]], unchecked)
     return scores, ids
@@ -61,11 +59,11 @@ def exact_search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k best by fp64 scores; and how many rows of each query were read beyond their prefix."""
     scores, ids = _results(queries, k)
-    touched = torch.empty(len(queries), dtype=torch.int64)
+    touched = empty(len(queries), dtype=I64)
     problem = _C.exact_search(
-        rows, queries.data_ptr(), len(queries), queries.stride(0), METRICS.index(metric), dim, k,
+        rows, address(queries, F32), len(queries), queries.stride(0), METRICS[metric], dim, k,
         torch.get_num_threads(), native.ISA,
-        scores.data_ptr(), ids.data_ptr(), touched.data_ptr(),
+        address(scores, F32), address(ids, I64), address(touched, I64),
     )  # fmt: skip
     _refuse(problem, queries)
     return scores, ids, touched
@@ -76,14 +74,14 @@ def range_search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Limits, scores and ids of every row that reaches the threshold, as exact search scores it."""
     found = _C.range_search(
-        rows, queries.data_ptr(), len(queries), queries.stride(0), METRICS.index(metric), dim,
+        rows, address(queries, F32), len(queries), queries.stride(0), METRICS[metric], dim,
         threshold, torch.get_num_threads(), native.ISA,
     )  # fmt: skip
     _refuse(found.problem, queries)
-    limits = torch.tensor([0, *found.counts]).cumsum(0)
+    limits = torch.tensor([0, *found.counts], dtype=I64, device=HOST).cumsum(0)
     total = int(limits[-1])
-    scores, ids = torch.empty(total), torch.empty(total, dtype=torch.int64)
-    found.write(scores.data_ptr(), ids.data_ptr())
+    scores, ids = empty(total), empty(total, dtype=I64)
+    found.write(address(scores, F32), address(ids, I64))
     return limits, scores, ids
 
 
@@ -93,16 +91,16 @@ def rerank(
     q, candidates = queries.float(), candidates.contiguous()
     scores, ids = _results(q, k)
     problem = _C.rerank(
-        row_major(database), q.data_ptr(), len(q), q.stride(0), METRICS.index(metric),
-        candidates.data_ptr(), candidates.shape[1], dim, k, torch.get_num_threads(), native.ISA,
-        scores.data_ptr(), ids.data_ptr(),
+        row_major(database), address(q, F32), len(q), q.stride(0), METRICS[metric],
+        address(candidates, I64), candidates.shape[1], dim, k, torch.get_num_threads(), native.ISA,
+        address(scores, F32), address(ids, I64),
     )  # fmt: skip
     _refuse(problem, queries[:, :dim], database[:, :dim])
     return scores, ids
 
 
 def _results(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+    return empty(len(queries), k), empty(len(queries), k, dtype=I64)
 
 
 def _refuse(problem: str, queries: Tensor, unchecked: Tensor | None = None) -> None:

@@ -218,8 +218,8 @@ def _check_vectors(
     queries: Any, database: Any, dim: int | None, dim_name: str = "dim"
 ) -> tuple[Tensor, Tensor, int]:
     """Both as tensors, and the width of the widest prefix; float64 is searched as float32."""
-    q = check_matrix(as_tensor(queries, "queries"), "queries", SEARCHED)
-    x = check_matrix(as_tensor(database, "database"), "database", SEARCHED)
+    q = check_matrix(as_tensor(queries, "queries"), "queries", SEARCHED, given=queries)
+    x = check_matrix(as_tensor(database, "database"), "database", SEARCHED, given=database)
     if dim is None and q.shape[1] != x.shape[1]:
         raise ValueError(f"queries: expected width {x.shape[1]} as database, got {q.shape[1]}")
     width = min(q.shape[1], x.shape[1])

@@ -11,20 +11,26 @@ from torch import Tensor
 from mrl_fast.shared.types import SearchResult
 
 
-def scores(queries: Tensor, database: Tensor, dim: int, metric: str) -> Tensor:  # [B, N] fp64
-    q, x = queries[:, :dim].double(), database[:, :dim].double()
-    if metric == "l2":
-        return -torch.cdist(q, x, compute_mode="donot_use_mm_for_euclid_dist").square()
-    s = q @ x.T
-    if metric == "cosine":
-        norms = torch.linalg.vector_norm(q, dim=1)[:, None] * torch.linalg.vector_norm(x, dim=1)
-        s = torch.where(norms > 0, s / norms, 0.0)
-    return s
+def _cosine(q: Tensor, x: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(q, dim=1)[:, None] * torch.linalg.vector_norm(x, dim=1)
+    return torch.where(norms > 0, (q @ x.T) / norms, 0.0)
+
+
+def _l2(q: Tensor, x: Tensor) -> Tensor:
+    return -torch.cdist(q, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+SCORES = {"ip": lambda q, x: q @ x.T, "cosine": _cosine, "l2": _l2}  # [B, d], [N, d] -> [B, N]
+
+
+def scores(queries: Tensor, database: Tensor, dim: int, metric: str) -> Tensor:
+    """Of every pair, ``[B, N]`` fp64."""
+    return SCORES[metric](queries[:, :dim].double(), database[:, :dim].double())
 
 
 def best(scores: Tensor, rows: Tensor, k: int) -> SearchResult:
-    """The k best of each row of ``scores``, by (score descending, row ascending); rows < 0 are no
-    rows."""
+    """The k best of each row of ``scores``, by (score descending, row ascending); a negative row
+    marks a missing candidate."""
     scores = torch.where(rows >= 0, scores.float(), -torch.inf)  # [B, C]
     by_row = rows.where(rows >= 0, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
     by_score = scores.gather(1, by_row).argsort(dim=1, descending=True, stable=True)[:, :k]
@@ -37,7 +43,8 @@ def best(scores: Tensor, rows: Tensor, k: int) -> SearchResult:
 
 
 def prefix_topk(queries: Tensor, database: Tensor, k: int, dim: int, metric: str) -> SearchResult:
-    rows = torch.arange(len(database), device=queries.device).expand(len(queries), -1)
+    rows = torch.arange(len(database), dtype=torch.int64, device=queries.device)
+    rows = rows.expand(len(queries), -1)
     return best(scores(queries, database, dim, metric), rows, k)
 
 

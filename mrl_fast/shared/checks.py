@@ -7,6 +7,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,13 +47,32 @@ def check_dims(
     return checked
 
 
-def check_matrix(x: Any, name: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
-    """A 2-D tensor of one of the dtypes."""
+def dtype_name(x: Any) -> str:
+    """The dtype of what a user passed, as the user knows it: ``numpy.int32``, ``torch.int32``."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        return type(x).__name__
+    if isinstance(x, (np.ndarray, np.generic)):
+        return f"numpy.{dtype}"
+    return str(dtype) if isinstance(x, Tensor) else f"{type(x).__name__} of {dtype}"
+
+
+def check_dense(x: Tensor, name: str) -> Tensor:
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
+    return x
+
+
+def check_matrix(
+    x: Any, name: str, dtypes: tuple[torch.dtype, ...] = FLOATS, *, given: Any = None
+) -> Tensor:
+    """A dense 2-D tensor of one of the dtypes; ``given``: what x was made from."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    check_dense(x, name)
     if x.dtype not in dtypes:
-        more = " or int8" if torch.int8 in dtypes else ""
-        raise TypeError(f"{name}: expected a floating-point{more} tensor, got {x.dtype}")
+        more, got = " or int8" if torch.int8 in dtypes else "", x if given is None else given
+        raise TypeError(f"{name}: expected a floating-point{more} tensor, got {dtype_name(got)}")
     if x.ndim != 2:
         raise ValueError(f"{name}: expected shape [rows, width], got {list(x.shape)}")
     return x

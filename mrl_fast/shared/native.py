@@ -8,21 +8,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mrl_fast import _C
-from mrl_fast._C import TILE, Rows, pack_flags
+import mrl_fast._C as _C
+from mrl_fast._C import TILE, DType, Metric, Rows, Stat, pack_flags
+from mrl_fast.shared import memory
 
 __all__ = [
+    "DTYPES",
     "ISA",
+    "METRICS",
     "OPENMP",
     "TILE",
     "_C",
     "Rows",
+    "Stat",
     "address",
     "chunks",
     "pack_flags",
     "product",
     "rows_of",
 ]
+
+METRICS = {metric.name.lower(): metric for metric in Metric}  # by what a user calls them
+DTYPES = {torch.float32: DType.F32, torch.float16: DType.F16, torch.bfloat16: DType.BF16}
 
 ISA = ""  # the instruction set; empty is the best this processor has. Tests set it.
 # PyTorch's own thread team, where it is GNU OpenMP's; else the kernels start threads of their own.
@@ -50,14 +57,14 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``, ``[B, V]`` fp32; a row's bits depend on neither the other rows nor the
     number of threads."""
     x, depth = rows_of(x.float()), weight.shape[1]
-    out = torch.empty(len(x), len(weight))
+    out = memory.empty(len(x), len(weight))
     for part in chunks(len(weight), PACKED_BYTES // (4 * depth)):
         w = rows_of(weight[part].float())
         scores = _C.Scores(
-            x=x.data_ptr(), x_stride=x.stride(0), w=w.data_ptr(), w_stride=w.stride(0),
+            x=memory.address(x, torch.float32), x_stride=x.stride(0),
+            w=memory.address(w, torch.float32), w_stride=w.stride(0),
             rows=len(x), cols=len(w), dims=[depth], first_col=part.start, cols_apart=len(weight),
         )  # fmt: skip
-        _C.store_scores(
-            scores, torch.get_num_threads(), ISA, out[:, part].data_ptr(), 0, out.stride(0)
-        )
+        to = memory.address(out[:, part], torch.float32)
+        _C.store_scores(scores, torch.get_num_threads(), ISA, to, 0, out.stride(0))
     return out

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.search.disk import manifest as manifests
-from mrl_fast.search.index.rows import DTYPES
+from mrl_fast.search.index.config import DTYPES
 from mrl_fast.testing import assert_same_topk
 
 # How many times as long as in the test suite random tests run; `make fuzz` sets it.
@@ -93,8 +93,9 @@ class Answers:
         self, index: MatryoshkaIndex, model: Model, q: Tensor, among: set[int] | None = None
     ):
         x = model.matrix
-        if index._rotation is not None and len(x):  # exactness is that of what is stored
-            x, q = index._rotation.apply(x), index._rotation.apply(q)
+        rotation = index._rows.rotation
+        if rotation is not None and len(x):  # exactness is that of what is stored
+            x, q = rotation.apply(x), rotation.apply(q)
         self.ids = torch.tensor(model.ids, dtype=torch.int64)
         self.scores = brute_force(q, x.to(DTYPES[index.dtype]), index.metric)  # [B, N]
         if among is not None:

@@ -147,7 +147,7 @@ def test_a_failed_add_leaves_what_there_was(call, monkeypatch):
     x = vectors(3300)
     index.add(x[:1000])
     before = index.search(x[:1], 3)
-    arrays = type(index._store._arrays)
+    arrays = type(index._rows.store.mirror)
     work = getattr(arrays, call)
 
     def fail(self, *args):
@@ -227,7 +227,7 @@ def no_waiting():
 @pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
 def test_a_search_does_not_wait(prefix_dtype, monkeypatch):
     if not torch.cuda.is_available():  # then queries are on the host, where it looks at them
-        monkeypatch.setattr("mrl_fast.search.index.index.check_finite", lambda *_: None)
+        monkeypatch.setattr("mrl_fast.search.index.device_search.check_finite", lambda *_: None)
     index = both(metric="cosine", prefix_dtype=prefix_dtype)[1]
     q = vectors(2, seed=1).to(index.place)
     index.search(q, 5, stages=STAGES)  # compiles

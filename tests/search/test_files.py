@@ -179,8 +179,8 @@ def test_other_programs_can_read_the_files(dtype, prefix_dtype, tmp_path):
     index, model = build(dtype=dtype, prefix_dtype=prefix_dtype, rotation="pca")
     change(index, model)
     index.save(tmp_path)
-    block = index._store.snapshot.blocks[0]
-    count = index._store.snapshot.count
+    block = index._rows.snapshot.blocks[0]
+    count = index._rows.snapshot.count
     for name in names(tmp_path):
         if name == "manifest.json":
             continue
@@ -190,7 +190,7 @@ def test_other_programs_can_read_the_files(dtype, prefix_dtype, tmp_path):
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if name.startswith("rows"):
             assert torch.equal(tensors["ids"][:count], block.ids[:count])
-            assert torch.equal(tensors["tail"][:count], block.tail[:count])
+            assert torch.equal(tensors["tail"][:count], block.suffix[:count])
             assert torch.equal(tensors["stats"][:, :count], block.stats[:, :count])
             own = block.codes if prefix_dtype == "int8" else block.packed
             whole = count // 64

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mrl_fast import MatryoshkaIndex, SearchResult
-from mrl_fast.search.index.tuning import _chains, _losses, _lower_bound, _walk, explain, tune
+from mrl_fast.search.index.cost import explain
+from mrl_fast.search.index.tuning import _chains, _losses, _lower_bound, _walk, tune
 
 DIMS = (8, 16, 32, 64)
 

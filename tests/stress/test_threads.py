@@ -174,7 +174,7 @@ def test_each_call_sees_one_state(name, monkeypatch):
         index.compact()
 
     watched = property(overtaken, lambda store, new: store.__dict__.update(snapshot=new))
-    monkeypatch.setattr(store.Store, "snapshot", watched, raising=False)
+    monkeypatch.setattr(store.RowStore, "snapshot", watched, raising=False)
     changes.append(change)
     found = called(name, index)
     assert not changes and history.agrees(name, found, 0)

@@ -93,7 +93,7 @@ class Machine(RuleBasedStateMachine):
     def compact(self):
         before = self.index.nbytes
         self.index.compact()
-        assert self.index._store.snapshot.count == len(self.model.vectors)
+        assert self.index._rows.snapshot.count == len(self.model.vectors)
         assert self.index.nbytes <= before
 
     @rule(name=st.sampled_from("ab"))
@@ -205,10 +205,10 @@ def near(index, threshold):
         (lambda i: i.remove(ids(2, 99)), ValueError, "ids: expected ids of the index, got 99"),
         (lambda i: i.remove(ids(-1)), ValueError, "ids: expected ids of the index, got -1"),
         (lambda i: i.remove(ids(5)), ValueError, "ids: expected ids of the index, got 5"),
-        (lambda i: i.remove([2]), TypeError, "ids: expected a tensor.*, got list"),
-        (lambda i: i.remove(2), TypeError, "ids: expected a tensor.*, got int"),
-        (lambda i: i.remove(ids(2, dtype=torch.int32)), TypeError, "ids: .* int64, got .*int32"),
-        (lambda i: i.remove(np.array([2.0])), TypeError, "ids: expected int64, got .*float64"),
+        (lambda i: i.remove(["2"]), TypeError, r"ids\[0\]: expected an integer, got str"),
+        (lambda i: i.remove("2"), TypeError, "ids: expected a tensor.*, got str"),
+        (lambda i: i.remove(ids(99, dtype=torch.int32)), ValueError, "ids: .* index, got 99"),
+        (lambda i: i.remove(np.array([2.0])), TypeError, "ids: .* integers, got numpy.float64"),
         (lambda i: i.remove(np.array([2], ">i8")), TypeError, "ids: expected a native .*, got >i8"),
         (lambda i: i.remove(ids(2)[None]), ValueError, r"ids: .* shape \[n\], got \[1, 1\]"),
         (lambda i: i.update(ids(2, 3, 2), ROWS[:3]), ValueError, "ids: .* none twice, got 2 again"),
@@ -223,13 +223,13 @@ def near(index, threshold):
         (lambda i: i.add(ROWS[:2], ids(99, 2)), ValueError, "ids: .* not in use, got 2"),
         (lambda i: i.add(ROWS[:2], ids(99, 99)), ValueError, "ids: .* none twice, got 99"),
         (lambda i: i.add(ROWS[:1], ids(LAST + 1)), ValueError, f"ids: .* below .*, got {LAST + 1}"),
-        (lambda i: i.contains(ids(2).bool()), TypeError, "ids: expected int64, got torch.bool"),
+        (lambda i: i.contains(ids(2).bool()), TypeError, "ids: .* integers, got torch.bool"),
         (lambda i: i.reconstruct(ids(2, 5)), ValueError, "ids: expected ids of the index, got 5"),
-        (lambda i: found(i, [2]), TypeError, "allowed: expected a tensor.*, got list"),
-        (lambda i: found(i, ids(2) > 0), ValueError, "allowed: .* each of 11 ids, got 1"),
-        (lambda i: found(i, torch.ones(12) > 0), ValueError, "allowed: .* each of 11 ids, got 12"),
-        (lambda i: found(i, torch.ones(11)), TypeError, r"allowed: .* int64 or \[11\] bool, got"),
-        (lambda i: found(i, ids(2)[None]), TypeError, r"allowed: .*, got \[1, 1\] torch.int64"),
+        (lambda i: found(i, [2.0]), TypeError, r"allowed\[0\]: expected an integer, got float"),
+        (lambda i: found(i, ids(2) > 0), ValueError, r"allowed: .* each of 11 ids, .* \[1\]"),
+        (lambda i: found(i, torch.ones(12) > 0), ValueError, r"allowed: .* of 11 ids, .* \[12\]"),
+        (lambda i: found(i, torch.ones(11)), TypeError, "allowed: .* integers, got torch.float32"),
+        (lambda i: found(i, ids(2)[None]), ValueError, r"allowed: .* shape \[n\], got \[1, 1\]"),
         (lambda i: near(i, np.nan), ValueError, "threshold: expected a finite number, got nan"),
         (lambda i: near(i, -np.inf), ValueError, "threshold: expected a finite number, got -inf"),
         (lambda i: near(i, "far"), TypeError, "threshold: expected a number, got str"),
@@ -245,10 +245,10 @@ def test_bad_input_changes_nothing(call, error, message):
     model.add(ROWS[:12])
     index.remove(ids(5))
     model.remove([5])
-    before = index._store.snapshot
+    before = index._rows.snapshot
     with pytest.raises(error, match=message):
         call(index)
-    assert index._store.snapshot is before
+    assert index._rows.snapshot is before
     assert_same(index, model)
     index.add(ROWS[:1])
     model.add(ROWS[:1])

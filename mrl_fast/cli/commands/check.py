@@ -52,7 +52,7 @@ def info(index: Folder, json: Json = False) -> None:
                 f"{shown_stages(tuned['stages'])}, for k up to {tuned['k']}, with "
                 f"{tuned['rows']:,} rows"
             )
-            if tuned["stages"] and loaded._tuned_stages(1, loaded._store.snapshot) is None:
+            if tuned["stages"] and loaded._tuned_stages(1, loaded._rows.snapshot) is None:
                 fields["tuned"] += "; out of date, searches are exact"
         show_fields(fields)
 

@@ -93,10 +93,10 @@ def save(
                 file = put("rows", parts, _pieces(parts, snapshot, begin))
                 segments.append({"rows": count + -count % TILE, "used": count, **file})
             alive_file = axes_file = None
-            if snapshot.alive is not None:
-                same = known if saved and saved.alive is snapshot.alive else None
+            if snapshot.live is not None:
+                same = known if saved and saved.alive is snapshot.live else None
                 parts = _alive_parts(snapshot.count)
-                alive_file = same["alive"] if same else put("alive", parts, [snapshot.alive])
+                alive_file = same["alive"] if same else put("alive", parts, [snapshot.live])
             if axes is not None:
                 same = known if saved and saved.axes is axes else None
                 axes_file = same["axes"] if same else put("axes", _axes_parts(len(axes)), [axes])
@@ -109,7 +109,7 @@ def save(
             for file in written:
                 file.unlink(missing_ok=True)
             raise
-        now = Saved(path, manifest, snapshot.alive, axes)
+        now = Saved(path, manifest, snapshot.live, axes)
         try:
             os.replace(new, path / manifests.FILE)
             replaced(now)
@@ -213,14 +213,14 @@ def _pieces(parts: tensorfile.Parts, snapshot: Snapshot, begin: int) -> Iterator
                 yield torch.zeros(padding)
         elif name in ("packed", "codes"):
             for block, first, last in ranges:
-                array: Tensor = getattr(block, name)
+                array: Tensor = block.arrays[name]
                 yield array[first // TILE : last // TILE]
                 if last % TILE:
                     tile = array[last // TILE].clone()
                     tile[:, last % TILE :] = 0
                     yield tile
         else:
-            yield from (getattr(block, name)[first:last] for block, first, last in ranges)
+            yield from (block.arrays[name][first:last] for block, first, last in ranges)
             yield torch.zeros(padding, *shape[1:], dtype=dtype)
 
 

@@ -5,70 +5,81 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mrl_fast.search.cpp import DTYPES
-from mrl_fast.shared import native
+from mrl_fast.search.index.codes import PrefixCode
+from mrl_fast.shared import memory, native
 from mrl_fast.shared.checks import check_finite
-from mrl_fast.shared.native import _C, TILE, address
+from mrl_fast.shared.memory import address
+from mrl_fast.shared.native import _C, DTYPES, TILE, Stat
 
-# Prefix norm, code unit, code error; then a tail's norm a level: enum Stat in search/search.h.
-STATS = 3
+F32, U8, I64 = torch.float32, torch.uint8, torch.int64
+
+Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape, by an array's name
 
 
 class Layout:
     """Which of a vector's columns lie where.
 
-    Without codes the prefix lies in vertical fp32 tiles and the other columns row-major. With codes
-    all columns lie row-major and the prefix as int8 beside them, in tiles.
+    The prefix lies in tiles as its code says. The columns that it does not hold exactly, the
+    suffix, lie row-major.
     """
 
-    def __init__(self, prefix: int, width: int, dtype: torch.dtype, *, coded: bool):
-        self.prefix, self.width, self.dtype, self.coded = prefix, width, dtype, coded
-        self.packed = 0 if coded else prefix
-        self.levels = []  # columns where a tail's norm is known: the prefix, doubled and doubled
+    def __init__(self, prefix: int, width: int, dtype: torch.dtype, code: PrefixCode):
+        self.prefix, self.width, self.dtype, self.code = prefix, width, dtype, code
+        self.packed = prefix if code.exact else 0  # the suffix's first column
+        self.levels = []  # columns where a suffix's norm is known: the prefix, doubled and doubled
         while prefix < width:
             self.levels.append(prefix)
             prefix *= 2
 
-    def parts(self, rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """The arrays that hold so many rows, whole tiles, and what each is."""
-        tiles, stats = rows // TILE, STATS + len(self.levels)
-        parts = {"ids": (torch.int64, (rows,)), "stats": (torch.float32, (stats, rows))}
-        if self.coded:
-            parts["codes"] = (torch.uint8, (tiles, -(-self.prefix // 4), TILE, 4))
-        else:
-            parts["packed"] = (torch.float32, (tiles, self.packed, TILE))
-        return {**parts, "tail": (self.dtype, (rows, self.width - self.packed))}
+    def parts(self, rows: int) -> Parts:
+        """The arrays that hold so many rows, whole tiles, in the order of a file."""
+        return {
+            "ids": (I64, (rows,)),
+            "stats": (F32, (Stat.TAIL_NORM + len(self.levels), rows)),
+            self.code.array: (self.code.dtype, (rows // TILE, *self.code.tile(self.prefix))),
+            "tail": (self.dtype, (rows, self.width - self.packed)),
+        }
 
     def rows(self, spans: list[tuple[int, ...]]) -> _C.Rows:
-        code_dim = self.prefix if self.coded else 0
+        code_dim = 0 if self.code.exact else self.prefix
         return _C.Rows(spans, self.packed, code_dim, DTYPES[self.dtype], self.levels)
 
 
 class Block:
-    """Rows in arrays as of ``Layout.parts``: its own, to be filled, or given ones, read only."""
+    """Rows in arrays as of ``Layout.parts``: its own, to be filled, or given ones, read only.
+
+    Attributes:
+        arrays: By their names in a file; some of them are attributes, too.
+        suffix: The array named ``tail``.
+    """
 
     def __init__(self, layout: Layout, capacity: int, arrays: dict[str, Tensor] | None = None):
         self.layout, self.capacity, self.fixed = layout, capacity, arrays is not None
         if arrays is None:
             arrays = {name: _empty(*part) for name, part in layout.parts(capacity).items()}
-        self.ids, self.stats, self.tail = arrays["ids"], arrays["stats"], arrays["tail"]
+        self.arrays = arrays
+        self.ids, self.stats, self.suffix = arrays["ids"], arrays["stats"], arrays["tail"]
         self.codes, self.packed = arrays.get("codes"), arrays.get("packed")
 
     def store(self, vectors: Tensor, ids: Tensor, begin: int) -> None:
         """Writes rows from ``begin`` on; ``vectors`` are of the layout's dtype."""
         self.ids[begin : begin + len(vectors)] = ids
+        dtype = self.layout.dtype
         problem = _C.store(
-            self.layout.rows([]), vectors.data_ptr(), DTYPES[vectors.dtype], vectors.stride(0),
+            self.layout.rows([]), address(vectors, dtype), DTYPES[dtype], vectors.stride(0),
             vectors.shape[1], begin, len(vectors), torch.get_num_threads(), native.ISA,
-            address(self.packed), address(self.codes), address(self.stats), self.capacity,
-            self.tail.data_ptr(), self.tail.stride(0),
+            address(self.packed, F32), address(self.codes, U8), address(self.stats, F32),
+            self.capacity, address(self.suffix, dtype), self.suffix.stride(0),
         )  # fmt: skip
         if problem:
             check_finite(vectors, "vectors")
 
     def spans(self, first: int, rows: int) -> tuple[list[tuple[int, ...]], list[Tensor]]:
-        """The first ``rows`` rows as the kernels read them, called first, first + 1, ...; and
-        copies that these point to: of a tile that others may be writing rows to."""
+        """The block's first ``rows`` rows, numbered from ``first`` on, as the kernels read them.
+
+        Others may be writing rows to the last tile, so that it is copied: the second result holds
+        the copies, which the spans point to.
+        """
         whole = rows if self.fixed else rows - rows % TILE
         spans, copies = [], []
         for begin, end in ((0, whole), (whole, rows)):
@@ -79,30 +90,53 @@ class Block:
             if end % TILE and not self.fixed:
                 packed, codes = (None if x is None else x.clone() for x in (packed, codes))
                 copies += [x for x in (packed, codes) if x is not None]
-            tail = self.tail[begin:]
             spans.append((
-                first + begin, end - begin, address(packed), address(codes), tail.data_ptr(),
-                tail.stride(0), self.stats[:, begin:].data_ptr(), self.stats.stride(0),
-                self.ids[begin:].data_ptr(),
+                first + begin, end - begin, address(packed, F32), address(codes, U8),
+                address(self.suffix[begin:], self.layout.dtype), self.suffix.stride(0),
+                address(self.stats[:, begin:], F32), self.stats.stride(0),
+                address(self.ids[begin:], I64),
             ))  # fmt: skip
         return spans, copies
 
+    def frozen(self, rows: int) -> list[tuple[int, dict[str, Tensor]]]:
+        """The first ``rows`` rows as read-only parts, each with its number of rows: whole tiles
+        over the same memory, and a copy of the last where others may be writing to it."""
+        whole = rows - rows % TILE
+        parts = [(whole, self._cut(0, whole))] if whole else []
+        if rows > whole:
+            last = {name: x.clone() for name, x in self._cut(whole, whole + TILE).items()}
+            ids, stats, tiles, suffix = last.values()
+            used = rows - whole
+            for padding in (ids[used:], stats[:, used:], tiles[0, :, used:], suffix[used:]):
+                padding.zero_()  # nothing else of our memory goes out
+            parts.append((used, last))
+        return parts
+
+    def _cut(self, begin: int, end: int) -> dict[str, Tensor]:
+        """The arrays' part of rows [begin, end), whole tiles."""
+        tiles = slice(begin // TILE, end // TILE)
+        return {
+            "ids": self.ids[begin:end],
+            "stats": self.stats[:, begin:end],
+            self.layout.code.array: self.arrays[self.layout.code.array][tiles],
+            "tail": self.suffix[begin:end],
+        }
+
     def vectors(self, rows: Tensor) -> Tensor:
         """Rows of the block, ``[n, D]``, of the layout's dtype."""
-        tail = self.tail[rows]
+        suffix = self.suffix[rows]
         if self.packed is None:
-            return tail
-        head = self.packed[rows // TILE, :, rows % TILE].to(tail.dtype)
-        return torch.cat([head, tail], dim=1)
+            return suffix
+        head = self.packed[rows // TILE, :, rows % TILE].to(suffix.dtype)
+        return torch.cat([head, suffix], dim=1)
 
     def nbytes(self, rows: int) -> int:
         """Of ``rows`` rows, padding included."""
-        arrays = (self.ids, self.tail, self.stats, self.packed, self.codes)
-        bytes_a_row = sum(x.nbytes for x in arrays if x is not None) // self.capacity
+        bytes_a_row = sum(x.nbytes for x in self.arrays.values()) // self.capacity
         return bytes_a_row * (rows + -rows % TILE)
 
 
 def _empty(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
-    _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    tensor = memory.lasting(*shape, dtype=dtype)
+    _C.advise_huge_pages(address(tensor, dtype), tensor.nbytes)
     return tensor

@@ -1,22 +1,21 @@
-"""Where an index on a device keeps its vectors: on the host as every index does, which is what is
-changed, saved and loaded, and on the device a row-major copy, which is what is searched."""
+"""The rows of an index on a device: a row-major copy, which is what is searched there. What is
+changed, saved and loaded lies on the host, as with every index."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mrl_fast.kernels.search.metrics import upper
-from mrl_fast.search.index.blocks import Layout
+from mrl_fast.search.index.blocks import Block, Layout
+from mrl_fast.search.index.device_metrics import DEVICE_METRICS, inverse
 from mrl_fast.search.index.snapshot import Snapshot, flags_of
-from mrl_fast.search.index.store import Store as HostStore
-from mrl_fast.shared.native import TILE
+from mrl_fast.shared.native import TILE, Stat
 
 CHUNK_ROWS = 1 << 16  # carried to the device at a time
-CODE_SCALE = 1  # as enum Stat in csrc/cpu/search/search.h
 
 
 class DeviceRows(NamedTuple):
@@ -24,13 +23,13 @@ class DeviceRows(NamedTuple):
 
     Attributes:
         vectors: ``[N, D]`` of the index's dtype.
-        factors: ``[G, N]`` fp32, of every prefix in ``dims``: under cosine inverse norms, 0 of a
-            norm that is 0; under l2 −‖x‖²/2; none under ip.
-        tails: ``[N]`` fp32, norms of the columns after the first prefix, over the whole vector's
-            under cosine; rounded up.
+        factors: ``[G, N]`` fp32, of every prefix in ``dims`` the metric's factor; ``[0, N]`` where
+            it has none.
+        suffixes: ``[N]`` fp32, norms of the columns after the first prefix, over the whole vector's
+            where the metric counts rows as unit vectors; rounded up.
         largest, smallest: ``[G]`` fp32, of the norms; the smallest of those that are not 0.
-        codes, units: ``[N, dims[0]]`` int8 and ``[N]`` fp32: the prefix as ``unit · code``, over
-            its norm under cosine.
+        codes, scales: ``[N, dims[0]]`` int8 and ``[N]`` fp32: the prefix is about
+            ``scale · code``, over its norm where the metric counts rows as unit vectors.
         ids: ``[N]`` int64.
         allowed: ``[N]`` uint8, 0 where a row was removed or is filtered out; None: all are.
         out: ``[N]`` fp32, −inf there, else 0.
@@ -39,11 +38,11 @@ class DeviceRows(NamedTuple):
     dims: tuple[int, ...]
     vectors: Tensor
     factors: Tensor
-    tails: Tensor
+    suffixes: Tensor
     largest: Tensor
     smallest: Tensor
     codes: Tensor | None
-    units: Tensor | None
+    scales: Tensor | None
     ids: Tensor
     allowed: Tensor | None = None
     out: Tensor | None = None
@@ -57,23 +56,48 @@ class DeviceRows(NamedTuple):
         return self._replace(allowed=allowed, out=out.masked_fill_(allowed == 0, -torch.inf))
 
 
-class Arrays:
-    """Room for rows on the device, doubled when it is full."""
+class DeviceCopy:
+    """The rows of a store on the device. Each snapshot has those of its state in ``device_rows``.
+
+    Attributes:
+        arrays: Room for rows, doubled when it is full.
+    """
 
     def __init__(self, dims: Sequence[int], metric: str, layout: Layout, device: torch.device):
-        self.dims, self.metric, self.device = tuple(dims), metric, device
-        width, factors = dims[-1], 0 if metric == "ip" else len(dims)
-        self.columns = {  # rows come first, but of factors, of which a scan reads one prefix's
-            "vectors": (layout.dtype, (width,)),
-            "factors": (torch.float32, (factors,)),
-            "tails": (torch.float32, ()),
+        self.dims, self.metric, self.device = tuple(dims), DEVICE_METRICS[metric], device
+        self.code = layout.code
+        self.columns = {  # by row, but the factors, of which a scan reads one prefix's
+            "vectors": (layout.dtype, (dims[-1],)),
+            "factors": (torch.float32, (0 if self.metric.factor is None else len(dims),)),
+            "suffixes": (torch.float32, ()),
             "ids": (torch.int64, ()),
         }
-        if layout.coded:
-            self.columns |= {"codes": (torch.int8, (dims[0],)), "units": (torch.float32, ())}
+        if self.code.signed is not None:
+            self.columns |= {"codes": (torch.int8, (dims[0],)), "scales": (torch.float32, ())}
+        self.clear()
+
+    def clear(self) -> None:
+        self.followed: Snapshot | None = None  # whose rows the arrays hold
         self.arrays = self._with_room(0)
-        self.largest = torch.zeros(len(dims), dtype=torch.float32, device=device)
+        self.largest = torch.zeros(len(self.dims), dtype=torch.float32, device=self.device)
         self.smallest = torch.full_like(self.largest, torch.inf)
+
+    def follow(self, now: Snapshot, before: Snapshot | None) -> None:
+        """Brings the copy to this state; ``before``: the state that rows were appended to or
+        removed from since, None where they have moved."""
+        state = self.followed, self.arrays, self.largest.clone(), self.smallest.clone()
+        try:
+            with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+                if before is None or before is not self.followed:
+                    self.clear()
+                self.append(now, self.followed.count if self.followed else 0)
+                now.device_rows = self.rows(now.count, now.live)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)  # searches come on any stream
+            self.followed = now
+        except BaseException:
+            self.followed, self.arrays, self.largest, self.smallest = state
+            raise
 
     def _with_room(self, rows: int) -> dict[str, Tensor]:
         arrays = {}
@@ -96,32 +120,31 @@ class Arrays:
                 self._store(block, low, min(low + CHUNK_ROWS, count), begin + low)
             begin += count
 
-    def _store(self, block: Any, low: int, high: int, at: int) -> None:
+    def _store(self, block: Block, low: int, high: int, at: int) -> None:
         to, arrays = slice(at, at + high - low), self.arrays
         x, head = arrays["vectors"][to], self.dims[0]
-        tail = block.tail[low:high].to(self.device)
-        x[:, self.dims[-1] - tail.shape[1] :] = tail
+        suffix = block.suffix[low:high].to(self.device)
+        x[:, self.dims[-1] - suffix.shape[1] :] = suffix
         if block.packed is not None:  # [tiles, head, TILE]
             x[:, :head] = self._of_tiles(block.packed, low, high).to(x.dtype)
         arrays["ids"][to] = block.ids[low:high].to(self.device)
-        inverse = []
+        norms = []
         for g, dim in enumerate(self.dims):
             norm = torch.linalg.vector_norm(x[:, :dim], dim=1, dtype=torch.float32)
-            inverse.append(norm.reciprocal().where(norm > 0, 0.0))
-            if self.metric != "ip":
-                arrays["factors"][g, to] = -0.5 * norm * norm if self.metric == "l2" else inverse[g]
+            norms.append(norm)
+            if self.metric.factor is not None:
+                arrays["factors"][g, to] = self.metric.factor(norm)
             self.largest[g] = torch.maximum(self.largest[g], upper(norm.max(), dim))
             some = torch.where(norm > 0, norm, torch.inf).min()
             self.smallest[g] = torch.minimum(self.smallest[g], some)
         norm = torch.linalg.vector_norm(x[:, head:], dim=1, dtype=torch.float32)
-        norm = upper(norm, self.dims[-1])
-        cosine = self.metric == "cosine"
-        arrays["tails"][to] = norm * inverse[-1] * (1 + 1e-6) if cosine else norm
-        if block.codes is not None:  # [tiles, quads, TILE, 4], plus 128
-            codes = self._of_tiles(block.codes, low, high)[:, :head]
-            arrays["codes"][to] = (codes.to(torch.int16) - 128).to(torch.int8)
-            units = block.stats[CODE_SCALE, low:high].to(self.device)
-            arrays["units"][to] = units * inverse[0] if cosine else units
+        norm, unit = upper(norm, self.dims[-1]), self.metric.unit
+        arrays["suffixes"][to] = norm * inverse(norms[-1]) * (1 + 1e-6) if unit else norm
+        if self.code.signed is not None:
+            tiles = block.arrays[self.code.array]  # [tiles, groups, TILE, columns]
+            arrays["codes"][to] = self.code.signed(self._of_tiles(tiles, low, high)[:, :head])
+            scales = block.stats[Stat.CODE_SCALE, low:high].to(self.device)
+            arrays["scales"][to] = scales * inverse(norms[0]) if unit else scales
 
     def _of_tiles(self, array: Tensor, low: int, high: int) -> Tensor:
         """Rows [low, high) of tiles ``[.., TILE, ..]``, row by row, on the device."""
@@ -129,37 +152,13 @@ class Arrays:
         rows = tiles.transpose(1, 2).reshape(len(tiles) * TILE, -1)
         return rows[low % TILE :][: high - low]
 
-    def rows(self, count: int, alive: Tensor | None) -> DeviceRows:
-        arrays: dict[str, Any] = {"codes": None, "units": None, **_cut(self.arrays, count)}
+    def rows(self, count: int, live: Tensor | None) -> DeviceRows:
+        arrays: dict[str, Any] = {"codes": None, "scales": None, **_cut(self.arrays, count)}
         rows = DeviceRows(
             dims=self.dims, largest=self.largest.clone(), smallest=self.smallest.clone(), **arrays
         )  # fmt: skip
-        return rows.only(None if alive is None else flags_of(alive, count))
+        return rows.only(None if live is None else flags_of(live, count))
 
 
 def _cut(arrays: dict[str, Tensor], rows: int) -> dict[str, Any]:
     return {name: x[:, :rows] if name == "factors" else x[:rows] for name, x in arrays.items()}
-
-
-class Store(HostStore):
-    """The host's rows; each state's snapshot has the device's in ``device_rows``, complete before
-    it can be found."""
-
-    def __init__(self, layout: Layout, dims: Sequence[int], metric: str, device: torch.device):
-        self.device = device
-        self._make: Callable[[], Arrays] = lambda: Arrays(dims, metric, layout, device)
-        self._arrays = self._make()
-        super().__init__(layout)
-        self.snapshot.device_rows = self._arrays.rows(0, None)
-
-    def _publish(
-        self, blocks: Any, counts: Any, alive: Tensor | None, before: Snapshot | None = None
-    ) -> None:
-        now = self._state(blocks, counts, alive, before)
-        arrays = self._arrays if before is not None else self._make()  # else rows have moved
-        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
-            arrays.append(now, 0 if before is None else before.count)
-            now.device_rows = arrays.rows(now.count, alive)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # searches come on any stream
-        self._arrays, self.snapshot = arrays, now

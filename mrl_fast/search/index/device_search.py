@@ -1,4 +1,5 @@
-"""Search of an index's rows on a device, by Triton kernels, without waiting for it."""
+"""The backend on a device, by Triton kernels, without waiting for it; ``host_search`` offers the
+same functions."""
 
 from __future__ import annotations
 
@@ -10,27 +11,43 @@ from torch import Tensor
 
 from mrl_fast.kernels.search import certified, funnel
 from mrl_fast.kernels.search.keys import empty, scores_of
-from mrl_fast.kernels.search.metrics import SAFE_NORM, SumTerms
 from mrl_fast.kernels.search.pair_scores import Pairs
 from mrl_fast.kernels.search.plan import KnownRows, fitting
 from mrl_fast.kernels.search.topk import topk
 from mrl_fast.kernels.shared.device import on_its_device
 from mrl_fast.kernels.shared.tiling import operand
-from mrl_fast.search.index.device_rows import DeviceRows
+from mrl_fast.search.index.blocks import Layout
+from mrl_fast.search.index.config import IndexConfig
+from mrl_fast.search.index.device_metrics import DEVICE_METRICS
+from mrl_fast.search.index.device_rows import DeviceCopy, DeviceRows
 from mrl_fast.search.index.rotation import Rotation
 from mrl_fast.search.index.snapshot import Snapshot
+from mrl_fast.search.index.store import RowStore
+from mrl_fast.shared.checks import check_finite
 
 Result = tuple[Tensor, Tensor]
-UNIT = 2.0**-100  # of a query's codes, at least
+LEAST_SCALE = 2.0**-100  # of a query's codes
+
+
+def new_store(layout: Layout, config: IndexConfig) -> RowStore:
+    return RowStore(layout, DeviceCopy(config.dims, config.metric, layout, config.place))
+
+
+def queries(q: Tensor, config: IndexConfig) -> Tensor:
+    """``[B, D]`` on the device, fp32 or as the vectors are stored; finite, as far as the host can
+    see without waiting."""
+    if q.device.type == "cpu":
+        check_finite(q, "queries")
+    return q.to(config.place, q.dtype if q.dtype == config.stored_dtype else torch.float32)
 
 
 def restricted(now: Snapshot, allowed: Tensor | None) -> tuple[DeviceRows, Any]:
-    """The rows of a snapshot that are alive and allowed, as of ``Snapshot.flags``, and what must be
-    kept meanwhile."""
+    """The rows of a snapshot that are live and allowed, as of ``Snapshot.flags``, and a keepalive
+    for what they point to."""
     rows: DeviceRows = now.device_rows
     if allowed is None:
         return rows, now
-    if not (allowed.dtype == torch.bool and now.alive is None):
+    if not (allowed.dtype == torch.bool and now.live is None):
         allowed = now.flags(allowed.cpu())
     return rows.only(allowed), now
 
@@ -39,7 +56,7 @@ def restricted(now: Snapshot, allowed: Tensor | None) -> tuple[DeviceRows, Any]:
 def rotated(queries: Tensor, rotation: Rotation) -> Tensor:
     """``queries @ axes.T``; a row's bits do not depend on the others."""
     axes = rotation.on(queries.device)
-    columns = torch.arange(len(axes), device=axes.device)
+    columns = torch.arange(len(axes), dtype=torch.int64, device=axes.device)
     parts = queries.split(fitting(16 * len(axes)))
     return torch.cat(
         [scores_of(Pairs(q, axes, "ip").keys(columns.expand(len(q), -1))) for q in parts]
@@ -50,8 +67,8 @@ def rotated(queries: Tensor, rotation: Rotation) -> Tensor:
 def search_rows(
     q: Tensor, rows: DeviceRows, stages: Sequence[tuple[int, int]], metric: str
 ) -> Result:
-    """Runs the stages. Where there are codes, a first stage of their width that is not the last
-    ranks by them, and the next begins at the first column."""
+    """Runs the stages. Where there are codes, a first stage of their width ranks by them unless it
+    is the last, and the next stage begins at the first column."""
     (dim, keep), *later = stages
     _in_use(rows)
     found = empty(q, keep)
@@ -92,15 +109,15 @@ def range_search(
 
 def _known(rows: DeviceRows, dim: int, metric: str, *, ids: Tensor | None = None) -> KnownRows:
     """For a search by the first ``dim`` columns."""
-    g = rows.dims.index(dim)
-    largest, scale, term = rows.largest[g : g + 1], None, rows.out
-    if metric == "cosine":
-        scale = rows.factors[g]
-        one = torch.ones_like(largest)
-        largest = torch.where(rows.smallest[g : g + 1] > SAFE_NORM, one, torch.inf)
-    if metric == "l2":
-        term = rows.factors[g] if rows.out is None else rows.factors[g] + rows.out
-    return KnownRows(SumTerms(scale=scale, term=term), largest, rows.allowed, ids)
+    g, terms = rows.dims.index(dim), DEVICE_METRICS[metric]
+    here = slice(g, g + 1)
+    largest = terms.largest(rows.largest[here], rows.smallest[here])
+    sum_terms = terms.sum_terms(_factors(rows, g, metric), rows.out)
+    return KnownRows(sum_terms, largest, rows.allowed, ids)
+
+
+def _factors(rows: DeviceRows, g: int, metric: str) -> Tensor | None:
+    return None if DEVICE_METRICS[metric].factor is None else rows.factors[g]
 
 
 def _prefix(rows: DeviceRows, dim: int, metric: str) -> certified.Prefix | None:
@@ -109,25 +126,22 @@ def _prefix(rows: DeviceRows, dim: int, metric: str) -> certified.Prefix | None:
         return None
     whole = _known(rows, dim, metric)
     assert whole.terms is not None
-    bounds = whole._replace(terms=whole.terms._replace(outer=rows.tails))
+    bounds = whole._replace(terms=whole.terms._replace(outer=rows.suffixes))
     return certified.Prefix(first, _known(rows, first, metric), bounds)
 
 
 def _by_codes(q: Tensor, rows: DeviceRows, metric: str) -> tuple[Tensor, KnownRows]:
-    """Queries as codes, and what makes scores of sums of products of codes. Their scale is of one
-    query; the order of rows is what counts."""
-    head = q[:, : rows.dims[0]].float()
-    unit = head.abs().amax(dim=1, keepdim=True) / 127
-    unit = torch.where(unit > UNIT, unit, 1.0)  # of zeros, or of as good as nothing
-    codes = (head / unit).round().to(torch.int8)
-    # The margin is of shortlists: no sum times its scale is larger than 127 · 127 · dim · this.
-    terms, largest = SumTerms(scale=rows.units, term=rows.out), rows.largest[:1] * 2
-    if metric == "cosine":
-        largest = torch.ones_like(largest) * 2
-    if metric == "l2":  # ⟨q, x⟩ − ‖x‖²/2, in the query's unit
-        terms = terms._replace(outer=rows.factors[0], factor=unit[:, 0].reciprocal())
-        largest = largest + largest * largest
-    return codes, KnownRows(terms, largest, rows.allowed, linear=True)
+    """Queries as codes, and what makes scores of sums of products of codes. A query's scale is left
+    out of its scores, as only their order counts."""
+    head, terms = q[:, : rows.dims[0]].float(), DEVICE_METRICS[metric]
+    scale = head.abs().amax(dim=1, keepdim=True) / 127
+    scale = torch.where(scale > LEAST_SCALE, scale, 1.0)  # of zeros, or of as good as nothing
+    codes = (head / scale).round().to(torch.int8)
+    sum_terms = terms.code_sum_terms(rows.scales, rows.out, _factors(rows, 0, metric), scale[:, 0])
+    # The margin is a shortlist's: no sum times its scale is larger than 127 · 127 · dim · largest.
+    return codes, KnownRows(
+        sum_terms, terms.code_largest(rows.largest[:1]), rows.allowed, linear=True
+    )
 
 
 def _in_use(rows: DeviceRows) -> None:

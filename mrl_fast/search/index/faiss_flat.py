@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mrl_fast.search.index.validate import default_dims
+from mrl_fast.shared import memory
 
 try:
     import faiss
@@ -21,10 +23,8 @@ CHUNK_BYTES = 1 << 26  # of fp32 vectors
 SUPPORTED = "IndexFlat, IndexScalarQuantizer, or IndexIDMap or IndexIDMap2 of these"
 
 
-def from_faiss(
-    make: Callable[..., Any], index: Any, dims: Sequence[int] | None, **options: Any
-) -> Any:
-    """What ``make(dims, metric=..., **options)`` makes, with a FAISS index's vectors and ids; see
+def from_faiss(make: Callable[..., Any], index: Any, dims: Sequence[int] | None) -> Any:
+    """The index that ``make(dims, metric=...)`` makes, with a FAISS index's vectors and ids; see
     ``MatryoshkaIndex.from_faiss``."""
     flat, ids = _opened(index)
     metrics = {faiss.METRIC_INNER_PRODUCT: "ip", faiss.METRIC_L2: "l2"}
@@ -33,10 +33,10 @@ def from_faiss(
             f"index: expected METRIC_INNER_PRODUCT or METRIC_L2, got {_metric_name(flat)}"
         )
     dims = default_dims(flat.d) if dims is None else dims
-    made = make(dims, metric=metrics[flat.metric_type], **options)
+    made = make(dims, metric=metrics[flat.metric_type])
     if made.width != flat.d:
         raise ValueError(f"dims: expected the last to be {flat.d}, got {made.width}")
-    if options.get("rotation") is not None and flat.ntotal:
+    if made.config.rotation is not None and flat.ntotal:
         spread = np.linspace(0, flat.ntotal - 1, min(flat.ntotal, _rows(flat.d)))
         made.fit(flat.reconstruct_batch(spread.astype(np.int64)))
     for begin, end in _chunks(flat.ntotal, flat.d):
@@ -47,20 +47,31 @@ def from_faiss(
 def to_faiss(index: Any) -> Any:
     """A flat index of a MatryoshkaIndex's vectors, in the order of its rows; see its method."""
     ids = index.ids
-    made: Any = (faiss.IndexFlatL2 if index.metric == "l2" else faiss.IndexFlatIP)(index.width)
-    mapped = not torch.equal(ids, torch.arange(len(ids)))
+    flat, prepared = FLAT[index.metric]
+    made: Any = flat(index.width)
+    mapped = not torch.equal(ids, memory.arange(0, len(ids)))
     if mapped:
         made = faiss.IndexIDMap2(made)
     for begin, end in _chunks(len(ids), index.width):
-        x = index.reconstruct(ids[begin:end])
-        if index.metric == "cosine":
-            norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
-            x = (x / norms.where(norms > 0, 1)).float()
+        x = prepared(index.reconstruct(ids[begin:end]))
         if mapped:
             made.add_with_ids(x.numpy(), ids[begin:end].numpy())
         else:
             made.add(x.numpy())
     return made
+
+
+def _unit(x: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
+    return (x / norms.where(norms > 0, 1)).float()
+
+
+# FAISS's index for a metric, and what becomes of vectors in it.
+FLAT = {
+    "ip": (faiss.IndexFlatIP, lambda x: x),
+    "cosine": (faiss.IndexFlatIP, _unit),
+    "l2": (faiss.IndexFlatL2, lambda x: x),
+}
 
 
 def _opened(index: Any) -> tuple[Any, np.ndarray]:

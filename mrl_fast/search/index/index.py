@@ -4,32 +4,47 @@ left."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from operator import is_
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor
 
 from mrl_fast.search.disk import folder
-from mrl_fast.search.index import tuning
+from mrl_fast.search.index import cost, pickled, tuning
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.blocks import Layout
-from mrl_fast.search.index.rows import DTYPES, Collection
+from mrl_fast.search.index.config import IndexConfig
+from mrl_fast.search.index.rows import IndexRows
 from mrl_fast.search.index.snapshot import Snapshot
 from mrl_fast.shared.arrays import result_like
-from mrl_fast.shared.checks import check_finite, check_int
+from mrl_fast.shared.checks import check_dims, check_int
 from mrl_fast.shared.types import ExactResult, RangeResult, SearchResult, Tuned
 
-MANY = 1 << 62  # more than there are rows, and yet an int64
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class MatryoshkaIndex(Collection):
+def of_rows(
+    method: Callable[Concatenate[IndexRows, P], R],
+) -> Callable[Concatenate[MatryoshkaIndex, P], R]:
+    """A method of an index that its rows answer."""
+
+    @wraps(method)
+    def answered(index: MatryoshkaIndex, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(index._rows, *args, **kwargs)
+
+    return answered
+
+
+class MatryoshkaIndex:
     """Exact and adaptive search over vectors whose prefixes are embeddings.
 
-    Any number of threads may search while others add, remove, update or save: a search sees the
-    index as one of these left it, and they take turns.
+    Any number of threads may search while others add, remove, update or save, which take turns: a
+    search sees the index as one of them left it. Pickled, an index that was loaded and not changed
+    since is its folder's path; any other is its vectors. A copy is independent.
 
     Args:
         dims: Prefix widths that stages may use, strictly ascending. The last is the vectors' width
@@ -39,15 +54,15 @@ class MatryoshkaIndex(Collection):
         dtype: What vectors are stored as: ``"float32"``, ``"float16"`` or ``"bfloat16"``. They are
             rounded to it as they are added.
         prefix_dtype: What the first prefix is scanned as: ``"float32"``, or ``"int8"``, a quarter
-            of the bytes: a code for a shortlist and for bounds, one unit a row, from which no score
-            is returned; reranking starts at the first column of the vectors as stored.
+            of the bytes: a code with one scale a row, for shortlists and bounds only. Scores are
+            those of the vectors as stored.
         rotation: ``"pca"`` for vectors that were not trained to be cut: an orthogonal rotation that
             puts their energy first, fitted by ``fit`` or else on the first vectors that are added.
             Inner products, distances and full-width cosines keep their values up to rounding.
-        device: ``"cpu"``, or ``"cuda"`` or ``"cuda:<number>"``: the vectors stay on the host, where
-            they are changed, saved and loaded, and a row-major copy on the device is searched. A
-            search with queries there waits for nothing, runs on the current stream and can be
-            captured in a CUDA graph, which holds until the index is changed.
+        device: ``"cpu"``, or ``"cuda"`` or ``"cuda:<number>"``: vectors are changed, saved and
+            loaded on the host, and a row-major copy on the device is searched. A search with
+            queries there waits for nothing, runs on the current stream and can be captured in a
+            CUDA graph, which holds until the index is changed.
 
     Raises:
         ValueError, TypeError: Dims that do not ascend, an unknown metric, dtype or rotation.
@@ -63,30 +78,63 @@ class MatryoshkaIndex(Collection):
         rotation: str | None = None,
         device: str = "cpu",
     ):
-        super().__init__(
-            dims, metric=metric, dtype=dtype, prefix_dtype=prefix_dtype, rotation=rotation,
-            device=device,
-        )  # fmt: skip
+        self._make(IndexConfig(check_dims(dims), metric, dtype, prefix_dtype, rotation, device))
+
+    def _make(self, config: IndexConfig) -> None:
+        self.config, self._rows = config, IndexRows(config)
         self._tuned: Tuned | None = None
         self._saved: folder.Saved | None = None
+        self._loaded_marks: tuple[Any, ...] | None = None  # as the folder has it that it is from
+
+    dims = property(lambda self: self.config.dims)
+    metric = property(lambda self: self.config.metric)
+    dtype = property(lambda self: self.config.dtype)
+    prefix_dtype = property(lambda self: self.config.prefix_dtype)
+    device = property(lambda self: self.config.device)
+    tuned = property(lambda self: self._tuned, doc="What ``tune`` chose, a Tuned; None before.")
+    place = property(lambda self: self.config.place, doc="Where kernels run.")
+    width = property(lambda self: self.config.width, doc="D, the width of the vectors.")
 
     @property
-    def tuned(self) -> Tuned | None:
-        """What ``tune`` chose: stages, k, and how many vectors there were."""
-        return self._tuned
+    def ids(self) -> Tensor:
+        """The vectors' ids in the order they were added, ``[N]`` int64."""
+        return self._rows.snapshot.ids
+
+    @property
+    def rotation(self) -> Tensor | None:
+        """The rotation, ``[D, D]`` fp32, its rows the new axes; None where there is none yet."""
+        return None if self._rows.rotation is None else self._rows.rotation.axes
+
+    @property
+    def removed(self) -> int:
+        """Vectors that were removed or replaced and take room until ``compact``."""
+        now = self._rows.snapshot
+        return now.count - now.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of vectors, codes, norms and ids, in memory or mapped from files."""
+        return self._rows.snapshot.nbytes
+
+    def __len__(self) -> int:
+        return self._rows.snapshot.size
 
     def __repr__(self) -> str:
-        now = self._store.snapshot
-        prefix = "" if self.prefix_dtype == "float32" else f", prefix_dtype={self.prefix_dtype!r}"
-        rotation = "" if self._rotation is None else ", rotation='pca'"
-        device = "" if self.device == "cpu" else f", device={self.device!r}"
+        now = self._rows.snapshot
         removed = f", {now.count - now.size:,} removed" if now.count > now.size else ""
         tuned = "" if self._tuned is None or not self._tuned.stages else ", tuned"
         return (
-            f"MatryoshkaIndex(dims={self.dims}, metric={self.metric!r}, dtype={self.dtype!r}"
-            f"{prefix}{rotation}{device}): {now.size:,} vectors{removed}, "
+            f"MatryoshkaIndex({self.config}): {now.size:,} vectors{removed}, "
             f"{now.nbytes / 2**20:,.1f} MiB{tuned}"
         )
+
+    fit = of_rows(IndexRows.fit)
+    add = of_rows(IndexRows.add)
+    update = of_rows(IndexRows.update)
+    remove = of_rows(IndexRows.remove)
+    compact = of_rows(IndexRows.compact)
+    contains = of_rows(IndexRows.contains)
+    reconstruct = of_rows(IndexRows.reconstruct)
 
     def search(
         self,
@@ -107,13 +155,13 @@ class MatryoshkaIndex(Collection):
                 at least k: search all rows by the first dim and rerank what each stage keeps by the
                 next. None: the stages that ``tune`` chose, where it did, for at least this k, and
                 at most a tenth of the vectors were added since; else exact.
-            exact: The k best at width D by fp64 scores, provably: rows are dropped only where a
-                bound on their score says that they cannot be among them. On a device scores that
-                are equal in fp32 are equal. An error together with stages.
-            allowed: Searches these vectors only: ``[n]`` int64 ids, of which unknown ones are
-                ignored, or ``[N]`` bool, aligned with ``ids``. On the CPU, where they are few (one
-                in 32), they alone are read. On a device only a mask that is there, of an index from
-                which nothing was removed, does not pass through the host.
+            exact: The k best at width D by fp64 scores, provably: a row is dropped only where a
+                bound on its score excludes it. On a device scores that are equal in fp32 are
+                equal. An error together with stages.
+            allowed: Searches these vectors only: ``[n]`` ids, as in ``add``, of which unknown ones
+                are ignored, or ``[N]`` bool, aligned with ``ids``. On the CPU, where they are few
+                (one in 32), they alone are read. A bool mask already on the device is used in place
+                if nothing was removed; other filters pass through the host.
             out: A SearchResult of contiguous ``[B, k]`` fp32 and int64 tensors or arrays, of the
                 kind and on the device of the queries, to write to.
 
@@ -127,22 +175,21 @@ class MatryoshkaIndex(Collection):
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, stages that do
                 not fit.
         """
-        q = self._queries(queries)
+        q = self._rows.backend.queries(inputs.matrix(queries, "queries", self.width), self.config)
         k = check_int(k, "k", 1)
         if exact and stages is not None:
             raise ValueError("exact: expected False where stages are given, got True")
-        now = self._store.snapshot
+        now = self._rows.snapshot
         checked = (
             self._tuned_stages(k, now) if stages is None else inputs.stages(stages, self.dims, k)
         )
-        q = self._rotated(q, now)
-        rows, _held = self._allowed(allowed, now)
+        rows, q, _keepalive = self._searched(now, allowed, q)
         if exact or checked is None:
-            *found, touched = self._engine.exact_search(q, rows, self.width, k, self.metric)
+            *found, touched = self._rows.backend.exact_search(q, rows, self.width, k, self.metric)
             result = ExactResult(*found)
             result.rows_touched = touched
         else:
-            result = SearchResult(*self._engine.search_rows(q, rows, checked, self.metric))
+            result = SearchResult(*self._rows.backend.search_rows(q, rows, checked, self.metric))
         return result_like(queries, result, out)
 
     def range_search(self, queries: Any, threshold: float, *, allowed: Any = None) -> RangeResult:
@@ -156,19 +203,16 @@ class MatryoshkaIndex(Collection):
             allowed: As in ``search``.
 
         Returns:
-            RangeResult: limits ``[B + 1]`` int64, and scores fp32 and ids int64 of all queries one
-                after the other.
+            RangeResult: limits ``[B + 1]``, and the scores and ids of one query after the other.
 
         Raises:
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values.
         """
-        q = self._queries(queries)
+        q = self._rows.backend.queries(inputs.matrix(queries, "queries", self.width), self.config)
         least = inputs.number(threshold, "threshold")
-        now = self._store.snapshot
-        rows, _held = self._allowed(allowed, now)
-        found = self._engine.range_search(
-            self._rotated(q, now), rows, self.width, least, self.metric
-        )
+        now = self._rows.snapshot
+        rows, q, _keepalive = self._searched(now, allowed, q)
+        found = self._rows.backend.range_search(q, rows, self.width, least, self.metric)
         return result_like(queries, RangeResult(*found))
 
     def tune(
@@ -208,20 +252,16 @@ class MatryoshkaIndex(Collection):
         self._tuned = Tuned(report.stages, report.k, len(self))
         return report
 
-    def explain(self, stages: Sequence[tuple[int, int]], *, batch: int = 1) -> tuning.Explanation:
-        """What a stage list costs a query: rows visited, multiply-adds, bytes read.
-
-        Args:
-            stages: As in ``search``.
-            batch: Queries a call; they share what is read of the first stage.
-        """
-        return tuning.explain(self, stages, batch=batch)
+    def explain(self, stages: Sequence[tuple[int, int]], *, batch: int = 1) -> cost.Explanation:
+        """What ``stages``, as in ``search``, cost a query: rows visited, multiply-adds, bytes read.
+        A ``batch`` of queries shares what the first stage reads."""
+        return cost.explain(self, stages, batch=batch)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes what the folder does not have yet; until that is done it holds what it held.
 
-        Writes new vectors only, where this index was saved to the folder, or loaded from it,
-        before. Its vectors then stay where they are, in memory.
+        To the folder that this index was saved to last, or loaded from, only new vectors are
+        written. The index's own vectors stay where they are, in memory.
 
         Args:
             path: A folder: new, empty, or with an index, which is replaced.
@@ -231,25 +271,17 @@ class MatryoshkaIndex(Collection):
                 version; one that another index has been saved to since this one was.
             OSError: The folder cannot be written to, or the disk is full.
         """
-        tuned = self._tuned
-        with self._writing:
-            fields = {
-                "dims": list(self.dims),
-                "metric": self.metric,
-                "dtype": self.dtype,
-                "prefix_dtype": self.prefix_dtype,
-                "rotation": None if self._rotation is None else "pca",
-                "next_id": self._next_id,
-                "tuned": None if tuned is None else tuned._asdict(),
-            }
-            now = self._store.snapshot
+        with self._rows.changing():
+            store, now, marks = self._rows.store, self._rows.snapshot, self._marks()
 
             def replaced(saved: folder.Saved) -> None:
-                self._saved, self._store.unmoved = saved, now.count
+                there = self._loaded_marks and self._saved and self._saved.path == saved.path
+                self._loaded_marks = marks if there else None
+                self._saved, store.saved_prefix_rows = saved, now.count
 
             folder.save(
-                Path(path), fields, self._layout, self.rotation, now, self._store.unmoved,
-                self._saved, replaced,
+                Path(path), self._fields(), self._rows.layout, self.rotation, now,
+                store.saved_prefix_rows, self._saved, replaced,
             )  # fmt: skip
 
     @classmethod
@@ -269,36 +301,42 @@ class MatryoshkaIndex(Collection):
             FileNotFoundError: There is no index.
             ValueError: Another version, or damage: names the file and the field.
         """
-        device = inputs.device(device)
-        index, loaded = folder.load(Path(path), partial(cls._of_fields, device), verify=verify)
+        make = partial(cls._from_fields, inputs.device(device))
+        index, loaded = folder.load(Path(path), make, verify=verify)
         saved = index._saved = loaded.saved
-        if index._rotation is not None:
-            index._rotation.axes = saved.axes
-        index._store.adopt(loaded.blocks, loaded.counts, saved.alive)
+        next_id = saved.manifest["next_id"]
+        index._rows.adopt(loaded.blocks, loaded.counts, saved.alive, saved.axes, next_id)
+        index._rows.store.saved_prefix_rows = sum(loaded.counts)
+        index._loaded_marks = index._marks()
         return index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return pickled.state_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        pickled.restore(self, state)
+
+    def __copy__(self) -> MatryoshkaIndex:
+        return pickled.copied(self)
+
+    def __deepcopy__(self, memo: Any) -> MatryoshkaIndex:
+        return pickled.copied(self)
 
     @classmethod
     def from_faiss(
-        cls,
-        index: Any,
-        dims: Sequence[int] | None = None,
-        *,
-        dtype: str = "float32",
-        prefix_dtype: str = "float32",
-        rotation: str | None = None,
+        cls, index: Any, dims: Sequence[int] | None = None, **options: Any
     ) -> MatryoshkaIndex:
         """An index of a FAISS index's vectors, in their order, with its metric and ids.
 
-        An exact search finds what FAISS finds, up to the order of equal scores and the rounding of
-        its sums. An inner-product index stays one, of unit vectors too. Codes of a scalar quantiser
-        become the vectors that they stand for, as FAISS decodes them.
+        An exact search finds what FAISS finds, up to the order of equal scores and rounding. Codes
+        of a scalar quantiser become the vectors that FAISS decodes them to.
 
         Args:
             index: faiss.IndexFlat (IP, L2), IndexScalarQuantizer, or IndexIDMap or IndexIDMap2 of
                 one.
             dims: Prefix widths, the last the index's. None: the width, and its halves down to 64.
-            dtype, prefix_dtype, rotation: As for a new index; a rotation is fitted on vectors from
-                all over the index.
+            options: ``dtype``, ``prefix_dtype``, ``rotation`` and ``device``, as for a new index; a
+                rotation is fitted on vectors from all over the index.
 
         Raises:
             TypeError: Another kind of index; names it and those that are supported.
@@ -308,17 +346,14 @@ class MatryoshkaIndex(Collection):
         """
         from mrl_fast.search.index.faiss_flat import from_faiss
 
-        return from_faiss(
-            cls, index, dims, dtype=dtype, prefix_dtype=prefix_dtype, rotation=rotation
-        )
+        return from_faiss(partial(cls, **options), index, dims)
 
     def to_faiss(self) -> Any:
         """A FAISS flat index of the vectors, in the order of rows. No other thread may change this
         index meanwhile.
 
-        Its exact searches find what ours find; for ``"l2"`` FAISS's scores are squared distances.
-        ``"cosine"`` becomes unit vectors under inner products (vectors of norm 0 stay 0): queries
-        must be normalised too. Vectors are fp32 there.
+        Vectors are fp32 there. For ``"l2"`` FAISS's scores are squared distances. ``"cosine"``
+        becomes unit vectors under inner products (of norm 0 stay 0): normalise queries too.
 
         Returns:
             faiss.IndexFlatIP or IndexFlatL2 where ids are 0, 1, 2, … in the order of rows; else
@@ -331,27 +366,26 @@ class MatryoshkaIndex(Collection):
 
         return to_faiss(self)
 
+    def _marks(self) -> tuple[Any, ...]:
+        """Others as soon as anything changes that ``save`` writes."""
+        return self._rows.snapshot, self.rotation, self._tuned
+
+    def _is_as_loaded(self) -> bool:
+        marks = self._loaded_marks
+        return marks is not None and all(map(is_, marks, self._marks()))
+
+    def _fields(self) -> dict[str, Any]:
+        """What a manifest says of the index, as JSON; ``_from_fields`` reads it."""
+        tuned = None if self._tuned is None else self._tuned._asdict()
+        return {**self.config.fields, "next_id": self._rows.next_id, "tuned": tuned}
+
     @classmethod
-    def _of_fields(cls, device: str, fields: dict[str, Any]) -> tuple[MatryoshkaIndex, Layout]:
-        index = cls(
-            fields["dims"],
-            metric=fields["metric"],
-            dtype=fields["dtype"],
-            prefix_dtype=fields["prefix_dtype"],
-            rotation=fields["rotation"],
-            device=device,
-        )
-        index._next_id = fields["next_id"]
-        if (tuned := fields["tuned"]) is not None:
-            if not isinstance(tuned, dict) or set(tuned) != set(Tuned._fields):
-                raise ValueError(f"tuned: expected {', '.join(Tuned._fields)}, got {tuned!r:.80}")
-            k = check_int(tuned["k"], "tuned k", 1, MANY)
-            stages = tuned["stages"]
-            if stages is not None:
-                stages = inputs.stages(stages, index.dims, k)
-                check_int(stages[0][1], "tuned keep", 1, MANY)
-            index._tuned = Tuned(stages, k, check_int(tuned["rows"], "tuned rows", 0, MANY))
-        return index, index._layout
+    def _from_fields(cls, device: str, fields: dict[str, Any]) -> tuple[MatryoshkaIndex, Layout]:
+        index = cls.__new__(cls)
+        index._make(IndexConfig.from_fields(fields, device))
+        if fields["tuned"] is not None:
+            index._tuned = inputs.tuned(fields["tuned"], index.dims)
+        return index, index._rows.layout
 
     def _tuned_stages(self, k: int, now: Snapshot) -> list[tuple[int, int]] | None:
         stages, tuned_k, rows = self._tuned or (None, 0, 0)
@@ -359,16 +393,10 @@ class MatryoshkaIndex(Collection):
             return None
         return [*stages[:-1], (stages[-1][0], k)]
 
-    def _allowed(self, allowed: Any, now: Snapshot) -> tuple[Any, Any]:
-        """The rows to search, and what must be kept meanwhile."""
-        checked = None if allowed is None else inputs.allowed(allowed, now.size)
-        return self._engine.restricted(now, checked)
-
-    def _queries(self, queries: Any) -> Tensor:
-        """``[B, D]`` where the index is searched, fp32 or as the vectors are stored; finite, as far
-        as the host can see."""
-        q = inputs.matrix(queries, "queries", self.width)
-        if q.device.type == "cpu" and self.device != "cpu":
-            check_finite(q, "queries")
-        as_stored = self.device != "cpu" and q.dtype == DTYPES[self.dtype]
-        return q.to(self.place, q.dtype if as_stored else torch.float32)
+    def _searched(self, now: Snapshot, allowed: Any, q: Tensor) -> tuple[Any, Tensor, Any]:
+        """The rows to search, the queries in their space, and a keepalive for both."""
+        rows, keepalive = self._rows.backend.restricted(now, inputs.allowed(allowed, now.size))
+        rotation = self._rows.rotation
+        if rotation is not None and now.count:
+            q = self._rows.backend.rotated(q, rotation)
+        return rows, q, keepalive

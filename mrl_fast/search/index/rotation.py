@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mrl_fast.shared import memory
 from mrl_fast.shared.native import product
 
 FIT_ROWS = 1 << 16  # vectors that a fit reads at most
@@ -28,7 +29,7 @@ class Rotation:
     def fit(self, vectors: Tensor) -> Rotation:
         """Fits the axes to vectors ``[n, D]``: all, or evenly spread ones of very many."""
         samples = vectors[:: -(-len(vectors) // FIT_ROWS)]
-        moments = torch.zeros(self.width, self.width, dtype=torch.float64)
+        moments = memory.zeros(self.width, self.width, dtype=torch.float64)
         for part in samples.split(CHUNK_ROWS):
             moments += part.double().T @ part.double()
         values, axes = torch.linalg.eigh(moments)

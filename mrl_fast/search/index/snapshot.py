@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from mrl_fast.search.index.blocks import Block
+from mrl_fast.shared import memory
+from mrl_fast.shared.memory import HOST, address
 from mrl_fast.shared.native import TILE, Rows, pack_flags
 
+I64 = torch.int64
 
-class Run:
+
+class IdRun:
     """Ids of consecutive rows in ascending order, each with its newest row last."""
 
     def __init__(self, ids: Tensor, rows: Tensor):
@@ -35,13 +39,15 @@ class Run:
 
 
 class Snapshot:
-    """Rows [0, count), in blocks, of which some are removed.
+    """Rows [0, count), in blocks; some may have been removed.
 
     Attributes:
-        rows: What the kernels read: all rows, those that are alive may be found.
-        blocks, counts: The rows lie in these, so many in each; in all but the last whole tiles.
-        alive: ``[tiles]`` int64, bit r of a word is row r of the tile; None: all rows are.
-        size: How many rows are alive.
+        rows: What the kernels read: all rows, and which of them are live.
+        blocks, counts: The blocks that hold the rows, and how many each holds; in all but the last
+            whole tiles.
+        live: The live mask, ``[tiles]`` int64: bit r of a word is row r of the tile. None: every
+            row is live.
+        size: How many rows are live.
     """
 
     def __init__(
@@ -49,30 +55,30 @@ class Snapshot:
         rows: Rows,
         blocks: Sequence[Block],
         counts: Sequence[int],
-        alive: Tensor | None,
-        held: Any,
+        live: Tensor | None,
+        keepalive: Any,
         before: Snapshot | None = None,
     ):
-        self.blocks, self.counts, self.alive = tuple(blocks), tuple(counts), alive
+        self.blocks, self.counts, self.live = tuple(blocks), tuple(counts), live
         self.count = sum(counts)
-        self.held = held  # what `rows` points to beside the blocks
+        self.keepalive = keepalive  # memory that `rows` points to beside the blocks
         self.device_rows: Any = None  # the same rows on a device, where the index is on one
-        self.rows = rows if alive is None else rows.restricted(alive.data_ptr())
+        self.rows = rows if live is None else rows.restricted(address(live, I64))
         self.size = self.rows.eligible
-        # Of the ids of the first rows, so many; more where ids are looked up.
-        self._runs: tuple[tuple[Run, ...], int] = before._runs if before else ((), 0)
+        # The ids of the first so many rows; the others join them when an id is looked up.
+        self._runs: tuple[tuple[IdRun, ...], int] = before._runs if before else ((), 0)
 
     @property
     def nbytes(self) -> int:
         blocks = zip(self.blocks, self.counts, strict=True)
         runs = sum(run.ids.nbytes + run.rows.nbytes for run in self._runs[0])
-        words = 0 if self.alive is None else self.alive.nbytes
+        words = 0 if self.live is None else self.live.nbytes
         return sum(block.nbytes(n) for block, n in blocks) + runs + words
 
     @property
     def ids(self) -> Tensor:
-        """Of the rows that are alive, in their order, ``[size]``."""
-        return self._ids(0) if self.alive is None else self._ids(0)[self._alive_flags()]
+        """Of the live rows, in their order, ``[size]``."""
+        return self._ids(0) if self.live is None else self._ids(0)[self._live_flags()]
 
     def find(self, ids: Tensor) -> Tensor:
         """The rows that have these ids, −1 where there is none, ``[n]``."""
@@ -80,25 +86,29 @@ class Snapshot:
         for run in self._cover():  # a newer row of the same id comes later
             there, rows = run.find(ids)
             found[there] = rows
-        if self.alive is not None:
+        if self.live is not None:
             known = found.clamp(min=0)
-            dead = (self.alive[known // TILE] >> (known % TILE)) & 1 == 0
+            dead = (self.live[known // TILE] >> (known % TILE)) & 1 == 0
             found[dead] = -1
         return found
 
     def restricted(self, allowed: Tensor) -> tuple[Rows, Tensor]:
-        """The rows that are alive and allowed, and what they point to."""
+        """The rows that are live and allowed, and the mask that they point to."""
         words = words_of(self.flags(allowed))
-        return self.rows.restricted(words.data_ptr()), words
+        return self.rows.restricted(address(words, I64)), words
 
     def flags(self, allowed: Tensor) -> Tensor:
-        """Of each row, ``[count]`` bool, whether it is alive and allowed: by id, int64 ``[n]``,
-        where unknown ones are ignored, or by a bool for each row that is alive, ``[size]``."""
-        if allowed.dtype == torch.bool and self.alive is None:
+        """Whether each row is live and allowed, ``[count]`` bool.
+
+        Args:
+            allowed: Ids, ``[n]`` int64, of which unknown ones are ignored; or a bool for each live
+                row, ``[size]``.
+        """
+        if allowed.dtype == torch.bool and self.live is None:
             return allowed
-        flags = torch.zeros(self.count, dtype=torch.bool)
+        flags = memory.zeros(self.count, dtype=torch.bool)
         if allowed.dtype == torch.bool:
-            flags[self._alive_flags()] = allowed
+            flags[self._live_flags()] = allowed
         else:
             rows = self.find(allowed)
             flags[rows[rows >= 0]] = True
@@ -106,8 +116,8 @@ class Snapshot:
 
     def vectors(self, rows: Tensor, width: int) -> Tensor:
         """Rows by their number, ``[n, width]`` fp32."""
-        result = torch.empty(len(rows), width)
-        ends = torch.tensor(self.counts, dtype=torch.int64).cumsum(0)
+        result = memory.empty(len(rows), width)
+        ends = torch.tensor(self.counts, dtype=I64, device=HOST).cumsum(0)
         which = torch.searchsorted(ends, rows, right=True)
         for i in which.unique().tolist():
             mine = (which == i).nonzero()[:, 0]
@@ -116,38 +126,38 @@ class Snapshot:
         return result
 
     def without(self, rows: Tensor) -> Tensor:
-        """``alive`` less these rows."""
-        flags = torch.ones(self.count, dtype=torch.bool)
+        """The live mask less these rows."""
+        flags = memory.full((self.count,), True, torch.bool)
         flags[rows] = False
         words = words_of(flags)
-        return words if self.alive is None else words & self.alive
+        return words if self.live is None else words & self.live
 
-    def alive_rows(self, begin: int, end: int) -> Tensor:
-        """The numbers of the rows alive in [begin, end), which begins a tile."""
-        if self.alive is None:
-            return torch.arange(begin, end)
-        flags = flags_of(self.alive[begin // TILE : -(-end // TILE)], end - begin)
+    def live_rows(self, begin: int, end: int) -> Tensor:
+        """The numbers of the live rows in [begin, end), which begins a tile."""
+        if self.live is None:
+            return memory.arange(begin, end)
+        flags = flags_of(self.live[begin // TILE : -(-end // TILE)], end - begin)
         return flags.nonzero()[:, 0] + begin
 
-    def _alive_flags(self) -> Tensor:
-        assert self.alive is not None
-        return flags_of(self.alive, self.count)
+    def _live_flags(self) -> Tensor:
+        assert self.live is not None
+        return flags_of(self.live, self.count)
 
     def _ids(self, begin: int) -> Tensor:
-        parts, first = [torch.empty(0, dtype=torch.int64)], 0
+        parts, first = [memory.empty(0, dtype=I64)], 0
         for block, count in zip(self.blocks, self.counts, strict=True):
             parts.append(block.ids[max(begin - first, 0) : count])
             first += count
         return torch.cat(parts)
 
-    def _cover(self) -> tuple[Run, ...]:
+    def _cover(self) -> tuple[IdRun, ...]:
         runs, covered = self._runs
         if covered < self.count:
-            new = Run(self._ids(covered), torch.arange(covered, self.count))
+            new = IdRun(self._ids(covered), memory.arange(covered, self.count))
             merged = [*runs]
             while merged and len(merged[-1].ids) <= 2 * len(new.ids):  # so that they stay few
                 last = merged.pop()
-                new = Run(torch.cat([last.ids, new.ids]), torch.cat([last.rows, new.rows]))
+                new = IdRun(torch.cat([last.ids, new.ids]), torch.cat([last.rows, new.rows]))
             runs = (*merged, new)
             self._runs = runs, self.count
         return runs
@@ -155,8 +165,8 @@ class Snapshot:
 
 def words_of(flags: Tensor) -> Tensor:
     """``[n]`` bool as int64 words of 64 bits, the first the lowest, padded with zeros."""
-    words = torch.empty(-(-len(flags) // TILE), dtype=torch.int64)
-    pack_flags(flags.contiguous().data_ptr(), len(flags), words.data_ptr())
+    flags, words = flags.contiguous(), memory.empty(-(-len(flags) // TILE), dtype=I64)
+    pack_flags(address(flags, torch.bool), len(flags), address(words, I64))
     return words
 
 
@@ -166,8 +176,8 @@ def flags_of(words: Tensor, count: int) -> Tensor:
 
 
 def restricted(now: Snapshot, allowed: Tensor | None) -> tuple[Rows, Any]:
-    """The rows of a snapshot that are alive and allowed, as of ``Snapshot.flags``, and what must be
-    kept meanwhile."""
+    """The rows of a snapshot that are live and allowed, as of ``Snapshot.flags``, and a keepalive
+    for what they point to."""
     if allowed is None:
         return now.rows, now
     return now.restricted(allowed.cpu())

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mrl_fast.search.index.blocks import Block, Layout
 from mrl_fast.search.index.snapshot import Snapshot
+from mrl_fast.shared import memory
 from mrl_fast.shared.native import TILE
 
 BLOCK_ROWS = 1 << 16, 1 << 10  # at most, at least
 CHUNK_ROWS = 1 << 11  # converted at a time
 
 
-class Store:
+class Mirror(Protocol):
+    """A copy of the rows elsewhere, which is searched instead."""
+
+    def follow(self, now: Snapshot, before: Snapshot | None) -> None:
+        """Brings the copy to this state, before anybody can find it; after ``before`` rows were
+        appended or removed only, without it they may have moved."""
+        ...
+
+
+class RowStore:
     """The rows of an index in the order they were added. One thread writes at a time; any number
     read ``snapshot``, which is replaced whole.
 
     Attributes:
-        unmoved: The rows before this one are where they were when it was last set.
+        saved_prefix_rows: So many rows at the beginning have not moved since they were saved.
     """
 
-    def __init__(self, layout: Layout):
-        self.layout = layout
-        self.unmoved = 0
-        self.snapshot = Snapshot(layout.rows([]), [], [], None, None)
+    def __init__(self, layout: Layout, mirror: Mirror | None = None):
+        self.layout, self.mirror = layout, mirror
+        self.saved_prefix_rows = 0
+        self._publish([], [], None)
 
-    def adopt(self, blocks: list[Block], counts: list[int], alive: Tensor | None) -> None:
-        """Takes over full blocks, all but the last of whole tiles."""
-        self.unmoved = sum(counts)
-        self._publish(blocks, counts, alive)
+    def adopt(self, blocks: Sequence[Block], counts: Sequence[int], live: Tensor | None) -> None:
+        """Takes over read-only blocks, all but the last of whole tiles."""
+        self._publish(blocks, counts, live)
 
     def append(
         self,
@@ -41,16 +51,19 @@ class Store:
         convert: Callable[[Tensor], Tensor],
         replacing: Tensor | None = None,
     ) -> None:
-        """Appends all vectors, and removes the rows ``replacing``, or, where something is raised,
-        does nothing. ``convert`` turns a few vectors into those to be stored."""
+        """Appends all vectors, and removes the rows ``replacing``; or raises and does nothing.
+
+        Args:
+            convert: Turns a few vectors into those to be stored.
+        """
         now = self.snapshot
         blocks, counts = list(now.blocks), list(now.counts)
         chunks = zip(vectors.split(CHUNK_ROWS), ids.split(CHUNK_ROWS), strict=True)
         self._fill(blocks, counts, ((convert(x), its) for x, its in chunks), len(vectors))
-        alive = now.alive if replacing is None else now.without(replacing)
-        if alive is not None:
-            alive = _extended(alive, now.count, sum(counts))
-        self._publish(blocks, counts, alive, now)
+        live = now.live if replacing is None else now.without(replacing)
+        if live is not None:
+            live = _extended(live, now.count, sum(counts))
+        self._publish(blocks, counts, live, now)
 
     def remove(self, rows: Tensor) -> None:
         now = self.snapshot
@@ -63,40 +76,40 @@ class Store:
             return
         blocks, counts, first = [], [], 0
         for block, count in zip(now.blocks, now.counts, strict=True):
-            if len(now.alive_rows(first, first + count)) < count:
+            if len(now.live_rows(first, first + count)) < count:
                 break
             blocks.append(block)
             counts.append(count)
             first += count
+        moved = zip(now.blocks[len(blocks) :], now.counts[len(blocks) :], strict=True)
 
         def kept() -> Iterator[tuple[Tensor, Tensor]]:
             begin = first
-            for block, count in zip(now.blocks[len(blocks) :], now.counts[len(blocks) :]):  # noqa: B905
-                rows = now.alive_rows(begin, begin + count) - begin
+            for block, count in moved:
+                rows = now.live_rows(begin, begin + count) - begin
                 for part in rows.split(CHUNK_ROWS):
                     yield block.vectors(part), block.ids[part]
                 begin += count
 
-        parts = kept()
         fresh, fresh_counts = [], []
-        self._fill(fresh, fresh_counts, parts, now.size - first)
-        self.unmoved = min(self.unmoved, first)
+        self._fill(fresh, fresh_counts, kept(), now.size - first)
+        self.saved_prefix_rows = min(self.saved_prefix_rows, first)
         self._publish(blocks + fresh, counts + fresh_counts, None)
 
     def _fill(
         self,
         blocks: list[Block],
         counts: list[int],
-        parts: Any,
+        parts: Iterable[tuple[Tensor, Tensor]],
         total: int,
     ) -> None:
-        """Stores parts (vectors, ids) of ``total`` rows after what the blocks hold."""
-        parts, left = iter(parts), total
+        """Stores parts (vectors, ids) of ``total`` rows after those that the blocks hold."""
+        left = total
         if total and blocks and blocks[-1].fixed and counts[-1] % TILE:
-            # The rows of its last tile go on in a block of ours.
+            # The rows of a read-only block's last tile are written anew, to a block of ours.
             begin = counts[-1] - counts[-1] % TILE
-            rows = torch.arange(begin, counts[-1])
-            parts = _before((blocks[-1].vectors(rows), blocks[-1].ids[rows]), parts)
+            rows = memory.arange(begin, counts[-1])
+            parts = chain([(blocks[-1].vectors(rows), blocks[-1].ids[rows])], parts)
             left += len(rows)
             counts[-1] = begin
             if begin == 0:
@@ -119,34 +132,31 @@ class Store:
             del vectors, ids  # before the next are made
 
     def _publish(
-        self, blocks: Any, counts: Any, alive: Tensor | None, before: Snapshot | None = None
+        self,
+        blocks: Sequence[Block],
+        counts: Sequence[int],
+        live: Tensor | None,
+        before: Snapshot | None = None,
     ) -> None:
-        self.snapshot = self._state(blocks, counts, alive, before)
-
-    def _state(
-        self, blocks: Any, counts: Any, alive: Tensor | None, before: Snapshot | None
-    ) -> Snapshot:
-        spans, held, first = [], [], 0
+        spans, copies, first = [], [], 0
         for block, count in zip(blocks, counts, strict=True):
-            mine, copies = block.spans(first, count)
+            mine, its = block.spans(first, count)
             spans += mine
-            held += copies
+            copies += its
             first += count
-        return Snapshot(self.layout.rows(spans), blocks, counts, alive, held, before)
+        now = Snapshot(self.layout.rows(spans), blocks, counts, live, copies, before)
+        if self.mirror is not None:
+            self.mirror.follow(now, before)
+        self.snapshot = now
 
 
-def _before(first: Any, others: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from others
-
-
-def _extended(alive: Tensor, before: int, after: int) -> Tensor:
-    """The words of ``after`` rows, those from ``before`` on alive."""
-    words = torch.full((-(-after // TILE),), -1)
+def _extended(live: Tensor, before: int, after: int) -> Tensor:
+    """The live mask of ``after`` rows, all live from ``before`` on."""
+    words = memory.full((-(-after // TILE),), -1, torch.int64)
     whole = before // TILE
-    words[:whole] = alive[:whole]
+    words[:whole] = live[:whole]
     if before % TILE:
-        words[whole] = alive[whole] | (-1 << before % TILE)
+        words[whole] = live[whole] | (-1 << before % TILE)
     if after % TILE:
         words[-1] &= (1 << after % TILE) - 1
     return words

@@ -9,14 +9,26 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mrl_fast.shared.arrays import as_tensor
-from mrl_fast.shared.checks import check_finite, check_matrix, check_stages
+from mrl_fast.shared.checks import (
+    check_finite,
+    check_int,
+    check_matrix,
+    check_stages,
+    dtype_name,
+)
 from mrl_fast.shared.dispatch import triton_is_interpreted
+from mrl_fast.shared.memory import HOST
+from mrl_fast.shared.types import Tuned
 
 NARROWEST = 64  # of dims that nobody named
+MANY = 1 << 62  # more than there are rows, and yet an int64
+NO_IDS = (torch.bool, torch.complex64, torch.complex128)
+LOWEST, HIGHEST = -(1 << 63), (1 << 63) - 1  # of int64
 
 
 def device(x: Any) -> str:
@@ -48,9 +60,11 @@ def default_dims(width: int) -> tuple[int, ...]:
 
 def matrix(x: Any, name: str, width: int) -> Tensor:
     """``[n, width]``, floating point."""
-    checked = check_matrix(as_tensor(x, name), name)
+    checked = check_matrix(as_tensor(x, name), name, given=x)
     if checked.shape[1] != width:
         raise ValueError(f"{name}: expected width {width}, got {checked.shape[1]}")
+    if checked.is_meta:
+        raise ValueError(f"{name}: expected values, got a tensor on meta")
     return checked
 
 
@@ -61,14 +75,47 @@ def vectors(x: Any, name: str, width: int) -> Tensor:
     return checked
 
 
-def ids(x: Any) -> Tensor:
-    """``[n]`` int64, on the CPU."""
-    checked = as_tensor(x, "ids").cpu()
-    if checked.dtype != torch.int64:
-        raise TypeError(f"ids: expected int64, got {checked.dtype}")
-    if checked.ndim != 1:
-        raise ValueError(f"ids: expected shape [n], got {list(checked.shape)}")
+def ids(x: Any, name: str = "ids") -> Tensor:
+    """``[n]`` int64, on the CPU: of integers of any width, in an array, a list, a range or a pandas
+    Series, or of a single one."""
+    return _as_ids(_numbers(x, name), x, name)
+
+
+def _as_ids(numbers: Tensor, given: Any, name: str) -> Tensor:
+    kind = dtype_name(given)
+    if numbers.dtype.is_floating_point or numbers.dtype in NO_IDS:
+        raise TypeError(f"{name}: expected integers, got {kind}")
+    if numbers.ndim > 1:
+        raise ValueError(f"{name}: expected shape [n], got {list(numbers.shape)}")
+    checked = numbers.to(HOST, torch.int64).reshape(-1)
+    if numbers.dtype == torch.uint64 and bool((checked < 0).any()):
+        number = int(checked[checked < 0][0]) + (1 << 64)
+        raise ValueError(f"{name}: expected ids below 2^63, got {number} ({kind})")
     return checked
+
+
+def _numbers(x: Any, name: str) -> Tensor:
+    """What an array, a list, a range, a Series or a number holds, as a tensor."""
+    if isinstance(x, (int, np.generic)):
+        x = np.asarray(x)
+    elif isinstance(x, (list, tuple, range)):
+        x = _listed(x, name)
+    elif hasattr(x, "to_numpy") and not hasattr(x, "__dlpack__"):
+        x = x.to_numpy()
+    return as_tensor(x, name)
+
+
+def _listed(x: Sequence[Any], name: str) -> np.ndarray:
+    kinds = set(map(type, x))
+    if kinds <= {bool, np.bool_} and kinds:
+        return np.asarray(x)
+    if kinds <= {int}:
+        try:
+            return np.asarray(x, np.int64)
+        except OverflowError:
+            pass  # which one, is said below
+    numbers = [check_int(number, f"{name}[{i}]", LOWEST, HIGHEST) for i, number in enumerate(x)]
+    return np.asarray(numbers, np.int64)
 
 
 def new_ids(x: Any, count: int) -> Tensor:
@@ -77,7 +124,9 @@ def new_ids(x: Any, count: int) -> Tensor:
     if len(checked) != count:
         raise ValueError(f"ids: expected shape [{count}], got {list(checked.shape)}")
     if count and checked.min() < 0:
-        raise ValueError(f"ids: expected ids of at least 0, got {int(checked.min())}")
+        raise ValueError(
+            f"ids: expected ids of at least 0, got {int(checked.min())} ({dtype_name(x)})"
+        )
     if not bool((checked.diff() > 0).all()):
         values, counts = checked.unique(return_counts=True)
         if len(values) < count:
@@ -85,15 +134,17 @@ def new_ids(x: Any, count: int) -> Tensor:
     return checked
 
 
-def allowed(x: Any, size: int) -> Tensor:
-    """``[n]`` int64 or ``[size]`` bool."""
-    checked = as_tensor(x, "allowed")
-    if checked.dtype not in (torch.int64, torch.bool) or checked.ndim != 1:
-        got = f"{list(checked.shape)} {checked.dtype}"
-        raise TypeError(f"allowed: expected [n] int64 or [{size}] bool, got {got}")
-    if checked.dtype == torch.bool and len(checked) != size:
-        raise ValueError(f"allowed: expected a bool for each of {size} ids, got {len(checked)}")
-    return checked
+def allowed(x: Any, size: int) -> Tensor | None:
+    """``[n]`` int64, or ``[size]`` bool wherever it is; None is all."""
+    if x is None:
+        return None
+    numbers = _numbers(x, "allowed")
+    if numbers.dtype != torch.bool:
+        return _as_ids(numbers, x, "allowed")
+    if numbers.shape != (size,):
+        got = list(numbers.shape)
+        raise ValueError(f"allowed: expected a bool for each of {size} ids, got shape {got}")
+    return numbers
 
 
 def stages(x: Any, dims: Sequence[int], k: int) -> list[tuple[int, int]]:
@@ -105,6 +156,17 @@ def stages(x: Any, dims: Sequence[int], k: int) -> list[tuple[int, int]]:
     if checked[-1][1] < k:
         raise ValueError(f"stages: expected a last keep of at least k={k}, got {checked[-1][1]}")
     return [*checked[:-1], (checked[-1][0], k)]
+
+
+def tuned(x: Any, dims: Sequence[int]) -> Tuned:
+    """The fields of a Tuned, as a manifest holds them."""
+    if not isinstance(x, dict) or set(x) != set(Tuned._fields):
+        raise ValueError(f"tuned: expected {', '.join(Tuned._fields)}, got {x!r:.80}")
+    k, chosen = check_int(x["k"], "tuned k", 1, MANY), x["stages"]
+    if chosen is not None:
+        chosen = stages(chosen, dims, k)
+        check_int(chosen[0][1], "tuned keep", 1, MANY)
+    return Tuned(chosen, k, check_int(x["rows"], "tuned rows", 0, MANY))
 
 
 def number(x: Any, name: str) -> float:

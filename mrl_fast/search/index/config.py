@@ -1,0 +1,90 @@
+"""What an index is made with: checked once, saved in its manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mrl_fast.search.index import validate as inputs
+from mrl_fast.search.index.codes import CODES, PrefixCode
+from mrl_fast.shared.checks import METRICS, check_choice, check_dims
+from mrl_fast.shared.dispatch import triton_is_interpreted
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ROTATIONS = ("pca",)
+WIDTH = 1 << 24  # at most
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """The options of a MatryoshkaIndex, which says what they mean.
+
+    Raises:
+        ValueError, TypeError: Dims that do not ascend, an unknown metric, dtype, rotation or
+            device.
+    """
+
+    dims: tuple[int, ...]
+    metric: str = "cosine"
+    dtype: str = "float32"
+    prefix_dtype: str = "float32"
+    rotation: str | None = None
+    device: str = "cpu"
+
+    def __post_init__(self):
+        object.__setattr__(self, "dims", check_dims(self.dims))
+        if self.width > WIDTH:
+            raise ValueError(f"dims: expected widths of at most {WIDTH}, got {self.width}")
+        check_choice(self.metric, "metric", METRICS)
+        check_choice(self.dtype, "dtype", tuple(DTYPES))
+        check_choice(self.prefix_dtype, "prefix_dtype", tuple(CODES))
+        if self.dims[0] > self.code.widest:
+            raise ValueError(
+                f"dims[0]: expected at most {self.code.widest} with "
+                f"prefix_dtype={self.prefix_dtype!r}, got {self.dims[0]}"
+            )
+        if self.rotation is not None:
+            check_choice(self.rotation, "rotation", ROTATIONS)
+        object.__setattr__(self, "device", inputs.device(self.device))
+
+    def __str__(self) -> str:
+        """As the index's arguments; the last three where they are not the usual."""
+        options = [("metric", None), ("dtype", None), ("prefix_dtype", "float32")]
+        options += [("rotation", None), ("device", "cpu")]
+        given = [(name, getattr(self, name), usual) for name, usual in options]
+        shown = [f"{name}={value!r}" for name, value, usual in given if value != usual]
+        return ", ".join([f"dims={self.dims}", *shown])
+
+    @property
+    def width(self) -> int:
+        """D, the width of the vectors."""
+        return self.dims[-1]
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def code(self) -> PrefixCode:
+        return CODES[self.prefix_dtype]
+
+    @property
+    def place(self) -> torch.device:
+        """Where kernels run: Triton's interpreter runs on the CPU."""
+        interpreted = self.device != "cpu" and triton_is_interpreted()
+        return torch.device("cpu" if interpreted else self.device)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a manifest holds of it, as JSON: all but the device."""
+        return {
+            "dims": list(self.dims), "metric": self.metric, "dtype": self.dtype,
+            "prefix_dtype": self.prefix_dtype, "rotation": self.rotation,
+        }  # fmt: skip
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any], device: str) -> IndexConfig:
+        names = ("dims", "metric", "dtype", "prefix_dtype", "rotation")
+        return cls(*(fields[name] for name in names), device=device)

@@ -1,0 +1,222 @@
+"""What ids and vectors may be: integers of any kind, lists, Series, pyarrow; and what not."""
+
+import numpy as np
+import pytest
+import torch
+
+from mrl_fast import MatryoshkaIndex, funnel_search, prefix_topk, rerank
+from tests.helpers.index_model import one_thread  # noqa: F401
+
+X = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
+INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+
+
+def of_tensor(dtype):
+    return lambda ids: torch.tensor(list(ids)).to(getattr(torch, dtype))
+
+
+def of_pandas(ids):
+    pandas = pytest.importorskip("pandas")
+    return pandas.Series(list(ids), index=list("abcdefghij")[: len(ids)], dtype="int64")
+
+
+def of_pyarrow(ids):
+    pyarrow = pytest.importorskip("pyarrow")
+    return pyarrow.array(list(ids), pyarrow.int64())
+
+
+KINDS = {
+    **{dtype: lambda ids, dtype=dtype: np.array(list(ids), dtype) for dtype in INTEGERS},
+    **{f"torch.{dtype}": of_tensor(dtype) for dtype in INTEGERS},
+    "list": list,
+    "tuple": tuple,
+    "range": lambda ids: ids,
+    "of numpy scalars": lambda ids: list(np.array(list(ids), np.uint16)),
+    "Series": of_pandas,
+    "strided": lambda ids: np.repeat(np.array(list(ids), np.int64), 2)[::2],
+    "pyarrow": of_pyarrow,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_of_any_kind(kind):
+    make, index, plain = KINDS[kind], MatryoshkaIndex((5, 20)), MatryoshkaIndex((5, 20))
+    index.add(X[:8], make(range(20, 28)))
+    plain.add(X[:8], torch.arange(20, 28))
+    index.update(make(range(22, 24)), X[8:10])
+    plain.update(torch.arange(22, 24), X[8:10])
+    index.remove(make(range(25, 27)))
+    plain.remove(torch.arange(25, 27))
+    assert index.ids.tolist() == plain.ids.tolist() == [20, 21, 24, 27, 22, 23]
+    asked = make(range(21, 28, 2))
+    assert list(index.contains(asked)) == [True, True, False, True]
+    known = make(range(21, 24))
+    assert np.array_equal(index.reconstruct(known), plain.reconstruct(torch.arange(21, 24)))
+    for result in (index.search(X[:2], 3, allowed=known), index.search(X[:2], 9, allowed=asked)):
+        assert set(result.ids.ravel().tolist()) <= {21, 22, 23, 27, -1}
+    assert index.search(X[8:9], 1, allowed=known).ids.tolist() == [[22]]
+    assert (index.search(X[:2], 3, allowed=make(range(0))).ids == -1).all()
+
+
+@pytest.mark.parametrize("one", [7, np.int32(7), np.uint64(7), np.array(7), torch.tensor(7)])
+def test_a_single_id(one):
+    index = MatryoshkaIndex((5, 20))
+    index.add(X[:1], one)
+    assert index.ids.tolist() == [7] and index.contains(one).tolist() == [True]
+    assert index.reconstruct(one).shape == (1, 20)
+    index.remove(one)
+    assert len(index) == 0
+
+
+WRONG = [
+    (np.array([2.0], np.float32), TypeError, "expected integers, got numpy.float32"),
+    (torch.tensor([2.0]), TypeError, "expected integers, got torch.float32"),
+    ([2.0], TypeError, r"\[0\]: expected an integer, got float"),
+    (["2"], TypeError, r"\[0\]: expected an integer, got str"),
+    ([2, True], TypeError, r"\[1\]: expected an integer, got bool"),
+    ([2, np.True_], TypeError, r"\[1\]: expected an integer, got bool"),
+    ([1 << 63], ValueError, r"\[0\]: expected an integer in .*, got 9223372036854775808"),
+    (np.array([5, 1 << 63], np.uint64), ValueError, r"got 9223372036854775808 \(numpy.uint64\)"),
+    (np.array([(1 << 64) - 1], np.uint64), ValueError, r"got 18446744073709551615 \(numpy"),
+    (torch.tensor([1 << 63], dtype=torch.uint64), ValueError, r"got 922.*08 \(torch.uint64\)"),
+    ([[2], [3]], TypeError, r"\[0\]: expected an integer, got list"),
+    (np.array([[2]]), ValueError, r"expected shape \[n\], got \[1, 1\]"),
+    (np.array(["2"]), TypeError, "expected a numeric dtype, got <U1"),
+    (np.array([2j]), TypeError, "expected integers, got numpy.complex128"),
+    ({2}, TypeError, "expected a tensor, a numpy array or a DLPack object, got set"),
+    ("2", TypeError, "expected a tensor, a numpy array or a DLPack object, got str"),
+]
+NO_MASK = [
+    (True, TypeError, "expected integers, got bool"),
+    ([True], TypeError, "expected integers, got list"),
+    (np.array([True]), TypeError, "expected integers, got numpy.bool"),
+    (np.bool_(True), TypeError, "expected integers, got numpy.bool"),
+    (torch.tensor([True]), TypeError, "expected integers, got torch.bool"),
+]
+OF_IDS = {
+    "add": lambda i, ids: i.add(X[:2], ids),
+    "update": lambda i, ids: i.update(ids, X[:2]),
+    "remove": lambda i, ids: i.remove(ids),
+    "contains": lambda i, ids: i.contains(ids),
+    "reconstruct": lambda i, ids: i.reconstruct(ids),
+    "allowed": lambda i, ids: i.search(X[:2], 1, allowed=ids),
+}
+
+
+@pytest.mark.parametrize("call", OF_IDS)
+@pytest.mark.parametrize(("ids", "error", "message"), [*WRONG, *NO_MASK], ids=str)
+def test_what_is_no_id(call, ids, error, message):
+    index = MatryoshkaIndex((5, 20))
+    index.add(X[:8])
+    if call == "allowed" and any(ids is of for of, _, _ in NO_MASK):
+        error, message = ValueError, "expected a bool for each of 8 ids, got shape"
+    with pytest.raises(error, match=("allowed" if call == "allowed" else "ids") + ".*" + message):
+        OF_IDS[call](index, ids)
+    assert index.ids.tolist() == list(range(8))
+
+
+def test_ids_below_zero_say_what_they_are():
+    index = MatryoshkaIndex((5, 20))
+    with pytest.raises(ValueError, match=r"ids: .* of at least 0, got -3 \(numpy.int16\)"):
+        index.add(X[:2], np.array([4, -3], np.int16))
+    with pytest.raises(ValueError, match=r"ids: .* of at least 0, got -3 \(list\)"):
+        index.add(X[:2], [4, -3])
+
+
+def test_a_list_of_bools_is_a_mask():
+    index = MatryoshkaIndex((5, 20))
+    index.add(X[:3])
+    assert set(index.search(X[:2], 3, allowed=[True, False, True]).ids.ravel().tolist()) == {
+        0,
+        2,
+        -1,
+    }
+
+
+# --- vectors
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_pyarrow_vectors(dtype):
+    pa = pytest.importorskip("pyarrow")
+    numbers = X.to(getattr(torch, dtype)).numpy()
+    array = pa.FixedSizeListArray.from_arrays(pa.array(numbers.ravel()), 20)
+    plain, index = MatryoshkaIndex((5, 20)), MatryoshkaIndex((5, 20))
+    plain.add(numbers)
+    index.add(array[:5])
+    index.add(pa.chunked_array([array[5:7], array[7:]]))
+    assert torch.equal(index.reconstruct(range(12)), plain.reconstruct(range(12)))
+    found = index.search(array[2:4], 3)
+    assert isinstance(found.ids, torch.Tensor) and found.ids[:, 0].tolist() == [2, 3]
+    ranked = prefix_topk(array[2:4], array, 3, dim=7)
+    assert ranked.ids.tolist() == prefix_topk(numbers[2:4], numbers, 3, dim=7).ids.tolist()
+
+
+def test_pyarrow_vectors_are_not_copied():
+    pa = pytest.importorskip("pyarrow")
+    from mrl_fast.shared.arrays import as_tensor
+
+    numbers = X.numpy()
+    array = pa.FixedSizeListArray.from_arrays(pa.array(numbers.ravel()), 20)
+    values = array.flatten().to_numpy()
+    assert as_tensor(array[3:], "x").data_ptr() == values[60:].ctypes.data
+    assert as_tensor(pa.chunked_array([array]), "x").data_ptr() == values.ctypes.data
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda pa: pa.array([[1.0] * 20]), TypeError, "expected .*ListArray.* got list<"),
+        (
+            lambda pa: pa.array([["a"] * 20], pa.list_(pa.string(), 20)),
+            TypeError,
+            "expected numbers or a FixedSizeListArray of them, got fixed_size_list<.*string",
+        ),
+        (
+            lambda pa: pa.array([[1.0] * 20, None], pa.list_(pa.float32(), 20)),
+            ValueError,
+            "expected no nulls, got one in row 1",
+        ),
+        (
+            lambda pa: pa.array([[1.0] * 20] * 2 + [[None] * 20], pa.list_(pa.float32(), 20)),
+            ValueError,
+            "expected no nulls, got one in row 2",
+        ),
+        (lambda pa: pa.array([1.0]), ValueError, r"expected shape \[rows, width\], got \[1\]"),
+        (lambda pa: pa.table({"a": [1.0]}), TypeError, "expected a pyarrow array, got Table"),
+        (lambda pa: X.to_sparse(), TypeError, "expected a dense tensor, got torch.sparse_coo"),
+        (lambda pa: X.to_sparse_csr(), TypeError, "expected a dense tensor, got torch.sparse_csr"),
+        (lambda pa: X.int().numpy(), TypeError, "expected a floating-point.*, got numpy.int32"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_other_vectors_are_refused_by_name(make, error, message):
+    wrong = make(pytest.importorskip("pyarrow"))
+    index = MatryoshkaIndex((5, 20), rotation="pca")
+    for name, call in {
+        "samples": lambda: index.fit(wrong),
+        "vectors": lambda: index.add(wrong),
+        "queries": lambda: index.search(wrong),
+        "database": lambda: prefix_topk(X, wrong, 3),
+    }.items():
+        with pytest.raises(error, match=f"{name}: {message}"):
+            call()
+    for call in (
+        lambda: index.range_search(wrong, 0.0),
+        lambda: prefix_topk(wrong, X, 3),
+        lambda: rerank(wrong, X, torch.zeros(2, 3, dtype=torch.int64), 2),
+        lambda: funnel_search(wrong, X, [(5, 4), (20, 2)]),
+    ):
+        with pytest.raises(error, match=f"queries: {message}"):
+            call()
+    index.add(X)
+    with pytest.raises(error, match=f"vectors: {message}"):
+        index.update([0], wrong)
+
+
+def test_vectors_without_values():
+    index = MatryoshkaIndex((5, 20))
+    with pytest.raises(ValueError, match="vectors: expected values, got a tensor on meta"):
+        index.add(X.to("meta"))
+    with pytest.raises(ValueError, match="queries: expected values, got a tensor on meta"):
+        index.search(X.to("meta"))
