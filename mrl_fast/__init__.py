@@ -12,7 +12,7 @@ from mrl_fast.shared.types import (
     SearchResult,
 )
 from mrl_fast.training.cascade import AdaptiveClassifier
-from mrl_fast.training.heads import matryoshka_logits, matryoshka_predict
+from mrl_fast.training.heads import MRLLinear, matryoshka_logits, matryoshka_predict
 from mrl_fast.training.losses import (
     matryoshka_cross_entropy,
     matryoshka_distill,
@@ -23,7 +23,6 @@ from mrl_fast.training.modules import (
     MatryoshkaCrossEntropyLoss,
     MatryoshkaInfoNCELoss,
     MatryoshkaLoopLoss,
-    MRLLinear,
 )
 
 __version__ = "0.1.0"

@@ -11,8 +11,8 @@ from torch import Tensor
 from mrl_fast.evaluate.common import check_labels, check_vectors, kind
 from mrl_fast.search.ops import prefix_topk
 from mrl_fast.shared.checks import check_int
-from mrl_fast.training.heads import matryoshka_predict
-from mrl_fast.training.modules import MatryoshkaCrossEntropyLoss, MRLLinear
+from mrl_fast.training.heads import MRLLinear, matryoshka_predict
+from mrl_fast.training.modules import MatryoshkaCrossEntropyLoss
 
 PREDICTED_ROWS = 1 << 14  # rows that are standardised and predicted at a time
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from mrl_fast.evaluate.common import check_labels, check_vectors, kind
 from mrl_fast.search.ops import prefix_topk, rerank
 from mrl_fast.shared.checks import check_choice, check_int
+from mrl_fast.shared.recall import count_found
 from mrl_fast.shared.types import SearchResult
 
 DIVISORS = ("k", "relevant")
@@ -218,8 +219,8 @@ def recall_at_k(
             f"exact: expected scores of shape {list(ids.shape)} as ids, "
             f"got {list(exact.scores.shape)}"
         )
-    found = rerank(queries, database, ids, k, metric=metric).scores  # bit for bit as exact's
-    return (found >= exact.scores[:, k - 1 :]).double().mean().item()
+    found = rerank(queries, database, ids, k, metric=metric)  # scores bit for bit as exact's
+    return count_found(found, exact).double().mean().item() / k
 
 
 def recall_by_dim(

@@ -3,15 +3,17 @@ Matryoshka_CE_Loss, MRL_Linear_Layer`` instead of ``from MRL import …``; its c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mrl_fast.shared.checks import check_dims, check_int, check_matrix
-from mrl_fast.training.heads import matryoshka_logits
+from mrl_fast.shared.dispatch import exporting
+from mrl_fast.training.heads import all_plain, call_heads, matryoshka_logits, plain_linears
 from mrl_fast.training.losses import matryoshka_cross_entropy
 from mrl_fast.training.losses.reductions import weighted_sum
 
@@ -60,8 +62,9 @@ class MRL_Linear_Layer(nn.Module):
             self.add_module(f"nesting_classifier_{i}", nn.Linear(width, self.num_classes, **kwargs))
 
     @property
-    def classifiers(self) -> list[nn.Linear]:
-        return cast(list[nn.Linear], list(self.children()))
+    def classifiers(self) -> list[Any]:
+        """``nn.Linear`` layers, or what has taken their place."""
+        return list(self.children())
 
     def reset_parameters(self) -> None:
         for classifier in self.classifiers:
@@ -69,22 +72,36 @@ class MRL_Linear_Layer(nn.Module):
 
     @property
     def head(self) -> dict[str, Any]:
-        """``weight``, ``bias`` and ``dims``, as the functional ops take them."""
-        weights = [classifier.weight for classifier in self.classifiers]
-        biases = [classifier.bias for classifier in self.classifiers]
+        """``weight``, ``bias`` and ``dims``, as the functional ops take them.
+
+        Raises:
+            TypeError: A classifier is no plain linear layer: its weight is not all that it uses.
+        """
+        classifiers = plain_linears(self.classifiers, "classifiers")
+        weights = [classifier.weight for classifier in classifiers]
+        biases = [classifier.bias for classifier in classifiers]
         weight, bias = (weights[0], biases[0]) if self.efficient else (weights, biases)
         return dict(weight=weight, bias=bias, dims=self.nesting_list)
 
     def forward(self, x: Tensor) -> tuple[Any, ...]:
         """``[B, D]`` → G logits ``[B, V]``, or ``(layer, x)`` if they are deferred."""
-        if not self.efficient and not all(map(_is_plain, self.classifiers)):
-            return tuple(
-                c(x[:, :d]) for c, d in zip(self.children(), self.nesting_list, strict=True)
-            )
-        if self.deferred and self.training:
+        if self.deferred and self.training and self.is_plain:
             return self, x
+        return self.logits(x)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the classifiers' weights are all that their calls use, so that a loss may defer
+        the logits."""
+        return all_plain(self.classifiers)
+
+    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``[B, D]`` → G logits ``[B, V]``."""
+        if not self.is_plain:
+            return tuple(call_heads(self.classifiers, x, self.nesting_list))
         logits = matryoshka_logits(x, **self.head)
-        return tuple(logits[g] for g in range(len(logits)))  # not unbind: they may be written to
+        # not unbind: they may be written to
+        return tuple(logits[g] for g in range(len(self.nesting_list)))
 
     def extra_repr(self) -> str:
         return f"nesting_list={self.nesting_list}, efficient={self.efficient}"
@@ -140,6 +157,8 @@ class Matryoshka_CE_Loss(nn.Module):
         return losses.sum() if c is None else weighted_sum(c.to(losses), losses).sum()
 
     def _fused(self, layer: MRL_Linear_Layer, features: Tensor, target: Tensor) -> Tensor:
+        if not layer.is_plain:
+            return self.forward(layer.logits(features), target)
         loss, self.per_dim = matryoshka_cross_entropy(
             features,
             target=target,
@@ -181,22 +200,16 @@ class FixedFeatureLayer(nn.Linear):
         super().__init__(in_features, out_features, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if check_matrix(x, "x").shape[1] < self.in_features:
+        if not exporting() and check_matrix(x, "x").shape[1] < self.in_features:
             raise ValueError(f"x: expected width >= {self.in_features}, got {x.shape[1]}")
         return F.linear(x[:, : self.in_features], self.weight, self.bias)
 
 
-def _is_plain(classifier: nn.Module) -> bool:
-    """Whether its call is a product with its weight, and nothing else."""
-    hooks = classifier._forward_hooks or classifier._forward_pre_hooks
-    return type(classifier) is nn.Linear and not hooks
-
-
 def _numbers(values: Any) -> Tensor:  # [G] fp32
     try:
-        numbers = torch.tensor([float(value) for value in values])
+        numbers = [float(value) for value in values]
     except (TypeError, ValueError):
-        numbers = torch.tensor(torch.nan)
-    if not numbers.isfinite().all():
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
         raise ValueError(f"relative_importance: expected finite numbers, got {values!r}")
-    return numbers
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")

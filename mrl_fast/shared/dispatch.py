@@ -24,7 +24,8 @@ def choose(impl: str | None, *tensors: torch.Tensor) -> str:
     """The name of the implementation that runs an op on these tensors.
 
     Args:
-        impl: ``"triton"``, ``"cpp"`` or ``"reference"``; None picks by device and dtype.
+        impl: ``"triton"``, ``"cpp"`` or ``"reference"``; None picks by device and dtype, and the
+            reference, which is made of PyTorch's own ops, while a model is exported.
         tensors: The op's tensors; all on one device.
 
     Raises:
@@ -33,9 +34,8 @@ def choose(impl: str | None, *tensors: torch.Tensor) -> str:
     device = tensors[0].device
     wide = any(t.dtype == torch.float64 for t in tensors)
     if impl is None:
-        impl = (
-            "reference" if wide else {"cpu": "cpp", "cuda": "triton"}.get(device.type, "reference")
-        )
+        fast = {"cpu": "cpp", "cuda": "triton"}.get(device.type, "reference")
+        impl = "reference" if wide or exporting() else fast
     if impl not in MODULES:
         known = ", ".join(repr(name) for name in MODULES)
         raise ValueError(f"impl: expected None or one of {known}, got {impl!r}")
@@ -52,6 +52,14 @@ def choose(impl: str | None, *tensors: torch.Tensor) -> str:
                 "(on a CPU, set TRITON_INTERPRET=1 before the first import of triton)"
             )
     return impl
+
+
+def exporting() -> bool:
+    """Whether a model is being written down for elsewhere, by ``torch.export``, ``torch.onnx`` or
+    ``torch.jit.trace``. Sizes are then symbols: a check of one would bind the export to it."""
+    return (
+        torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    )
 
 
 def module_of(impl: str, wing: str) -> ModuleType:

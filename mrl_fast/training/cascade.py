@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mrl_fast.shared.checks import check_dims, check_finite, check_int, check_matrix, check_vector
+from mrl_fast.shared.dispatch import exporting
 from mrl_fast.shared.types import Prediction
-from mrl_fast.training.heads import Biases, Weights, matryoshka_predict
+from mrl_fast.training.heads import Biases, MRLLinear, Weights, is_fusible, matryoshka_predict
 
 PRICES = 64  # of a dim, that calibration with a tolerance tries
 
@@ -67,6 +68,9 @@ class AdaptiveClassifier(nn.Module):
     kept sums, and nothing of size ``[B, V]`` is kept. A row's result does not depend on the others
     (on a CPU; float64, which BLAS multiplies, in its last bits).
 
+    An ``MRLLinear`` whose forward is more than the product with its weights (LoRA, hooks, pruning,
+    quantization) is called for all prefixes at once, and each row's prefix is chosen afterwards.
+
     Args:
         head: An ``MRLLinear``, or anything with its ``weight``, ``bias`` and ``dims``.
 
@@ -78,15 +82,18 @@ class AdaptiveClassifier(nn.Module):
 
     def __init__(self, head: NestedHead):
         super().__init__()
-        for name in ("weight", "bias", "dims"):
-            if not hasattr(head, name):
-                kind = type(head).__name__
-                raise TypeError(f"head: expected weight, bias and dims, got {kind} with no {name}")
+        if not isinstance(head, MRLLinear):
+            for name in ("weight", "bias", "dims"):
+                if not hasattr(head, name):
+                    got = f"{type(head).__name__} with no {name}"
+                    raise TypeError(f"head: expected weight, bias and dims, got {got}")
         self.head = head
         self.dims = check_dims(head.dims)
-        weight = head.weight if isinstance(head.weight, Tensor) else head.weight[0]
         self.thresholds: Tensor
-        empty = torch.full((len(self.dims) - 1,), torch.nan, device=weight.device)
+        with torch.inference_mode(False):  # calibrate writes to it later
+            empty = torch.full(
+                (len(self.dims) - 1,), torch.nan, dtype=torch.float32, device=_device(head)
+            )
         self.register_buffer("thresholds", empty)
 
     def calibrate(
@@ -129,10 +136,9 @@ class AdaptiveClassifier(nn.Module):
         if low < 0 or high >= self._classes:
             wrong = low if low < 0 else high
             raise ValueError(f"y: expected classes in [0, {self._classes}), got {wrong}")
-        stages = [self._predict(x, g) for g in range(len(self.dims))]
-        right = torch.stack([stage.labels[0] == y for stage in stages])  # [G, M]
-        confidence = torch.stack([stage.confidence[0] for stage in stages])
-        levels = torch.linspace(0, 1, grid, device=x.device)
+        labels, confidence = self._predict_all(x)  # [G, M]
+        right = labels == y
+        levels = torch.linspace(0, 1, grid, dtype=torch.float32, device=x.device)
         first = _first_level(confidence[:-1], levels)  # [G - 1, M]
         if tolerance is None:
             gains = right.long().diff(dim=0)
@@ -153,18 +159,24 @@ class AdaptiveClassifier(nn.Module):
             RuntimeError: Before ``calibrate``.
             ValueError, TypeError: x of the wrong shape, dtype or device.
         """
+        if exporting():
+            raise RuntimeError(
+                "AdaptiveClassifier.predict: which prefixes are computed depends on the data, which "
+                "an export or trace cannot hold; expected its head to be exported instead"
+            )
         if self.thresholds.isnan().any():
             raise RuntimeError("thresholds: expected calibrate before predict, got none")
         check_dims(self.dims, check_matrix(x, "x").shape[1])
-        labels, confidence = (found[0] for found in self._predict(x, 0))
+        predict = self._predict if _may_read(self.head) else _choosing(*self._predict_all(x))
+        every = torch.arange(len(x), dtype=torch.int64, device=x.device)
+        labels, confidence = predict(x, every, 0)
         stages = torch.zeros_like(labels)
-        rows = torch.arange(len(labels), device=labels.device)
+        rows = every
         for g, threshold in enumerate(self.thresholds, start=1):
             rows = rows[~(confidence[rows] > threshold)]
             if not len(rows):
                 break
-            longer = self._predict(x[:, : self.dims[g]][rows], g)
-            labels[rows], confidence[rows] = longer.labels[0], longer.confidence[0]
+            labels[rows], confidence[rows] = predict(x, rows, g)
             stages[rows] = g
         return AdaptivePrediction(labels, confidence, stages.new_tensor(self.dims)[stages])
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from mrl_fast.shared.checks import check_dims, check_matrix, check_same_device, check_vector
-from mrl_fast.shared.dispatch import choose
+from mrl_fast.shared.checks import (
+    check_dims,
+    check_int,
+    check_matrix,
+    check_same_device,
+    check_vector,
+)
+from mrl_fast.shared.dispatch import choose, exporting
 from mrl_fast.shared.types import Prediction
 from mrl_fast.training import ops, reference
 
@@ -96,7 +103,7 @@ def matryoshka_predict(
     (the confidence that adaptive classification compares with a threshold).
     """
     x, heads = check_heads(x, weight, dims, bias)
-    if not len(heads[0].weight):
+    if not heads[0].weight.shape[0] and not exporting():
         raise ValueError("weight: expected at least one class, got shape [0, ...]")
     impl = choose(impl, x, heads[0].weight)
     if impl == "reference":
@@ -104,6 +111,140 @@ def matryoshka_predict(
     parts = [ops.predict(x, h.weight, h.bias, list(h.dims), impl) for h in heads]
     labels, confidence = zip(*parts, strict=True)
     return Prediction(torch.cat(labels), torch.cat(confidence))
+
+
+class MRLLinear(nn.Module):
+    """Linear classifiers over nested prefixes.
+
+    Equals G ``nn.Linear(d, num_classes)``, or with ``tied=True`` (MRL-E) one ``nn.Linear(dims[-1],
+    num_classes)`` cut to each prefix, the same bias each time. Initialised as ``nn.Linear``.
+
+    Plain and parametrized heads are multiplied in one fused pass. Any other head (replaced by LoRA,
+    quantized, pruned, with hooks) is called once a prefix; a tied one is given each prefix padded
+    by zeros to ``dims[-1]``. An exported or traced model is made of PyTorch's own ops.
+
+    Args:
+        dims: Prefix widths, strictly ascending.
+        num_classes: V.
+        tied: One weight for all prefixes (MRL-E) instead of one each (MRL).
+        bias: Learn a bias (tied: one; separate: one a prefix).
+        device, dtype: As for ``nn.Linear``.
+
+    Source: Kusupati et al., Matryoshka Representation Learning, NeurIPS 2022, section 3.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        num_classes: int,
+        *,
+        tied: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.dims = check_dims(dims)
+        self.num_classes = check_int(num_classes, "num_classes", 1)
+        self.tied = tied
+        widths = self.dims[-1:] if tied else self.dims
+        options: dict[str, Any] = dict(bias=bias, device=device, dtype=dtype)
+        self.heads = nn.ModuleList(nn.Linear(d, self.num_classes, **options) for d in widths)
+
+    @property
+    def weight(self) -> Tensor | list[Tensor]:
+        """``[V, D]`` if tied, else G tensors ``[V, dims[g]]``: what the functional losses take.
+
+        Raises:
+            TypeError: A head is no plain linear layer: its weight is not all that its call uses.
+        """
+        weights = [head.weight for head in plain_linears(self.heads, "heads")]
+        return weights[0] if self.tied else weights
+
+    @property
+    def bias(self) -> Tensor | list[Tensor | None] | None:
+        """``[V]`` if tied, else G of them; None without any. Raises as ``weight``."""
+        biases: list[Tensor | None] = [head.bias for head in plain_linears(self.heads, "heads")]
+        if all(bias is None for bias in biases):
+            return None
+        return biases[0] if self.tied else biases
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, D]`` → logits ``[G, B, V]``."""
+        if all_plain(self.heads):
+            return matryoshka_logits(x, self.weight, self.dims, bias=self.bias)
+        return torch.stack(call_heads(self.heads, x, self.dims))
+
+    def extra_repr(self) -> str:
+        return f"dims={list(self.dims)}, num_classes={self.num_classes}, tied={self.tied}"
+
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module is ``kind.forward`` on ordinary parameters, and nothing else.
+
+    Parametrizations are plain: reading the parameter runs them. A wrapper that lends its inner
+    layer's weight (PEFT), a hook (pruning, FSDP), a forward that was replaced (accelerate) and
+    sharded or quantized parameters are not. (An export has stand-ins for parameters.)
+    """
+    return (
+        type(module).forward is kind.forward
+        and "forward" not in module.__dict__
+        and not any(getattr(module, hooks) for hooks in HOOKS)
+        and (exporting() or all(type(p) in (Tensor, nn.Parameter) for p in module.parameters()))
+    )
+
+
+def is_fusible(head: Any) -> bool:
+    """Whether ``head(x)`` is the product with the weights that the head shows: it is a plain
+    ``MRLLinear`` of plain heads, or no module."""
+    if not isinstance(head, nn.Module):
+        return True
+    return is_plain(head, MRLLinear) and all_plain(head.heads)
+
+
+def all_plain(heads: Any) -> bool:
+    return all(is_plain(head, nn.Linear) for head in heads)
+
+
+def plain_linears(heads: Iterable[nn.Module], name: str) -> list[nn.Linear]:
+    """The heads, as linear layers whose weight and bias may be read instead of a call."""
+    for i, head in enumerate(heads):
+        if not is_plain(head, nn.Linear):
+            raise TypeError(
+                f"{name}[{i}]: expected an nn.Linear without hooks, whose weight is all that its "
+                f"call uses, got {type(head).__name__}; call the module for its logits"
+            )
+    return cast(list[nn.Linear], list(heads))
+
+
+def call_heads(heads: Iterable[nn.Module], x: Tensor, dims: Sequence[int]) -> list[Tensor]:
+    """Logits ``[B, V]`` of each prefix by the heads' own calls: one a prefix, or a tied one, which
+    is given each prefix padded by zeros to ``dims[-1]``."""
+    heads = list(heads)
+    if not exporting():
+        check_dims(dims, check_matrix(x, "x").shape[1])
+    for i, head in enumerate(heads):
+        if any(is_sharded(p) for p in head.parameters()) and not any(
+            getattr(head, hooks) for hooks in HOOKS
+        ):
+            raise TypeError(f"heads[{i}]: {SHARDED}")
+    if len(heads) == len(dims):
+        return [head(x[:, :d]) for head, d in zip(heads, dims, strict=True)]
+    (head,) = heads
+    return [head(F.pad(x[:, :d], (0, dims[-1] - d))) for d in dims]
+
+
+SHARDED = (
+    "expected parameters that are whole, got a DTensor's shard; call the module that was given to "
+    "fully_shard, whose hooks gather them"
+)
+
+
+def is_sharded(x: Tensor) -> bool:
+    return hasattr(x, "device_mesh")  # only a DTensor has one, and its module is slow to import
 
 
 def prefixes(heads: Sequence[Head]) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -115,46 +256,27 @@ def prefixes(heads: Sequence[Head]) -> tuple[list[Tensor], list[Tensor | None]]:
 def check_heads(
     x: Tensor, weight: Weights, dims: Sequence[int], bias: Biases
 ) -> tuple[Tensor, list[Head]]:
-    """x and the heads, checked and in the dtype of the product."""
+    """x and the heads, checked and in the dtype of the product; unchecked in an export."""
+    if exporting():
+        return x, [head for _, _, head in _named_heads(weight, tuple(dims), bias)]
     check_matrix(x, "x")
     dims = check_dims(dims, x.shape[1])
-    named: list[tuple[str, str, Head]]
-    if isinstance(weight, Tensor):
-        if bias is not None and not isinstance(bias, Tensor):
-            raise TypeError(f"bias: expected a tensor, as weight is one, got {type(bias).__name__}")
-        named = [("weight", "bias", Head(weight, bias, dims))]
-    else:
-        for name, value in (
-            ("weight", weight),
-            ("bias", [None] * len(dims) if bias is None else bias),
-        ):
-            if isinstance(value, Tensor) or not hasattr(value, "__getitem__"):
-                kind = type(value).__name__
-                raise TypeError(f"{name}: expected a sequence of {len(dims)} tensors, got {kind}")
-            if len(value) != len(dims):
-                raise ValueError(
-                    f"{name}: expected {len(dims)} tensors, one a dim, got {len(value)}"
-                )
-        named = [
-            (
-                f"weight[{g}]",
-                f"bias[{g}]",
-                Head(weight[g], None if bias is None else bias[g], (d,)),
-            )
-            for g, d in enumerate(dims)
-        ]
+    named = _named_heads(weight, dims, bias)
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    tied = isinstance(weight, Tensor)
+    classes = "V"  # the first head says how many
     heads: list[Head] = []
     for weight_name, bias_name, (w, b, head_dims) in named:
+        if is_sharded(w):
+            raise TypeError(f"{weight_name}: {SHARDED}")
         check_same_device(check_matrix(w, weight_name), weight_name, x)
-        classes = len(heads[0].weight) if heads else len(w)
-        exact = not isinstance(weight, Tensor)
-        if len(w) != classes or (
-            w.shape[1] != head_dims[-1] if exact else w.shape[1] < head_dims[-1]
-        ):
-            shape = f"[{classes if heads else 'V'}, {'' if exact else '>= '}{head_dims[-1]}]"
+        width = head_dims[-1]
+        wide = w.shape[1] >= width if tied else w.shape[1] == width
+        if not wide or classes not in ("V", len(w)):
+            shape = f"[{classes}, {'>= ' if tied else ''}{width}]"
             raise ValueError(f"{weight_name}: expected shape {shape}, got {list(w.shape)}")
+        classes = len(w)
         if b is not None:
             check_vector(b, bias_name, classes, x)
         for name, tensor in ((weight_name, w), (bias_name, b)):
@@ -162,3 +284,23 @@ def check_heads(
                 raise TypeError(f"{name}: expected {x.dtype} as x, got {tensor.dtype}")
         heads.append(Head(w.to(dtype), None if b is None else b.to(dtype), head_dims))
     return x.to(dtype), heads
+
+
+def _named_heads(
+    weight: Weights, dims: tuple[int, ...], bias: Biases
+) -> list[tuple[str, str, Head]]:
+    """Each head with its arguments' names: one tied, or one a dim."""
+    if isinstance(weight, Tensor):
+        if bias is not None and not isinstance(bias, Tensor):
+            raise TypeError(f"bias: expected a tensor, as weight is one, got {type(bias).__name__}")
+        return [("weight", "bias", Head(weight, bias, dims))]
+    biases = [None] * len(dims) if bias is None else bias
+    for name, value in (("weight", weight), ("bias", biases)):
+        if isinstance(value, Tensor) or not hasattr(value, "__getitem__"):
+            kind = type(value).__name__
+            raise TypeError(f"{name}: expected a sequence of {len(dims)} tensors, got {kind}")
+        if len(value) != len(dims):
+            raise ValueError(f"{name}: expected {len(dims)} tensors, one a dim, got {len(value)}")
+    return [
+        (f"weight[{g}]", f"bias[{g}]", Head(weight[g], biases[g], (d,))) for g, d in enumerate(dims)
+    ]

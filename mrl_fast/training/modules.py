@@ -1,4 +1,4 @@
-"""Modules around the functional losses: a nested head, and losses that are ready for a trainer."""
+"""Losses as modules, ready for a trainer: each keeps its options, and each prefix's last loss."""
 
 from __future__ import annotations
 
@@ -8,65 +8,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mrl_fast.shared.checks import check_dims, check_int
-from mrl_fast.training.heads import matryoshka_logits
+from mrl_fast.shared.checks import check_dims, check_vector
+from mrl_fast.shared.types import NestedLoss
+from mrl_fast.training.heads import is_fusible
 from mrl_fast.training.losses import matryoshka_cross_entropy, matryoshka_info_nce
-from mrl_fast.training.losses.reductions import check_dim_weights
-
-
-class MRLLinear(nn.Module):
-    """Linear classifiers over nested prefixes.
-
-    Equals G ``nn.Linear(d, num_classes)``, or with ``tied=True`` (MRL-E) one ``nn.Linear(dims[-1],
-    num_classes)`` cut to each prefix, the same bias each time. Initialised as ``nn.Linear``.
-
-    Args:
-        dims: Prefix widths, strictly ascending.
-        num_classes: V.
-        tied: One weight for all prefixes (MRL-E) instead of one each (MRL).
-        bias: Learn a bias (tied: one; separate: one a prefix).
-
-    Source: Kusupati et al., Matryoshka Representation Learning, NeurIPS 2022, section 3.
-    """
-
-    def __init__(
-        self, dims: Sequence[int], num_classes: int, *, tied: bool = False, bias: bool = True
-    ):
-        super().__init__()
-        self.dims = check_dims(dims)
-        self.num_classes = check_int(num_classes, "num_classes", 1)
-        self.tied = tied
-        widths = self.dims[-1:] if tied else self.dims
-        self.heads = nn.ModuleList(nn.Linear(d, self.num_classes, bias=bias) for d in widths)
-
-    @property
-    def weight(self) -> Tensor | list[Tensor]:
-        """``[V, D]`` if tied, else G tensors ``[V, dims[g]]``: what the functional losses take."""
-        weights: list[Tensor] = [head.get_parameter("weight") for head in self.heads]
-        return weights[0] if self.tied else weights
-
-    @property
-    def bias(self) -> Tensor | list[Tensor] | None:
-        if self.heads[0].bias is None:
-            return None
-        biases: list[Tensor] = [head.get_parameter("bias") for head in self.heads]
-        return biases[0] if self.tied else biases
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, D]`` → logits ``[G, B, V]``."""
-        return matryoshka_logits(x, self.weight, self.dims, bias=self.bias)
-
-    def extra_repr(self) -> str:
-        return f"dims={list(self.dims)}, num_classes={self.num_classes}, tied={self.tied}"
+from mrl_fast.training.losses.reductions import check_classes, check_dim_weights, weighted_sum
 
 
 class MatryoshkaCrossEntropyLoss(nn.Module):
     """The summed cross-entropy of an ``MRLLinear`` head's prefixes, without its logits.
 
-    ``loss(head, x, target)`` equals the sum over g of ``nn.CrossEntropyLoss(...)(head(x)[g],
-    target)``.
+    ``loss(head, x, target)`` equals ``Σ_g c_g · nn.CrossEntropyLoss(...)(head(x)[g], target)``. No
+    logits are in memory where the head and its linear layers are plain or parametrized. Any other
+    module is called, and its logits ``[G, B, V]`` are in memory: a head with LoRA, hooks, pruning
+    or quantization, one that ``fully_shard`` or DDP wraps.
 
     Args:
         dim_weights: c_g, one a prefix; default all 1.
@@ -88,17 +46,19 @@ class MatryoshkaCrossEntropyLoss(nn.Module):
         reduction: str = "mean",
     ):
         super().__init__()
-        weights = None if dim_weights is None else torch.tensor(list(dim_weights))
         self.dim_weights: Tensor | None
         self.class_weight: Tensor | None
-        self.register_buffer("dim_weights", weights)
+        self.register_buffer("dim_weights", _numbers(dim_weights))
         self.register_buffer("class_weight", class_weight)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.reduction = reduction
         self.per_dim: Tensor | None = None
 
-    def forward(self, head: MRLLinear, x: Tensor, target: Tensor) -> Tensor:
+    def forward(self, head: Any, x: Tensor, target: Tensor) -> Tensor:
+        if not is_fusible(head):
+            loss, self.per_dim = self._of_logits(head(x), target)
+            return loss
         loss, self.per_dim = matryoshka_cross_entropy(
             x,
             head.weight,
@@ -112,6 +72,31 @@ class MatryoshkaCrossEntropyLoss(nn.Module):
             reduction=self.reduction,
         )
         return loss
+
+    def _of_logits(self, logits: Tensor, target: Tensor) -> NestedLoss:
+        if not isinstance(logits, Tensor) or logits.ndim != 3:
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise TypeError(f"head: expected a module that returns logits [G, B, V], got {got}")
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        check_vector(target, "target", logits.shape[1], logits, dtype=torch.int64)
+        classes = torch.where(target == self.ignore_index, 0, target)
+        check_classes(classes, logits.shape[2], f" or {self.ignore_index}")
+        class_weight = self.class_weight
+        losses = [
+            F.cross_entropy(
+                scores,
+                target,
+                weight=None if class_weight is None else class_weight.to(logits.dtype),
+                ignore_index=self.ignore_index,
+                label_smoothing=self.label_smoothing,
+                reduction=self.reduction,
+            )
+            for scores in logits
+        ]
+        per_dim = torch.stack(losses)  # [G] or [G, B]
+        c = check_dim_weights(self.dim_weights, len(per_dim), logits)
+        return NestedLoss(weighted_sum(c, per_dim), per_dim.detach())
 
 
 class MatryoshkaInfoNCELoss(nn.Module):
@@ -150,12 +135,11 @@ class MatryoshkaInfoNCELoss(nn.Module):
         self.dims = check_dims(dims)
         if not 0 < scale < math.inf:
             raise ValueError(f"scale: expected a positive number, got {scale!r}")
-        weights = None if dim_weights is None else torch.tensor(list(dim_weights))
         self.dim_weights: Tensor | None
-        self.register_buffer("dim_weights", weights)
+        self.register_buffer("dim_weights", _numbers(dim_weights))
         self.log_scale: nn.Parameter | None
-        log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learn_scale else None
-        self.register_parameter("log_scale", log_scale)
+        log_scale = torch.tensor(math.log(scale), dtype=torch.float32, device="cpu")
+        self.register_parameter("log_scale", nn.Parameter(log_scale) if learn_scale else None)
         self.fixed_scale = scale
         self.options = options
         self.per_dim: Tensor | None = None
@@ -171,12 +155,15 @@ class MatryoshkaInfoNCELoss(nn.Module):
         target: Tensor | None = None,
         mask: Tensor | dict[str, Tensor] | None = None,
     ) -> Tensor:
+        scale = self.scale
+        if isinstance(scale, Tensor) and isinstance(queries, Tensor):
+            scale = scale.to(queries.device)
         loss, self.per_dim = matryoshka_info_nce(
             queries,
             documents if len(documents) != 1 else documents[0],
             self.dims,
             dim_weights=self.dim_weights,
-            scale=self.scale,
+            scale=scale,
             target=target,
             mask=mask,
             **self.options,
@@ -228,7 +215,8 @@ class MatryoshkaLoopLoss(nn.Module):
             raise TypeError(f"inner: expected a callable, got {type(inner).__name__}")
         self.inner = inner
         self.dims = check_dims(dims)
-        self.weights = check_dim_weights(dim_weights, len(self.dims), torch.empty(0)).tolist()
+        host = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.weights = check_dim_weights(dim_weights, len(self.dims), host).tolist()
         self.normalize = normalize
         self.per_dim: Tensor | None = None
         self.warned = False
@@ -258,3 +246,10 @@ class MatryoshkaLoopLoss(nn.Module):
             )
         self.per_dim = per_dim.detach()
         return (per_dim * per_dim.new_tensor(self.weights)).sum()
+
+
+def _numbers(values: Sequence[float] | None) -> Tensor | None:
+    """``[G]`` fp32, whatever torch's defaults are: a buffer made on the meta device is lost."""
+    if values is None:
+        return None
+    return torch.tensor(list(values), dtype=torch.float32, device="cpu")

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mrl_fast.training.modules import MatryoshkaCrossEntropyLoss, MRLLinear
+from mrl_fast.training.heads import MRLLinear
+from mrl_fast.training.modules import MatryoshkaCrossEntropyLoss
 
 
 def train_encoder(

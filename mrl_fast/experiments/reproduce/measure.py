@@ -29,8 +29,7 @@ from mrl_fast.experiments.demo.train import encode, principal_components, train_
 from mrl_fast.experiments.reproduce.data import PARTS, Task
 from mrl_fast.search.ops import funnel_search, prefix_topk
 from mrl_fast.training.cascade import AdaptiveClassifier
-from mrl_fast.training.heads import matryoshka_predict
-from mrl_fast.training.modules import MRLLinear
+from mrl_fast.training.heads import MRLLinear, matryoshka_predict
 
 K = 10
 SHORTLIST = 200
