@@ -41,8 +41,8 @@ def kernels_for_cpu_tensors(monkeypatch):
     from mrl_fast.training import ops
     from mrl_fast.training.losses import distill
 
-    def module_of(impl):
-        module = original(impl)
+    def module_of(impl, wing):
+        module = original(impl, wing)
         return Carried(module, "cuda") if impl == "triton" else module
 
     original = dispatch.module_of

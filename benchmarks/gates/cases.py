@@ -4,7 +4,6 @@ have shapes and no data, and each launch is recorded. So a case that is compiled
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -25,6 +24,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from mrl_fast.training.ops import Fold
+from mrl_fast.training.spec import FoldSpec, Upstream
 
 FAMILIES = {"_keys_kernel": "pairs", "_decode_kernel": "select", "_nested_logits_kernel": "logits"}
 DTYPES = {
@@ -297,17 +299,11 @@ def losses(dtype: torch.dtype, precision: str) -> Iterator[Call]:
 
 def fold(x: Tensor, weight: Tensor, **features: Any) -> None:
     """Forward, and backward."""
-    given: dict[str, Any] = {"x": x, "weight": weight, "dims": PREFIXES, "link": "softmax"}
-    given |= {"period": 4096, "exclude_own": False, "own_boost": 1.0, "other_boost": 1.0}
-    given |= {"columns": False} | features
-    names = inspect.signature(fold_forward).parameters
-    row_max, row_log, hit, soft_sum, col_max, col_log = fold_forward(*map(given.get, names))
-    given |= {"row_max": row_max, "row_log": row_log, "col_max": col_max, "col_log": col_log}
-    given |= {
-        "d_row": row_log,
-        "d_hit": hit,
-        "d_soft": None if soft_sum is None else row_log,
-        "d_col": col_log,
-    }
-    names = inspect.signature(fold_backward).parameters
-    fold_backward(*map(given.get, names))
+    spec = FoldSpec(x, weight, PREFIXES, **features)
+    f = Fold(*fold_forward(spec))
+    d_soft = None if f.soft_sum is None else f.row_log
+    upstream = Upstream(
+        f.row_max, f.row_log, f.col_max, f.col_log,
+        d_row=f.row_log, d_hit=f.hit, d_soft=d_soft, d_col=f.col_log,
+    )  # fmt: skip
+    fold_backward(spec, upstream)

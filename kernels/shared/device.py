@@ -1,4 +1,4 @@
-"""Launches go to the device of the first tensor."""
+"""Launches go to the device of the first tensor, which may be the first field of a NamedTuple."""
 
 import functools
 
@@ -10,7 +10,7 @@ def on_its_device(function):
 
     @functools.wraps(function)
     def call(first, *args, **kwargs):
-        with torch.cuda.device_of(first):
+        with torch.cuda.device_of(first[0] if isinstance(first, tuple) else first):
             return function(first, *args, **kwargs)
 
     return call

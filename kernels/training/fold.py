@@ -11,7 +11,7 @@ gradients (dy/dz = 1). Excluded entries are −inf: where the mask is True, and 
 Here is what the two share: the inputs as kernels read them, and the device function for y.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,65 +32,57 @@ from torch import Tensor
 
 
 class Fold:
-    """The inputs of a fold as its kernels read them."""
+    """The inputs of a fold as its kernels read them.
+
+    A ``spec`` has fields x ``[B, >= dims[-1]]``, weight ``[V, >= dims[-1]]``, dims, bias ``[V]``,
+    row_scale ``[G, B]``, col_scale ``[G, V]``, target ``[B]`` int64, soft ``[V]`` or ``[B, V]``,
+    mask ``[B, V]`` bool, period, exclude_own, own_boost, other_boost, link, columns and
+    compute_dtype; tensors but the first two, and compute_dtype, may be None.
+    """
 
     def __init__(
         self,
-        x: Tensor,  # [B, >= dims[-1]]
-        weight: Tensor,  # [V, >= dims[-1]]
-        bias: Tensor | None,  # [V]
-        row_scale: Tensor | None,  # [G, B]
-        col_scale: Tensor | None,  # [G, V]
-        target: Tensor | None,  # [B] int64
-        soft: Tensor | None,  # [V] or [B, V]
-        mask: Tensor | None,  # [B, V] bool
-        dims: Sequence[int],
-        period: int,
-        exclude_own: bool,
-        own_boost: float,
-        other_boost: float,
-        link: str,
-        columns: bool,
-        compute_dtype: torch.dtype | None,
+        spec: Any,
         configs: Callable[[dict[str, Any]], dict[int, Config]],  # by flags, then by element size
     ):
-        self.B, self.V = len(x), len(weight)
-        self.dtype = compute_dtype or x.dtype  # of the products, where not interpreted
-        self.x, self.weight = (operand(t.to(self.dtype)) for t in (x, weight))
-        self.bias = None if bias is None else by_class(operand(bias), -torch.inf)
+        x, target, soft = spec.x, spec.target, spec.soft
+        self.B, self.V = len(x), len(spec.weight)
+        self.dtype = spec.compute_dtype or x.dtype  # of the products, where not interpreted
+        self.x, self.weight = (operand(t.to(self.dtype)) for t in (x, spec.weight))
+        self.bias = None if spec.bias is None else by_class(operand(spec.bias), -torch.inf)
         self.soft = None if soft is None else operand(soft)
         if soft is not None and soft.dim() == 1:
             self.soft = by_class(self.soft)
-        self.row_scale = None if row_scale is None else row_scale.float().contiguous()
-        self.col_scale = None if col_scale is None else by_class(col_scale.float())
+        self.row_scale = None if spec.row_scale is None else spec.row_scale.float().contiguous()
+        self.col_scale = None if spec.col_scale is None else by_class(spec.col_scale.float())
         self.target = None
         if target is not None:  # one that is no class is −1: it may not come back from 32 bits
             valid = (target >= 0) & (target < self.V)
             self.target = target.where(valid, -1).int().contiguous()
-        self.mask = None if mask is None else operand_bytes(mask)
-        boosted = own_boost != 1 or other_boost != 1
-        own = "exclude" if exclude_own else "boost" if boosted else "none"
+        self.mask = None if spec.mask is None else operand_bytes(spec.mask)
+        boosted = spec.own_boost != 1 or spec.other_boost != 1
+        own = "exclude" if spec.exclude_own else "boost" if boosted else "none"
         if target is None and own == "exclude":
             own = "none"
         self.own = None
         if own != "none" and target is not None:
-            self.own = by_class(torch.arange(self.V, device=x.device) % period).int()
-        self.boosts = {"own_boost": float(own_boost), "other_boost": float(other_boost)}
+            self.own = by_class(torch.arange(self.V, device=x.device) % spec.period).int()
+        self.boosts = {"own_boost": float(spec.own_boost), "other_boost": float(spec.other_boost)}
         self.flags = {
-            "HAS_BIAS": bias is not None,
-            "HAS_SCALE": row_scale is not None,
+            "HAS_BIAS": spec.bias is not None,
+            "HAS_SCALE": spec.row_scale is not None,
             "HAS_TARGET": target is not None,
-            "HAS_HIT": target is not None and not exclude_own,
-            "HAS_MASK": mask is not None,
+            "HAS_HIT": target is not None and not spec.exclude_own,
+            "HAS_MASK": spec.mask is not None,
             "SOFT": "none" if soft is None else "row" if soft.dim() == 1 else "matrix",
             "OWN": own,
-            "LINK": link,
-            "COLUMNS": columns,
-            "ALIGNMENT": alignment(dims),
+            "LINK": spec.link,
+            "COLUMNS": spec.columns,
+            "ALIGNMENT": alignment(spec.dims),
             "PRECISION": precision(self.x),
         }
         self.blocks = config(self.x, configs(self.flags))
-        self.schedule = make_schedule(dims, self.blocks.BLOCK_D, x.device)
+        self.schedule = make_schedule(spec.dims, self.blocks.BLOCK_D, x.device)
 
     def arguments(self, rows: slice, classes: slice) -> dict[str, Any]:
         """What the forward and the backward kernel take alike, for one chunk of the scores."""

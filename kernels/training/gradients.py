@@ -210,52 +210,31 @@ def or_one(value: Tensor) -> Tensor:
     return torch.where(value > 0, value, 1.0)
 
 
-def fold_backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
-    col_scale: Tensor | None,
-    target: Tensor | None,
-    soft: Tensor | None,
-    mask: Tensor | None,
-    dims: Sequence[int],
-    period: int,
-    exclude_own: bool,
-    own_boost: float,
-    other_boost: float,
-    link: str,
-    compute_dtype: torch.dtype | None,
-    row_max: Tensor,
-    row_log: Tensor,
-    col_max: Tensor | None,
-    col_log: Tensor | None,
-    d_row: Tensor | None,
-    d_hit: Tensor | None,
-    d_soft: Tensor | None,
-    d_col: Tensor | None,
-) -> Gradients:
-    """dx, dw, db in the dtypes of x, weight and bias, and those of the scales, fp32, from the
-    gradients of the forward's log-sums, hit and soft sum. Its maxima count as constants.
+def fold_backward(spec: Any, upstream: Any) -> Gradients:
+    """dx, dw, db in the dtypes of x, weight and bias, and those of the scales, fp32.
 
-    With P the softmax, A = d_row·P + d_col·Q + d_hit·(δ − P) + d_soft·(soft − Σsoft·P).
+    ``upstream`` has the forward's row_max, row_log, col_max and col_log, and the loss's gradients
+    d_row and d_col of the log-sums, d_hit and d_soft; the maxima count as constants. With P the
+    softmax, A = d_row·P + d_col·Q + d_hit·(δ − P) + d_soft·(soft − Σsoft·P). For the fields of
+    ``spec`` see ``Fold``.
     """
-    soft = None if d_soft is None else soft
-    fold = Fold(
-        x, weight, bias, row_scale, col_scale, target, soft, mask,
-        dims, period, exclude_own, own_boost, other_boost, link, d_col is not None,
-        compute_dtype, configs,
+    d_row, d_hit, d_soft, d_col = (
+        upstream.d_row, upstream.d_hit, upstream.d_soft, upstream.d_col
     )  # fmt: skip
-    G, B, V, device = len(dims), fold.B, fold.V, x.device
-    scaled, has_hit = row_scale is not None, fold.flags["HAS_HIT"]
-    zeros = torch.zeros(G, B, device=device)
+    soft, bias = None if d_soft is None else spec.soft, spec.bias
+    fold = Fold(spec._replace(soft=soft, columns=d_col is not None), configs)
+    x, weight, dims, link = spec.x, spec.weight, spec.dims, spec.link
+    G, B, V = len(dims), fold.B, fold.V
+    fp32 = dict(dtype=torch.float32, device=x.device)
+    scaled, has_hit = spec.row_scale is not None, fold.flags["HAS_HIT"]
+    zeros = torch.zeros(G, B, **fp32)
     d_row = zeros if d_row is None else d_row
     d_hit = zeros if d_hit is None else d_hit
-    upstream = [d_row, *([d_hit] if has_hit else []), *([] if d_col is None else [d_col])]
+    given = [d_row, *([d_hit] if has_hit else []), *([] if d_col is None else [d_col])]
     # Half-precision tiles hold gradients relative to the largest: 1/n must not flush them to zero.
-    largest = largest_of(upstream, soft, d_soft) if B else zeros.sum()
+    largest = largest_of(given, soft, d_soft) if B else zeros.sum()
     largest = or_one(largest) / LARGEST
-    magnitude = torch.ones((), device=device)
+    magnitude = torch.ones((), **fp32)
     if scaled and B:
         magnitude = or_one(usual_magnitude(fold.row_scale) * usual_magnitude(fold.col_scale))
     d_row, d_hit, d_soft, d_col = (
@@ -266,22 +245,22 @@ def fold_backward(
         at_target = d_row if d_soft is None else d_row - d_soft * soft.sum(-1)
         of_p = at_target - d_hit if has_hit else at_target
     by_row = {
-        "row_max_ptr": finite(row_max.contiguous()) if link == "softmax" else None,
-        "row_log_ptr": row_log.contiguous() if link == "softmax" else None,
+        "row_max_ptr": finite(upstream.row_max.contiguous()) if link == "softmax" else None,
+        "row_log_ptr": upstream.row_log.contiguous() if link == "softmax" else None,
         "d_row_ptr": of_p.contiguous(),
         "d_target_ptr": at_target.contiguous() if has_hit else None,
         "d_soft_ptr": d_soft,
     }
     by_column = {
-        "col_max_ptr": None if d_col is None else by_class(finite(col_max), torch.inf),
-        "col_log_ptr": None if d_col is None else by_class(col_log),
+        "col_max_ptr": None if d_col is None else by_class(finite(upstream.col_max), torch.inf),
+        "col_log_ptr": None if d_col is None else by_class(upstream.col_log),
         "d_col_ptr": None if d_col is None else by_class(d_col),
     }
     unit = magnitude.reciprocal()
-    workspace = torch.empty(0, dtype=stored(fold.dtype), device=device)
-    d_row_scale = torch.zeros(G, B, device=device) if scaled else None
-    d_col_scale = torch.zeros(G, V, device=device) if scaled else None
-    db_scaled = torch.zeros(V, device=device) if scaled and bias is not None else None
+    workspace = torch.empty(0, dtype=stored(fold.dtype), device=x.device)
+    d_row_scale = torch.zeros(G, B, **fp32) if scaled else None
+    d_col_scale = torch.zeros(G, V, **fp32) if scaled else None
+    db_scaled = torch.zeros(V, **fp32) if scaled and bias is not None else None
 
     def suffix_sums(rows: slice, classes: slice) -> Iterator[Tensor]:
         nonlocal workspace
@@ -290,8 +269,8 @@ def fold_backward(
         if workspace.numel() < math.prod(shape):  # the first chunk is the largest
             workspace = workspace.new_empty(math.prod(shape))
         out = workspace[: math.prod(shape)].view(shape)  # A_g, then T_g
-        part_row = torch.empty(G, tiles, shape[1], device=device) if scaled else None
-        part_col = torch.empty(G, row_tiles, shape[2], device=device) if scaled else None
+        part_row = torch.empty(G, tiles, shape[1], **fp32) if scaled else None
+        part_col = torch.empty(G, row_tiles, shape[2], **fp32) if scaled else None
         part_db = None if db_scaled is None else torch.empty_like(part_col)
         _score_gradients_kernel[tiles, row_tiles](
             **fold.arguments(rows, classes),

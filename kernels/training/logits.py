@@ -93,7 +93,7 @@ def logits_backward(
             yield suffix
 
     bytes_a_score = 4 + x.element_size()  # the sum, and the sum rounded
-    one = torch.ones((), device=x.device)
+    one = torch.ones((), dtype=torch.float32, device=x.device)
     dx, dw, db = nested_gradients(
         x, weight, dims, bytes_a_score, suffix_sums, one, x.dtype, weight.dtype
     )

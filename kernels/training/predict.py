@@ -81,11 +81,12 @@ def predict_forward(
     blocks = config(x, CONFIGS)
     schedule = make_schedule(dims, blocks.BLOCK_D, x.device)
     tiles = triton.cdiv(V, blocks.BLOCK_V)
+    fp32 = dict(dtype=torch.float32, device=x.device)
     labels = torch.empty(G, B, dtype=torch.int64, device=x.device)
-    confidence = torch.empty(G, B, device=x.device)
+    confidence = torch.empty(G, B, **fp32)
     for rows in chunks(B, row_step(24 * G * tiles)):  # six 4-byte values a row, prefix and tile
         part, size = x[rows], rows.stop - rows.start
-        part_max, part_sum = (torch.empty(G, tiles, size, device=x.device) for _ in range(2))
+        part_max, part_sum = (torch.empty(G, tiles, size, **fp32) for _ in range(2))
         part_label = torch.empty(G, tiles, size, dtype=torch.int32, device=x.device)
         _predict_kernel[(tiles, triton.cdiv(size, blocks.BLOCK_B))](
             part, weight, bias, schedule, part_max, part_sum, part_label,

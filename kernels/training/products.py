@@ -31,9 +31,10 @@ def nested_gradients(
     whole = row_step >= len(x)  # every element of dw is then made once
     dx = torch.zeros_like(x, dtype=x_dtype)
     dw = torch.zeros_like(weight, dtype=weight_dtype if whole else torch.float32)
-    db = torch.zeros(len(weight), device=x.device)
+    fp32 = dict(dtype=torch.float32, device=x.device)
+    db = torch.zeros(len(weight), **fp32)
     for rows in chunks(len(x), row_step):
-        dx_rows = torch.zeros(rows.stop - rows.start, dims[-1], device=x.device)
+        dx_rows = torch.zeros(rows.stop - rows.start, dims[-1], **fp32)
         for classes in chunks(len(weight), class_step):
             for slab, suffix in zip(reversed(slabs(dims)), suffix_sums(rows, classes), strict=True):
                 rounded = suffix.to(x.dtype)

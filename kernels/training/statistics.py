@@ -5,7 +5,6 @@ its rows (and columns), relative to its own maxima; the host folds those over th
 order. Maximum and log-sum stay apart: near probability 1 their sum would leave no digits.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -171,44 +170,26 @@ def log_sum(total: Tensor) -> Tensor:
     return total.where(total != 0, 1.0).log()  # 0 where everything was excluded; NaN stays
 
 
-def fold_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
-    col_scale: Tensor | None,
-    target: Tensor | None,
-    soft: Tensor | None,
-    mask: Tensor | None,
-    dims: Sequence[int],
-    period: int,
-    exclude_own: bool,
-    own_boost: float,
-    other_boost: float,
-    link: str,
-    columns: bool,
-    compute_dtype: torch.dtype | None,
-) -> Statistics:
+def fold_forward(spec: Any) -> Statistics:
     """Row maximum and log Σ_j exp(y − maximum); log-probability of the target and Σ_j soft · those
     of all (fp64), each ``[G, B]``; column maximum and log-sum, ``[G, V]``. What is not asked for is
-    None.
+    None; for the fields of ``spec`` see ``Fold``.
 
-    With ``link="sigmoid"``: 0, Σ softplus(y) over the columns but the target, logsigmoid(y) there.
+    With link "sigmoid": 0, Σ softplus(y) over the columns but the target, logsigmoid(y) there.
     """
-    fold = Fold(
-        x, weight, bias, row_scale, col_scale, target, soft, mask,
-        dims, period, exclude_own, own_boost, other_boost, link, columns, compute_dtype,
-        configs,
-    )  # fmt: skip
-    B, V, G, device = fold.B, fold.V, len(dims), x.device
+    fold = Fold(spec, configs)
+    soft, columns, sigmoid = spec.soft is not None, spec.columns, spec.link == "sigmoid"
+    fp32 = dict(dtype=torch.float32, device=spec.x.device)
+    fp64 = fp32 | dict(dtype=torch.float64)
+    B, V, G = fold.B, fold.V, len(spec.dims)
     tiles = triton.cdiv(V, fold.blocks.BLOCK_V)
-    row_max, row_log = (torch.zeros(G, B, device=device) for _ in range(2))
+    row_max, row_log = (torch.zeros(G, B, **fp32) for _ in range(2))
     # a target that is no class is nobody's: NaN, not whatever stood there
-    hit = torch.full((G, B), torch.nan, device=device) if fold.flags["HAS_HIT"] else None
-    soft_sum = None if soft is None else torch.empty_like(row_log, dtype=torch.float64)
+    hit = torch.full((G, B), torch.nan, **fp32) if fold.flags["HAS_HIT"] else None
+    soft_sum = torch.empty(G, B, **fp64) if soft else None
     width = tiles * fold.blocks.BLOCK_V
-    col_max = torch.full((G, width), -torch.inf, device=device) if columns else None
-    col_sum = torch.zeros(G, width, dtype=torch.float64, device=device) if columns else None
+    col_max = torch.full((G, width), -torch.inf, **fp32) if columns else None
+    col_sum = torch.zeros(G, width, **fp64) if columns else None
 
     col_log = None
     partials = tiles + (triton.cdiv(V, fold.blocks.BLOCK_B) if columns else 0)
@@ -217,21 +198,21 @@ def fold_forward(
         size = rows.stop - rows.start
         grid = fold.grid(rows, slice(0, V))
         part_max, part_sum, part_soft = (
-            torch.empty(G, tiles, size, device=device) if wanted else None
-            for wanted in (link == "softmax", True, soft is not None)
+            torch.empty(G, tiles, size, **fp32) if wanted else None
+            for wanted in (not sigmoid, True, soft)
         )
         part_col_max, part_col_sum = (
-            torch.empty(G, grid[1], width, device=device) if columns else None for _ in range(2)
+            torch.empty(G, grid[1], width, **fp32) if columns else None for _ in range(2)
         )
-        soft_total = None if soft is None else torch.empty(tiles, size, device=device)
-        y_target = None if hit is None else torch.full((G, size), torch.nan, device=device)
+        soft_total = torch.empty(tiles, size, **fp32) if soft else None
+        y_target = None if hit is None else torch.full((G, size), torch.nan, **fp32)
         _statistics_kernel[grid](
             **fold.arguments(rows, slice(0, V)),
             row_max_ptr=part_max, row_sum_ptr=part_sum, hit_ptr=y_target,
             soft_sum_ptr=part_soft, soft_total_ptr=soft_total,
             col_max_ptr=part_col_max, col_sum_ptr=part_col_sum,
         )  # fmt: skip
-        if link == "sigmoid":
+        if sigmoid:
             row_log[:, rows] = part_sum.sum(dim=1)
             if hit is not None:
                 hit[:, rows] = torch.nn.functional.logsigmoid(y_target)
@@ -241,12 +222,12 @@ def fold_forward(
         top = finite(top)
         if hit is not None:
             hit[:, rows] = (y_target - top) - row_log[:, rows]
-        if soft is not None:
+        if soft:
             # A tile's sum is relative to its own maximum: Σ soft·(y − max_t), then max_t − top
             above = finite(part_max).sub_(top[:, None])
             relative = (part_soft.double() + soft_total * above.double()).sum(dim=1)
-            weight = soft_total.sum(dim=0, dtype=torch.float64)
-            soft_sum[:, rows] = relative - weight * log_sum(total)
+            all_soft = soft_total.sum(dim=0, dtype=torch.float64)
+            soft_sum[:, rows] = relative - all_soft * log_sum(total)
         if columns:
             col_max, col_sum = merged(
                 torch.cat([col_max[:, None], part_col_max], dim=1),

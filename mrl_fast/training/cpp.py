@@ -7,15 +7,16 @@ gradients. Results do not depend on the number of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrl_fast.shared import native
-from mrl_fast.shared.native import _C, PACKED_BYTES, address, chunks, rows_of
+from mrl_fast.shared import memory, native
+from mrl_fast.shared.native import _C, PACKED_BYTES, chunks, rows_of
+from mrl_fast.training.spec import FoldSpec, Upstream
 
 WORKSPACE_BYTES = 8 << 20  # of score gradients held at a time: they stay in the last cache
 
@@ -39,225 +40,191 @@ def gradient_chunks(rows: int, cols: int, depth: int, prefixes: int) -> Iterator
     return chunks(cols, min(widest, PACKED_BYTES // (4 * depth)))
 
 
-class _Problem:
-    """The arrays of a fold, and chunks of its columns as C++ reads them."""
+# The dtypes in which C++ reads a fold's inputs beside x and weight.
+INPUTS = {
+    "bias": torch.float32, "row_scale": torch.float32, "col_scale": torch.float32,
+    "target": torch.int64, "soft": torch.float32, "mask": torch.bool,
+}  # fmt: skip
+BY_COLUMN = ("bias", "col_scale", "soft", "mask")  # columns are their last axis
 
-    def __init__(self, x: Tensor, weight: Tensor, dims: Sequence[int], **arrays: Any):
-        self.x, self.weight, self.dims = rows_of(x.float()), weight, list(dims)
-        self.link = arrays.pop("link", "softmax")
-        self.scalars = {
-            name: arrays.pop(name)
-            for name in ("period", "exclude_own", "own_boost", "other_boost")
-            if name in arrays
-        }
-        self.arrays: dict[str, Tensor] = {}
-        for name, value in arrays.items():
-            if name == "mask" and value is not None:
-                self.arrays[name] = rows_of(value)  # any row stride
-            elif value is not None:
-                self.arrays[name] = (value if name == "target" else value.float()).contiguous()
+
+class _Problem:
+    """A fold's inputs as C++ reads them, by chunks of columns."""
+
+    def __init__(self, spec: FoldSpec):
+        self.spec = spec
+        self.x = rows_of(spec.x.float())
+        self.inputs: dict[str, Tensor] = {}
+        for name, dtype in INPUTS.items():
+            if (value := getattr(spec, name)) is not None:  # a mask may have any row stride
+                self.inputs[name] = rows_of(value) if name == "mask" else _as(value, dtype)
 
     def chunk(self, columns: slice) -> tuple[Any, tuple[Any, ...]]:
-        """Scores against some columns, and what has to live as long."""
-        w = rows_of(self.weight[columns, : self.dims[-1]].float())
-        cut = self.arrays
-        fields: dict[str, Any] = {name: array.data_ptr() for name, array in cut.items()}
-        for name in ("bias", "col_scale", "soft", "mask"):
-            if name in cut:  # columns are the last axis of each
-                fields[name] += columns.start * cut[name].element_size()
+        """Scores against some columns, and the tensors that have to live as long."""
+        spec = self.spec
+        w = rows_of(spec.weight[columns, : spec.dims[-1]].float())
+        cut = {n: t[..., columns] if n in BY_COLUMN else t for n, t in self.inputs.items()}
+        fields: dict[str, Any] = {n: memory.address(t, INPUTS[n]) for n, t in cut.items()}
         for name in ("soft", "mask"):
             if name in cut and cut[name].ndim == 2:  # else one row serves all
                 fields[f"{name}_stride"] = cut[name].stride(0)
         scores = _C.Scores(
-            x=self.x.data_ptr(), x_stride=self.x.stride(0), w=w.data_ptr(), w_stride=w.stride(0),
-            rows=len(self.x), cols=len(w), dims=self.dims, first_col=columns.start,
-            cols_apart=len(self.weight), sigmoid=self.link == "sigmoid", **fields, **self.scalars,
+            x=memory.address(self.x, torch.float32), x_stride=self.x.stride(0),
+            w=memory.address(w, torch.float32), w_stride=w.stride(0),
+            rows=len(self.x), cols=len(w), dims=list(spec.dims), first_col=columns.start,
+            cols_apart=len(spec.weight), period=spec.period, exclude_own=spec.exclude_own,
+            own_boost=spec.own_boost, other_boost=spec.other_boost,
+            sigmoid=spec.link == "sigmoid", **fields,
         )  # fmt: skip
-        return scores, (w, cut)
+        return scores, (w, self.inputs)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous()
 
 
 def fold_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
-    col_scale: Tensor | None,
-    target: Tensor | None,
-    soft: Tensor | None,
-    mask: Tensor | None,
-    dims: Sequence[int],
-    period: int,
-    exclude_own: bool,
-    own_boost: float,
-    other_boost: float,
-    link: str,
-    columns: bool,
-    compute_dtype: torch.dtype | None = None,
+    spec: FoldSpec,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """See ``engine.fold``. Products are fp32 whatever ``compute_dtype`` asks for at least."""
-    problem = _Problem(
-        x, weight, dims, bias=bias, row_scale=row_scale, col_scale=col_scale, target=target,
-        soft=soft, mask=mask, period=period, exclude_own=exclude_own, own_boost=own_boost,
-        other_boost=other_boost, link=link,
-    )  # fmt: skip
-    rows, cols = (len(dims), len(x)), (len(dims), len(weight))
-    row_max, row_sum = torch.full(rows, -torch.inf), torch.zeros(rows, dtype=torch.float64)
-    hit = None
-    if target is not None and not exclude_own:
-        hit = torch.full(rows, torch.nan)  # a target that is no column is nobody's
-    soft_sum = None if soft is None else torch.zeros(rows, dtype=torch.float64)
-    col_max = torch.empty(cols) if columns else None
-    col_sum = torch.empty(cols, dtype=torch.float64) if columns else None
-    for part in forward_chunks(len(x), len(weight), dims[-1], len(dims), columns):
-        scores, alive = problem.chunk(part)
+    """See ``ops.fold``. Products are fp32, as precise as any ``compute_dtype`` asks for."""
+    problem = _Problem(spec)
+    G, B, V = len(spec.dims), len(spec.x), len(spec.weight)
+    row_max = memory.full((G, B), -torch.inf)
+    row_sum = memory.zeros(G, B, dtype=torch.float64)
+    hit = memory.full((G, B), torch.nan) if spec.has_hit else None  # NaN: the target is no column
+    soft_sum = None if spec.soft is None else memory.zeros(G, B, dtype=torch.float64)
+    col_max = memory.empty(G, V) if spec.columns else None
+    col_sum = memory.empty(G, V, dtype=torch.float64) if spec.columns else None
+    for part in forward_chunks(B, V, spec.dims[-1], G, spec.columns):
+        scores, inputs = problem.chunk(part)
         _C.fold(
-            scores, torch.get_num_threads(), native.ISA, row_max.data_ptr(), row_sum.data_ptr(), 0,
-            address(soft_sum), address(hit),
-            0 if col_max is None else col_max[:, part].data_ptr(),
-            0 if col_sum is None else col_sum[:, part].data_ptr(),
+            scores, torch.get_num_threads(), native.ISA,
+            memory.address(row_max, torch.float32), memory.address(row_sum, torch.float64), 0,
+            memory.address(soft_sum, torch.float64), memory.address(hit, torch.float32),
+            memory.address(None if col_max is None else col_max[:, part], torch.float32),
+            memory.address(None if col_sum is None else col_sum[:, part], torch.float64),
         )  # fmt: skip
-        del alive
-    if link == "sigmoid":
+        del inputs
+    if spec.link == "sigmoid":
         hit = None if hit is None else F.logsigmoid(hit)
-        return torch.zeros(rows), row_sum.float(), hit, None, None, None
+        return memory.zeros(G, B), row_sum.float(), hit, None, None, None
     row_log = log_of(row_sum)
-    if soft is not None and soft_sum is not None:
-        soft_sum = soft_sum - soft.double().sum(-1) * (row_max.double() + row_sum.log())
+    if spec.soft is not None and soft_sum is not None:
+        soft_sum = soft_sum - spec.soft.double().sum(-1) * (row_max.double() + row_sum.log())
     hit = None if hit is None else (hit - row_max) - row_log
-    return row_max, row_log, hit, soft_sum, col_max, log_of(col_sum)
+    col_log = None if col_sum is None else log_of(col_sum)
+    return row_max, row_log, hit, soft_sum, col_max, col_log
 
 
-def log_of(total: Any) -> Any:
-    """log, and 0 where nothing was summed: the maximum, −∞, says so already."""
-    return None if total is None else torch.where(total == 0, 0.0, total.log()).float()
-
-
-def fold_backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
-    col_scale: Tensor | None,
-    target: Tensor | None,
-    soft: Tensor | None,
-    mask: Tensor | None,
-    dims: Sequence[int],
-    period: int,
-    exclude_own: bool,
-    own_boost: float,
-    other_boost: float,
-    link: str,
-    compute_dtype: torch.dtype | None,
-    row_max: Tensor,
-    row_log: Tensor,
-    col_max: Tensor | None,
-    col_log: Tensor | None,
-    d_row: Tensor,
-    d_hit: Tensor | None,
-    d_soft: Tensor | None,
-    d_col: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    problem = _Problem(
-        x, weight, dims, bias=bias, row_scale=row_scale, col_scale=col_scale, target=target,
-        soft=None if d_soft is None else soft, mask=mask, period=period, exclude_own=exclude_own,
-        own_boost=own_boost, other_boost=other_boost, link=link,
-    )  # fmt: skip
-    given = dict(row_max=finite_or_0(row_max), row_log=row_log, d_row=d_row)
-    given |= dict(d_hit=None if exclude_own else d_hit, d_soft=d_soft)
-    if soft is not None and d_soft is not None:
-        given["soft_total"] = soft.double().sum(-1).float().reshape(-1)
-    if d_col is not None and col_max is not None:
-        given |= dict(col_max=finite_or_0(col_max), col_log=col_log, d_col=d_col)
-    given = {name: t.contiguous() for name, t in given.items() if t is not None}
-    dx, dw, db, d_row_scale, d_col_scale = _backward(problem, given)
-    db = None if db is None or bias is None else db.to(bias.dtype)
-    return dx.to(x.dtype), dw, db, d_row_scale, d_col_scale
+def log_of(total: Tensor) -> Tensor:
+    """The fp32 logarithm, and 0 where nothing was summed: the maximum, −∞, says so already."""
+    return torch.where(total == 0, 0.0, total.log()).float()
 
 
 def finite_or_0(maximum: Tensor) -> Tensor:
-    """Where nothing was summed, every exp(y − maximum) is to be 0."""
+    """The maximum, and 0 where nothing was summed: every exp(y − maximum) is 0 there."""
     return maximum.where(maximum > -torch.inf, 0.0) if (maximum == -torch.inf).any() else maximum
 
 
-def _backward(
-    problem: _Problem, given: dict[str, Tensor]
+def fold_backward(
+    spec: FoldSpec, upstream: Upstream
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    x, weight, depth = problem.x, problem.weight, problem.dims[-1]
-    bias, row_scale, col_scale = (
-        problem.arrays.get(name) for name in ("bias", "row_scale", "col_scale")
+    given = upstream._asdict() | {
+        "row_max": finite_or_0(upstream.row_max),
+        "d_hit": upstream.d_hit if spec.has_hit else None,
+    }
+    if upstream.col_max is not None:
+        given["col_max"] = finite_or_0(upstream.col_max)
+    if upstream.d_soft is None:
+        spec = spec._replace(soft=None)
+    elif spec.soft is not None:
+        given["soft_total"] = spec.soft.double().sum(-1).reshape(-1)
+    return _backward(spec, given)
+
+
+def _backward(
+    spec: FoldSpec, given: Mapping[str, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight, bias and scales, from what ``Given`` of nested.h names."""
+    problem = _Problem(spec)
+    x, weight, depth = problem.x, spec.weight, spec.dims[-1]
+    fp32 = torch.float32
+    given = {n: t if n == "grad" else _as(t, fp32) for n, t in given.items() if t is not None}
+    dx, dw = memory.zeros(*x.shape), memory.zeros(*weight.shape, dtype=weight.dtype)
+    db, d_row_scale, d_col_scale = (
+        memory.zeros(*problem.inputs[name].shape) if name in problem.inputs else None
+        for name in ("bias", "row_scale", "col_scale")
     )
-    dx, dw = x.new_zeros(x.shape), weight.new_zeros(weight.shape)
-    db = None if bias is None else torch.zeros_like(bias)
-    d_row_scale, d_col_scale = (
-        None if scale is None else torch.zeros_like(scale) for scale in (row_scale, col_scale)
-    )
-    prefixes = len(problem.dims)
-    for part in gradient_chunks(len(x), len(weight), depth, prefixes):
-        scores, alive = problem.chunk(part)
-        width = part.stop - part.start
-        whole = dw.dtype == torch.float32
-        dw_part = dw[part] if whole else torch.zeros(width, depth)
-        addresses: dict[str, int] = {name: t.data_ptr() for name, t in given.items()}
+    for part in gradient_chunks(len(x), len(weight), depth, len(spec.dims)):
+        scores, inputs = problem.chunk(part)
+        whole = dw.dtype == fp32
+        dw_part = dw[part] if whole else memory.zeros(part.stop - part.start, depth)
+        cut = dict(given)
         for name in ("col_max", "col_log", "d_col"):
-            if name in addresses:
-                addresses[name] += 4 * part.start
-        if (grad := given.get("grad")) is not None:
-            grad = grad[:, :, part].float()
-            grad = grad if grad.stride(2) == 1 else grad.contiguous()
-            addresses["grad"] = grad.data_ptr()
-            addresses |= dict(grad_apart=grad.stride(0), grad_stride=grad.stride(1))
+            if name in cut:
+                cut[name] = cut[name][:, part]
+        strides = {}
+        if "grad" in given:
+            grad = cut["grad"] = rows_of(given["grad"][:, :, part].float())
+            strides = dict(grad_apart=grad.stride(0), grad_stride=grad.stride(1))
         _C.gradients(
-            scores, torch.get_num_threads(), native.ISA, addresses, WORKSPACE_BYTES,
-            dx.data_ptr(), dx.stride(0), dw_part.data_ptr(), dw_part.stride(0),
-            address(d_row_scale), 0 if d_col_scale is None else d_col_scale[:, part].data_ptr(),
-            0 if db is None else db[part].data_ptr(),
+            scores, torch.get_num_threads(), native.ISA,
+            {name: memory.address(t, fp32) for name, t in cut.items()} | strides,
+            WORKSPACE_BYTES, memory.address(dx, fp32), dx.stride(0),
+            memory.address(dw_part, fp32), dw_part.stride(0), memory.address(d_row_scale, fp32),
+            memory.address(None if d_col_scale is None else d_col_scale[:, part], fp32),
+            memory.address(None if db is None else db[part], fp32),
         )  # fmt: skip
         if not whole:
             dw[part, :depth] = dw_part.to(dw.dtype)
-        del alive
-    return dx, dw, db, d_row_scale, d_col_scale
+        del inputs
+    db = None if db is None or spec.bias is None else db.to(spec.bias.dtype)
+    return dx.to(spec.x.dtype), dw, db, d_row_scale, d_col_scale
 
 
 def logits_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, dims: Sequence[int]
 ) -> Tensor:  # [G, B, V] in x's dtype
-    problem = _Problem(x, weight, dims, bias=bias)
-    out = x.new_empty(len(dims), len(x), len(weight))
+    problem = _Problem(FoldSpec(x, weight, dims, bias))
+    out = memory.empty(len(dims), len(x), len(weight), dtype=x.dtype)
     for part in forward_chunks(len(x), len(weight), dims[-1], len(dims)):
-        scores, alive = problem.chunk(part)
+        scores, inputs = problem.chunk(part)
         to = out[:, :, part]
         if out.dtype != torch.float32:
-            to = torch.empty(len(dims), len(x), part.stop - part.start)
+            to = memory.empty(*to.shape)
         _C.store_scores(
-            scores, torch.get_num_threads(), native.ISA, to.data_ptr(), to.stride(0), to.stride(1)
-        )
+            scores, torch.get_num_threads(), native.ISA, memory.address(to, torch.float32),
+            to.stride(0), to.stride(1),
+        )  # fmt: skip
         if out.dtype != torch.float32:
             out[:, :, part] = to
-        del alive
+        del inputs
     return out
 
 
 def logits_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dims: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    dx, dw, db, _, _ = _backward(_Problem(x, weight, dims, bias=bias), dict(grad=grad))
-    return dx.to(x.dtype), dw, None if db is None or bias is None else db.to(bias.dtype)
+    dx, dw, db, _, _ = _backward(FoldSpec(x, weight, dims, bias), {"grad": grad})
+    return dx, dw, db
 
 
 def predict_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, dims: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """The first best class and its softmax, ``[G, B]`` each."""
-    problem = _Problem(x, weight, dims, bias=bias)
-    shape = len(dims), len(x)
-    row_max, row_sum = torch.full(shape, -torch.inf), torch.zeros(shape, dtype=torch.float64)
-    labels = torch.zeros(shape, dtype=torch.int64)
-    for part in forward_chunks(len(x), len(weight), dims[-1], len(dims)):
-        scores, alive = problem.chunk(part)
+    problem = _Problem(FoldSpec(x, weight, dims, bias))
+    G, B = len(dims), len(x)
+    row_max = memory.full((G, B), -torch.inf)
+    row_sum = memory.zeros(G, B, dtype=torch.float64)
+    labels = memory.zeros(G, B, dtype=torch.int64)
+    for part in forward_chunks(B, len(weight), dims[-1], G):
+        scores, inputs = problem.chunk(part)
         _C.fold(
-            scores, torch.get_num_threads(), native.ISA, row_max.data_ptr(), row_sum.data_ptr(),
-            labels.data_ptr(), 0, 0, 0, 0,
+            scores, torch.get_num_threads(), native.ISA,
+            memory.address(row_max, torch.float32), memory.address(row_sum, torch.float64),
+            memory.address(labels, torch.int64), 0, 0, 0, 0,
         )  # fmt: skip
-        del alive
+        del inputs
     # beside NaN softmax is NaN all over, and its maximum the first
     return labels.masked_fill_(row_sum.isnan(), 0), (1.0 / row_sum).float()

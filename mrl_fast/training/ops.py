@@ -18,6 +18,15 @@ from torch import Tensor
 from torch.library import custom_op
 
 from mrl_fast.shared.dispatch import module_of
+from mrl_fast.training.differentiation import (
+    differentiable,
+    differentiated,
+    save_spec,
+    saved_spec,
+)
+from mrl_fast.training.spec import FoldSpec, Upstream, schema_of
+
+DIFFERENTIABLE = ("x", "weight", "bias", "row_scale", "col_scale")
 
 
 class Fold(NamedTuple):
@@ -31,163 +40,106 @@ class Fold(NamedTuple):
     col_log: Tensor
 
 
-def fold(
-    x: Tensor,
-    weight: Tensor,
-    dims: Sequence[int],
-    *,
-    impl: str,
-    bias: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    col_scale: Tensor | None = None,
-    target: Tensor | None = None,
-    period: int | None = None,
-    exclude_own: bool = False,
-    own_boost: float = 1.0,
-    other_boost: float = 1.0,
-    soft: Tensor | None = None,
-    mask: Tensor | None = None,
-    link: str = "softmax",
-    columns: bool = False,
-    compute_dtype: torch.dtype | None = None,
-) -> Fold:
-    """Statistics of ``z = row_scale · col_scale · S_g + bias`` for every prefix, in one pass.
+def fold(spec: FoldSpec, impl: str) -> Fold:
+    """Statistics of the scores that ``spec`` describes, from one pass over the columns.
 
     Differentiable once, in x, weight, bias and both scales.
 
     Args:
-        x: ``[B, >= dims[-1]]``.
-        weight: ``[V, >= dims[-1]]``.
-        dims: Checked prefix widths.
-        impl: A name that ``implementation`` has accepted for these tensors.
-        bias: ``[V]``.
-        row_scale, col_scale: ``[G, B]`` and ``[G, V]`` fp32; both or neither.
-        target: ``[B]`` int64, the column of each row's positive.
-        period: Columns equal to the target modulo ``period`` are a row's own; default V.
-        exclude_own: Leave a row's own columns out, its target too; there is no hit then.
-        own_boost, other_boost: y is z times this at own columns but the target, and at all others;
-            to autograd the factor adds a constant.
-        soft: ``[V]`` or ``[B, V]`` fp32, weights of a row's scores in ``soft_sum``.
-        mask: ``[B, V]`` bool, True is left out.
-        link: ``"softmax"``, or ``"sigmoid"`` for sums of softplus.
-        columns: Also fold over the rows of each column.
-        compute_dtype: Round x and weight to this for their products, as tensor cores ask.
+        spec: Checked arguments.
+        impl: A name that ``dispatch.choose`` has accepted for these tensors.
     """
-    out = torch.ops.mrl_fast.fold(
-        x, weight, bias, row_scale, col_scale, target, soft, mask, list(dims),
-        len(weight) if period is None else period, exclude_own, own_boost, other_boost, link,
-        columns, compute_dtype, impl,
-    )  # fmt: skip
-    result = Fold(*out)
+    result = Fold(*_fold_once(*spec._replace(dims=list(spec.dims)), impl))
     return result._replace(row_max=result.row_max.detach(), col_max=result.col_max.detach())
 
 
-OPTIONS = "int[] dims, int period, bool exclude_own, float own_boost, float other_boost, str link, "
-ARRAYS = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? row_scale, Tensor? col_scale, Tensor? target, "
-    "Tensor? soft, Tensor? mask, "
-)
-
-
-def _or_empty(x: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+def _or_empty(x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """An op returns tensors only: an absent one is empty."""
-    return [x.new_empty(0, dtype=torch.float32) if t is None else t for t in tensors]
+    return tuple(x.new_empty(0, dtype=torch.float32) if t is None else t for t in tensors)
 
 
-@custom_op(
-    "mrl_fast::fold",
-    mutates_args=(),
-    schema=f"({ARRAYS}{OPTIONS}bool columns, ScalarType? compute_dtype, str impl) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _fold(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *rest, impl = arguments
-    top, log, hit, soft_sum, *columns = module_of(impl, "training").fold_forward(x, *rest)
-    soft_sum = x.new_empty(0, dtype=torch.float64) if soft_sum is None else soft_sum.double()
-    return tuple(_or_empty(x, (top, log, hit, soft_sum, *columns)))
+@custom_op("mrl_fast::fold", mutates_args=(), schema=schema_of(FoldSpec, returns=6))
+def _fold(*arguments: Any) -> tuple[Tensor, ...]:
+    *fields, impl = arguments
+    spec = FoldSpec(*fields)
+    f = Fold(*module_of(impl, "training").fold_forward(spec))
+    f = Fold(*_or_empty(spec.x, f))
+    return f._replace(soft_sum=f.soft_sum.double())
 
 
 @_fold.register_fake
-def _(
-    x, weight, bias, row_scale, col_scale, target, soft, mask, dims, period, exclude_own,
-    own_boost, other_boost, link, columns, compute_dtype, impl,
-):  # fmt: skip
-    def of(present: bool, size) -> Tensor:
-        return x.new_empty((len(dims), size) if present else (0,), dtype=torch.float32)
+def _(*arguments):
+    *fields, _ = arguments
+    spec = FoldSpec(*fields)
 
-    hit = target is not None and not exclude_own
-    rows, cols = x.shape[0], weight.shape[0]
-    return (
-        of(True, rows), of(True, rows), of(hit, rows), of(soft is not None, rows).double(),
-        of(columns, cols), of(columns, cols),
-    )  # fmt: skip
+    def empty(present: bool, of: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return of.new_empty((len(spec.dims), len(of)) if present else (0,), dtype=dtype)
 
-
-@custom_op(
-    "mrl_fast::fold_backward",
-    mutates_args=(),
-    schema=f"({ARRAYS}{OPTIONS}ScalarType? compute_dtype, Tensor row_max, Tensor row_log, "
-    "Tensor? col_max, Tensor? col_log, Tensor d_row, Tensor? d_hit, Tensor? d_soft, "
-    "Tensor? d_col, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _fold_backward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *rest, impl = arguments
-    return tuple(_or_empty(x, module_of(impl, "training").fold_backward(x, *rest)))
-
-
-@_fold_backward.register_fake
-def _(x, weight, bias, row_scale, col_scale, *_):
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(weight, memory_format=torch.contiguous_format),
-        *(
-            x.new_empty(
-                (0,) if t is None else t.shape, dtype=torch.float32 if t is None else t.dtype
-            )
-            for t in (bias, row_scale, col_scale)
-        ),
+    x, weight = spec.x, spec.weight
+    return Fold(
+        row_max=empty(True, x),
+        row_log=empty(True, x),
+        hit=empty(spec.has_hit, x),
+        soft_sum=empty(spec.soft is not None, x, torch.float64),
+        col_max=empty(spec.columns, weight),
+        col_log=empty(spec.columns, weight),
     )
 
 
+@custom_op(
+    "mrl_fast::fold_backward", mutates_args=(), schema=schema_of(FoldSpec, Upstream, returns=5)
+)
+def _fold_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    *fields, impl = arguments
+    spec, upstream = _split(fields)
+    return _or_empty(spec.x, module_of(impl, "training").fold_backward(spec, upstream))
+
+
+def _split(fields: Sequence[Any]) -> tuple[FoldSpec, Upstream]:
+    size = len(FoldSpec._fields)
+    return FoldSpec(*fields[:size]), Upstream(*fields[size:])
+
+
+@_fold_backward.register_fake
+def _(*arguments):
+    *fields, _ = arguments
+    spec, _ = _split(fields)
+    inputs: list[Tensor | None] = [getattr(spec, name) for name in DIFFERENTIABLE]
+    return _or_empty(spec.x, [None if t is None else _contiguous_like(t) for t in inputs])
+
+
+def _contiguous_like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
 def _save(ctx, inputs, output) -> None:
-    *arrays, ctx.dims, ctx.period = inputs[:10]
-    ctx.options = inputs[10:14]  # exclude_own … link
-    ctx.compute_dtype, ctx.impl = inputs[15:]
-    row_max, row_log, _, _, col_max, col_log = output
+    *fields, ctx.impl = inputs
+    f = Fold(*output)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*arrays, row_max, row_log, col_max, col_log)
+    save_spec(ctx, FoldSpec(*fields), f.row_max, f.row_log, f.col_max, f.col_log)
 
 
-def _gradients(ctx, d_row_max, d_row, d_hit, d_soft, d_col_max, d_col):
-    *arrays, row_max, row_log, col_max, col_log = ctx.saved_tensors
-    has_hit = arrays[5] is not None and not ctx.options[0]
-    out = torch.ops.mrl_fast.fold_backward(
-        *arrays, ctx.dims, ctx.period, *ctx.options, ctx.compute_dtype, row_max, row_log,
-        col_max if d_col is not None else None, col_log if d_col is not None else None,
-        torch.zeros_like(row_log) if d_row is None else d_row,
-        torch.zeros_like(row_log) if d_hit is None and has_hit else d_hit,
-        None if d_soft is None or arrays[6] is None else d_soft.float(), d_col, ctx.impl,
-    )  # fmt: skip
-    gradients = [None if of is None else grad for of, grad in zip(arrays[:5], out, strict=True)]
-    return *gradients, *[None] * 12
+def _gradients(ctx, *gradients):
+    spec, (row_max, row_log, col_max, col_log) = saved_spec(ctx)
+    d = Fold(*gradients)
+    zeros, by_columns = torch.zeros_like(row_log), d.col_log is not None
+    upstream = Upstream(
+        row_max=row_max,
+        row_log=row_log,
+        col_max=col_max if by_columns else None,
+        col_log=col_log if by_columns else None,
+        d_row=zeros if d.row_log is None else d.row_log,
+        d_hit=zeros if d.hit is None and spec.has_hit else d.hit,
+        d_soft=None if d.soft_sum is None or spec.soft is None else d.soft_sum.float(),
+        d_col=d.col_log,
+    )
+    found = _fold_backward_once(*spec, *upstream, ctx.impl)
+    by_name = dict(zip(DIFFERENTIABLE, found, strict=True))
+    return *(by_name[n] if n in by_name and n in ctx.tensors else None for n in spec._fields), None
 
 
-_fold.register_autograd(_gradients, setup_context=_save)
-
-
-def refuse_double_backward(op: Any) -> None:
-    """Second derivatives of a fused loss raise, rather than being silently zero."""
-
-    def raise_(ctx, *grads):
-        raise RuntimeError(
-            "mrl_fast: a fused loss can be differentiated once; for second derivatives pass "
-            "impl='reference'"
-        )
-
-    op.register_autograd(raise_, setup_context=lambda ctx, inputs, output: None)
-
-
-refuse_double_backward(_fold_backward)
+_fold_backward_once = differentiated(_fold_backward)
+_fold_once = differentiable(_fold, _save, _gradients)
 
 
 EPSILON = 1e-12  # of F.normalize
@@ -203,13 +155,11 @@ def _norms(x: Tensor, dims: Sequence[int]) -> Tensor:  # [G, B] fp64
 
 
 @custom_op("mrl_fast::inverse_norms", mutates_args=())
-def inverse_norms(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """``1 / max(‖x[:, :d]‖, 1e-12)`` of every prefix, ``[G, B]`` fp64: what ``F.normalize`` divides
-    by. An error here is one of all of a row's scores, and would not average out."""
+def _inverse_norms(x: Tensor, dims: Sequence[int]) -> Tensor:
     return _norms(x, dims).clamp_min(EPSILON).reciprocal()
 
 
-@inverse_norms.register_fake
+@_inverse_norms.register_fake
 def _(x, dims):
     return x.new_empty((len(dims), x.shape[0]), dtype=torch.float64)
 
@@ -228,7 +178,7 @@ def _inverse_norms_backward(x: Tensor, grad: Tensor, dims: Sequence[int]) -> Ten
 
 @_inverse_norms_backward.register_fake
 def _(x, grad, dims):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _contiguous_like(x)
 
 
 def _save_norms(ctx, inputs, output) -> None:
@@ -236,11 +186,18 @@ def _save_norms(ctx, inputs, output) -> None:
     ctx.save_for_backward(x)
 
 
-inverse_norms.register_autograd(
-    lambda ctx, grad: (_inverse_norms_backward(*ctx.saved_tensors, grad, ctx.dims), None),
-    setup_context=_save_norms,
-)
-refuse_double_backward(_inverse_norms_backward)
+def _norm_gradients(ctx, grad):
+    return _inverse_norms_backward_once(*ctx.saved_tensors, grad, ctx.dims), None
+
+
+_inverse_norms_backward_once = differentiated(_inverse_norms_backward)
+_inverse_norms_once = differentiable(_inverse_norms, _save_norms, _norm_gradients)
+
+
+def inverse_norms(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """``1 / max(‖x[:, :d]‖, 1e-12)`` of every prefix, ``[G, B]`` fp64: ``F.normalize`` divides by
+    these norms. Their errors are those of all of a row's scores and would not average out."""
+    return _inverse_norms_once(x, list(dims))
 
 
 @custom_op(
@@ -248,12 +205,11 @@ refuse_double_backward(_inverse_norms_backward)
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, int[] dims, str impl) -> Tensor",
 )
-def nested_logits(x, weight, bias, dims, impl):
-    """``[G, B, V]``: S_g + bias, in x's dtype."""
+def _nested_logits(x, weight, bias, dims, impl):
     return module_of(impl, "training").logits_forward(x, weight, bias, dims)
 
 
-@nested_logits.register_fake
+@_nested_logits.register_fake
 def _(x, weight, bias, dims, impl):
     return x.new_empty((len(dims), x.shape[0], weight.shape[0]))
 
@@ -265,18 +221,13 @@ def _(x, weight, bias, dims, impl):
     "-> (Tensor, Tensor, Tensor)",
 )
 def _nested_logits_backward(grad, x, weight, bias, dims, impl):
-    return tuple(
-        _or_empty(x, module_of(impl, "training").logits_backward(grad, x, weight, bias, dims))
-    )
+    return _or_empty(x, module_of(impl, "training").logits_backward(grad, x, weight, bias, dims))
 
 
 @_nested_logits_backward.register_fake
 def _(grad, x, weight, bias, dims, impl):
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(weight, memory_format=torch.contiguous_format),
-        x.new_empty(0, dtype=torch.float32) if bias is None else torch.empty_like(bias),
-    )
+    db = None if bias is None else _contiguous_like(bias)
+    return _or_empty(x, [_contiguous_like(x), _contiguous_like(weight), db])
 
 
 def _save_logits(ctx, inputs, output) -> None:
@@ -286,14 +237,19 @@ def _save_logits(ctx, inputs, output) -> None:
 
 def _logits_gradients(ctx, grad):
     x, weight, bias = ctx.saved_tensors
-    dx, dw, db = torch.ops.mrl_fast.nested_logits_backward(
-        grad, x, weight, bias, ctx.dims, ctx.impl
-    )
+    dx, dw, db = _nested_logits_backward_once(grad, x, weight, bias, ctx.dims, ctx.impl)
     return dx, dw, None if bias is None else db, None, None
 
 
-nested_logits.register_autograd(_logits_gradients, setup_context=_save_logits)
-refuse_double_backward(_nested_logits_backward)
+_nested_logits_backward_once = differentiated(_nested_logits_backward)
+_nested_logits_once = differentiable(_nested_logits, _save_logits, _logits_gradients)
+
+
+def nested_logits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dims: Sequence[int], impl: str
+) -> Tensor:
+    """``[G, B, V]``: S_g + bias, in x's dtype."""
+    return _nested_logits_once(x, weight, bias, list(dims), impl)
 
 
 @custom_op(

@@ -3,13 +3,15 @@ differentiable more than once, any float dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mrl_fast.shared.types import NestedLoss, Prediction
+from mrl_fast.training.spec import InfoNCESpec
 
 
 def matryoshka_logits(
@@ -27,25 +29,11 @@ def matryoshka_cross_entropy(
     biases: Sequence[Tensor | None],
     target: Tensor,
     dim_weights: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
+    **options: Any,
 ) -> NestedLoss:
-    if class_weight is not None:
-        class_weight = class_weight.to(x.dtype)
+    """``options`` are those of ``F.cross_entropy``."""
     per_dim = torch.stack(
-        [
-            F.cross_entropy(
-                logits,
-                target,
-                weight=class_weight,
-                ignore_index=ignore_index,
-                label_smoothing=label_smoothing,
-                reduction=reduction,
-            )
-            for logits in matryoshka_logits(x, weights, biases)
-        ]
+        [F.cross_entropy(z, target, **options) for z in matryoshka_logits(x, weights, biases)]
     )  # [G] or [G, B]
     c = dim_weights.to(per_dim.dtype).reshape(-1, *[1] * (per_dim.ndim - 1))
     return NestedLoss((c * per_dim).sum(0), per_dim.detach())
@@ -67,53 +55,37 @@ def similarities(
     return torch.stack([prefix(x, d) @ prefix(y, d).T for d in dims])
 
 
-def info_nce_rows(
-    queries: Tensor,
-    all_queries: Tensor,
-    positives: Tensor,
-    documents: Tensor,
-    dims: Sequence[int],
-    *,
-    scale: Tensor | float,
-    directions: Sequence[str],
-    partition_mode: str,
-    hardness_mode: str | None,
-    hardness_strength: float,
-    mask: Mapping[str, Tensor],
-    normalize: bool,
-    own_query: Tensor,
-    own_document: Tensor,
-    period: int,
-) -> Tensor:  # [G, B]
-    """``own_query`` and ``own_document`` ``[B]``: each row's own among all; documents equal to it
-    modulo ``period`` are its own too."""
-    sides = {"query": (queries, all_queries), "doc": (positives, documents)}
-    rows = torch.arange(len(queries), device=queries.device)
-    own = torch.arange(len(documents), device=queries.device) % period == own_document[:, None]
-    is_positive = torch.zeros_like(own)
-    is_positive[rows, own_document] = True
+def info_nce_rows(spec: InfoNCESpec) -> Tensor:  # [G, B]
+    sides = {
+        "query": (spec.queries, spec.all_queries),
+        "doc": (spec.positives, spec.documents),
+    }
+    columns = torch.arange(len(spec.documents), device=spec.queries.device)
+    own = columns % spec.period == spec.own_document[:, None]
+    is_positive = columns == spec.own_document[:, None]
     logits = {}
-    for name in directions:
+    for name in spec.directions:
         left, right = name.split("_to_")
-        y = similarities(sides[left][0], sides[right][1], dims, normalize)
-        z = y * scale
-        if name == "query_to_doc" and hardness_mode is not None:
+        y = similarities(sides[left][0], sides[right][1], spec.dims, spec.normalize)
+        z = y * spec.scale
+        if name == "query_to_doc" and spec.hardness_mode is not None:
             hard = {
                 "in_batch_negatives": ~own,
                 "hard_negatives": own & ~is_positive,
                 "all_negatives": ~is_positive,
-            }[hardness_mode]
-            z = z + torch.where(hard, hardness_strength * y.detach(), 0.0)
+            }[spec.hardness_mode]
+            z = z + torch.where(hard, spec.hardness_strength * y.detach(), 0.0)
         if name == "query_to_query":
-            itself = torch.arange(z.shape[2], device=z.device) == own_query[:, None]
+            itself = torch.arange(z.shape[2], device=z.device) == spec.own_query[:, None]
             z = z.masked_fill(itself, -torch.inf)
         if name == "doc_to_doc":
             z = z.masked_fill(own, -torch.inf)
-        if name in mask:
-            z = z.masked_fill(mask[name], -torch.inf)
+        if name in spec.mask:
+            z = z.masked_fill(spec.mask[name], -torch.inf)
         logits[name] = z
-    hit = logits["query_to_doc"][:, rows, own_document]
-    if partition_mode == "joint":
+    rows = torch.arange(len(spec.queries), device=spec.queries.device)
+    hit = logits["query_to_doc"][:, rows, spec.own_document]
+    if spec.partition_mode == "joint":
         return torch.cat(list(logits.values()), dim=2).logsumexp(2) - hit
     return torch.stack([z.logsumexp(2) for z in logits.values()]).mean(0) - hit
 
@@ -127,9 +99,8 @@ def sigmoid_rows(
     target: Tensor,
 ) -> Tensor:  # [G, B]
     columns = torch.arange(len(documents), device=queries.device)
-    sign = torch.where(columns == target[:, None], 1.0, -1.0).to(queries.dtype)
     z = similarities(queries, documents, dims) * scale + bias
-    return -F.logsigmoid(sign * z).sum(2)
+    return -F.logsigmoid(torch.where(columns == target[:, None], z, -z)).sum(2)
 
 
 def distill_rows(

@@ -7,6 +7,7 @@ from mrl_fast.kernels import training as kernels
 from mrl_fast.kernels.shared import tiling
 
 from mrl_fast.testing import assert_within_budget
+from mrl_fast.training.spec import FoldSpec, Upstream
 
 DIMS = (1, 3, 8, 12)  # slabs narrower than a block, starting anywhere
 STATISTICS = ["row_max", "row_log", "hit", "soft_sum", "col_max", "col_log"]
@@ -100,19 +101,23 @@ class Problem:
         named = dict(zip(STATISTICS + GRADIENTS, [*out, *grads], strict=True))
         return {name: None if t is None else t.detach() for name, t in named.items()}
 
+    def spec(self, compute_dtype=None):
+        x, weight, bias, row_scale, col_scale = self.tensors()
+        return FoldSpec(x, weight, self.dims, bias, row_scale, col_scale, self.target, self.soft,
+                        self.mask, *self.rules, self.link, self.columns, compute_dtype)  # fmt: skip
+
     def forward(self, compute_dtype=None):
-        out = kernels.fold_forward(*self.tensors(), self.target, self.soft, self.mask, self.dims,
-                                   *self.rules, self.link, self.columns, compute_dtype)  # fmt: skip
+        out = kernels.fold_forward(self.spec(compute_dtype))
         return dict(zip(STATISTICS, out, strict=True))
 
     def backward(self, f, upstream=None, compute_dtype=None):
         d_row, d_hit, d_soft, d_col = upstream or self.upstream
-        out = kernels.fold_backward(
-            *self.tensors(), self.target, self.soft, self.mask, self.dims, *self.rules, self.link,
-            compute_dtype, f["row_max"], f["row_log"], f["col_max"], f["col_log"],
-            d_row, None if f["hit"] is None else d_hit,
-            None if self.soft is None else d_soft, d_col if self.columns else None,
+        given = Upstream(
+            f["row_max"], f["row_log"], f["col_max"], f["col_log"],
+            d_row=d_row, d_hit=None if f["hit"] is None else d_hit,
+            d_soft=None if self.soft is None else d_soft, d_col=d_col if self.columns else None,
         )  # fmt: skip
+        out = kernels.fold_backward(self.spec(compute_dtype), given)
         return dict(zip(GRADIENTS, out, strict=True))
 
     def engine(self):

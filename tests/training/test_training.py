@@ -20,6 +20,7 @@ from mrl_fast import (
     matryoshka_sigmoid_loss,
 )
 from mrl_fast.training import ops
+from mrl_fast.training.spec import FoldSpec
 
 DIMS = (8, 12, 48)
 
@@ -66,14 +67,16 @@ def test_compiles_as_one_graph(name):
 
 def test_ops_keep_their_contracts_with_pytorch():
     x, w = tensors((9, 48), (11, 48))
-    scales = [torch.rand(3, 9), torch.rand(3, 11)]
-    fixed = (None, *scales, TARGET[:9], None, None, list(DIMS), 11, False, 1.0, 1.0, "softmax")
-    torch.library.opcheck(ops._fold, (x, w, *fixed, True, None, "cpp"))
+    spec = FoldSpec(
+        x, w, list(DIMS), row_scale=torch.rand(3, 9), col_scale=torch.rand(3, 11),
+        target=TARGET[:9], columns=True,
+    )  # fmt: skip
+    torch.library.opcheck(ops._fold, (*spec, "cpp"))
     columns_first = w.detach().T.contiguous().T.requires_grad_()
-    torch.library.opcheck(ops._fold, (x, columns_first, *fixed, True, None, "cpp"))
-    torch.library.opcheck(ops.nested_logits, (x, columns_first, None, list(DIMS), "cpp"))
-    torch.library.opcheck(ops.inverse_norms, (x, list(DIMS)))
-    torch.library.opcheck(ops.nested_logits, (x, w, torch.rand(11), list(DIMS), "cpp"))
+    torch.library.opcheck(ops._fold, (*spec._replace(weight=columns_first), "cpp"))
+    torch.library.opcheck(ops._nested_logits, (x, columns_first, None, list(DIMS), "cpp"))
+    torch.library.opcheck(ops._inverse_norms, (x, list(DIMS)))
+    torch.library.opcheck(ops._nested_logits, (x, w, torch.rand(11), list(DIMS), "cpp"))
     not_differentiable = ("test_schema", "test_faketensor")
     predict = (x.detach(), w.detach(), None, list(DIMS), "cpp")
     torch.library.opcheck(ops.predict, predict, test_utils=not_differentiable)

@@ -18,9 +18,10 @@ from mrl_fast.shared.dispatch import choose
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training import reference
 from mrl_fast.training.losses import matryoshka_info_nce
-from mrl_fast.training.losses.embeddings import Side, gather_rows, rank_of
+from mrl_fast.training.losses.embeddings import Side, check_ranks, gather_rows, rank_of
 from mrl_fast.training.losses.reductions import check_dim_weights, nested_loss
 from mrl_fast.training.ops import fold
+from mrl_fast.training.spec import FoldSpec
 
 # of a loss: its columns of embeddings [B, D], those of its guide, dims and their weights
 Form = Callable[[Any, list[Tensor], list[Tensor], tuple[int, ...], Sequence[float]], NestedLoss]
@@ -101,6 +102,7 @@ def gist(
         raise ValueError(f"sentence_features: expected 2 or 3 columns, got {len(columns)}")
     group = _group(loss)
     anchors, positives = columns[:2]
+    check_ranks(group, anchors, columns[1:])
     documents = [gather_rows(block, group) for block in columns[1:]]
     local = torch.arange(len(anchors), device=anchors.device)
     own = local + rank_of(group) * len(anchors)  # [B], each row's positive
@@ -145,7 +147,8 @@ def _joint_rows(
         r, c = Side.of(x, dims), Side.of(y, dims)
         scales = dict(row_scale=r.scaled(scale), col_scale=c.inverse)
         options: dict[str, Any] = scales | dict(target=None if folds else target, mask=mask)
-        folds.append(fold(r.x, c.x, dims, impl=impl, compute_dtype=r.compute_dtype, **options))
+        spec = FoldSpec(r.x, c.x, dims, compute_dtype=r.compute_dtype, **options)
+        folds.append(fold(spec, impl))
     first = folds[0]
     logs = [f.row_log + (f.row_max - first.row_max) - first.row_log for f in folds]
     return torch.stack(logs).logsumexp(0) - first.hit

@@ -20,6 +20,7 @@ from mrl_fast.training.losses.reductions import (
     nested_loss,
 )
 from mrl_fast.training.ops import fold
+from mrl_fast.training.spec import FoldSpec
 
 
 def matryoshka_cross_entropy(
@@ -83,8 +84,9 @@ def matryoshka_cross_entropy(
     impl = choose(impl, x, heads[0].weight)
     if impl == "reference":
         return reference.matryoshka_cross_entropy(
-            x, *prefixes(heads), target, dim_weights, class_weight, ignore_index, label_smoothing,
-            reduction,
+            x, *prefixes(heads), target, dim_weights,
+            weight=None if class_weight is None else class_weight.to(x.dtype),
+            ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
         )  # fmt: skip
 
     # t_ij = hit_i·[j = y_i] + keep_i·soft_j, and a row's loss is −Σ_j t_ij · logp_ij
@@ -95,14 +97,13 @@ def matryoshka_cross_entropy(
         hit = torch.where(keep, class_weight[safe_target], 0.0)
     soft = None
     if label_smoothing > 0:
-        soft = torch.ones(num_classes, device=x.device) if class_weight is None else class_weight
+        soft = hit.new_ones(num_classes) if class_weight is None else class_weight
         soft = soft * (label_smoothing / num_classes)  # [V]
 
     parts = []
     for head in heads:  # separate heads share no scores: one prefix each
-        f = fold(
-            x, head.weight, head.dims, impl=impl, bias=head.bias, target=safe_target, soft=soft
-        )
+        spec = FoldSpec(x, head.weight, head.dims, head.bias, target=safe_target, soft=soft)
+        f = fold(spec, impl)
         part = (1.0 - label_smoothing) * hit * -f.hit
         if soft is not None:
             part = part - f.soft_sum.float()

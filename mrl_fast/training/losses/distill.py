@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,16 @@ from mrl_fast.shared.checks import check_choice, check_matrix, check_same_device
 from mrl_fast.shared.dispatch import choose, module_of
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training import reference
+from mrl_fast.training.differentiation import (
+    differentiable,
+    differentiated,
+    save_spec,
+    saved_spec,
+)
 from mrl_fast.training.losses.embeddings import Side, check_pairs
 from mrl_fast.training.losses.reductions import check_dim_weights, nested_loss
-from mrl_fast.training.ops import refuse_double_backward
+from mrl_fast.training.ops import Fold
+from mrl_fast.training.spec import FoldSpec, Upstream, schema_of
 
 CHUNK_BYTES = 16 << 20  # of teacher probabilities held at a time
 
@@ -78,11 +85,11 @@ def matryoshka_distill(
         d = q if single else Side.of(documents, dims)
         if cols is not None:
             rows, cols = F.normalize(rows.float()), F.normalize(cols.float())
-        kl = torch.ops.mrl_fast.distill(
-            q.x, d.x, q.scaled(1 / temperature), d.inverse, rows.detach(),
-            None if cols is None else cols.detach(), list(dims), float(temperature),
-            q.compute_dtype, impl,
-        )[0]  # fmt: skip
+        spec = DistillSpec(
+            q.x, d.x, list(dims), q.scaled(1 / temperature), d.inverse, rows.detach(),
+            None if cols is None else cols.detach(), float(temperature), q.compute_dtype,
+        )  # fmt: skip
+        kl, _, _ = _distill_once(*spec, impl)
     return nested_loss(kl * temperature**2, dim_weights, "mean", len(queries))
 
 
@@ -137,97 +144,109 @@ def _check_teacher(
     return teacher, None
 
 
-def _chunks(
-    rows: Tensor, cols: Tensor | None, temperature: float
-) -> Iterator[tuple[slice, Tensor]]:
-    """Ranges of rows and the teacher's log-probabilities there."""
-    columns = rows.shape[1] if cols is None else len(cols)
-    step = max(64, CHUNK_BYTES // (4 * max(1, columns)))
-    for begin in range(0, len(rows), step):
-        part = slice(begin, min(begin + step, len(rows)))
-        with torch.autocast(rows.device.type, enabled=False):  # the same in every context
-            scores = rows[part].float() if cols is None else rows[part] @ cols.T
-            logp = (scores / temperature).log_softmax(1)
-        yield part, logp
+class DistillSpec(NamedTuple):
+    """What the op reads: the student's sides in fp32, and the teacher."""
+
+    x: Tensor  # [B, D]
+    weight: Tensor  # [C, D]
+    dims: Sequence[int]
+    row_scale: Tensor  # [G, B] fp32
+    col_scale: Tensor  # [G, C] fp32
+    rows: Tensor  # the teacher's scores [B, C], or its normalised rows [B, E]
+    cols: Tensor | None  # [C, E]
+    temperature: float
+    compute_dtype: torch.dtype | None
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, FoldSpec]]:
+        """Ranges of rows, the teacher's log-probabilities there, and the student's fold."""
+        step = max(64, CHUNK_BYTES // (4 * max(1, len(self.weight))))
+        for begin in range(0, len(self.rows), step):
+            part = slice(begin, min(begin + step, len(self.rows)))
+            rows, cols = self.rows[part], self.cols
+            with torch.autocast(rows.device.type, enabled=False):  # the same in every context
+                scores = rows.float() if cols is None else rows @ cols.T
+                logp = (scores / self.temperature).log_softmax(1)
+            yield (
+                part,
+                logp,
+                FoldSpec(
+                    self.x[part], self.weight, self.dims, row_scale=self.row_scale[:, part],
+                    col_scale=self.col_scale, soft=logp.exp(), compute_dtype=self.compute_dtype,
+                ),
+            )  # fmt: skip
 
 
-ARRAYS = (
-    "Tensor x, Tensor weight, Tensor row_scale, Tensor col_scale, Tensor rows, Tensor? cols, "
-    "int[] dims, float temperature, ScalarType? compute_dtype, "
-)
+class Student(NamedTuple):
+    """Statistics of the forward, and the loss's derivative by the KL; all ``[G, B]``."""
+
+    row_max: Tensor
+    row_log: Tensor
+    d_kl: Tensor
 
 
-def _options(dims: Sequence[int], columns: int) -> tuple:
-    return dims, columns, False, 1.0, 1.0, "softmax"
-
-
-@custom_op(
-    "mrl_fast::distill", mutates_args=(), schema=f"({ARRAYS}str impl) -> (Tensor, Tensor, Tensor)"
-)
-def _distill(x, weight, row_scale, col_scale, rows, cols, dims, temperature, compute_dtype, impl):
+@custom_op("mrl_fast::distill", mutates_args=(), schema=schema_of(DistillSpec, returns=3))
+def _distill(*arguments):
     """KL of every row and prefix, and the student's two statistics, ``[G, B]`` each."""
-    kl, row_max, row_log = (x.new_empty(len(dims), len(x), dtype=torch.float32) for _ in range(3))
-    for part, logp in _chunks(rows, cols, temperature):
+    *fields, impl = arguments
+    spec = DistillSpec(*fields)
+    kl, row_max, row_log = (torch.empty_like(spec.row_scale) for _ in range(3))
+    for part, logp, fold_spec in spec.chunks():
+        f = Fold(*module_of(impl, "training").fold_forward(fold_spec))
+        row_max[:, part], row_log[:, part] = f.row_max, f.row_log
         p = logp.exp()
-        top, log, _, cross, _, _ = module_of(impl, "training").fold_forward(
-            x[part], weight, None, row_scale[:, part], col_scale, None, p, None,
-            *_options(dims, len(weight)), False, compute_dtype,
-        )  # fmt: skip
-        row_max[:, part], row_log[:, part] = top, log
         entropy = torch.where(p > 0, p * logp, 0.0).double().sum(1)  # −H, [b]
-        kl[:, part] = (entropy - cross).float()  # a small difference of larger numbers
+        kl[:, part] = (entropy - f.soft_sum).float()  # a small difference of larger numbers
     return kl, row_max, row_log
 
 
 @_distill.register_fake
-def _(x, weight, row_scale, *_):
-    return tuple(torch.empty_like(row_scale) for _ in range(3))
+def _(*arguments):
+    *fields, _ = arguments
+    return tuple(torch.empty_like(DistillSpec(*fields).row_scale) for _ in range(3))
 
 
 @custom_op(
-    "mrl_fast::distill_backward",
-    mutates_args=(),
-    schema=f"({ARRAYS}Tensor row_max, Tensor row_log, Tensor grad, str impl) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "mrl_fast::distill_backward", mutates_args=(), schema=schema_of(DistillSpec, Student, returns=4)
 )
-def _distill_backward(
-    x, weight, row_scale, col_scale, rows, cols, dims, temperature, compute_dtype,
-    row_max, row_log, grad, impl,
-):  # fmt: skip
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    d_rows, d_cols = torch.zeros_like(row_scale), torch.zeros_like(col_scale)
-    for part, logp in _chunks(rows, cols, temperature):
-        dx[part], more, _, d_rows[:, part], more_cols = module_of(impl, "training").fold_backward(
-            x[part], weight, None, row_scale[:, part], col_scale, None, logp.exp(), None,
-            *_options(dims, len(weight)), compute_dtype, row_max[:, part], row_log[:, part],
-            None, None, torch.zeros_like(grad[:, part]), None, -grad[:, part], None,
-        )  # fmt: skip
+def _distill_backward(*arguments):
+    *fields, impl = arguments
+    size = len(DistillSpec._fields)
+    spec, student = DistillSpec(*fields[:size]), Student(*fields[size:])
+    dx, dw, d_rows, d_cols = (
+        torch.zeros_like(t, memory_format=torch.contiguous_format)
+        for t in (spec.x, spec.weight, spec.row_scale, spec.col_scale)
+    )
+    for part, _, fold_spec in spec.chunks():
+        row_max, row_log, d_kl = (t[:, part] for t in student)
+        upstream = Upstream(row_max, row_log, None, None, torch.zeros_like(d_kl), None, -d_kl, None)
+        found = module_of(impl, "training").fold_backward(fold_spec, upstream)
+        dx[part], more, _, d_rows[:, part], more_cols = found
         dw += more
         d_cols += more_cols
     return dx, dw, d_rows, d_cols
 
 
 @_distill_backward.register_fake
-def _(x, weight, row_scale, col_scale, *_):
+def _(*arguments):
+    spec = DistillSpec(*arguments[: len(DistillSpec._fields)])
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in (x, weight, row_scale, col_scale)
+        for t in (spec.x, spec.weight, spec.row_scale, spec.col_scale)
     )
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:6], *output[1:])
-    ctx.options, ctx.impl = inputs[6:9], inputs[9]
+    *fields, ctx.impl = inputs
+    _, *statistics = output
+    save_spec(ctx, DistillSpec(*fields), *statistics)
 
 
-def _gradients(ctx, grad, *_):
-    *arrays, row_max, row_log = ctx.saved_tensors
-    out = torch.ops.mrl_fast.distill_backward(
-        *arrays, *ctx.options, row_max, row_log, grad, ctx.impl
-    )
-    return *out, *[None] * 6
+def _gradients(ctx, d_kl, *_):
+    spec, statistics = saved_spec(ctx)
+    dx, dw, d_row_scale, d_col_scale = _distill_backward_once(*spec, *statistics, d_kl, ctx.impl)
+    found = dict(x=dx, weight=dw, row_scale=d_row_scale, col_scale=d_col_scale)
+    return *map(found.get, spec._fields), None
 
 
-_distill.register_autograd(_gradients, setup_context=_save)
-refuse_double_backward(_distill_backward)
+_distill_backward_once = differentiated(_distill_backward)
+_distill_once = differentiable(_distill, _save, _gradients)

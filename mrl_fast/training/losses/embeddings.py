@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mrl_fast.shared.checks import check_dims, check_matrix, check_same_device
 from mrl_fast.training.ops import inverse_norms
@@ -30,7 +31,7 @@ class Side(NamedTuple):
         if normalize:
             inverse = inverse_norms(wide, dims)
         else:
-            inverse = torch.ones(len(dims), len(x), dtype=torch.float64, device=x.device)
+            inverse = x.new_ones((len(dims), len(x)), dtype=torch.float64)
         return cls(wide, inverse, None if x.dtype == torch.float32 else x.dtype)
 
     def scaled(self, scale: Tensor | float) -> Tensor:  # [G, B] fp32, rounded once
@@ -78,7 +79,7 @@ def check_pairs(
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks, end to end; every rank's gradient comes back to whose the rows are."""
+    """Rows of all ranks, end to end; each rank's rows get the sum of all ranks' gradients."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -88,14 +89,38 @@ class _Gather(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # reduced in place
         dist.all_reduce(grad, group=ctx.group)
         first = dist.get_rank(ctx.group) * ctx.rows
         return grad[first : first + ctx.rows], None
 
 
+def check_ranks(group: Any, queries: Tensor, blocks: Sequence[Tensor]) -> None:
+    """Raises on every rank where one has other shapes, which gathering would hang on or abort.
+
+    Shapes are compared on the host, which waits for a GPU and cannot be compiled; a compiled loss
+    takes them to be equal.
+    """
+    if group is None or torch.compiler.is_compiling():
+        return
+    mine = {
+        "queries: expected as many rows": len(queries),
+        "queries: expected the same width": queries.shape[1],
+        "documents: expected as many blocks": len(blocks),
+        "documents: expected as many rows": len(blocks[0]),
+    }
+    counts = torch.tensor(list(mine.values()), dtype=torch.int64, device=queries.device)
+    ranks = [torch.empty_like(counts) for _ in range(ranks_of(group))]
+    dist.all_gather(ranks, counts, group=group)
+    for what, found in zip(mine, torch.stack(ranks, dim=1).tolist(), strict=True):
+        if len(set(found)) > 1:
+            raise ValueError(f"{what} on every rank, got {found}")
+
+
 def gather_rows(x: Tensor, group: Any) -> Tensor:
+    """Rows of all ranks, after ``check_ranks``; x itself without a group."""
     return x if group is None else _Gather.apply(x, group)  # pyright: ignore[reportReturnType]
 
 

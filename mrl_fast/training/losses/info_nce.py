@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,14 @@ from mrl_fast.shared.checks import check_choice, check_vector
 from mrl_fast.shared.dispatch import choose
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training import reference
-from mrl_fast.training.losses.embeddings import Side, check_pairs, gather_rows, rank_of, ranks_of
+from mrl_fast.training.losses.embeddings import (
+    Side,
+    check_pairs,
+    check_ranks,
+    gather_rows,
+    rank_of,
+    ranks_of,
+)
 from mrl_fast.training.losses.reductions import (
     REDUCTIONS,
     check_classes,
@@ -21,7 +27,8 @@ from mrl_fast.training.losses.reductions import (
     check_scale,
     nested_loss,
 )
-from mrl_fast.training.ops import fold
+from mrl_fast.training.ops import Fold, fold
+from mrl_fast.training.spec import FoldSpec, InfoNCESpec
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 HARDNESS = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
@@ -96,6 +103,7 @@ def matryoshka_info_nce(
     normalised per prefix); Lan et al. 2025, equation 5 (hardness).
     """
     queries, sequence, dims = check_pairs(queries, documents, dims)
+    check_ranks(group, queries, sequence)
     scale = check_scale(scale, "scale", queries)
     check_choice(reduction, "reduction", REDUCTIONS)
     _check_directions(directions, partition_mode)
@@ -123,93 +131,75 @@ def matryoshka_info_nce(
     widths = {"doc": sum(map(len, blocks)), "query": len(queries) * ranks_of(group)}
     mask = _check_mask(mask, widths, directions, queries)
 
-    arguments: dict[str, Any] = dict(
-        scale=scale, directions=tuple(directions), partition_mode=partition_mode,
-        hardness_mode=hardness_mode, hardness_strength=float(hardness_strength), mask=mask,
-        normalize=normalize, own_query=own_query, own_document=own_document, period=period,
-    )  # fmt: skip
     impl = choose(impl, queries, sequence[0])
     all_queries = queries
     if {"query_to_query", "doc_to_query"} & set(directions):
         all_queries = gather_rows(queries, group)
-    all_documents = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-    # of the local rows
-    positives = sequence[0][: len(queries)] if target is None else sequence[0][target]
-    compute = reference.info_nce_rows if impl == "reference" else partial(_rows, impl)
-    rows = compute(queries, all_queries, positives, all_documents, dims, **arguments)
+    spec = InfoNCESpec(
+        queries=queries, all_queries=all_queries,
+        positives=sequence[0][: len(queries)] if target is None else sequence[0][target],
+        documents=blocks[0] if len(blocks) == 1 else torch.cat(blocks), dims=dims, scale=scale,
+        directions=tuple(directions), partition_mode=partition_mode, hardness_mode=hardness_mode,
+        hardness_strength=float(hardness_strength), mask=mask, normalize=normalize,
+        own_query=own_query, own_document=own_document, period=period,
+    )  # fmt: skip
+    rows = reference.info_nce_rows(spec) if impl == "reference" else _rows(spec, impl)
     return nested_loss(rows, dim_weights, reduction, len(queries))
 
 
-def _rows(
-    impl: str,
-    queries: Tensor,
-    all_queries: Tensor,
-    positives: Tensor,
-    documents: Tensor,
-    dims: tuple[int, ...],
-    *,
-    scale: Tensor | float,
-    directions: tuple[str, ...],
-    partition_mode: str,
-    hardness_mode: str | None,
-    hardness_strength: float,
-    mask: dict[str, Tensor],
-    normalize: bool,
-    own_query: Tensor,
-    own_document: Tensor,
-    period: int,
-) -> Tensor:  # [G, B]
+def _rows(spec: InfoNCESpec, impl: str) -> Tensor:  # [G, B]
     def side(x: Tensor) -> Side:
-        return Side.of(x, dims, normalize)
+        return Side.of(x, spec.dims, spec.normalize)
 
-    q, d = side(queries), side(documents)
-    shared: dict[str, Any] = dict(dims=dims, impl=impl, compute_dtype=q.compute_dtype)
-    boosts: dict[str, Any] = {}
-    if hardness_mode is not None and hardness_strength > 0:
-        # z + strength·cosine is z · (1 + strength / scale)
-        value = scale.detach() if isinstance(scale, Tensor) else scale
-        boost = 1.0 + hardness_strength / float(value)
-        if hardness_mode != "hard_negatives":
-            boosts["other_boost"] = boost
-        if hardness_mode != "in_batch_negatives":
-            boosts["own_boost"] = boost
-    both_ways = "doc_to_query" in directions
-    # A document's scores are a column of the queries' unless something tells the two apart.
-    by_columns = both_ways and not boosts and not mask and all_queries is queries
-    to_doc = fold(
-        q.x, d.x, **shared, row_scale=q.scaled(scale), col_scale=d.inverse, target=own_document,
-        period=period, mask=mask.get("query_to_doc"), columns=by_columns, **boosts,
-    )  # fmt: skip
-    parts = [(to_doc.row_max, to_doc.row_log)]  # maximum and log-sum of each direction
-    every_query = q if all_queries is queries else side(all_queries)
-    if "query_to_query" in directions:
-        f = fold(
-            q.x, every_query.x, **shared, row_scale=q.scaled(scale),
-            col_scale=every_query.inverse, target=own_query, exclude_own=True,
-            mask=mask.get("query_to_query"),
+    def statistics(left: Side, right: Side, direction: str, **options: Any) -> Fold:
+        fold_spec = FoldSpec(
+            left.x, right.x, spec.dims, row_scale=left.scaled(spec.scale),
+            col_scale=right.inverse, mask=spec.mask.get(direction),
+            compute_dtype=left.compute_dtype, **options,
         )  # fmt: skip
+        return fold(fold_spec, impl)
+
+    q, d = side(spec.queries), side(spec.documents)
+    own: dict[str, Any] = dict(target=spec.own_document, period=spec.period)
+    boosts = _boosts(spec)
+    both_ways, one_rank = "doc_to_query" in spec.directions, spec.all_queries is spec.queries
+    # A document's scores are a column of the queries' unless something tells the two apart.
+    by_columns = both_ways and not boosts and not spec.mask and one_rank
+    to_doc = statistics(q, d, "query_to_doc", columns=by_columns, **own, **boosts)
+    parts = [(to_doc.row_max, to_doc.row_log)]  # maximum and log-sum of each direction
+    every_query = q if one_rank else side(spec.all_queries)
+    if "query_to_query" in spec.directions:
+        f = statistics(q, every_query, "query_to_query", target=spec.own_query, exclude_own=True)
         parts.append((f.row_max, f.row_log))
     if by_columns:
-        parts.append((to_doc.col_max[:, own_document], to_doc.col_log[:, own_document]))
-    p = side(positives) if "doc_to_doc" in directions or (both_ways and not by_columns) else q
+        parts.append((to_doc.col_max[:, spec.own_document], to_doc.col_log[:, spec.own_document]))
+    needs_positives = "doc_to_doc" in spec.directions or (both_ways and not by_columns)
+    p = side(spec.positives) if needs_positives else q
     if both_ways and not by_columns:
-        f = fold(
-            p.x, every_query.x, **shared, row_scale=p.scaled(scale),
-            col_scale=every_query.inverse, mask=mask.get("doc_to_query"),
-        )  # fmt: skip
+        f = statistics(p, every_query, "doc_to_query")
         parts.append((f.row_max, f.row_log))
-    if "doc_to_doc" in directions:
-        f = fold(
-            p.x, d.x, **shared, row_scale=p.scaled(scale), col_scale=d.inverse,
-            target=own_document, period=period, exclude_own=True, mask=mask.get("doc_to_doc"),
-        )  # fmt: skip
+    if "doc_to_doc" in spec.directions:
+        f = statistics(p, d, "doc_to_doc", exclude_own=True, **own)
         parts.append((f.row_max, f.row_log))
 
     # Relative to the positive's own log-sum, so that a sure one's small loss keeps its digits.
     logs = [log + (top - to_doc.row_max) - to_doc.row_log for top, log in parts]
-    if partition_mode == "per_direction":
+    if spec.partition_mode == "per_direction":
         return torch.stack(logs).mean(0) - to_doc.hit
     return torch.stack(logs).logsumexp(0) - to_doc.hit
+
+
+def _boosts(spec: InfoNCESpec) -> dict[str, float]:
+    """The factors of a fold for hardness: z + strength · cosine is z · (1 + strength / scale)."""
+    if spec.hardness_mode is None or not spec.hardness_strength:
+        return {}
+    value = spec.scale.detach() if isinstance(spec.scale, Tensor) else spec.scale
+    boost = 1.0 + spec.hardness_strength / float(value)
+    modes = {
+        "own_boost": ("hard_negatives", "all_negatives"),
+        "other_boost": ("in_batch_negatives", "all_negatives"),
+    }
+    return {name: boost for name, of in modes.items() if spec.hardness_mode in of}
 
 
 def _check_directions(directions: Sequence[str], partition_mode: str) -> None:

@@ -35,11 +35,11 @@ def check_dim_weights(
     dim_weights: Tensor | Sequence[float] | None, count: int, x: Tensor
 ) -> Tensor:  # [G] fp32
     if dim_weights is None:
-        return torch.ones(count, device=x.device)
+        return torch.ones(count, dtype=torch.float32, device=x.device)
     if not isinstance(dim_weights, Tensor):
         if not isinstance(dim_weights, Iterable):
             raise TypeError(f"dim_weights: expected a sequence, got {type(dim_weights).__name__}")
-        dim_weights = torch.tensor(list(dim_weights), dtype=torch.float32)
+        dim_weights = torch.tensor(list(dim_weights), dtype=torch.float32, device=x.device)
     if dim_weights.shape != (count,):
         raise ValueError(f"dim_weights: expected shape [{count}], got {list(dim_weights.shape)}")
     return dim_weights.to(x.device, torch.float32)

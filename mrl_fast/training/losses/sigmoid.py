@@ -11,7 +11,7 @@ from torch import Tensor
 from mrl_fast.shared.dispatch import choose
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training import reference
-from mrl_fast.training.losses.embeddings import Side, check_pairs, gather_rows, rank_of
+from mrl_fast.training.losses.embeddings import Side, check_pairs, check_ranks, gather_rows, rank_of
 from mrl_fast.training.losses.reductions import (
     check_dim_weights,
     check_scalar,
@@ -19,6 +19,7 @@ from mrl_fast.training.losses.reductions import (
     nested_loss,
 )
 from mrl_fast.training.ops import fold
+from mrl_fast.training.spec import FoldSpec
 
 
 def matryoshka_sigmoid_loss(
@@ -60,6 +61,7 @@ def matryoshka_sigmoid_loss(
     if not isinstance(documents, Tensor):
         raise TypeError(f"documents: expected a torch.Tensor, got {type(documents).__name__}")
     queries, (block,), dims = check_pairs(queries, documents, dims)
+    check_ranks(group, queries, [block])
     if len(block) < len(queries):
         raise ValueError(f"documents: expected at least {len(queries)} rows, got {len(block)}")
     scale = check_scale(scale, "scale", queries)
@@ -72,11 +74,12 @@ def matryoshka_sigmoid_loss(
         rows = reference.sigmoid_rows(queries, everything, dims, scale, bias, target)
     else:
         q, d = Side.of(queries, dims), Side.of(everything, dims)
-        f = fold(
-            q.x, d.x, dims, impl=impl, row_scale=q.scaled(scale), col_scale=d.inverse,
-            bias=_row(bias, len(everything), queries), target=target, link="sigmoid",
+        spec = FoldSpec(
+            q.x, d.x, dims, _row(bias, len(everything), queries),
+            row_scale=q.scaled(scale), col_scale=d.inverse, target=target, link="sigmoid",
             compute_dtype=q.compute_dtype,
         )  # fmt: skip
+        f = fold(spec, impl)
         rows = f.row_log - f.hit
     return nested_loss(rows, dim_weights, "mean", len(queries))
 
@@ -84,4 +87,4 @@ def matryoshka_sigmoid_loss(
 def _row(bias: Tensor | float, size: int, like: Tensor) -> Tensor:  # [size] fp32
     if isinstance(bias, Tensor):
         return bias.float().expand(size)
-    return torch.full((size,), bias, device=like.device)
+    return torch.full((size,), bias, dtype=torch.float32, device=like.device)
