@@ -247,10 +247,10 @@ class MatryoshkaIndex(Collection):
             def replaced(saved: folder.Saved) -> None:
                 self._saved, self._store.unmoved = saved, now.count
 
-            folder.save(
-                Path(path), fields, self._layout, self.rotation, now, self._store.unmoved,
-                self._saved, replaced,
-            )  # fmt: skip
+            contents = folder.Contents(
+                fields, self._layout, now.blocks, now.counts, now.alive, self.rotation
+            )
+            folder.save(Path(path), contents, self._saved, self._store.unmoved, replaced)
 
     @classmethod
     def load(
@@ -270,11 +270,13 @@ class MatryoshkaIndex(Collection):
             ValueError: Another version, or damage: names the file and the field.
         """
         device = inputs.device(device)
-        index, loaded = folder.load(Path(path), partial(cls._of_fields, device), verify=verify)
-        saved = index._saved = loaded.saved
+        index, contents, saved = folder.load(
+            Path(path), partial(cls._of_fields, device), verify=verify
+        )
         if index._rotation is not None:
-            index._rotation.axes = saved.axes
-        index._store.adopt(loaded.blocks, loaded.counts, saved.alive)
+            index._rotation.axes = contents.axes
+        index._store.adopt(contents.blocks, contents.counts, contents.alive)
+        index._saved = saved
         return index
 
     @classmethod
