@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -73,7 +74,8 @@ def save(
         try:
             manifest = new.write(contents, known, saved_prefix_rows)
             filesystem.sync_folder(path)
-            Files.opened(path, manifest, contents.layout)  # nothing unreadable replaces anything
+            with _os_errors():  # files that cannot be read again replace nothing
+                Files.opened(path, manifest, contents.layout)
             new.write_manifest(manifest)
         except BaseException:
             new.discard()
@@ -195,7 +197,7 @@ class _NewFiles:
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         text = json.dumps(manifest, indent=1).encode()
-        manifests.parse(self.manifest, text)  # nothing unreadable replaces anything
+        manifests.parse(self.manifest, text)  # one that cannot be read again replaces nothing
         self._written.append(self.manifest)
         with filesystem.synced(self.manifest, "wb") as file:
             file.write(text)
@@ -243,7 +245,8 @@ def _is_as_saved(path: Path, there: dict[str, Any] | None, saved: Saved | None) 
 def _there(path: Path) -> dict[str, Any] | None:
     """The folder's manifest; None in a new folder, or where a first save was cut off."""
     try:
-        return manifests.read(path)
+        with _os_errors():
+            return manifests.read(path)
     except FileNotFoundError:
         for name in filesystem.files_that_matter(path):
             if not manifests.NAME.fullmatch(name) and name != manifests.FILE + ".new":
@@ -251,9 +254,18 @@ def _there(path: Path) -> dict[str, Any] | None:
                 raise ValueError(f"path: expected an index or an empty folder, got {got}") from None
         return None
     except ValueError as error:  # somebody else's manifest.json, perhaps
+        raise ValueError(f"path: expected an index or an empty folder, got {error}") from error
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Raises a file that cannot be read as the OSError that it is, not as damage."""
+    try:
+        yield
+    except ValueError as error:
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from None
-        raise ValueError(f"path: expected an index or an empty folder, got {error}") from error
+        raise
 
 
 def _collect(path: Path, manifest: dict[str, Any]) -> None:
