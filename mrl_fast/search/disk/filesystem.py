@@ -28,6 +28,9 @@ LACKING = {
 }
 # Beside hidden files: what desktops and file systems put into folders that people call empty.
 CLUTTER = {"desktop.ini", "ehthumbs.db", "icon\r", "lost+found", "thumbs.db"}
+# Operations, and what their lack means.
+LOCK = "lock a folder", "let only one process at a time save to it"
+SYNC = "sync files and folders", "a power cut may undo or damage what was saved last"
 
 _warned: set[tuple[Path, str]] = set()
 
@@ -55,7 +58,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Has one process at a time write to a folder."""
     opened = None
     try:
-        with _if_there_is(folder, "lock a folder", "let only one process at a time save to it"):
+        with _if_there_is(folder, *LOCK):
             opened = os.open(folder, os.O_RDONLY)
             fcntl.flock(opened, fcntl.LOCK_EX)
         yield
@@ -66,7 +69,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def sync_folder(folder: Path) -> None:
     """Has the folder's list of files reach the disk."""
-    with _if_there_is(folder, "sync a folder", "a power cut may undo what was saved last"):
+    with _if_there_is(folder, *SYNC):
         opened = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(opened)
@@ -77,7 +80,7 @@ def sync_folder(folder: Path) -> None:
 def sync_file(file: IO[bytes], path: Path) -> None:
     """Has what was written to a file reach the disk."""
     file.flush()
-    with _if_there_is(path.parent, "sync a file", "a power cut may damage what was saved last"):
+    with _if_there_is(path.parent, *SYNC):
         os.fsync(file.fileno())
 
 
