@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mrl_fast.search.disk import folder, tensorfile
+from mrl_fast.search.disk import filesystem, tensorfile
 from mrl_fast.search.disk import manifest as manifests
 
 
@@ -27,7 +27,7 @@ class Disk:
         with pytest.MonkeyPatch.context() as patch:
             for name in ("fsync", "replace", "unlink", "mkdir", "open"):
                 patch.setattr(os, name, self.wrapped(name, getattr(os, name)))
-            for module in (folder, tensorfile, manifests):
+            for module in (filesystem, tensorfile, manifests):
                 patch.setattr(module, "open", self.open, raising=False)
             yield self
 

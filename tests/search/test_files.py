@@ -231,7 +231,7 @@ def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(ValueError, match=f"{folder}/manifest.json: version: expected 1, got 2"):
         MatryoshkaIndex.load(folder)
     nothing = tensorfile.write(
-        folder / "alive-00000001.safetensors", {"alive": (torch.int64, (0,))}, []
+        folder / "alive-00000001.safetensors", {"alive": (torch.int64, (0,))}, {"alive": []}
     )
     entry = {"file": "alive-00000001.safetensors", "sha256": nothing}
     changed = manifests.signed({**manifest, "segments": [], "alive": entry})

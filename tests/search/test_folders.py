@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mrl_fast import MatryoshkaIndex
-from mrl_fast.search.disk import folder
+from mrl_fast.search.disk import filesystem, folder
 from mrl_fast.search.disk import manifest as manifests
 from tests.helpers.index_model import (  # noqa: F401
     ROOT,
@@ -79,7 +79,7 @@ def test_one_saves_at_a_time(tmp_path):
     index, _ = build()
     index.save(tmp_path)
     other = threading.Thread(target=index.save, args=(tmp_path,))
-    with folder._locked(tmp_path):
+    with filesystem.locked(tmp_path):
         other.start()
         other.join(timeout=0.3)
         assert other.is_alive() and len(names(tmp_path)) == 2

@@ -3,6 +3,7 @@ wrong with a file is said with the file's name."""
 
 import struct
 import sys
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +32,20 @@ def parquet(path, kind, rows=SMALL, group=70, **columns):
     pq.write_table(table, path, row_group_size=group)
 
 
+def documents(ids, rows):
+    """Structs of an id, and of a struct that holds a vector."""
+    lists = pa.array([*rows], pa.list_(pa.float32()))
+    meta = pa.StructArray.from_arrays([pa.array(["a"] * len(ids)), lists], ["text", "emb"])
+    return pa.StructArray.from_arrays([pa.array(ids), meta], ["id", "meta"])
+
+
 FORMATS = {
     "float16.npy": lambda path: np.save(path, SMALL.astype(np.float16)),
     "float64.npy": lambda path: np.save(path, SMALL.astype(np.float64)),
     "uint8.npy": lambda path: np.save(path, SMALL.astype(np.uint8)),
+    "fortran.npy": lambda path: np.save(path, np.asfortranarray(SMALL)),
+    "big-endian.npy": lambda path: np.save(path, SMALL.astype(">f8")),
+    "both.npy": lambda path: np.save(path, np.asfortranarray(SMALL.astype(">f2"))),
     "x.fvecs": lambda path: vecs(path, SMALL, "<f4"),
     "x.bvecs": lambda path: vecs(path, SMALL, "u1"),
     "bf16.safetensors": lambda path: save_file(
@@ -46,6 +57,16 @@ FORMATS = {
     "fixed.parquet": lambda path: parquet(path, pa.list_(pa.float32(), WIDTH), id=IDS),
     "half.pq": lambda path: parquet(
         path, pa.list_(pa.float16()), SMALL.astype(np.float16), id=IDS
+    ),
+    "view.parquet": lambda path: parquet(path, pa.list_view(pa.float32()), id=IDS),
+    "large-view.parquet": lambda path: parquet(path, pa.large_list_view(pa.float32()), id=IDS),
+    "tensor.parquet": lambda path: pq.write_table(
+        pa.table({"id": IDS, "vector": pa.FixedShapeTensorArray.from_numpy_ndarray(SMALL)}),
+        path,
+        row_group_size=70,
+    ),
+    "nested.parquet": lambda path: pq.write_table(
+        pa.table({"doc": documents(IDS, SMALL)}), path, row_group_size=70
     ),
 }  # fmt: skip
 
@@ -80,14 +101,64 @@ def test_fvecs_by_hand(tmp_path):
     assert vectors.tolist() == [[1, -2], [0.5, 0]] and ids is None
 
 
-@pytest.mark.parametrize("name", ["list.parquet", "fixed.parquet"])
-def test_parquet_ids_stay_with_their_vectors(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("list.parquet", "id"),
+        ("fixed.parquet", "id"),
+        ("view.parquet", "id"),
+        ("tensor.parquet", "id"),
+        ("nested.parquet", "doc.id"),
+    ],
+)
+def test_parquet_ids_stay_with_their_vectors(tmp_path, name, column):
     FORMATS[name](tmp_path / name)
-    source = open_vectors(tmp_path / name, id_column="id")
+    source = open_vectors(tmp_path / name, id_column=column)
     for vectors, ids in source.chunks(33, 65):
         at = np.argsort(IDS)[ids]
         assert np.array_equal(vectors, SMALL[at])
-    assert np.array_equal(read_ids(tmp_path / name, "id"), IDS)
+    assert np.array_equal(read_ids(tmp_path / name, column), IDS)
+
+
+def test_nested_columns_by_dotted_names(tmp_path):
+    path = tmp_path / "x.parquet"
+    lists = pa.array([*SMALL], pa.list_(pa.float32()))
+    docs = documents(IDS, -SMALL)
+    pq.write_table(pa.table({"doc": docs, "top": lists}), path)
+    assert np.array_equal(read(open_vectors(path), 99)[0], SMALL)  # the only one at the top
+    source = open_vectors(path, "doc.meta.emb", id_column="doc.id")
+    vectors, ids = read(source, 99)
+    assert np.array_equal(vectors, -SMALL) and np.array_equal(np.concatenate(ids), IDS)
+    for name, got in [("doc.emb", "'doc.emb'"), ("doc.meta", "'doc.meta' of struct<")]:
+        message = f"column: expected one of 'doc.meta.emb', 'top', got {got}"
+        with pytest.raises(ValueError, match=message):
+            open_vectors(path, name)
+    pq.write_table(pa.table({"doc": docs, "doc.meta.emb": lists}), path)
+    with pytest.raises(ValueError, match="got 'doc.meta.emb', which 2 columns are called"):
+        open_vectors(path, "doc.meta.emb")
+
+
+def test_fortran_order_is_read_in_bounded_memory(tmp_path):
+    whole = np.asfortranarray(np.random.default_rng(0).random((50_000, 40)))  # 16 MB
+    np.save(tmp_path / "x.npy", whole)
+    source = open_vectors(tmp_path / "x.npy")
+    tracemalloc.start()
+    try:
+        for begin in (0, 49_900):
+            ((vectors, _),) = source.chunks(100, begin, begin + 100)
+            assert np.array_equal(vectors, whole[begin : begin + 100])
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["meta", "inference"])
+def test_whatever_torch_makes_by_default(tmp_path, kind):
+    FORMATS["bf16.safetensors"](tmp_path / "x.safetensors")
+    with torch.device("meta") if kind == "meta" else torch.inference_mode():
+        ((vectors, _),) = open_vectors(tmp_path / "x.safetensors").chunks(ROWS)
+    assert vectors.dtype == torch.bfloat16 and vectors.device.type == "cpu"
+    assert np.array_equal(vectors.float().numpy(), SMALL)
 
 
 def test_which_column_and_which_tensor(tmp_path):
@@ -112,13 +183,17 @@ def test_ids(tmp_path):
     np.save(tmp_path / "x.npy", np.array(wanted))
     np.save(tmp_path / "u.npy", np.array(wanted, np.uint64))
     (tmp_path / "x.txt").write_text("5\n0\n1099511627776\n")
-    for name in ("x.npy", "u.npy", "x.txt"):
+    np.save(tmp_path / "big-endian.npy", np.array(wanted, ">i8"))
+    np.save(tmp_path / "column.npy", np.array(wanted)[:, None])
+    for name in ("x.npy", "u.npy", "x.txt", "big-endian.npy", "column.npy"):
         ids = read_ids(tmp_path / name)
         assert ids.dtype == np.int64 and ids.tolist() == wanted, name
     vecs(tmp_path / "x.ivecs", [[7], [3]], "<i4")
     assert read_ids(tmp_path / "x.ivecs").tolist() == [7, 3]
     vecs(tmp_path / "k.ivecs", [[7, 1, 2], [3, 0, 9]], "<i4")
-    assert read_neighbours(tmp_path / "k.ivecs").tolist() == [[7, 1, 2], [3, 0, 9]]
+    np.save(tmp_path / "k.npy", np.array([[7, 1, 2], [3, 0, 9]], order="F", dtype=">u4"))
+    for name in ("k.ivecs", "k.npy"):
+        assert read_neighbours(tmp_path / name).tolist() == [[7, 1, 2], [3, 0, 9]]
 
 
 def write(path, content):
@@ -138,15 +213,18 @@ BROKEN = [
     ("empty.npy", b"", "something in it, got 0 bytes"),
     ("empty.fvecs", b"", "something in it, got 0 bytes"),
     ("empty.parquet", b"", "something in it, got 0 bytes"),
-    ("x.csv", b"1,2", r"expected one of \.npy, .*, got '\.csv'"),
+    ("x.csv", b"1,2", r"expected vectors in one of \.npy, .*, got '\.csv'"),
+    ("x.ivecs", b"1,2", r"expected vectors in one of \.npy, .*, got '\.ivecs'"),
     ("x", b"1,2", "got 'no'"),
-    ("pickle.npy", b"\x80\x04K\x01.", "expected a .npy file"),
+    ("pickle.npy", b"\x80\x04K\x01.", "undamaged .npy file, got .*magic string"),
+    ("later.npy", b"\x93NUMPY\x03\x00", "undamaged .npy file, got version"),
     ("head.npy", b"\x93NUMPY\x01\x00\xff\xff{'descr'", "an undamaged .npy file"),
-    ("objects.npy", lambda p: np.save(p, np.array([[{}]]), allow_pickle=True), "undamaged .npy"),
+    ("objects.npy", lambda p: np.save(p, np.array([[{}]]), allow_pickle=True), "of object"),
     ("flat.npy", lambda p: np.save(p, np.zeros(3)), r"expected \[n, D\] .*, got shape \[3\]"),
     ("ints.npy", lambda p: np.save(p, np.zeros((3, 2), int)), "got shape .* of int64"),
-    ("order.npy", lambda p: np.save(p, np.zeros((3, 2), order="F")), "got Fortran order"),
-    ("endian.npy", lambda p: np.save(p, np.zeros((3, 2), ">f4")), "byte order, got >f4"),
+    ("complex.npy", lambda p: np.save(p, np.zeros((3, 2), complex)), "got .* of complex128"),
+    ("negative.npy", lambda p: p.write_bytes(header(p, b"(6, 2)", b"(-6, -2)")), "shape .-6, -2"),
+    ("longer.npy", lambda p: p.write_bytes(header(p, b"(6, 2)", b"(7, 2)")), "got 224 for shape"),
     ("none.npy", lambda p: np.save(p, np.zeros((0, 2))), r"at least one vector, got shape \[0, 2"),
     ("two.npy", lambda p: p.write_bytes(2 * npy_bytes(p)), "expected 224 bytes, got 448"),
     ("short.fvecs", b"\x03\x00", "got 2 bytes"),
@@ -156,9 +234,20 @@ BROKEN = [
     ("ragged.fvecs", rows(3, 3, 2, 3), "3 columns in every row, got 2 in row 2"),
     ("ragged.bvecs", b"\3\0\0\0abc" + b"\4\0\0\0abc", "3 columns in every row, got 4 in row 1"),
     ("text.safetensors", b"hello, this is no such file", "expected a safetensors file"),
-    ("flat.safetensors", lambda p: save_file({"x": torch.zeros(3)}, p), "a tensor .* of floats"),
+    ("flat.safetensors", lambda p: save_file({"x": torch.zeros(3)}, p), "got None of 'x' .3. of"),
+    ("float8.safetensors", lambda p: save_file(
+        {"x": torch.zeros(3, 2).to(torch.float8_e4m3fn)}, p
+    ), r"expected a tensor \[n, D\] of F16, BF16, F32, F64, got .* \[3, 2\] of F8_E4M3"),
     ("text.parquet", b"PAR1 is all that it has of PAR1", "expected an undamaged Parquet file"),
     ("ints.parquet", column([[1, 2]], pa.list_(pa.int32())), "a column of lists of floats"),
+    ("empty-first.parquet", column([[], [1, 2]]), "at least one float, got an empty one in row 0"),
+    ("empty-later.parquet", column([[1, 2], [3, 4], []]), "lists of 2, got 0 in row 2"),
+    ("fixed.parquet", column([[1, 2], [3, 4], None], pa.list_(pa.float32(), 2)), "one in row 2"),
+    ("fixed-inner.parquet", column([[1, 2], [3, 4], [5, None]], pa.list_(pa.float64(), 2)),
+     "a null in row 2"),
+    ("view.parquet", column([[1, 2], [3, 4], None], pa.list_view(pa.float32())), "one in row 2"),
+    ("struct.parquet", column([{"e": [1.0]}, None], pa.struct({"e": pa.list_(pa.float32())})),
+     "v.e: expected no nulls, got one in row 1"),
     ("ragged.parquet", column([[1, 2], [1]]), "lists of 2, got 1 in row 1"),
     ("null.parquet", column([[1, 2], None]), "v: expected no nulls, got one in row 1"),
     ("first.parquet", column([None, [1, 2]]), "v: expected no nulls, got one in row 0"),
@@ -170,6 +259,12 @@ BROKEN = [
 def npy_bytes(path):
     np.save(path, np.zeros((6, 2), np.float64))
     return path.read_bytes()
+
+
+def header(path, old, new):
+    """A .npy file whose header, as long as before, has something else in place of ``old``."""
+    more = len(new) - len(old)
+    return npy_bytes(path).replace(old, new, 1).replace(b" " * more + b"\n", b"\n", 1)
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BROKEN, ids=[row[0] for row in BROKEN])
@@ -204,12 +299,17 @@ def test_cut_anywhere(tmp_path, name):
         ("blank.txt", b"1\n\n2\n", "an int64 in line 2, got ''"),
         ("big.txt", b"9223372036854775808\n", "an int64 in line 1"),
         ("binary.txt", b"1\n\xff\xfe\n", "an int64 in line 2"),
-        ("floats.npy", lambda p: np.save(p, np.zeros(3)), "expected integers, got float64"),
+        (
+            "floats.npy",
+            lambda p: np.save(p, np.zeros(3)),
+            "expected integers .*, got shape .* of float64",
+        ),
         ("big.npy", lambda p: np.save(p, np.array([1 << 63], np.uint64)), "ids below"),
-        ("wide.npy", lambda p: np.save(p, np.zeros((3, 1), int)), r"ids \[n\], got shape \[3, 1\]"),
+        ("wide.npy", lambda p: np.save(p, np.zeros((3, 2), int)), r"ids \[n\], got shape \[3, 2\]"),
+        ("deep.npy", lambda p: np.save(p, np.zeros((3, 1, 1), int)), "integers .*, got shape"),
         ("wide.ivecs", rows(3), r"ids \[n\], got shape \[1, 3\]"),
-        ("x.fvecs", rows(3), "ids in .npy, .ivecs, .txt or .parquet, got '.fvecs'"),
-        ("x.parquet", column([1]), "id_column: expected the name of one, got None"),
+        ("x.fvecs", rows(3), "integers in one of .npy, .ivecs, .txt, .parquet, .pq, got '.fvecs'"),
+        ("x.parquet", column([1]), "id_column: expected one of 'v', got None"),
     ],
 )
 def test_bad_ids(tmp_path, name, content, message):
@@ -224,9 +324,13 @@ def test_bad_ids(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("values", "kind", "message"),
     [
-        (["a", "b"], pa.string(), "id_column: expected a column of integers, got 'v'"),
+        (
+            ["a", "b"],
+            pa.string(),
+            "id_column: expected a column of integers, got 'v' of string; ids are int64: .* leave",
+        ),
         ([1, None], pa.int64(), "id_column: expected no nulls, got one in row 1"),
-        ([1, 1 << 63], pa.uint64(), "9223372036854775808"),
+        ([1, 1 << 63], pa.uint64(), f"ids below {1 << 63}, got {1 << 63}"),
     ],
 )
 def test_bad_id_columns(tmp_path, values, kind, message):
@@ -259,7 +363,8 @@ def test_no_file(tmp_path):
 def test_without_the_extra(tmp_path, monkeypatch, name, package):
     (tmp_path / name).write_bytes(b"anything")
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "mrl_fast.search.readers.parquet", raising=False)
+    reader = f"mrl_fast.search.readers.{package.replace('pyarrow', 'parquet')}"
+    monkeypatch.delitem(sys.modules, reader, raising=False)
     with pytest.raises(ModuleNotFoundError) as error:
         open_vectors(tmp_path / name)
     assert error.value.name == package

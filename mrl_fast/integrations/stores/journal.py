@@ -7,17 +7,17 @@ records of the index that is on disk, whether that is the old one or the new one
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mrl_fast.search.disk import filesystem
+
 
 class Journal:
-    """A file of records, which whoever calls has locked.
+    """A file of records. Whoever appends or rewrites has locked its folder; reading needs no lock.
 
     Args:
         file: Its path.
@@ -52,16 +52,18 @@ class Journal:
                 match entry:
                     case [int(row), record] if row in rows:
                         found[row] = record
+            # As far as it was read: another process may append meanwhile.
+            state = os.fstat(lines.fileno()).st_ino, lines.tell()
         if missing := rows - found.keys():
             raise ValueError(f"{self.file}: expected a record of row {min(missing)}, got none")
-        self._left = self._state() if line.endswith(b"\n") else None
+        self._left = state if line.endswith(b"\n") else None
         return found
 
     def append(self, lines: Iterable[bytes]) -> None:
         """Adds lines; on return they are on disk."""
         if self._state() is None:
             return self.rewrite(lines)
-        with open(self.file, "r+b") as file:
+        with filesystem.synced(self.file, "r+b") as file:
             self._check(file.readline())
             file.seek(0, os.SEEK_END)
             if not self.unchanged:
@@ -73,19 +75,17 @@ class Journal:
         """Replaces the whole file."""
         new = self.file.with_name(self.file.name + ".new")
         self.lines = 0
-        with open(new, "wb") as file:
+        with filesystem.synced(new, "wb") as file:
             file.write(self._header)
             self._write(file, lines)
         os.replace(new, self.file)
-        sync(self.file.parent)
+        filesystem.sync_folder(self.file.parent)
         self._left = self._state()
 
     def _write(self, file: Any, lines: Iterable[bytes]) -> None:
         for line in lines:
             file.write(line)
             self.lines += 1
-        file.flush()
-        os.fsync(file.fileno())
 
     def _check(self, header: bytes) -> None:
         if header != self._header:
@@ -103,23 +103,3 @@ class Journal:
 def line_of(record: Any) -> bytes:
     text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "surrogatepass") + b"\n"
-
-
-@contextmanager
-def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """One writer at a time, of all processes, or any number of readers."""
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(opened)
-
-
-def sync(folder: Path) -> None:
-    """Has the folder's list of files reach the disk."""
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mrl_fast.integrations.stores.journal import Journal, line_of, locked, sync
+from mrl_fast.integrations.stores.journal import Journal, line_of
+from mrl_fast.search.disk import filesystem
+from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.index.validate import default_dims
 
@@ -168,10 +170,8 @@ class Records(Generic[T]):
         with self._changing:
             if self.index is None:
                 raise ValueError("dims: expected dims, or a vector, before a save, got neither")
-            if not folder.is_dir():
-                folder.mkdir(parents=True)
-                sync(folder.parent)
-            with locked(folder):
+            filesystem.make_folder(folder)
+            with filesystem.locked(folder):
                 self._save(folder, self.index)
 
     def load(self, path: str | os.PathLike[str], *, verify: bool) -> None:
@@ -185,10 +185,14 @@ class Records(Generic[T]):
         if not folder.is_dir():
             raise FileNotFoundError(f"path: expected a folder that was saved to, got {folder}")
         journal = Journal(folder / JOURNAL, self._codec.kind)
-        with locked(folder, shared=True):
+
+        def read(_: Any) -> tuple[MatryoshkaIndex, list[int], dict[int, Any]]:
             index = MatryoshkaIndex.load(folder / INDEX, verify=verify)
             rows = index.ids.tolist()
-            records = journal.read(set(rows))
+            return index, rows, journal.read(set(rows))
+
+        # Once more if records are gone because another process has saved meanwhile.
+        index, rows, records = manifests.settled(folder / INDEX, read)
         for row in rows:
             try:
                 name, value = records[row]
@@ -258,7 +262,7 @@ class Records(Generic[T]):
 
     def _save(self, folder: Path, index: MatryoshkaIndex) -> None:
         file = folder / JOURNAL
-        for name in sorted(os.listdir(folder)):
+        for name in filesystem.files_that_matter(folder):
             if name not in (INDEX, JOURNAL, JOURNAL + ".new"):
                 raise ValueError(
                     f"path: expected a store or an empty folder, got {folder / name} in it"

@@ -1,12 +1,11 @@
 """An index on disk: a folder of safetensors files that never change, and a manifest of them.
 
 A save writes new files, has them reach the disk, then replaces the manifest: at every moment the
-folder holds the old index or the new one. What was saved before is not written again.
+folder holds the old index or the new one. Files that were saved before are not written again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -17,19 +16,28 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from mrl_fast.search.disk import filesystem, tensorfile
 from mrl_fast.search.disk import manifest as manifests
-from mrl_fast.search.disk import tensorfile
+from mrl_fast.search.disk.contents import (
+    Contents,
+    Files,
+    IndexFile,
+    alive_file,
+    axes_file,
+    rows_file,
+)
 from mrl_fast.search.index.blocks import Block, Layout
-from mrl_fast.search.index.snapshot import Snapshot, flags_of
 from mrl_fast.shared.native import TILE
 
-TIER = 7  # so many files no larger than what is added are written anew together with it
+# So many of the last files, if none is larger than what is added, are merged with it.
+TIER = 7
 
 T = TypeVar("T")
+Entry = dict[str, Any]  # a file in the manifest
 
 
 class Saved(NamedTuple):
-    """What an index has on disk."""
+    """What a folder holds of an index since its last save or load."""
 
     path: Path
     manifest: dict[str, Any]
@@ -37,150 +45,173 @@ class Saved(NamedTuple):
     axes: Tensor | None
 
 
-class Loaded(NamedTuple):
-    saved: Saved
-    blocks: list[Block]
-    counts: list[int]
-
-
 def save(
     path: Path,
-    fields: dict[str, Any],
-    layout: Layout,
-    axes: Tensor | None,
-    snapshot: Snapshot,
-    unmoved: int,
+    contents: Contents,
     saved: Saved | None,
+    saved_prefix_rows: int,
     replaced: Callable[[Saved], None],
 ) -> None:
     """Brings the folder to this state, writing what it does not have.
 
     Args:
-        fields: The index's own, as JSON.
-        axes: The rotation's.
-        unmoved: The first rows that are as they are in ``saved``.
+        saved: What the index saved or loaded last.
+        saved_prefix_rows: So many of the first rows are as they are in ``saved``.
         replaced: Called as soon as the folder holds this state, whatever fails after that.
 
     Raises:
-        ValueError: The folder holds something else, or what another has saved since.
+        ValueError: The folder holds something else, or an index that another has saved since.
         OSError: The folder cannot be written to or is full; it holds what it held before.
     """
     path = path.absolute()
-    _make(path)
-    with _locked(path):
+    filesystem.make_folder(path)
+    with filesystem.locked(path):
         there = _there(path)
-        known = _known(path, there, saved)
-        generation = 1 + max(
-            [there["generation"] if there else 0]
-            + [int(name[2]) for name in map(manifests.NAME.fullmatch, os.listdir(path)) if name]
-        )
+        known = saved if _is_as_saved(path, there, saved) else None
+        new = _NewFiles(path, there)
         if there:
-            _collect(path, there)
-        written: list[Path] = []
-
-        def put(kind: str, parts: tensorfile.Parts, pieces: Any) -> dict[str, Any]:
-            file = path / f"{kind}-{generation:08d}.safetensors"
-            written.append(file)
-            return {"file": file.name, "sha256": tensorfile.write(file, parts, pieces)}
-
+            _collect(path, there)  # makes room before more is taken
         try:
-            segments, begin = [], 0
-            if known:
-                segments, begin = _kept(known["segments"], snapshot.count, unmoved)
-            count = snapshot.count - begin
-            if count:
-                parts = layout.parts(count + -count % TILE)
-                file = put("rows", parts, _pieces(parts, snapshot, begin))
-                segments.append({"rows": count + -count % TILE, "used": count, **file})
-            alive_file = axes_file = None
-            if snapshot.live is not None:
-                same = known if saved and saved.alive is snapshot.live else None
-                parts = _alive_parts(snapshot.count)
-                alive_file = same["alive"] if same else put("alive", parts, [snapshot.live])
-            if axes is not None:
-                same = known if saved and saved.axes is axes else None
-                axes_file = same["axes"] if same else put("axes", _axes_parts(len(axes)), [axes])
-            manifest = manifests.new(
-                **fields, generation=generation, segments=segments, alive=alive_file, axes=axes_file
-            )
-            _sync(path)
-            new = _write(path, manifest)
+            manifest = new.write(contents, known, saved_prefix_rows)
+            filesystem.sync_folder(path)
+            with _os_errors():  # files that cannot be read again replace nothing
+                Files.opened(path, manifest, contents.layout)
+            new.write_manifest(manifest)
         except BaseException:
-            for file in written:
-                file.unlink(missing_ok=True)
+            new.discard()
             raise
-        now = Saved(path, manifest, snapshot.live, axes)
+        now = Saved(path, manifest, contents.alive, contents.axes)
         try:
-            os.replace(new, path / manifests.FILE)
+            os.replace(new.manifest, path / manifests.FILE)
             replaced(now)
-        except BaseException:  # which does not say that it was not done
+        except BaseException:
+            # An error or an interrupt may arrive after the manifest was replaced.
             if manifests.read_or_none(path) == manifest:
                 replaced(now)
             raise
-        _sync(path)
+        filesystem.sync_folder(path)
         _collect(path, manifest)
 
 
 def load(
     path: Path, make: Callable[[dict[str, Any]], tuple[T, Layout]], *, verify: bool
-) -> tuple[T, Loaded]:
-    """Opens what a folder holds; ``make`` an index of the manifest's fields.
+) -> tuple[T, Contents, Saved]:
+    """Opens what a folder holds. It needs no lock: where a save replaces files meanwhile, it
+    begins anew.
+
+    Args:
+        make: Makes an index of the manifest's fields.
+
+    Returns:
+        The index without rows, what the folder holds of it, and what ``save`` needs.
 
     Raises:
         FileNotFoundError: There is no index.
         ValueError: Anything in a file is not as it must be; names the file and the field.
     """
     path = path.absolute()
-    manifest = manifests.read(path)
-    try:
-        return _open(path, manifest, make, verify)
-    except ValueError:
-        # A file may be gone because somebody has just saved; then nobody may meanwhile.
-        if manifests.read(path) == manifest:
-            raise
-    with _locked(path, fcntl.LOCK_SH):
-        return _open(path, manifests.read(path), make, verify)
+
+    def read(manifest: dict[str, Any]) -> tuple[T, Contents, Saved]:
+        try:
+            index, layout = make({name: manifest[name] for name in manifests.INDEX_FIELDS})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path / manifests.FILE}: {error}") from error
+        # All files are opened before any is read: they stay, whoever deletes them.
+        files = Files.opened(path, manifest, layout)
+        if verify:
+            files.verify()
+        contents = _contents(files, manifest, layout)
+        return index, contents, Saved(path, manifest, contents.alive, contents.axes)
+
+    with torch.inference_mode(False):  # the index outlives the call
+        return manifests.settled(path, read)
 
 
-def _open(
-    path: Path,
-    manifest: dict[str, Any],
-    make: Callable[[dict[str, Any]], tuple[T, Layout]],
-    verify: bool,
-) -> tuple[T, Loaded]:
-    try:
-        index, layout = make(manifest)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path / manifests.FILE}: {error}") from error
-
-    def read(entry: dict[str, Any], parts: tensorfile.Parts, scattered: str | None = None):
-        sha256 = entry["sha256"] if verify else None
-        return tensorfile.read(path / entry["file"], parts, sha256, scattered)
-
-    blocks, counts = [], []
-    for segment in manifest["segments"]:
-        arrays = read(segment, layout.parts(segment["rows"]), "tail")
-        blocks.append(Block(layout, segment["rows"], arrays))
-        counts.append(segment["used"])
+def _contents(files: Files, manifest: dict[str, Any], layout: Layout) -> Contents:
+    segments = manifest["segments"]
+    counts = [segment["used"] for segment in segments]
+    blocks = [
+        Block(layout, segment["rows"], file.tensors)
+        for segment, file in zip(segments, files.rows, strict=True)
+    ]
     alive = axes = None
-    if manifest["alive"]:
-        alive = read(manifest["alive"], _alive_parts(sum(counts)))["alive"].clone()
-        count = sum(counts)
-        if bool(flags_of(alive, len(alive) * TILE)[count:].any()):
-            file = path / manifest["alive"]["file"]
-            raise ValueError(f"{file}: alive: expected bits of {count} rows, got more")
-    if manifest["axes"]:
-        axes = read(manifest["axes"], _axes_parts(layout.width))["axes"].clone()
+    if files.alive:
+        alive = files.alive.tensors["alive"].clone()
+        padding = -sum(counts) % TILE  # bits of the last word
+        if (int(alive[-1]) & (1 << TILE) - 1) >> TILE - padding:
+            count = sum(counts)
+            raise ValueError(f"{files.alive.path}: alive: expected bits of {count} rows, got more")
+    if files.axes:
+        axes = files.axes.tensors["axes"].clone()
         if not bool(torch.isfinite(axes).all()):
-            raise ValueError(f"{path / manifest['axes']['file']}: axes: expected finite values")
-    return index, Loaded(Saved(path, manifest, alive, axes), blocks, counts)
+            raise ValueError(f"{files.axes.path}: axes: expected finite values")
+    fields = {name: manifest[name] for name in manifests.INDEX_FIELDS}
+    return Contents(fields, layout, blocks, counts, alive, axes)
 
 
-def _kept(
-    segments: list[dict[str, Any]], count: int, unmoved: int
-) -> tuple[list[dict[str, Any]], int]:
-    """The segments that stay, and the row from which on rows are to be written."""
-    begin = unmoved if unmoved == count else unmoved - unmoved % TILE
+class _NewFiles:
+    """The files that a save writes."""
+
+    def __init__(self, path: Path, there: dict[str, Any] | None):
+        names = filter(None, map(manifests.NAME.fullmatch, os.listdir(path)))
+        used = [there["generation"] if there else 0, *(int(name[2]) for name in names)]
+        self.path, self.generation = path, 1 + max(used)
+        self.manifest = path / (manifests.FILE + ".new")
+        self._written: list[Path] = []
+
+    def write(
+        self, contents: Contents, saved: Saved | None, saved_prefix_rows: int
+    ) -> dict[str, Any]:
+        """Writes what ``saved`` does not have; returns the manifest."""
+        layout, count = contents.layout, sum(contents.counts)
+        old = saved.manifest if saved else {"segments": [], "alive": None, "axes": None}
+        segments, begin = _kept(old["segments"], count, saved_prefix_rows if saved else 0)
+        if begin < count:
+            used = count - begin
+            rows = used + -used % TILE
+            file = self._put(rows_file(layout, rows), contents.pieces(begin))
+            segments.append({"rows": rows, "used": used, **file})
+
+        def put(file: IndexFile, tensor: Tensor | None) -> Entry | None:
+            if tensor is None:
+                return None
+            same = saved is not None and tensor is getattr(saved, file.kind)
+            return old[file.kind] if same else self._put(file, {file.kind: [tensor]})
+
+        return manifests.new(
+            **contents.fields,
+            generation=self.generation,
+            segments=segments,
+            alive=put(alive_file(count), contents.alive),
+            axes=put(axes_file(layout.width), contents.axes),
+        )
+
+    def _put(self, file: IndexFile, pieces: Any) -> Entry:
+        path = self.path / f"{file.kind}-{self.generation:08d}.safetensors"
+        self._written.append(path)
+        try:
+            return {"file": path.name, "sha256": tensorfile.write(path, file.parts, pieces)}
+        except FileExistsError:  # of another process, where folders cannot be locked
+            self._written.remove(path)
+            raise
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        text = json.dumps(manifest, indent=1).encode()
+        manifests.parse(self.manifest, text)  # one that cannot be read again replaces nothing
+        self._written.append(self.manifest)
+        with filesystem.synced(self.manifest, "wb") as file:
+            file.write(text)
+
+    def discard(self) -> None:
+        for path in self._written:
+            path.unlink(missing_ok=True)
+
+
+def _kept(segments: list[Entry], count: int, saved_prefix_rows: int) -> tuple[list[Entry], int]:
+    """The segments that stay, and the first of the rows to be written."""
+    begin = saved_prefix_rows
+    if begin != count:
+        begin -= begin % TILE
     kept, first = [], 0
     for segment in segments:
         used = min(segment["used"], begin - first)
@@ -198,107 +229,43 @@ def _kept(
     return kept, begin
 
 
-def _pieces(parts: tensorfile.Parts, snapshot: Snapshot, begin: int) -> Iterator[Tensor]:
-    """The bytes of ``parts`` for the rows from ``begin`` on, padded with zeros to whole tiles."""
-    ranges, first = [], 0  # blocks with their rows
-    for block, count in zip(snapshot.blocks, snapshot.counts, strict=True):
-        if first + count > begin:
-            ranges.append((block, max(begin - first, 0), count))
-        first += count
-    padding = -snapshot.count % TILE
-    for name, (dtype, shape) in parts.items():
-        if name == "stats":  # by statistic, then by row
-            for stat in range(shape[0]):
-                yield from (block.stats[stat, first:last] for block, first, last in ranges)
-                yield torch.zeros(padding)
-        elif name in ("packed", "codes"):
-            for block, first, last in ranges:
-                array: Tensor = block.arrays[name]
-                yield array[first // TILE : last // TILE]
-                if last % TILE:
-                    tile = array[last // TILE].clone()
-                    tile[:, last % TILE :] = 0
-                    yield tile
-        else:
-            yield from (block.arrays[name][first:last] for block, first, last in ranges)
-            yield torch.zeros(padding, *shape[1:], dtype=dtype)
-
-
-def _alive_parts(count: int) -> tensorfile.Parts:
-    return {"alive": (torch.int64, (-(-count // TILE),))}
-
-
-def _axes_parts(width: int) -> tensorfile.Parts:
-    return {"axes": (torch.float32, (width, width))}
-
-
-def _known(path: Path, there: dict[str, Any] | None, saved: Saved | None) -> dict[str, Any] | None:
-    """The manifest to go on from; None: everything is to be written."""
+def _is_as_saved(path: Path, there: dict[str, Any] | None, saved: Saved | None) -> bool:
+    """Whether the folder holds what the index left in it, so that a save can go on from there."""
     if there is None or saved is None or saved.path != path:
-        return None
+        return False
     if there != saved.manifest:
         raise ValueError(
             f"path: expected {path} as this index left it (generation "
             f"{saved.manifest['generation']}), got generation {there['generation']}, which "
             "another has saved; load it, or save elsewhere"
         )
-    return there
-
-
-# --- the folder
-
-
-def _make(path: Path) -> None:
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in new:
-        _sync(folder.parent)
+    return True
 
 
 def _there(path: Path) -> dict[str, Any] | None:
-    """The manifest; None in a folder that is new, or where a first save was cut off."""
+    """The folder's manifest; None in a new folder, or where a first save was cut off."""
     try:
-        return manifests.read(path)
+        with _os_errors():
+            return manifests.read(path)
     except FileNotFoundError:
-        for name in sorted(os.listdir(path)):
+        for name in filesystem.files_that_matter(path):
             if not manifests.NAME.fullmatch(name) and name != manifests.FILE + ".new":
                 got = path / name
                 raise ValueError(f"path: expected an index or an empty folder, got {got}") from None
         return None
     except ValueError as error:  # somebody else's manifest.json, perhaps
-        if isinstance(error.__cause__, OSError):
-            raise error.__cause__ from None
         raise ValueError(f"path: expected an index or an empty folder, got {error}") from error
 
 
 @contextmanager
-def _locked(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """One writer at a time, of all processes."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _os_errors() -> Iterator[None]:
+    """Raises a file that cannot be read as the OSError that it is, not as damage."""
     try:
-        fcntl.flock(folder, mode)
         yield
-    finally:
-        os.close(folder)
-
-
-def _sync(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _write(path: Path, manifest: dict[str, Any]) -> Path:
-    new = path / (manifests.FILE + ".new")
-    text = json.dumps(manifest, indent=1).encode()
-    manifests.parse(new, text)  # what cannot be read again must replace nothing
-    with open(new, "wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    return new
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise
 
 
 def _collect(path: Path, manifest: dict[str, Any]) -> None:

@@ -1,12 +1,14 @@
-"""What a saved index consists of: JSON that is checked field by field before it is used."""
+"""The manifest of a saved index: JSON that is checked field by field before it is used."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mrl_fast.shared.native import TILE
 
@@ -15,10 +17,11 @@ FILE = "manifest.json"
 NAME = re.compile(r"(rows|alive|axes)-(\d{8})\.safetensors")
 MANIFEST_BYTES = 1 << 20  # at most; parsed, it may take 25 times that
 ROWS = (1 << 32) - 1  # at most
-FIELDS = (
-    "format", "version", "generation", "dims", "metric", "dtype", "prefix_dtype", "rotation",
-    "next_id", "tuned", "segments", "alive", "axes", "sha256",
-)  # fmt: skip
+INDEX_FIELDS = ("dims", "metric", "dtype", "prefix_dtype", "rotation", "next_id", "tuned")
+FIELDS = ("format", "version", "generation", *INDEX_FIELDS, "segments", "alive", "axes", "sha256")
+PATIENCE_S = 20.0  # for a folder that is saved to again and again
+
+T = TypeVar("T")
 
 
 def new(**fields: Any) -> dict[str, Any]:
@@ -26,7 +29,7 @@ def new(**fields: Any) -> dict[str, Any]:
 
 
 def signed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """With a checksum of the other fields."""
+    """The manifest with a checksum of its other fields."""
     plain = {name: value for name, value in manifest.items() if name != "sha256"}
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return {**plain, "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -74,13 +77,36 @@ def read_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def settled(path: Path, use: Callable[[dict[str, Any]], T]) -> T:
+    """``use`` of a folder's manifest; once more if it failed and the folder was saved to meanwhile.
+
+    Raises:
+        FileNotFoundError: There is no manifest.
+        ValueError: As ``use`` raises; or the folder was saved to for all of PATIENCE_S.
+    """
+    manifest, begun = read(path), time.monotonic()
+    while True:
+        try:
+            return use(manifest)
+        except ValueError as error:
+            now = read(path)
+            if now == manifest:
+                raise
+            if time.monotonic() - begun > PATIENCE_S:
+                raise ValueError(
+                    f"{path}: expected a folder that rests for the time of a load, got a new "
+                    f"manifest again and again for {PATIENCE_S:.0f} s"
+                ) from error
+            manifest = now
+
+
 def files_of(manifest: dict[str, Any]) -> set[str]:
     entries = [*manifest["segments"], manifest["alive"], manifest["axes"]]
     return {entry["file"] for entry in entries if entry}
 
 
 def _check(file: Path, manifest: dict[str, Any], digest: str | None) -> None:
-    """What is not checked here, the index's own fields, is as the index is made of them."""
+    """The index's own fields are not checked here but by the index that is made of them."""
 
     def need(ok: Any, name: str, expected: str, got: Any) -> None:
         if not ok:

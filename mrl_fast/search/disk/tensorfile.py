@@ -1,8 +1,8 @@
-"""Safetensors files whose every byte of header is known beforehand: written in one pass, read by
-memory map, nothing in them trusted.
+"""Safetensors files whose whole header is known beforehand: written in one pass, read by memory
+map, nothing in them trusted.
 
-Who reads one knows which tensors it must hold, so its header is compared and never parsed. It is
-padded so that data begins at a multiple of 64 bytes, for SIMD and for pages.
+A reader knows which tensors a file must hold, so it compares the header and never parses it. The
+header is padded so that data begin at a multiple of 64 bytes, for SIMD and for pages.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mrl_fast.search.disk import filesystem
 from mrl_fast.shared.arrays import as_tensor
 
 NAMES = {
@@ -30,7 +32,8 @@ NAMES = {
     torch.uint8: "U8",
 }
 ALIGNMENT = 64
-MANY_BYTES = 1 << 24  # hashed at a time
+# Between two looks for Ctrl-C: so many bytes are hashed, and at most so many wait for the disk.
+HASHED_BYTES, UNSYNCED_BYTES = 1 << 24, 1 << 26
 
 Parts = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # by name, in the file's order
 
@@ -56,66 +59,98 @@ def header(parts: Parts) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write(path: Path, parts: Parts, pieces: Iterable[Tensor]) -> str:
+def write(path: Path, parts: Parts, pieces: Mapping[str, Iterable[Tensor]]) -> str:
     """Writes a new file and has it reach the disk; returns its sha256.
 
-    ``pieces``: The tensors' bytes in order, each contiguous.
+    Args:
+        pieces: Each part's elements in order, cut anywhere.
+
+    Raises:
+        TypeError: Pieces of another dtype or number of elements than their part: a fault of ours.
     """
-    digest = hashlib.sha256()
-    with open(path, "xb") as file:
-        for data in _buffers(parts, pieces):
+    digest, unsynced = hashlib.sha256(), 0
+    with filesystem.synced(path, "xb") as file:
+        for data in _buffers(path, parts, pieces):
             file.write(data)
             digest.update(data)
-        file.flush()
-        os.fsync(file.fileno())
+            unsynced += len(data)
+            if unsynced >= UNSYNCED_BYTES:
+                filesystem.sync_file(file, path)
+                unsynced = 0
     return digest.hexdigest()
 
 
-def _buffers(parts: Parts, pieces: Iterable[Tensor]) -> Iterable[memoryview]:
+def _buffers(
+    path: Path, parts: Parts, pieces: Mapping[str, Iterable[Tensor]]
+) -> Iterator[memoryview]:
     yield memoryview(header(parts))
-    for piece in pieces:
-        data = piece.reshape(-1).view(torch.uint8).numpy().data
-        for begin in range(0, len(data), MANY_BYTES):  # hashed while it is in cache
-            yield data[begin : begin + MANY_BYTES]
+    for name, (dtype, shape) in parts.items():
+        count = 0
+        for piece in pieces[name]:
+            if piece.dtype != dtype:
+                raise TypeError(f"{path}: {name}: expected {dtype}, got {piece.dtype}")
+            count += piece.numel()
+            data = piece.reshape(-1).view(torch.uint8).numpy().data
+            for begin in range(0, len(data), HASHED_BYTES):
+                yield data[begin : begin + HASHED_BYTES]
+        if count != math.prod(shape):
+            raise TypeError(f"{path}: {name}: expected {math.prod(shape)} elements, got {count}")
 
 
-def read(
-    path: Path, parts: Parts, sha256: str | None = None, scattered: str | None = None
-) -> dict[str, Tensor]:
-    """Tensors over the file's pages, not to be written to.
+class TensorFile:
+    """A file that is mapped to memory.
+
+    Attributes:
+        tensors: By name, over the file's pages; not to be written to.
 
     Args:
         parts: What the file must hold.
-        sha256: Read all of it and compare.
+        sha256: What ``verify`` expects.
         scattered: The tensor of which single rows are read: a page that is not in memory comes
             without its neighbours.
 
     Raises:
-        ValueError: Another size, header or checksum than expected, or no file.
+        ValueError: Another size or header than expected, or no file.
     """
-    head = header(parts)
-    expected = len(head) + sum(map(size_of, parts.values()))
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != expected:
-                raise ValueError(f"{path}: size: expected {expected} bytes, got {size}")
-            mapped = mmap.mmap(file.fileno(), size, mmap.MAP_SHARED, mmap.PROT_READ)
-    except OSError as error:
-        raise ValueError(f"{path}: expected a file to read, got {error.strerror}") from error
-    if mapped[: len(head)] != head:
-        raise ValueError(f"{path}: header: expected that of {', '.join(parts)}, got another")
-    if sha256 is not None:
-        digest = hashlib.sha256(mapped).hexdigest()
-        if digest != sha256:
-            raise ValueError(f"{path}: sha256: expected {sha256}, got {digest}")
-    tensors, begin = {}, len(head)
-    for name, part in parts.items():
-        size = size_of(part)
-        data = np.frombuffer(mapped, dtype=np.uint8, count=size, offset=begin)
-        if name == scattered:
-            page = begin - begin % mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_RANDOM, page, begin + size - page)
-        tensors[name] = as_tensor(data, name).view(part[0]).view(part[1])
-        begin += size
-    return tensors
+
+    def __init__(self, path: Path, parts: Parts, sha256: str, scattered: str | None = None):
+        self.path, self._sha256 = path, sha256
+        head = header(parts)
+        expected = len(head) + sum(map(size_of, parts.values()))
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != expected:
+                    raise ValueError(f"{path}: size: expected {expected} bytes, got {size}")
+                # Private: some network file systems map nothing that is shared.
+                self._mapped = mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ)
+        except OSError as error:
+            raise ValueError(f"{path}: expected a file to read, got {error.strerror}") from error
+        if self._mapped[: len(head)] != head:
+            raise ValueError(f"{path}: header: expected that of {', '.join(parts)}, got another")
+        self.tensors: dict[str, Tensor] = {}
+        begin = len(head)
+        for name, part in parts.items():
+            size = size_of(part)
+            data = np.frombuffer(self._mapped, dtype=np.uint8, count=size, offset=begin)
+            if name == scattered:
+                page = begin - begin % mmap.PAGESIZE
+                with suppress(OSError):  # it is advice: some kernels and file systems take none
+                    self._mapped.madvise(mmap.MADV_RANDOM, page, begin + size - page)
+            self.tensors[name] = as_tensor(data, name).view(part[0]).view(part[1])
+            begin += size
+
+    def verify(self) -> None:
+        """Reads the whole file.
+
+        Raises:
+            ValueError: Another checksum than expected.
+        """
+        digest = hashlib.sha256()
+        with memoryview(self._mapped) as data:
+            for begin in range(0, len(data), HASHED_BYTES):
+                digest.update(data[begin : begin + HASHED_BYTES])
+        if digest.hexdigest() != self._sha256:
+            raise ValueError(
+                f"{self.path}: sha256: expected {self._sha256}, got {digest.hexdigest()}"
+            )

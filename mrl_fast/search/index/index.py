@@ -279,10 +279,10 @@ class MatryoshkaIndex:
                 self._loaded_marks = marks if there else None
                 self._saved, store.saved_prefix_rows = saved, now.count
 
-            folder.save(
-                Path(path), self._fields(), self._rows.layout, self.rotation, now,
-                store.saved_prefix_rows, self._saved, replaced,
-            )  # fmt: skip
+            contents = folder.Contents(
+                self._fields(), self._rows.layout, now.blocks, now.counts, now.live, self.rotation
+            )
+            folder.save(Path(path), contents, self._saved, store.saved_prefix_rows, replaced)
 
     @classmethod
     def load(
@@ -302,11 +302,10 @@ class MatryoshkaIndex:
             ValueError: Another version, or damage: names the file and the field.
         """
         make = partial(cls._from_fields, inputs.device(device))
-        index, loaded = folder.load(Path(path), make, verify=verify)
-        saved = index._saved = loaded.saved
-        next_id = saved.manifest["next_id"]
-        index._rows.adopt(loaded.blocks, loaded.counts, saved.alive, saved.axes, next_id)
-        index._rows.store.saved_prefix_rows = sum(loaded.counts)
+        index, contents, index._saved = folder.load(Path(path), make, verify=verify)
+        next_id = index._saved.manifest["next_id"]
+        index._rows.adopt(contents.blocks, contents.counts, contents.alive, contents.axes, next_id)
+        index._rows.store.saved_prefix_rows = sum(contents.counts)
         index._loaded_marks = index._marks()
         return index
 

@@ -2,114 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mrl_fast.search.readers import Chunk, Source
+from mrl_fast.search.readers.base import Chunk, Source, as_int64
 
 BUFFER_BYTES = 1 << 20  # of a column's pages; by default a row group's, or a file's, are held
 SKIPPED = 1 << 12  # rows at a time, at least
 IDS = 1 << 16  # read at a time
 
 
-class ParquetSource(Source):
+class _Column(NamedTuple):
+    """A column, or a field of the structs in one: ``meta.emb`` is ("meta", "emb")."""
+
+    path: tuple[str, ...]
+    type: Any
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.path)
+
+    def of(self, batch: Any) -> Any:
+        array = batch.column(self.path[0])
+        if len(self.path) > 1:
+            # null where the struct is null
+            array = pc.call_function(
+                "struct_field", [array], pc.StructFieldOptions(list(self.path[1:]))
+            )
+        return array.storage if isinstance(array, pa.ExtensionArray) else array
+
+
+class _Parquet(Source):
     """A column of lists of equal length."""
 
     def __init__(self, path: Path, column: str | None, id_column: str | None):
         with _reading(path), _opened(path) as file:
-            schema, groups = file.schema_arrow, _group_rows(file)
-        found = [field.name for field in schema if _holds_vectors(field.type)]
-        if column is None and len(found) == 1:
-            (column,) = found
-        _check_column(path, "column", "lists of floats", column, found)
-        whole = [field.name for field in schema if pa.types.is_integer(field.type)]
+            columns, groups = list(_columns(file.schema_arrow)), _group_rows(file)
+        if column is None:
+            found = [known for known in columns if _holds_vectors(known.type)]
+            found = [known for known in found if len(known.path) == 1] or found
+            column = found[0].name if len(found) == 1 else None
+        vectors = _find(path, "column", column, columns, _holds_vectors, "lists of floats")
+        self.columns = [vectors]
         if id_column is not None:
-            _check_column(path, "id_column", "integers", id_column, whole)
-        self.columns = [str(column)] + ([] if id_column is None else [id_column])
+            self.columns.append(_find_ids(path, id_column, columns))
         self.ends = np.cumsum(groups)  # of the row groups
-        kind: Any = schema.field(str(column)).type
-        self.fixed = pa.types.is_fixed_size_list(kind)
-        super().__init__(path, sum(groups), kind.list_size if self.fixed else 0)
-        if not self.fixed and self.rows:
-            first = next(self._batches(1, 0)).column(0)
-            _check_no_nulls(path, self.columns[0], first, 0)
+        super().__init__(path, sum(groups), 0)
+        if self.rows:
+            first = next(self._batches(1, 0))[0]
+            _check_no_nulls(path, vectors.name, first, 0)
             self.width = len(first[0])
+            if not self.width:
+                raise ValueError(
+                    f"{path}: {vectors.name}: expected lists of at least one float, got an empty "
+                    "one in row 0"
+                )
 
     def chunks(self, rows: int, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
         stop = self.rows if stop is None else min(stop, self.rows)
         begin = start
-        for batch in self._batches(rows, start):
-            batch = batch.slice(0, stop - begin)
-            if not len(batch):
+        for lists, *ids in self._batches(rows, start):
+            count = min(len(lists), stop - begin)
+            if not count:
                 return
-            ids = _integers(self.path, batch.column(1), begin) if len(self.columns) > 1 else None
-            yield self._vectors(batch.column(0), begin), ids
-            begin += len(batch)
+            vectors = self._vectors(lists[:count], begin)
+            yield vectors, _integers(self.path, ids[0][:count], begin) if ids else None
+            begin += count
         if begin < stop:
             raise ValueError(f"{self.path}: expected {self.rows} rows, got {begin}")
 
-    def _read(self, begin: int, end: int) -> Any:
-        raise NotImplementedError("chunks does it")
-
-    def _batches(self, rows: int, start: int) -> Iterator[Any]:
-        """Batches from row ``start`` on."""
+    def _batches(self, rows: int, start: int) -> Iterator[list[Any]]:
+        """The columns' arrays from row ``start`` on, at most ``rows`` rows at a time."""
         first = int(np.searchsorted(self.ends, start, side="right"))
         skip = start - (int(self.ends[first - 1]) if first else 0)
         groups = range(first, len(self.ends))
-        for batch in _batches(self.path, self.columns, max(rows, SKIPPED), groups):
-            skipped = min(skip, len(batch))
+        for arrays in _batches(self.path, self.columns, max(rows, SKIPPED), groups):
+            skipped = min(skip, len(arrays[0]))
             skip -= skipped
-            for begin in range(skipped, len(batch), rows):
-                yield batch.slice(begin, rows)
+            for begin in range(skipped, len(arrays[0]), rows):
+                yield [array[begin : begin + rows] for array in arrays]
 
     def _vectors(self, lists: Any, begin: int) -> np.ndarray:
-        _check_no_nulls(self.path, self.columns[0], lists, begin)
-        if not self.fixed:
-            lengths = np.diff(lists.offsets.to_numpy())
-            if (wrong := lengths != self.width).any():
-                row = int(wrong.argmax())
-                got = f"{lengths[row]} in row {begin + row}"
-                raise ValueError(
-                    f"{self.path}: {self.columns[0]}: expected lists of {self.width}, got {got}"
-                )
+        name = self.columns[0].name
+        _check_no_nulls(self.path, name, lists, begin)
+        lengths = pc.call_function("list_value_length", [lists]).to_numpy()
+        if (wrong := lengths != self.width).any():
+            row = int(wrong.argmax())
+            got = f"{lengths[row]} in row {begin + row}"
+            raise ValueError(f"{self.path}: {name}: expected lists of {self.width}, got {got}")
         values = lists.flatten()
         if values.null_count:
-            row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-            got = f"a null in row {begin + row // self.width}"
-            raise ValueError(f"{self.path}: {self.columns[0]}: expected floats, got {got}")
+            row = begin + _first_null(values) // self.width
+            raise ValueError(f"{self.path}: {name}: expected floats, got a null in row {row}")
         return values.to_numpy().reshape(-1, self.width)
 
 
-def read_ids(path: Path, column: str) -> np.ndarray:
+def open_vectors(path: Path, column: str | None, id_column: str | None) -> Source:
+    """A column of lists of D floats; without a name, the only one."""
+    return _Parquet(path, column, id_column)
+
+
+def read_integers(path: Path, id_column: str | None) -> np.ndarray:
     """A column of integers, ``[n]`` int64."""
     with _reading(path), _opened(path) as file:
-        schema, groups = file.schema_arrow, len(_group_rows(file))
-    whole = [field.name for field in schema if pa.types.is_integer(field.type)]
-    _check_column(path, "id_column", "integers", column, whole)
+        columns, groups = list(_columns(file.schema_arrow)), len(_group_rows(file))
+    column = _find_ids(path, id_column, columns)
     parts, begin = [np.empty(0, np.int64)], 0
-    for batch in _batches(path, [column], IDS, range(groups)):
-        parts.append(_integers(path, batch.column(0), begin))
-        begin += len(batch)
+    for (array,) in _batches(path, [column], IDS, range(groups)):
+        parts.append(_integers(path, array, begin))
+        begin += len(array)
     return np.concatenate(parts)
 
 
 def _integers(path: Path, array: Any, begin: int) -> np.ndarray:
     _check_no_nulls(path, "id_column", array, begin)
-    with _reading(path):
-        return array.cast(pa.int64()).to_numpy()
+    return as_int64(path, array.to_numpy())
 
 
-def _batches(path: Path, columns: list[str], rows: int, groups: range) -> Iterator[Any]:
-    """Record batches of at most so many rows, with these columns in this order."""
+def _batches(path: Path, columns: list[_Column], rows: int, groups: range) -> Iterator[list[Any]]:
+    """The columns' arrays, at most so many rows at a time."""
+    names = [column.name for column in columns]
     with _reading(path), _opened(path) as file:
-        for batch in file.iter_batches(rows, row_groups=list(groups), columns=columns):
-            yield batch.select(columns)
+        for batch in file.iter_batches(rows, row_groups=list(groups), columns=names):
+            yield [column.of(batch) for column in columns]
 
 
 def _opened(path: Path) -> Any:
@@ -124,28 +146,69 @@ def _group_rows(file: Any) -> list[int]:
     return groups
 
 
+def _columns(fields: Iterable[Any], path: tuple[str, ...] = ()) -> Iterator[_Column]:
+    """All columns, and all fields of structs."""
+    for field in fields:
+        kind, here = field.type, (*path, field.name)
+        yield _Column(here, getattr(kind, "storage_type", kind))
+        if pa.types.is_struct(kind):
+            yield from _columns((kind.field(i) for i in range(kind.num_fields)), here)
+
+
 def _holds_vectors(kind: Any) -> bool:
     types = pa.types
-    lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return lists and types.is_floating(kind.value_type)
+    tests = (
+        types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view,
+        types.is_large_list_view,
+    )  # fmt: skip
+    return any(test(kind) for test in tests) and types.is_floating(kind.value_type)
 
 
-def _check_column(path: Path, name: str, kind: str, column: Any, found: list[str]) -> None:
-    if column not in found or found.count(column) > 1:
-        expected = f"one of {', '.join(map(repr, found))}" if found else f"a column of {kind}"
-        raise ValueError(f"{path}: {name}: expected {expected}, got {column!r}")
+def _find(
+    path: Path,
+    option: str,
+    name: str | None,
+    columns: list[_Column],
+    fits: Callable[[Any], bool],
+    kind: str,
+    advice: str = "",
+) -> _Column:
+    """The only column of this name, which must be of this kind."""
+    named = [column for column in columns if column.name == name]
+    if len(named) == 1 and fits(named[0].type):
+        return named[0]
+    found = [repr(column.name) for column in columns if fits(column.type)]
+    expected = f"one of {', '.join(found)}" if found else f"a column of {kind}"
+    got = repr(name)
+    if len(named) > 1:
+        got = f"{got}, which {len(named)} columns are called"
+    elif named:
+        got = f"{got} of {named[0].type}{advice}"
+    raise ValueError(f"{path}: {option}: expected {expected}, got {got}")
+
+
+def _find_ids(path: Path, name: str | None, columns: list[_Column]) -> _Column:
+    advice = (
+        "; ids are int64: number the rows in a column of integers, or leave the option out, and "
+        "they are 0, 1, 2, … in the order of rows"
+    )
+    return _find(path, "id_column", name, columns, pa.types.is_integer, "integers", advice)
 
 
 def _check_no_nulls(path: Path, name: str, array: Any, begin: int) -> None:
     if array.null_count:
-        row = begin + int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+        row = begin + _first_null(array)
         raise ValueError(f"{path}: {name}: expected no nulls, got one in row {row}")
+
+
+def _first_null(array: Any) -> int:
+    return int(array.is_null().to_numpy(zero_copy_only=False).argmax())
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What pyarrow raises, with the file's name."""
+    """Gives what pyarrow raises the file's name."""
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{path}: expected an undamaged Parquet file, got {error}") from error
