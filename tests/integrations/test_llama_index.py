@@ -281,7 +281,7 @@ def test_metadata_become_what_json_holds(tmp_path):
     found.add([node])
     (kept,) = found.get_nodes()
     for metadata in (
-        kept.metadata, kept.source_node.metadata, kept.relationships["4"][0].metadata
+        kept.metadata, kept.source_node.metadata, kept.child_nodes[0].metadata
     ):  # fmt: skip
         assert metadata == expected and type(metadata["n"]) is int
     assert asked(found, "a", filters=all_of(where("n", "in", [3, 4]))).ids == ["x"]
