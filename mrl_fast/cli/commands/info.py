@@ -38,10 +38,10 @@ def info(index: Folder, json: Json = False) -> None:
         if json:
             show_json(fields)
         else:
-            show_fields(_in_words(fields, loaded))
+            show_fields(_in_words(fields))
 
 
-def _in_words(fields: dict[str, Any], index: MatryoshkaIndex) -> dict[str, Any]:
+def _in_words(fields: dict[str, Any]) -> dict[str, Any]:
     words = dict(fields)
     files, size, tuned, source = (
         words.pop(name) for name in ("files", "bytes", "tuned", "unfinished")
@@ -59,6 +59,6 @@ def _in_words(fields: dict[str, Any], index: MatryoshkaIndex) -> dict[str, Any]:
             f"{shown_stages(tuned['stages'])}, for k up to {tuned['k']}, with {tuned['rows']:,} "
             "rows"
         )
-        if tuned["stages"] and index._tuned_stages(1, index._store.snapshot) is None:
+        if tuned["stages"] and fields["rows"] > 1.1 * tuned["rows"]:  # as ``search`` decides
             words["tuned"] += "; out of date, searches are exact"
     return words
