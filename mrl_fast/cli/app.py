@@ -1,90 +1,48 @@
 """All commands of ``mrl-fast``."""
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from mrl_fast.cli import commands, needs_extra
-from mrl_fast.cli.output import failing, say, shows_progress
+from mrl_fast.cli.commands.add import add
+from mrl_fast.cli.commands.build import build
+from mrl_fast.cli.commands.demo import demo
+from mrl_fast.cli.commands.info import info
+from mrl_fast.cli.commands.reproduce import reproduce
+from mrl_fast.cli.commands.search import search
+from mrl_fast.cli.commands.tune import tune
+from mrl_fast.cli.commands.verify import verify
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-app.add_typer(commands.app, name="index")
+index = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(index, name="index")
+
+for command in (demo, reproduce):
+    app.command()(command)
+for command in (build, add, search, tune, info, verify):
+    index.command()(command)
 
 
 @app.callback()
-def group() -> None:
+def about() -> None:
     """Matryoshka (nested) embeddings, trained and searched at the speed of the hardware."""
 
 
-@app.command()
-def demo(
-    out: Annotated[
-        Path, typer.Option(help="Folder for accuracy.png, recall.png and report.md.")
-    ] = Path("demo-out"),
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="MRL_FAST_DATA",
-            help="Folder that holds fashion_mnist.npz; without it, scikit-learn's digits.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the training.")] = False,
-) -> None:
-    """Train nested vectors on real images, evaluate every prefix, index and search them.
+@index.callback()
+def about_index() -> None:
+    """Build an index of vectors in files, search it, tune it, check it.
 
-    Prints accuracy by dim beside an ordinary net's vectors, and recall and time of full-width,
-    adaptive and funnel search beside FAISS flat; writes both as plots. Takes a minute or two.
+    Vectors are read from .npy, .fvecs, .bvecs, .safetensors and .parquet files, a part at a time;
+    an index is a folder whose files are mapped, not read: both may be larger than memory.
+
+    \b
+    Example:
+      mrl-fast index build base.fvecs --out my-index --metric l2
+      mrl-fast index tune my-index samples.fvecs --recall 0.99
+      mrl-fast index search my-index queries.fvecs -k 10 --truth truth.ivecs
+
+    \b
+    Exit codes:
+      0    done
+      1    "verify" found damage
+      2    bad input; stderr says what was expected and what came
+      130  interrupted
     """
-    try:
-        from mrl_fast.experiments.demo import run_demo
-    except ModuleNotFoundError as error:
-        needs_extra(error, "demo")
-        raise typer.Exit(2) from None
-    with failing():
-        run_demo(out, data, seed=seed, quick=quick)
-
-
-@app.command()
-def reproduce(
-    out: Annotated[
-        Path, typer.Option(help="Folder for the report, its figures, and what was measured.")
-    ] = Path("reproduce-out"),
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="MRL_FAST_DATA",
-            help="Folder that holds fashion_mnist/fashion_mnist.npz and banking77/*.csv; without "
-            "it, the synthetic set alone.",
-        ),
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=2, help="Of each set.")] = 5,
-    only: Annotated[
-        str | None, typer.Option(help="One set: synthetic, Fashion-MNIST or banking77.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Small sets, to see that it runs: under two minutes.")
-    ] = False,
-) -> None:
-    """Train MRL, MRL-E and the baselines, and say which of the paper's claims hold here.
-
-    Writes report.md and report.html with tables and figures. Each set and seed is kept as it is
-    done: a run that was stopped goes on where it was. The full form takes 40 minutes on two cores.
-    """
-    try:
-        from mrl_fast.experiments.reproduce import run_reproduce
-    except ModuleNotFoundError as error:
-        needs_extra(error, "demo")
-        raise typer.Exit(2) from None
-    with failing():
-        report = run_reproduce(
-            out,
-            data,
-            seeds=seeds,
-            only=only,
-            quick=quick,
-            progress=shows_progress(False),
-            say=say,
-        )
-        print(f"Wrote {report}")

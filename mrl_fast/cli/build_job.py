@@ -1,4 +1,4 @@
-"""Building an index from a file, in steps that an interruption cannot undo; adding to one."""
+"""Building an index from a file, in steps that survive an interruption; adding to an index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mrl_fast.cli.inputs import Vectors, check_width, naming_rows
-from mrl_fast.cli.output import progress, replacing
+from mrl_fast.cli.output import progress, replacing, saying_on_interrupt
 from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.shared.arrays import as_tensor
@@ -21,7 +21,7 @@ FIT_BYTES = 1 << 28
 
 
 def unfinished(folder: Path) -> dict[str, Any] | None:
-    """What a build that is not done was asked for: ``source`` and ``rows``."""
+    """The ``source`` and ``rows`` of a build that is not done; None where there is none."""
     try:
         found = json.loads((folder / MARKER).read_text())
         return {"source": str(found["source"]), "rows": int(found["rows"])}
@@ -41,7 +41,7 @@ def build(
     overwrite: bool,
     quiet: bool,
 ) -> dict[str, Any]:
-    """An index of the vectors in the folder, or what is missing of it; a summary."""
+    """Builds an index of the vectors in a folder, or goes on with one that was begun; a summary."""
     if dims[-1:] != [vectors.width]:
         raise ValueError(
             f"--dims: expected the last to be the vectors' width {vectors.width}, got {dims}"
@@ -56,23 +56,19 @@ def build(
         _check_rows(index, vectors, out)
     else:
         if settings["rotation"]:
-            samples = vectors.matrix(max(1, FIT_BYTES // (4 * vectors.width)))
-            with naming_rows(vectors.path, samples, 0):
-                index.fit(samples)
-            del samples
+            _fit(index, vectors)
         if new := not (out / manifests.FILE).exists():
             index.save(out)
     done = len(index)
     if done < vectors.rows:
-        if not overwrite:
-            _mark(vectors, out)
         checkpoint = checkpoint or max(1, CHECKPOINT_BYTES // (4 * vectors.width))
         try:
+            if not overwrite:
+                _mark(vectors, out)
             index = _append_all(index, vectors, out, checkpoint, overwrite, quiet)
         except BaseException:
-            if new and not len(MatryoshkaIndex.load(out)):  # as if nothing had been asked for
-                for name in (MARKER, *manifests.files_of(manifests.read(out)), manifests.FILE):
-                    (out / name).unlink(missing_ok=True)
+            if new:
+                _undo_an_empty_build(out)
             raise
     (out / MARKER).unlink(missing_ok=True)
     return {
@@ -88,25 +84,38 @@ def add(vectors: Vectors, folder: Path, *, quiet: bool) -> dict[str, Any]:
     if unfinished(folder):
         raise ValueError(f"{folder}: expected a whole index, got an unfinished build: run it again")
     check_width(vectors, index)
-    try:
+    with saying_on_interrupt(
+        folder, f"nothing was added to {folder}", f"all rows were added to {folder}"
+    ):
         with progress("add", vectors.rows, quiet=quiet) as bar:
             for part, ids, row in vectors.chunks(vectors.chunk_rows):
                 with naming_rows(vectors.path, part, row, index.dtype):
                     index.add(part, ids)
                 bar.update(len(part))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"nothing was added to {folder}") from None
-    index.save(folder)
+        index.save(folder)
     return {
         "index": folder, "rows": len(index), "added": vectors.rows, "dims": index.dims,
         "seconds": time.perf_counter() - begun,
     }  # fmt: skip
 
 
+def _fit(index: MatryoshkaIndex, vectors: Vectors) -> None:
+    samples = vectors.matrix(max(1, FIT_BYTES // (4 * vectors.width)))
+    with naming_rows(vectors.path, samples, 0):
+        index.fit(samples)
+
+
 def _mark(vectors: Vectors, out: Path) -> None:
     marker = {"source": str(vectors.path.absolute()), "rows": vectors.rows}
     with replacing(out / MARKER) as file:
         file.write_text(json.dumps(marker))
+
+
+def _undo_an_empty_build(out: Path) -> None:
+    """Leaves a folder that was new as if nothing had been asked for, where no row was saved."""
+    if not len(MatryoshkaIndex.load(out)):
+        for name in (MARKER, *manifests.files_of(manifests.read(out)), manifests.FILE):
+            (out / name).unlink(missing_ok=True)
 
 
 def _append_all(
@@ -117,8 +126,11 @@ def _append_all(
     overwrite: bool,
     quiet: bool,
 ) -> MatryoshkaIndex:
-    """Adds what is missing; saves and opens the index anew every ``checkpoint`` rows, so that no
-    more than these are in memory. An index that is overwritten is there until the first save."""
+    """Adds the rows that are missing.
+
+    Saves and opens the index anew every ``checkpoint`` rows, so that no more of them are in memory.
+    An index that is overwritten stays until the first save.
+    """
     saved, again = len(index), "the same command"
     if overwrite:
         again += " without --overwrite"
@@ -135,7 +147,7 @@ def _append_all(
                     index.save(out)
                     index = MatryoshkaIndex.load(out)
                     saved = len(index)
-    except KeyboardInterrupt:  # perhaps after a save, before anything here knew
+    except KeyboardInterrupt:  # it may come after a save whose rows are not counted here yet
         if not saved and not unfinished(out):
             raise KeyboardInterrupt(f"{out} is as it was") from None
         saved = len(MatryoshkaIndex.load(out))
@@ -146,6 +158,7 @@ def _append_all(
 
 
 def _check_same(index: MatryoshkaIndex, wanted: dict[str, Any], out: Path) -> None:
+    """The index has the dims and settings that were asked for."""
     for name, value in wanted.items():
         there = getattr(index, name)
         if name == "rotation":

@@ -1,4 +1,4 @@
-"""Vectors as commands are given them: files, the part of a file that counts, their ids."""
+"""Vectors that commands are given: a file, the rows of it to read, their ids."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.readers import open_vectors, read_ids
+from mrl_fast.shared import memory
 from mrl_fast.shared.arrays import as_tensor
 
 CHUNK_BYTES = 1 << 25  # of vectors as fp32, read and added at a time
@@ -21,7 +22,7 @@ class Vectors:
     """Rows [first, last) of a file and their ids.
 
     Attributes:
-        ids: ``[rows of the file]`` int64, where they come from a file of their own.
+        ids: ``[rows of the file]`` int64 where they come from a file of their own, else None.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class Vectors:
         self.chunk_rows = max(1, CHUNK_BYTES // (4 * self.width))
 
     def chunks(self, rows: int, start: int = 0) -> Iterator[tuple[Any, np.ndarray | None, int]]:
-        """Vectors, their ids where these are given, and the first one's row in the file; from the
-        start-th that counts on."""
+        """Vectors from row ``first + start`` on, their ids where these are given, and the first
+        one's row in the file."""
         begin = self.first + start
         for vectors, ids in self.source.chunks(rows, begin, self.first + self.rows):
             if self.ids is not None:
@@ -64,7 +65,7 @@ class Vectors:
     def matrix(self, rows: int | None = None) -> torch.Tensor:
         """The first rows, or all, ``[rows, width]`` fp32."""
         rows = self.rows if rows is None else min(rows, self.rows)
-        matrix, done = torch.empty(rows, self.width), 0
+        matrix, done = memory.empty(rows, self.width), 0
         for vectors, _, _ in self.chunks(min(rows, self.chunk_rows)):
             part = as_tensor(vectors, "vectors")[: rows - done]
             matrix[done : done + len(part)] = part
@@ -84,7 +85,7 @@ def check_width(vectors: Vectors, index: MatryoshkaIndex) -> None:
 
 @contextmanager
 def naming_rows(path: Path, vectors: Any, row: int, dtype: str = "float32") -> Iterator[None]:
-    """Says of a NaN in which row of the file it is; ``row`` is that of the first vector."""
+    """Errors about a NaN name its row in the file; ``row`` is that of the first vector."""
     try:
         yield
     except ValueError:

@@ -1,5 +1,4 @@
-"""What commands say: results on stdout, all else on stderr; how they end when something is
-wrong."""
+"""What commands say, and how they end: results go to stdout, all else to stderr."""
 
 from __future__ import annotations
 
@@ -17,8 +16,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 from mrl_fast.cli import needs_extra
+from mrl_fast.cli.inputs import Vectors
+from mrl_fast.search.disk import manifest as manifests
 
-# what the extra "cli" does not have, by the extra that has it
+# Packages that the extra "cli" does not have, with the extra that has them.
 EXTRAS = {
     "matplotlib": "demo",
     "sentence_transformers": "reproduce",
@@ -31,7 +32,7 @@ def failing() -> Iterator[None]:
     """Bad input ends in one line on stderr and code 2, Ctrl-C in code 130."""
     try:
         yield
-    except BrokenPipeError:  # whoever reads stdout has read enough: as SIGPIPE ends others
+    except BrokenPipeError:  # the reader of stdout has read enough; the code is that of SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(141) from None
     except ModuleNotFoundError as error:
@@ -63,8 +64,8 @@ def progress(name: str, total: int, *, done: int = 0, unit: str = "rows", quiet:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes this path's place once it is whole."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    """A file to write, of the same suffix, that takes this path's place once it is whole."""
+    new = path.with_name(f"{path.stem}.{os.getpid()}.new{path.suffix}")
     try:
         yield new
         os.replace(new, path)
@@ -72,8 +73,37 @@ def replacing(path: Path) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
+@contextmanager
+def saying_on_interrupt(folder: Path, before: str, after: str) -> Iterator[None]:
+    """Ctrl-C says whether the index in the folder is as it was ``before`` or as it is ``after``: an
+    interrupt may come when a save is done."""
+    manifest = manifests.read(folder)
+    try:
+        yield
+    except KeyboardInterrupt:
+        same = manifests.read(folder) == manifest
+        raise KeyboardInterrupt(before if same else after) from None
+
+
 def show_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, allow_nan=False, default=str))  # default: paths
+
+
+def show_written(summary: dict[str, Any], vectors: Vectors, as_json: bool) -> None:
+    """What a build or an add did."""
+    if as_json:
+        show_json(summary)
+    elif summary["added"]:
+        rate = summary["added"] / max(summary["seconds"], 1e-9)
+        print(
+            f"{summary['index']}: {summary['rows']:,} rows × {vectors.width}, "
+            f"{summary['added']:,} of them new, {summary['seconds']:.1f} s, {rate:,.0f} a second"
+        )
+    else:
+        print(
+            f"{summary['index']}: nothing to do, all {summary['rows']:,} rows of {vectors.path} "
+            "are there"
+        )
 
 
 def show_fields(fields: dict[str, Any]) -> None:

@@ -4,43 +4,64 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from mrl_fast.cli.build_job import unfinished
 from mrl_fast.cli.inputs import Vectors, check_width, naming_rows
-from mrl_fast.cli.output import progress, replacing, shows_progress
+from mrl_fast.cli.output import progress, replacing, say, saying_on_interrupt, shows_progress
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.readers import read_neighbours
 from mrl_fast.shared.arrays import as_tensor
+from mrl_fast.shared.recall import count_found
 from mrl_fast.shared.types import ExactResult, SearchResult
 
 BATCH = 1024  # queries a call
 MANY = 1 << 24  # neighbours a call
 OUTPUTS = (".npz", ".jsonl")
+PLOTS = (".png", ".svg", ".pdf")
 
 Write = Callable[[int, SearchResult], None]  # the first query's number, results of tensors
+
+
+class Asked(NamedTuple):
+    """What ``MatryoshkaIndex.search`` is asked for each query."""
+
+    k: int
+    stages: list[tuple[int, int]] | None
+    exact: bool
+    allowed: np.ndarray | None  # ids
+
+
+def load(folder: Path, device: str) -> MatryoshkaIndex:
+    """An index to search; warns where its build was interrupted."""
+    index = MatryoshkaIndex.load(folder, device=device)
+    if building := unfinished(folder):
+        say(
+            f"warning: {folder} holds {len(index):,} of {building['rows']:,} rows of "
+            f"{building['source']}: its build was interrupted"
+        )
+    return index
 
 
 def search(
     index: MatryoshkaIndex,
     queries: Vectors,
-    k: int,
+    asked: Asked,
     *,
-    stages: list[tuple[int, int]] | None,
-    exact: bool,
-    allowed: np.ndarray | None,
     truth: Path | None,
     out: Path | None,
-    keep: int,
+    shown: int,
     quiet: bool,
 ) -> dict[str, Any]:
-    """A summary, and the first ``keep`` queries' results."""
+    """A summary, and the results of the first ``shown`` queries."""
     check_width(queries, index)
+    k, stages = asked.k, asked.stages
     known = None if truth is None else _neighbours(truth, queries, k)
     hits, seconds, results, result = 0, 0.0, [], None
     with (
@@ -49,15 +70,14 @@ def search(
     ):
         done = 0
         for part, _, row in queries.chunks(max(1, min(BATCH, MANY // k))):
+            part = as_tensor(part, "queries")
             begun = time.perf_counter()
             with naming_rows(queries.path, part, row):
-                result = index.search(
-                    as_tensor(part, "queries"), k, stages=stages, exact=exact, allowed=allowed
-                )
+                result = index.search(part, **asked._asdict())
             seconds += time.perf_counter() - begun
             if known is not None:
-                hits += _hits(result.ids, known[done : done + len(part)])
-            left = max(0, keep - done)
+                hits += _hits(index, part, result, known[done : done + len(part)])
+            left = max(0, shown - done)
             results += _as_lists(done, result.scores[:left], result.ids[:left])
             write(done, result)
             done += len(part)
@@ -71,17 +91,31 @@ def search(
 
 
 def tune(
-    index: MatryoshkaIndex, queries: Vectors, *, plot: Path | None, quiet: bool, **target: Any
+    index: MatryoshkaIndex,
+    queries: Vectors,
+    folder: Path,
+    *,
+    plot: Path | None,
+    quiet: bool,
+    **target: Any,
 ) -> Any:
-    """The report of ``MatryoshkaIndex.tune``; draws it."""
+    """Saves the stages that ``MatryoshkaIndex.tune`` finds, and draws its report, which it
+    returns."""
     check_width(queries, index)
     if plot is not None:
         import matplotlib  # noqa: F401  # before the work, if it is missing
-    samples = queries.matrix()
-    with naming_rows(queries.path, samples, queries.first):
-        report = index.tune(samples, **target, progress=shows_progress(quiet))
-    if plot is not None:
-        report.plot(plot)
+
+        _check_out(plot, "--plot", PLOTS)
+    with saying_on_interrupt(
+        folder, f"nothing was saved in {folder}", f"the stages are saved in {folder}"
+    ):
+        samples = queries.matrix()
+        with naming_rows(queries.path, samples, queries.first):
+            report = index.tune(samples, **target, progress=shows_progress(quiet))
+        index.save(folder)
+        if plot is not None:
+            with replacing(plot) as new:
+                report.plot(new)
     return report
 
 
@@ -96,15 +130,43 @@ def _neighbours(path: Path, queries: Vectors, k: int) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(known[: queries.rows, :k]))
 
 
-def _hits(found: torch.Tensor, known: torch.Tensor) -> int:
-    """How many of the known ids ``[B, k]`` were found."""
-    found = found.sort(dim=1).values
-    place = torch.searchsorted(found, known).clamp(max=found.shape[1] - 1)
-    return int(((found.gather(1, place) == known) & (known >= 0)).sum())
+def _hits(
+    index: MatryoshkaIndex, queries: torch.Tensor, found: SearchResult, known: torch.Tensor
+) -> int:
+    """How many of the true neighbours ``known``, ``[B, k]``, were found.
+
+    Where other ids were found, these and the true ones are scored alike, at full width, for
+    ``count_found`` to see ties.
+    """
+    differ = (found.ids.sort(dim=1).values != known.sort(dim=1).values).any(dim=1)
+    scores, true_scores = torch.zeros_like(found.scores), torch.zeros_like(found.scores)
+    for i in differ.nonzero()[:, 0].tolist():
+        ids = torch.cat([found.ids[i], known[i]]).unique()
+        ids = ids[ids >= 0]
+        both = index.search(queries[i : i + 1], max(1, len(ids)), exact=True, allowed=ids)
+        scores[i] = _scores_of(found.ids[i], both)
+        true_scores[i] = _scores_of(known[i], both)
+    return int(count_found(SearchResult(scores, found.ids), SearchResult(true_scores, known)).sum())
+
+
+def _scores_of(ids: torch.Tensor, ranked: SearchResult) -> torch.Tensor:
+    """Scores ``[k]`` of ids by one query's results; infinite where the index has no such id, which
+    is then not the worst of the true ones."""
+    by_id = ranked.ids[0].sort()
+    place = torch.searchsorted(by_id.values, ids).clamp_max(len(by_id.values) - 1)
+    scores = ranked.scores[0][by_id.indices[place]]
+    return scores.where(by_id.values[place] == ids, torch.inf)
+
+
+def _check_out(path: Path, option: str, suffixes: Sequence[str]) -> None:
+    if path.suffix not in suffixes:
+        raise ValueError(f"{option}: expected a file ending in {' or '.join(suffixes)}, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{option}: expected a folder that there is, got {path.absolute().parent}")
 
 
 def _as_lists(first: int, scores: torch.Tensor, ids: torch.Tensor) -> list[dict[str, Any]]:
-    """A query's neighbours each, without missing ones."""
+    """The neighbours of each query, without missing ones."""
     rows = zip(scores.tolist(), ids.tolist(), strict=True)
     return [
         {
@@ -118,14 +180,11 @@ def _as_lists(first: int, scores: torch.Tensor, ids: torch.Tensor) -> list[dict[
 
 @contextmanager
 def _writer(out: Path | None, queries: int, k: int) -> Iterator[Write]:
-    """Writes results to a file that is there once all of them are."""
+    """Writes results to a file, which is there once all of them are in it."""
     if out is None:
         yield lambda first, result: None
         return
-    if out.suffix not in OUTPUTS:
-        raise ValueError(f"--out: expected a file ending in {' or '.join(OUTPUTS)}, got {out}")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out: expected a folder that there is, got {out.absolute().parent}")
+    _check_out(out, "--out", OUTPUTS)
     if out.suffix == ".npz":
         scores, ids = np.empty((queries, k), np.float32), np.empty((queries, k), np.int64)
 

@@ -6,11 +6,13 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
+from copy import copy
 from typing import Any
 
+from mrl_fast.integrations.stores.metadata import names_of, plain_metadata
 from mrl_fast.integrations.stores.records import Codec, Records
 from mrl_fast.search.index import MatryoshkaIndex
+from mrl_fast.search.index.validate import number
 
 try:
     from langchain_core.documents import Document
@@ -21,7 +23,7 @@ except ImportError as error:
         "mrl_fast.integrations.langchain needs LangChain: pip install 'mrl-fast[langchain]'"
     ) from error
 
-Filter = dict[str, Any] | Callable[[Document], bool]
+from mrl_fast.integrations.stores.langchain_filters import Filter, keep_of
 
 
 def _encode(document: Document) -> dict[str, Any]:
@@ -32,23 +34,36 @@ def _encode(document: Document) -> dict[str, Any]:
     }
 
 
-CODEC = Codec("langchain documents", _encode, lambda fields: Document(**fields))
+def _decode(fields: dict[str, Any]) -> Document:
+    return Document(**fields)
+
+
+CODEC = Codec("langchain documents", _encode, _decode)
 
 
 class MatryoshkaVectorStore(VectorStore):
     """Documents by id, found by the embeddings of their texts.
 
     Searches are exact until ``store.index.tune`` was called on sample queries, or with ``stages=``.
-    Where others search meanwhile, they find each document as it was before a change or after it.
+    While one thread changes the store, searches of others find each document as it was before the
+    change or after it. Copies and pickles hold the documents and the index; they are independent.
 
     Args:
         embedding: Makes the vectors; those of a Matryoshka model, or any with ``rotation="pca"``.
         dims: Prefix widths. None: the embeddings' width, and its halves down to 64.
         metric, dtype, prefix_dtype, rotation: As for a MatryoshkaIndex.
 
-    Every search takes ``filter``: values of metadata that a document must have, or a function of
-    the Document, asked of all documents; and further keywords of ``MatryoshkaIndex.search``, such
-    as ``stages``.
+    Every search takes:
+
+    - ``filter``, asked of all documents before the search: a function of the Document (LangChain's
+      FAISS store hands its functions the metadata), or a dict of conditions that must all hold.
+      ``{"page": 1}``: metadata have this key with this value. ``{"page": [1, 2]}``: with one of
+      these values. ``{"page": {"$gt": 1, "$lte": 9}}``: operators ``$eq $neq $gt $gte $lt $lte $in
+      $nin``, for which a missing key is None. ``{"$or": [{…}, {…}]}``, ``$and``, ``$not: {…}``.
+    - ``score_threshold``: documents with a lower score are left out.
+    - ``fetch_k``, for FAISS's users: without effect but for marginal relevance, as the filter comes
+      before the search.
+    - further keywords of ``MatryoshkaIndex.search``, such as ``stages``.
     """
 
     def __init__(
@@ -91,63 +106,97 @@ class MatryoshkaVectorStore(VectorStore):
 
         Args:
             texts: n of them.
-            metadatas: n of them.
-            ids: n of them; None, or an id that is None: a new one.
+            metadatas: n of them, as JSON can hold them. numpy's numbers and arrays, and tuples, are
+                kept as Python's numbers and lists.
+            ids: n of them, text or integers, which are kept as text; None, or an id that is None:
+                a new one.
             kwargs: What LangChain passes to every store (``batch_size``); without effect.
 
         Returns:
             The n ids.
+
+        Raises:
+            ValueError: Other numbers of metadatas or ids; NaN, infinity, a date or another object
+                in metadata, naming the document and the key.
         """
         texts = list(texts)
-        for name, given in (("metadatas", metadatas), ("ids", ids)):
-            if given is not None and len(given) != len(texts):
-                raise ValueError(f"{name}: expected {len(texts)}, one a text, got {len(given)}")
-        names = [name or str(uuid.uuid4()) for name in ids or [None] * len(texts)]
+        given = [""] * len(texts) if ids is None else names_of(ids)
+        names = [name or str(uuid.uuid4()) for name in given]
+        metadatas = [{} for _ in texts] if metadatas is None else list(metadatas)
+        for name, all_of in (("metadatas", metadatas), ("ids", names)):
+            if len(all_of) != len(texts):
+                raise ValueError(f"{name}: expected {len(texts)}, one a text, got {len(all_of)}")
         documents = [
-            Document(id=name, page_content=text, metadata=deepcopy(metadata))
-            for name, text, metadata in zip(
-                names, texts, metadatas or [{} for _ in texts], strict=True
+            Document(
+                id=name, page_content=text, metadata=plain_metadata(fields, f"document {name!r}")
             )
+            for name, text, fields in zip(names, texts, metadatas, strict=True)
         ]
         if texts:
             self._records.put(names, self._embedding.embed_documents(texts), documents)
         return names
 
     def delete(self, ids: Sequence[str] | None = None, **kwargs: Any) -> bool:
-        """Deletes documents; ids that there are not are ignored. None: all documents."""
+        """Deletes documents; unknown ids are ignored. None: all documents."""
         if ids is None:
             self._records.clear()
         else:
-            self._records.remove(ids)
+            self._records.remove(names_of(ids))
         return True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
-        """The documents there are, in the order of the ids."""
-        found = (self._records.get(name) for name in ids)
+        """The documents of these ids, in their order; unknown ids are left out."""
+        found = (self._records.get(name) for name in names_of(ids))
         return [_copy(document) for document in found if document is not None]
 
     def similarity_search_with_score_by_vector(
-        self, embedding: Sequence[float], k: int = 4, *, filter: Filter | None = None, **kwargs: Any
+        self,
+        embedding: Sequence[float],
+        k: int = 4,
+        filter: Filter | None = None,
+        fetch_k: int | None = None,
+        *,
+        score_threshold: float | None = None,
+        **kwargs: Any,
     ) -> list[tuple[Document, float]]:
         """The k nearest documents and their scores, larger is better: cosines, inner products, or
         −squared distances."""
-        found = self._records.search(embedding, k, _keep(filter), **kwargs)
+        least = self._least(score_threshold)
+        found = self._records.search(embedding, k, keep_of(filter), least, **kwargs)
         return [(_copy(document), score) for document, score in found]
 
     def similarity_search_with_score(
-        self, query: str, k: int = 4, **kwargs: Any
+        self,
+        query: str,
+        k: int = 4,
+        filter: Filter | None = None,
+        fetch_k: int | None = None,
+        **kwargs: Any,
     ) -> list[tuple[Document, float]]:
         vector = self._embedding.embed_query(query)
-        return self.similarity_search_with_score_by_vector(vector, k, **kwargs)
+        return self.similarity_search_with_score_by_vector(vector, k, filter, fetch_k, **kwargs)
 
     def similarity_search_by_vector(
-        self, embedding: list[float], k: int = 4, **kwargs: Any
+        self,
+        embedding: list[float],
+        k: int = 4,
+        filter: Filter | None = None,
+        fetch_k: int | None = None,
+        **kwargs: Any,
     ) -> list[Document]:
-        found = self.similarity_search_with_score_by_vector(embedding, k, **kwargs)
+        found = self.similarity_search_with_score_by_vector(embedding, k, filter, fetch_k, **kwargs)
         return [document for document, _ in found]
 
-    def similarity_search(self, query: str, k: int = 4, **kwargs: Any) -> list[Document]:
-        return [document for document, _ in self.similarity_search_with_score(query, k, **kwargs)]
+    def similarity_search(
+        self,
+        query: str,
+        k: int = 4,
+        filter: Filter | None = None,
+        fetch_k: int | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        found = self.similarity_search_with_score(query, k, filter, fetch_k, **kwargs)
+        return [document for document, _ in found]
 
     def max_marginal_relevance_search_by_vector(
         self,
@@ -155,8 +204,9 @@ class MatryoshkaVectorStore(VectorStore):
         k: int = 4,
         fetch_k: int = 20,
         lambda_mult: float = 0.5,
-        *,
         filter: Filter | None = None,
+        *,
+        score_threshold: float | None = None,
         **kwargs: Any,
     ) -> list[Document]:
         """Of the fetch_k nearest, k that are relevant and unlike one another, by cosines.
@@ -164,7 +214,8 @@ class MatryoshkaVectorStore(VectorStore):
         Args:
             lambda_mult: The weight of relevance: 1 for that only, 0 for difference only.
         """
-        found = self._records.diverse(embedding, k, fetch_k, lambda_mult, _keep(filter), **kwargs)
+        keep, least = keep_of(filter), self._least(score_threshold)
+        found = self._records.diverse(embedding, k, fetch_k, lambda_mult, keep, least, **kwargs)
         return [_copy(document) for document, _ in found]
 
     def max_marginal_relevance_search(
@@ -226,35 +277,32 @@ class MatryoshkaVectorStore(VectorStore):
         store._records.load(folder_path, verify=verify)
         return store
 
+    def __copy__(self) -> MatryoshkaVectorStore:
+        made = object.__new__(type(self))
+        vars(made).update(vars(self), _records=copy(self._records))
+        return made
+
+    def _least(self, threshold: float | None) -> float | None:
+        """A threshold of scores; refuses one that no score can reach."""
+        if threshold is None:
+            return None
+        threshold = number(threshold, "score_threshold")
+        if self._records.metric == "l2" and threshold > 0:
+            raise ValueError(
+                "score_threshold: expected at most 0, as scores are −squared distances, got "
+                f"{threshold}"
+            )
+        return threshold
+
     def _select_relevance_score_fn(self) -> Callable[[float], float]:
         """Scores as relevance in [0, 1]: cosines, negative ones as 0; of distances what LangChain
         makes of them for unit vectors; inner products as they are."""
-        metric = "cosine" if self.index is None else self.index.metric
         return {
             "cosine": lambda score: min(max(score, 0.0), 1.0),
             "l2": lambda score: max(1 - math.sqrt(-score) / math.sqrt(2), 0.0),
             "ip": lambda score: score,
-        }[metric]
+        }[self._records.metric]
 
 
 def _copy(document: Document) -> Document:
     return document.model_copy(deep=True)
-
-
-def _keep(filter: Filter | None) -> Callable[[Document], bool] | None:
-    if filter is None or callable(filter):
-        return filter
-    if not isinstance(filter, dict):
-        raise TypeError(
-            f"filter: expected a dict or a function of a Document, got {type(filter).__name__}"
-        )
-    for key, value in filter.items():
-        if key.startswith("$") or (isinstance(value, dict) and any("$" in name for name in value)):
-            raise ValueError(
-                f"filter: expected values that metadata must have, got {key!r}: {value!r}; for "
-                "operators pass a function of a Document"
-            )
-    return lambda document: all(
-        key in document.metadata and document.metadata[key] == value
-        for key, value in filter.items()
-    )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
+from mrl_fast.integrations.stores.metadata import plain_metadata
 from mrl_fast.integrations.stores.records import Codec, Records
 from mrl_fast.search.index import MatryoshkaIndex
 
 try:
-    from llama_index.core.bridge.pydantic import PrivateAttr
+    from llama_index.core.bridge.pydantic import BaseModel, PrivateAttr
     from llama_index.core.schema import (
         BaseNode,
         Document,
@@ -49,17 +50,20 @@ def _encode(node: BaseNode) -> dict[str, Any]:
     return node.model_dump(mode="json")
 
 
-CODEC = Codec(
-    "llama_index nodes", _encode, lambda fields: NODES[fields["class_name"]].from_dict(fields)
-)
+def _decode(fields: dict[str, Any]) -> BaseNode:
+    return NODES[fields["class_name"]].from_dict(fields)
+
+
+CODEC = Codec("llama_index nodes", _encode, _decode)
 
 
 class MatryoshkaVectorStore(BasePydanticVectorStore):
     """Nodes by id, found by their embeddings; keeps the nodes too.
 
     Searches are exact until ``store.client.tune`` was called on sample queries, or with
-    ``vector_store_kwargs={"stages": …}``. Where others search meanwhile, they find each node as it
-    was before a change or after it.
+    ``vector_store_kwargs={"stages": …}``. While one thread changes the store, searches of others
+    find each node as it was before the change or after it. Copies and pickles hold the nodes and
+    the index; they are independent.
 
     Args:
         dims: Prefix widths. None: the embeddings' width, and its halves down to 64.
@@ -87,6 +91,19 @@ class MatryoshkaVectorStore(BasePydanticVectorStore):
         }
         self._records = Records(CODEC, dims, options)
 
+    # LlamaIndex's own ways to pickle and copy a component drop or share what is private.
+
+    def __getstate__(self) -> dict[Any, Any]:
+        return BaseModel.__getstate__(self)
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        BaseModel.__setstate__(self, state)
+
+    def __copy__(self) -> MatryoshkaVectorStore:
+        made = super().__copy__()
+        made._records = copy(self._records)
+        return made
+
     @classmethod
     def class_name(cls) -> str:
         return "MatryoshkaVectorStore"
@@ -97,10 +114,18 @@ class MatryoshkaVectorStore(BasePydanticVectorStore):
         return self._records.index
 
     def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        """Adds nodes that have embeddings, replacing those of the same ids."""
+        """Adds nodes that have embeddings, replacing those of the same ids.
+
+        Metadata, those of related nodes too, are kept as JSON can hold them: numpy's numbers and
+        arrays, and tuples, as Python's numbers and lists.
+
+        Raises:
+            ValueError: A node without embedding; NaN, infinity, a date or another object in
+                metadata, naming the node and the key.
+        """
         vectors = [node.get_embedding() for node in nodes]
         names = [node.node_id for node in nodes]
-        self._records.put(names, vectors, [_copy(node) for node in nodes])
+        self._records.put(names, vectors, [_kept(node) for node in nodes])
         return names
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
@@ -139,7 +164,7 @@ class MatryoshkaVectorStore(BasePydanticVectorStore):
         Args:
             query: Mode default, or mmr: of ``mmr_prefetch_factor`` (4) times as many those that are
                 relevant and unlike one another, ``mmr_threshold`` (0.5) the weight of relevance.
-                Filters are asked of all nodes; of no ``node_ids``, ``[]``, as of None.
+                Filters are asked of all nodes before the search. ``node_ids=[]`` is as None.
             kwargs: ``mmr_threshold``, ``mmr_prefetch_factor``; further keywords of
                 ``MatryoshkaIndex.search``, such as ``stages``.
 
@@ -223,11 +248,28 @@ def _local(fs: Any) -> None:
         raise ValueError(f"fs: expected None, for local files, got {type(fs).__name__}")
 
 
+def _kept(node: BaseNode) -> BaseNode:
+    """A copy to keep."""
+    name = f"node {node.node_id!r}"
+
+    def plain(related: Any) -> Any:
+        if isinstance(related, list):
+            return [plain(one) for one in related]
+        where = f"{name}: related node {related.node_id!r}"
+        return related.model_copy(update={"metadata": plain_metadata(related.metadata, where)})
+
+    return _with(
+        node,
+        plain_metadata(node.metadata, name),
+        {how: plain(related) for how, related in node.relationships.items()},
+    )
+
+
 def _copy(node: BaseNode) -> BaseNode:
+    return _with(node, deepcopy(node.metadata), dict(node.relationships))
+
+
+def _with(node: BaseNode, metadata: dict[str, Any], relationships: dict[Any, Any]) -> BaseNode:
     """Without the embedding, which the index has; the object of an IndexNode is not copied."""
-    fields = {
-        "embedding": None,
-        "metadata": deepcopy(node.metadata),
-        "relationships": dict(node.relationships),
-    }
+    fields = {"embedding": None, "metadata": metadata, "relationships": relationships}
     return node.model_copy(update=fields)

@@ -4,7 +4,9 @@ import asyncio
 import importlib
 import os
 import sys
+from datetime import date
 
+import numpy as np
 import pytest
 
 pytest.importorskip("llama_index.core")
@@ -251,19 +253,54 @@ class OwnNode(TextNode):
 
 
 def test_what_is_not_persisted(tmp_path):
-    for node, message in (
-        (OwnNode(id_="x", text="a"), "'x': expected what JSON can hold, got .* got OwnNode"),
-        (TextNode(id_="x", text="a", metadata={"pair": (1, 2)}), "'x': expected what JSON gives"),
-    ):
-        node.embedding = EMBED.get_text_embedding("a")
-        found = store()
-        found.add([node])
-        with pytest.raises(ValueError, match=message):
-            found.persist(tmp_path / "store")
+    found = store()
+    found.add([OwnNode(id_="x", text="a", embedding=EMBED.get_text_embedding("a"))])
+    with pytest.raises(ValueError, match="'x': expected what JSON can hold, got .* got OwnNode"):
+        found.persist(tmp_path / "store")
     with pytest.raises(FileNotFoundError):
         MatryoshkaVectorStore.from_persist_path(tmp_path / "store")
     with pytest.raises(ValueError, match="fs: expected None, for local files, got object"):
         store().persist(tmp_path / "store", fs=object())
+
+
+def related_to(document, **metadata):
+    """A node of a document, which hands its metadata on."""
+    document = Document(id_=document, text="", metadata=metadata)
+    node = TextNode(id_="x", text="a", embedding=EMBED.get_text_embedding("a"))
+    node.relationships[NodeRelationship.SOURCE] = document.as_related_node_info()
+    node.relationships[NodeRelationship.CHILD] = [document.as_related_node_info()]
+    return node
+
+
+def test_metadata_become_what_json_holds(tmp_path):
+    given = {"n": np.int64(3), "x": np.float32(0.5), "pair": (1, 2), "array": np.arange(2)}
+    expected = {"n": 3, "x": 0.5, "pair": [1, 2], "array": [0, 1]}
+    node = related_to("doc", **given)
+    node.metadata = given
+    found = MatryoshkaVectorStore()
+    found.add([node])
+    (kept,) = found.get_nodes()
+    for metadata in (
+        kept.metadata, kept.source_node.metadata, kept.child_nodes[0].metadata
+    ):  # fmt: skip
+        assert metadata == expected and type(metadata["n"]) is int
+    assert asked(found, "a", filters=all_of(where("n", "in", [3, 4]))).ids == ["x"]
+    found.persist(tmp_path / "store")
+    assert MatryoshkaVectorStore.from_persist_path(tmp_path / "store").get_nodes() == [kept]
+    assert isinstance(node.metadata["n"], np.int64)  # the caller's stay
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.float64("inf"), date(2024, 1, 1), {1: 2}, b"x"])
+def test_metadata_that_json_cannot_hold_are_refused_at_once(value):
+    found, node = store(), nodes()[0]
+    node.metadata["key"] = value
+    with pytest.raises(ValueError, match=r"^node 'id0': metadata\['key'\]: expected"):
+        found.add([nodes()[1], node])
+    with pytest.raises(
+        ValueError, match=r"^node 'x': related node 'doc': metadata\['key'\]: expected"
+    ):
+        found.add([related_to("doc", key=value)])
+    assert ids(found.get_nodes()) == [f"id{i}" for i in range(5)]
 
 
 @pytest.fixture

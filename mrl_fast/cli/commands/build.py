@@ -1,4 +1,4 @@
-"""``mrl-fast index build`` and ``add``: what they take and print."""
+"""``mrl-fast index build``."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,68 +7,77 @@ import typer
 
 from mrl_fast.cli import build_job
 from mrl_fast.cli.inputs import Vectors, numbers_of
-from mrl_fast.cli.options import Column, Folder, IdColumn, Ids, Json, Key, Limit, Quiet, Source
-from mrl_fast.cli.output import failing, show_json
+from mrl_fast.cli.options import Column, IdColumn, Ids, Json, Key, Limit, Quiet, Source
+from mrl_fast.cli.output import failing, show_written
 from mrl_fast.search.index.validate import default_dims
+
+Out = Annotated[
+    Path, typer.Option(metavar="DIR", help="Folder for the index; made if there is none.")
+]
+Dims = Annotated[
+    str | None,
+    typer.Option(
+        metavar="D,D,…",
+        help="Prefix widths that searches may use, ascending. The first is what a search scans of "
+        "all rows, the last must be the vectors' width.  [default: the width, and its halves down "
+        "to 64; for 768: 96,192,384,768]",
+    ),
+]
+Metric = Annotated[
+    Literal["cosine", "ip", "l2"],
+    typer.Option(help="Scores: cosine, inner product, or −squared distance."),
+]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"],
+    typer.Option(help="What vectors are rounded to and stored as."),
+]
+PrefixDtype = Annotated[
+    Literal["float32", "int8"],
+    typer.Option(
+        help="What the first prefix is scanned as. int8 reads a quarter of the bytes; scores are "
+        "always made of the vectors as stored."
+    ),
+]
+Rotation = Annotated[
+    Literal["pca"] | None,
+    typer.Option(
+        help="For vectors that were not trained to be cut: an orthogonal rotation that puts their "
+        "energy into their first columns. Fitted to the first 256 MiB of fp32 rows."
+    ),
+]
+Checkpoint = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="ROWS",
+        help="Save after so many rows; no more new ones are held in memory.  [default: as many as "
+        "are 256 MiB of fp32]",
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Start anew where DIR holds an index, which is lost with the first checkpoint.",
+    ),
+]
 
 
 def build(
     source: Source,
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for the index; made if there is none.")
-    ],
-    dims: Annotated[
-        str | None,
-        typer.Option(
-            metavar="D,D,…",
-            help="Prefix widths that searches may use, ascending. The first is what a search scans "
-            "of all rows, the last must be the vectors' width.  [default: the width, and its "
-            "halves down to 64; for 768: 96,192,384,768]",
-        ),
-    ] = None,
-    metric: Annotated[
-        Literal["cosine", "ip", "l2"],
-        typer.Option(help="Scores: cosine, inner product, or −squared distance."),
-    ] = "cosine",
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"],
-        typer.Option(help="What vectors are rounded to and stored as."),
-    ] = "float32",
-    prefix_dtype: Annotated[
-        Literal["float32", "int8"],
-        typer.Option(
-            help="What the first prefix is scanned as. int8 reads a quarter of the bytes; scores "
-            "are always made of the vectors as stored."
-        ),
-    ] = "float32",
-    rotation: Annotated[
-        Literal["pca"] | None,
-        typer.Option(
-            help="For vectors that were not trained to be cut: an orthogonal rotation that puts "
-            "their energy into their first columns. Fitted to the first 256 MiB of fp32 rows."
-        ),
-    ] = None,
+    out: Out,
+    dims: Dims = None,
+    metric: Metric = "cosine",
+    dtype: Dtype = "float32",
+    prefix_dtype: PrefixDtype = "float32",
+    rotation: Rotation = None,
     ids: Ids = None,
     column: Column = None,
     key: Key = None,
     id_column: IdColumn = None,
     limit: Limit = None,
-    checkpoint: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="ROWS",
-            help="Save after so many rows; no more new ones are held in memory.  [default: as many "
-            "as are 256 MiB of fp32]",
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Start anew where DIR holds an index, which is lost with the first checkpoint.",
-        ),
-    ] = False,
+    checkpoint: Checkpoint = None,
+    overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -94,49 +103,4 @@ def build(
         summary = build_job.build(
             vectors, out, widths, settings, checkpoint=checkpoint, overwrite=overwrite, quiet=quiet
         )
-        _show_written(summary, vectors, json)
-
-
-def add(
-    index: Folder,
-    source: Source,
-    ids: Ids = None,
-    column: Column = None,
-    key: Key = None,
-    id_column: IdColumn = None,
-    skip: Annotated[int, typer.Option(min=0, metavar="N", help="Rows to begin after.")] = 0,
-    limit: Limit = None,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Add the vectors in SOURCE to an index.
-
-    All of them are added or, where anything is wrong, none: they are saved once, at the end, and
-    held in memory until then. --skip and --limit add a file that is larger than that in parts.
-
-    \b
-    Examples:
-      mrl-fast index add my-index more.npy
-      mrl-fast index add my-index more.parquet --id-column id
-    """
-    with failing():
-        vectors = Vectors(
-            source, column=column, key=key, id_column=id_column, ids=ids, skip=skip, limit=limit
-        )
-        _show_written(build_job.add(vectors, index, quiet=quiet), vectors, json)
-
-
-def _show_written(summary: dict[str, Any], vectors: Vectors, json: bool) -> None:
-    if json:
-        show_json(summary)
-    elif summary["added"]:
-        rate = summary["added"] / max(summary["seconds"], 1e-9)
-        print(
-            f"{summary['index']}: {summary['rows']:,} rows × {vectors.width}, "
-            f"{summary['added']:,} of them new, {summary['seconds']:.1f} s, {rate:,.0f} a second"
-        )
-    else:
-        print(
-            f"{summary['index']}: nothing to do, all {summary['rows']:,} rows of {vectors.path} "
-            "are there"
-        )
+        show_written(summary, vectors, json)

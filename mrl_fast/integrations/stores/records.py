@@ -8,13 +8,11 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
 
 from mrl_fast.integrations.stores.journal import Journal, line_of
 from mrl_fast.search.disk import filesystem
@@ -30,7 +28,7 @@ T = TypeVar("T")
 
 
 class Codec(NamedTuple):
-    """How values of a kind become what JSON can hold, and back."""
+    """How values of a kind become what JSON can hold, and back; functions that can be pickled."""
 
     kind: str
     encode: Callable[[Any], Any]
@@ -41,7 +39,8 @@ class Records(Generic[T]):
     """Values by name, each with a vector, that others may search while one thread changes them.
 
     Every value that is put gets a row of the index whose number was never used before, drawn at
-    random: so the records of two states can lie in one file, and the index tells which there are.
+    random: so the records of two states can lie in one file, and the index tells which of them
+    hold. Copies, deep copies and pickles are of one moment, and independent.
 
     Args:
         codec: For what is saved.
@@ -53,7 +52,7 @@ class Records(Generic[T]):
     """
 
     def __init__(self, codec: Codec, dims: Sequence[int] | None, options: dict[str, Any]):
-        MatryoshkaIndex((1,) if dims is None else dims, **options)  # has wrong ones raise now
+        MatryoshkaIndex((1,) if dims is None else dims, **options)  # raises where one is wrong
         self.index = None if dims is None else MatryoshkaIndex(dims, **options)
         self._codec, self._options = codec, options
         self._entries: dict[int, tuple[str, T]] = {}  # by row
@@ -62,6 +61,26 @@ class Records(Generic[T]):
         self._changes = 0  # odd during one
         self._journal: Journal | None = None
         self._unsaved: set[int] = set()  # rows that are not in the journal
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._changing:
+            state = {
+                **vars(self),
+                "index": copy(self.index),
+                "_entries": dict(self._entries),
+                "_rows": dict(self._rows),
+                "_journal": copy(self._journal),
+                "_unsaved": set(self._unsaved),
+            }
+        del state["_changing"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _changing=threading.RLock())
+
+    @property
+    def metric(self) -> str:
+        return self._options["metric"] if self.index is None else self.index.metric
 
     def put(self, names: Sequence[str], vectors: Any, values: Sequence[T]) -> None:
         """Adds values, replacing those of the same names; the last of a name given twice counts.
@@ -85,7 +104,7 @@ class Records(Generic[T]):
                 (row, (name, values[i])) for row, (name, i) in zip(rows, last.items(), strict=True)
             )
             try:
-                index.add(x, torch.tensor(rows))
+                index.add(x, np.array(rows, np.int64))
             except BaseException:
                 for row in rows:
                     del self._entries[row]
@@ -118,25 +137,37 @@ class Records(Generic[T]):
         return [value for _, value in list(self._entries.values())]
 
     def search(
-        self, vector: Any, k: int, keep: Callable[[T], bool] | None = None, **options: Any
+        self,
+        vector: Any,
+        k: int,
+        keep: Callable[[T], bool] | None = None,
+        least: float | None = None,
+        **options: Any,
     ) -> list[tuple[T, float]]:
-        """The best values, with scores.
+        """The k best values, with scores; equal scores are in the order the values were put.
 
         Args:
             vector: ``[D]``, or a list.
             keep: Which values to search.
+            least: Of scores: values with a lower one are left out.
             options: More of ``MatryoshkaIndex.search``'s.
         """
         index, q = self.index, _matrix([vector], "query")
         if index is None:
             return []
         found = self._settled(lambda: self._search(index, q, k, keep, options))
-        return [(value, score) for _, value, score in found]
+        return [(value, score) for _, value, score in _from(least, found)]
 
     def diverse(
-        self, vector: Any, k: int, fetch: int, weight: float,
-        keep: Callable[[T], bool] | None = None, **options: Any,
-    ) -> list[tuple[T, float]]:  # fmt: skip
+        self,
+        vector: Any,
+        k: int,
+        fetch: int,
+        weight: float,
+        keep: Callable[[T], bool] | None = None,
+        least: float | None = None,
+        **options: Any,
+    ) -> list[tuple[T, float]]:
         """Of the ``fetch`` best, k that are relevant and unlike one another, in the order chosen:
         maximal marginal relevance.
 
@@ -149,9 +180,8 @@ class Records(Generic[T]):
             return []
 
         def look() -> tuple[list[tuple[int, T, float]], Any]:
-            found = self._search(index, q, max(k, fetch), keep, options)
-            rows = torch.tensor([row for row, _, _ in found], dtype=torch.int64)
-            return found, index.reconstruct(rows)
+            found = _from(least, self._search(index, q, max(k, fetch), keep, options))
+            return found, index.reconstruct(np.array([row for row, _, _ in found], np.int64))
 
         found, x = self._settled(look)
         return [found[i][1:] for i in _marginal(q[0], x, k, weight)]
@@ -232,7 +262,7 @@ class Records(Generic[T]):
     def _search(
         self,
         index: MatryoshkaIndex,
-        q: Tensor,
+        q: np.ndarray,
         k: int,
         keep: Callable[[T], bool] | None,
         options: dict[str, Any],
@@ -241,8 +271,7 @@ class Records(Generic[T]):
         allowed = None
         if keep is not None:
             entries = list(self._entries.items())
-            kept = [row for row, (_, value) in entries if keep(value)]
-            allowed = torch.tensor(kept, dtype=torch.int64)
+            allowed = np.array([row for row, (_, value) in entries if keep(value)], np.int64)
         scores, rows = index.search(q, k, allowed=allowed, **options)
         return [
             (row, entry[1], score)
@@ -253,7 +282,7 @@ class Records(Generic[T]):
     def _drop(self, rows: list[int]) -> None:
         if not rows or self.index is None:
             return
-        self.index.remove(torch.tensor(rows))
+        self.index.remove(np.array(rows, np.int64))
         for row in rows:
             del self._entries[row]
         self._unsaved.difference_update(rows)
@@ -297,12 +326,16 @@ class Records(Generic[T]):
 def _new_rows(index: MatryoshkaIndex, count: int) -> list[int]:
     while True:
         first = secrets.randbits(62)
-        rows = list(range(first, first + count))
-        if not bool(index.contains(torch.tensor(rows)).any()):
-            return rows
+        rows = np.arange(first, first + count, dtype=np.int64)
+        if not index.contains(rows).any():
+            return rows.tolist()
 
 
-def _matrix(x: Any, name: str) -> Tensor:
+def _from(least: float | None, found: list[tuple[int, T, float]]) -> list[tuple[int, T, float]]:
+    return [one for one in found if least is None or one[2] >= least]
+
+
+def _matrix(x: Any, name: str) -> np.ndarray:
     """``[n, D]`` fp32."""
     try:
         array = np.asarray(x, dtype=np.float32)
@@ -310,18 +343,26 @@ def _matrix(x: Any, name: str) -> Tensor:
         raise ValueError(f"{name}: expected rows of numbers, all of one width: {error}") from None
     if array.ndim != 2:
         raise ValueError(f"{name}: expected shape [n, D], got {list(array.shape)}")
-    return torch.from_numpy(np.require(array, requirements="W"))
+    return array
 
 
-def _marginal(query: Tensor, x: Tensor, k: int, weight: float) -> list[int]:
-    """Which rows of x, ``[n, D]``, to choose, the most relevant first."""
-    x = normalize(x, dim=1)
-    relevance = x @ normalize(query, dim=0)
-    gain, likeness, chosen = relevance.clone(), torch.full_like(relevance, -1.0), []
+def _marginal(query: np.ndarray, x: np.ndarray, k: int, weight: float) -> list[int]:
+    """Which rows of x, ``[n, D]``, to choose, the most relevant first; of equal ones the first.
+
+    Sums along rows, not matrix products, whose rounding depends on where a row lies.
+    """
+    x = _unit(x.astype(np.float64))
+    relevance = (x * _unit(query.astype(np.float64))).sum(axis=1)
+    gain, likeness, chosen = relevance.copy(), np.full_like(relevance, -1.0), []
     while len(chosen) < min(k, len(x)):
         best = int(gain.argmax())
         chosen.append(best)
-        likeness = torch.maximum(likeness, x @ x[best])
+        likeness = np.maximum(likeness, (x * x[best]).sum(axis=1))
         gain = weight * relevance - (1 - weight) * likeness
-        gain[chosen] = -torch.inf
+        gain[chosen] = -np.inf
     return chosen
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Along the last axis; zeros stay zeros."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -1,0 +1,64 @@
+"""``mrl-fast index info``."""
+
+from typing import Any
+
+from mrl_fast.cli.build_job import unfinished
+from mrl_fast.cli.options import Folder, Json
+from mrl_fast.cli.output import failing, show_fields, show_json, shown_stages
+from mrl_fast.search.disk import manifest as manifests
+from mrl_fast.search.index import MatryoshkaIndex
+
+
+def info(index: Folder, json: Json = False) -> None:
+    """Say what an index holds: rows, settings, files, tuned stages.
+
+    \b
+    Example:
+      mrl-fast index info my-index
+    """
+    with failing():
+        loaded = MatryoshkaIndex.load(index)
+        manifest = manifests.read(index)
+        names = sorted({*manifests.files_of(manifest), manifests.FILE})
+        files = {name: (index / name).stat().st_size for name in names}
+        fields: dict[str, Any] = {
+            "index": index,
+            "rows": len(loaded),
+            "removed": loaded.removed,
+            "dims": loaded.dims,
+            "metric": loaded.metric,
+            "dtype": loaded.dtype,
+            "prefix_dtype": loaded.prefix_dtype,
+            "rotation": manifest["rotation"],
+            "files": files,
+            "bytes": sum(files.values()),
+            "tuned": None if loaded.tuned is None else loaded.tuned._asdict(),
+            "unfinished": unfinished(index),
+        }
+        if json:
+            show_json(fields)
+        else:
+            show_fields(_in_words(fields))
+
+
+def _in_words(fields: dict[str, Any]) -> dict[str, Any]:
+    words = dict(fields)
+    files, size, tuned, source = (
+        words.pop(name) for name in ("files", "bytes", "tuned", "unfinished")
+    )
+    words["rows"] = f"{fields['rows']:,}"
+    if source:
+        words["rows"] += f" of {source['rows']:,} of {source['source']}: unfinished"
+    words["rotation"] = fields["rotation"] or "none"
+    words["removed"] = f"{fields['removed']:,}"
+    words["dims"] = ", ".join(map(str, fields["dims"]))
+    words["files"] = f"{len(files)}, {size / 2**20:,.1f} MiB"
+    words["tuned"] = "no"
+    if tuned:
+        words["tuned"] = (
+            f"{shown_stages(tuned['stages'])}, for k up to {tuned['k']}, with {tuned['rows']:,} "
+            "rows"
+        )
+        if tuned["stages"] and fields["rows"] > 1.1 * tuned["rows"]:  # as ``search`` decides
+            words["tuned"] += "; out of date, searches are exact"
+    return words
