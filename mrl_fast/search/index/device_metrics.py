@@ -18,10 +18,10 @@ class DeviceMetric(NamedTuple):
     Attributes:
         factor: What is kept of a prefix, of the prefix's norms ``[n]``; None: nothing.
         unit: Rows count as divided by their norms.
-        sum_terms: What a scan makes of a row's sum, of a prefix's factors and of a term that is −inf
-            for rows that may not be found.
-        code_sum_terms: The same for a scan of codes, of the codes' scales, the term, the factors and
-            the scales of the queries' codes.
+        sum_terms: What a scan makes of a row's sum, of a prefix's factors and of a term that is
+            −inf for rows that may not be found.
+        code_sum_terms: The same for a scan of codes, of the codes' scales, the term, the factors
+            and the scales of the queries' codes.
         largest: The norm that a scan's margin has to hold for, of the rows' largest and smallest.
         code_largest: The same for a scan of codes, of the rows' largest.
     """
