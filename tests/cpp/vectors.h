@@ -171,7 +171,8 @@ class QueryRows {
     std::unique_ptr<Elements> elements_;
 };
 
-// How rows are laid out, as mrl_fast.cpu.Layout does it; a prefix of 0 is row-major without stats.
+// How rows are laid out, as mrl_fast.search.index.blocks does it; a prefix of 0 is row-major
+// without stats.
 struct Layout {
     int64_t prefix;
     bool coded;
@@ -198,7 +199,7 @@ class Database {
     }
 
     struct Block {
-        Elements tail;
+        Elements suffix;
         std::vector<float> packed, stats;
         std::vector<uint8_t> codes;
     };
@@ -219,11 +220,14 @@ class Database {
         Block& to = blocks.back();
         const Elements from(data, n, width, 0, width, width + 1, table.dtype);
         for (int64_t begin = 0; stats && begin < n; begin += batch)
-            CHECK(store(kernels, rows, from.row(begin), table.dtype, from.stride, width, begin,
-                        std::min(batch, n - begin), threads, packed ? to.packed.data() : nullptr,
-                        code ? to.codes.data() : nullptr, to.stats.data(), n) == Status::OK);
-        rows.spans.push_back({first, n, to.packed.data(), to.codes.data(), to.tail.row(0),
-                              to.tail.stride, to.stats.data(), n, nullptr});
+            CHECK(store({kernels, threads}, rows,
+                        {from.row(begin), table.dtype, from.stride, std::min(batch, n - begin),
+                         width},
+                        begin,
+                        {packed ? to.packed.data() : nullptr, code ? to.codes.data() : nullptr,
+                         to.stats.data(), n, nullptr, 0}) == Status::OK);
+        rows.spans.push_back({first, n, to.packed.data(), to.codes.data(), to.suffix.row(0),
+                              to.suffix.stride, to.stats.data(), n, nullptr});
     }
 };
 

@@ -5,6 +5,8 @@
 #include <limits>
 #include <memory>
 
+#include "cpu/search/codes.h"
+#include "cpu/search/metric.h"
 #include "cpu/search/search.h"
 
 namespace mrl {
@@ -23,8 +25,6 @@ float query_scale(const float* query, int64_t dim);  // its inverse norm
 
 bool finite(const Queries& queries, int64_t dim);
 
-inline int64_t element_size(DType dtype) { return dtype == DType::F32 ? 4 : 2; }
-
 inline const Span& span_of(const Rows& rows, int64_t row) {
     size_t low = 0, high = rows.spans.size();
     while (high - low > 1) {
@@ -37,24 +37,14 @@ inline int64_t id_of(const Rows& rows, int64_t row) {
     const Span& span = span_of(rows, row);
     return span.ids ? span.ids[row - span.first] : row;
 }
-// A row of a span, counted from the span's first, from a column of the tail on.
-inline const void* tail_at(const Rows& rows, const Span& span, int64_t row, int64_t column) {
-    return static_cast<const char*>(span.tail) +
+// A row of a span, counted from the span's first, from a column of the suffix on.
+inline const void* suffix_at(const Rows& rows, const Span& span, int64_t row, int64_t column) {
+    return static_cast<const char*>(span.suffix) +
            (row * span.stride + column - rows.packed_dim) * element_size(rows.dtype);
 }
 
 // As many threads as the work is worth.
 int threads_for(double multiplies, int threads);
-
-constexpr float TINY = 1e-30f;  // smaller values have codes of 0
-
-// A vector's first columns as int8 codes.
-struct Codes {
-    std::vector<int8_t> codes;  // [dim, rounded up to a multiple of four]
-    float unit;                 // of a code
-    double error;               // norm of the prefix less what the codes stand for
-};
-Codes encode(const float* x, int64_t dim);
 
 // Queries side by side in groups of up to MAX_GROUP, column by column: what a scan broadcasts.
 class Panel {
@@ -87,7 +77,7 @@ class TileReader {
     TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
                int64_t groups);
     static bool gathers(const Rows& rows, Source source) {
-        return source != Source::CODES && !rows.listed.empty();
+        return source != Source::CODES && !rows.gathered_rows.empty();
     }
     static int64_t count(const Rows& rows, Source source);
     // Fills the columns, first_row, rows and wanted; false if a value is not finite.
@@ -110,7 +100,7 @@ class TileReader {
     const Kernels& kernels_;
     const Rows& rows_;
     const Source source_;
-    const int64_t dim_, groups_, head_, tail_, count_;  // head: of the columns in tiles
+    const int64_t dim_, groups_, head_, suffix_, count_;  // head: of the columns in tiles
     std::vector<int64_t> starts_;  // each span's first tile, and how many there are
     size_t at_ = 0;                // span of the last place
     std::vector<float> unpacked_;  // [columns, TILE]

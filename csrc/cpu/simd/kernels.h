@@ -69,6 +69,22 @@ MRL_INLINE float widen(const F16* x) {
     return value;
 }
 
+// Calls fn with a (null) pointer to the type that a dtype names: the one list of these types.
+template <class Fn>
+MRL_INLINE auto with_element(DType dtype, const Fn& fn) {
+    switch (dtype) {
+        case DType::F16:
+            return fn(static_cast<const F16*>(nullptr));
+        case DType::BF16:
+            return fn(static_cast<const BF16*>(nullptr));
+        default:
+            return fn(static_cast<const float*>(nullptr));
+    }
+}
+inline int64_t element_size(DType dtype) {
+    return with_element(dtype, [](auto* type) { return int64_t(sizeof *type); });
+}
+
 // Prefetches eight rows in the order of their addresses, which is what memory is fastest in.
 struct Prefetch {
     const void* const* rows;  // null: none
@@ -123,7 +139,7 @@ struct Scan {
 };
 
 struct Product;
-struct Block;
+struct ScoreBlock;
 struct Statistics;
 struct ScoreGradients;
 
@@ -139,7 +155,7 @@ struct Kernels {
     // sums[r] continues Σ_c tile[c][r]².
     void (*sqnorms)(Segment segment, float* sums);
     // sums[r] continues the chain of one query with tile's rows.
-    void (*advance)(Metric metric, Segment segment, const float* query, float* sums);
+    void (*advance)(Source source, Segment segment, const float* query, float* sums);
     void (*scan[3][MAX_GROUP])(Scan&);  // [source][group - 1]
     // sums[i] += Σ_c query[c] · rows[i][c], in no particular order of columns.
     void (*dots)(const float* query, const void* const* rows, DType dtype, int n, int64_t cols,
@@ -149,8 +165,8 @@ struct Kernels {
     double (*dot64)(const float* x, const float* y, int64_t cols);
     // See nested.h.
     void (*product)(const Product&);
-    void (*fold_block)(const Block&, const Statistics&);
-    void (*score_gradients)(const Block&, const ScoreGradients&);
+    void (*fold_block)(const ScoreBlock&, const Statistics&);
+    void (*score_gradients)(const ScoreBlock&, const ScoreGradients&);
 };
 
 const Kernels& portable_kernels();
@@ -161,5 +177,11 @@ const Kernels* neon_kernels();
 
 // What this processor runs, best first.
 std::vector<const Kernels*> available_kernels();
+
+// How a call runs: by which kernels, on how many threads at most.
+struct Run {
+    const Kernels& kernels;
+    int threads;
+};
 
 }  // namespace mrl

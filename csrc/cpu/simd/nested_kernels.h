@@ -53,7 +53,7 @@ void product(const Product& p) {
 
 constexpr float NEGATIVE_INFINITY = -__builtin_inff();
 
-inline float row_scale(const Block& b, int g, int r) {
+inline float row_scale(const ScoreBlock& b, int g, int r) {
     return b.row_scale ? b.row_scale[g * b.row_apart + r] : 1.0f;
 }
 
@@ -61,7 +61,7 @@ inline float row_scale(const Block& b, int g, int r) {
 struct Own {
     int64_t first, target;
 };
-inline Own own_columns(const Block& b, int r) {
+inline Own own_columns(const ScoreBlock& b, int r) {
     if (!b.target) return {TILE, -1};
     int64_t first = (b.target[r] - b.first_col) % b.period;
     if (first < 0) first += b.period;
@@ -70,7 +70,7 @@ inline Own own_columns(const Block& b, int r) {
 }
 
 // y [TILE] of one row and prefix.
-inline void read_scores(const Block& b, int g, int r, Own own, float* y) {
+inline void read_scores(const ScoreBlock& b, int g, int r, Own own, float* y) {
     const float* s = b.scores + (g * ROWS + r) * TILE;
     const float* cs = b.col_scale + g * b.col_apart;
     const float scale = row_scale(b, g, r);
@@ -91,7 +91,7 @@ inline void read_scores(const Block& b, int g, int r, Own own, float* y) {
 }
 
 // A row of soft targets, padded with 0.
-inline const float* soft_row(const Block& b, int r, float* padded) {
+inline const float* soft_row(const ScoreBlock& b, int r, float* padded) {
     const float* soft = b.soft + r * b.soft_stride;
     if (b.cols == TILE) return soft;
     for (int c = 0; c < TILE; ++c) padded[c] = c < b.cols ? soft[c] : 0.0f;
@@ -207,7 +207,7 @@ inline void fold_columns(const float* y, const Statistics& s, int64_t at) {
     }
 }
 
-void fold_block(const Block& b, const Statistics& s) {
+void fold_block(const ScoreBlock& b, const Statistics& s) {
     float y[TILE], padded[TILE];
     for (int r = 0; r < b.rows; ++r) {
         const Own own = own_columns(b, r);
@@ -243,7 +243,7 @@ void fold_block(const Block& b, const Statistics& s) {
 
 // --- gradients ---
 
-void score_gradients(const Block& b, const ScoreGradients& s) {
+void score_gradients(const ScoreBlock& b, const ScoreGradients& s) {
     const Vec zero = Simd::broadcast(0.0f);
     float y[TILE], a[TILE], padded[TILE];
     for (int r = 0; r < b.rows; ++r) {

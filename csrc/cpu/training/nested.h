@@ -1,8 +1,9 @@
-// Nested scores S_g = x[:, :d_g] · wᵀ[:d_g, :], a block at a time, and what a loss makes of them.
+// Nested scores S_g = x[:, :d_g] · wᵀ[:d_g, :], a block at a time, folded into a loss or turned
+// into its gradients.
 //
 // Scores live only as blocks of ROWS × TILE that stay in cache: each slab's product is added to the
-// block of the prefix before, and an epilogue folds the blocks of all prefixes into row and column
-// statistics, or turns them into gradients. Every product, backward included, is one kernel:
+// block of the prefix before; then the blocks of all prefixes are folded into row and column
+// statistics, or turned into gradients. Every product, in the backward too, is made by one kernel:
 // out = in + a · b with b of TILE columns.
 #pragma once
 
@@ -32,7 +33,7 @@ struct Product {
 
 // A block of nested scores and how a loss reads them:
 // z = row_scale·col_scale·S + bias; y = z·boost, −inf where excluded.
-struct Block {
+struct ScoreBlock {
     const float* scores;  // [prefixes, ROWS, TILE]
     int prefixes, rows, cols;
     const float* row_scale;  // [prefixes, rows], prefixes row_apart apart; null is 1
@@ -116,15 +117,21 @@ struct Scores {
     bool sigmoid;
 };
 
-// Continues row_max, row_sum = Σ exp(y − row_max), labels (or null) and soft_sum = Σ soft·y over
-// chunks; sets hit where the target lies in the chunk, and the chunk's column statistics (or null).
-void fold(const Kernels& kernels, const Scores& scores, int threads, float* row_max,
-          double* row_sum, int64_t* labels, double* soft_sum, float* hit, float* col_max,
-          double* col_sum);
+// What a fold writes; row arrays [G, rows], column arrays [G, cols] like those of Scores.
+struct FoldOutput {
+    float* row_max;    // continued over chunks of columns, as the next three
+    double* row_sum;   // Σ exp(y − row_max), with sigmoid Σ softplus(y)
+    int64_t* labels;   // the first column of the row's maximum; or null
+    double* soft_sum;  // Σ soft·y; or null
+    float* hit;        // y at the target, written by the chunk that holds it; or null
+    float* col_max;    // of the chunk's columns; or null, as the next
+    double* col_sum;
+};
+void fold(const Run& run, const Scores& scores, const FoldOutput& out);
 
 // out[g, i, j] = S_g + bias; prefixes out_apart, rows out_stride apart.
-void store_scores(const Kernels& kernels, const Scores& scores, int threads, float* out,
-                  int64_t out_apart, int64_t out_stride);
+void store_scores(const Run& run, const Scores& scores, float* out, int64_t out_apart,
+                  int64_t out_stride);
 
 // What a backward is given: statistics and their gradients, or the scores' gradients themselves.
 struct Given {
@@ -134,10 +141,19 @@ struct Given {
     int64_t grad_apart, grad_stride;
 };
 
-// Adds to dx [rows, dims.back()] and dw [cols, dims.back()], and where given to d_row_scale
-// [G, rows], d_col_scale [G, cols] and db [cols]; holds at most workspace_bytes of score gradients.
-void gradients(const Kernels& kernels, const Scores& scores, const Given& from, int threads,
-               int64_t workspace_bytes, float* dx, int64_t dx_stride, float* dw, int64_t dw_stride,
-               float* d_row_scale, float* d_col_scale, float* db);
+// What a backward adds to.
+struct GradientOutput {
+    float* dx;  // [rows, dims.back()]
+    int64_t dx_stride;
+    float* dw;  // [cols, dims.back()]
+    int64_t dw_stride;
+    float* d_row_scale;  // [G, rows]; or null, as the next two
+    float* d_col_scale;  // [G, cols]
+    float* db;           // [cols]
+};
+
+// Holds at most workspace_bytes of score gradients, or those of ROWS rows.
+void gradients(const Run& run, const Scores& scores, const Given& from, int64_t workspace_bytes,
+               const GradientOutput& out);
 
 }  // namespace mrl

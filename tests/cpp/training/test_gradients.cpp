@@ -150,11 +150,11 @@ Found32 run_gradients(const Problem& p, const Kernels& kernels, const std::vecto
     Found32 out(p, {});
     int64_t begin = 0;
     for (int64_t end : cuts) {
-        gradients(kernels, p.chunk(begin, end), given(begin), threads, workspace, out.dx.data(),
-                  p.depth + 1, out.dw.data() + begin * (p.depth + 4), p.depth + 4,
-                  p.o.scales ? out.d_row_scale.data() : nullptr,
-                  p.o.scales ? out.d_col_scale.data() + begin : nullptr,
-                  p.o.bias ? out.db.data() + begin : nullptr);
+        gradients({kernels, threads}, p.chunk(begin, end), given(begin), workspace,
+                  {out.dx.data(), p.depth + 1, out.dw.data() + begin * (p.depth + 4), p.depth + 4,
+                   p.o.scales ? out.d_row_scale.data() : nullptr,
+                   p.o.scales ? out.d_col_scale.data() + begin : nullptr,
+                   p.o.bias ? out.db.data() + begin : nullptr});
         begin = end;
     }
     return out;
