@@ -1,5 +1,4 @@
-// What the bindings of both wings share. Python passes addresses as integers, 0 for none; it owns
-// the arrays and has checked them.
+// Arguments of the bindings of both wings: addresses, and instruction sets by name.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,6 +10,7 @@
 
 namespace mrl {
 
+// Python passes addresses as integers, 0 for none; it owns the arrays and has checked them.
 template <class T>
 struct Address {
     T* at;

@@ -1,4 +1,4 @@
-// mrl_fast._C: what both wings use; see search.cpp and training.cpp beside it for theirs.
+// mrl_fast._C: functions for both wings; search.cpp and training.cpp beside it add their own.
 #include "bindings/bindings.h"
 #include "cpu/memory.h"
 #include "cpu/threads.h"

@@ -1,5 +1,5 @@
-// Vectors of the tests: values that a dtype holds, laid out as the engine reads them. Every array
-// is exactly as long as it has to be, and what lies between rows is NaN.
+// Vectors of the tests: values that a dtype holds, laid out as csrc reads them. Every array is
+// exactly as long as it has to be, and the gaps between rows are NaN.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 #include "check.h"
 #include "cpu/search/search.h"
 
-// Naive loops are no place for races or overruns, and take minutes where each step is watched.
+// For naive loops, which neither race nor overrun and take minutes where each step is watched.
 #define UNWATCHED __attribute__((no_sanitize("address", "thread", "undefined")))
 
 using namespace mrl;
@@ -254,7 +254,7 @@ inline Found room_for(int64_t queries, int64_t k) {
     return {std::vector<float>(queries * k, NAN), std::vector<int64_t>(queries * k, -7)};
 }
 
-// Where nothing is found.
+// The results where nothing is found.
 inline Found none(int64_t queries, int64_t k) {
     return {std::vector<float>(queries * k, -INFINITY), std::vector<int64_t>(queries * k, -1)};
 }

@@ -7,7 +7,7 @@
 namespace mrl {
 namespace {
 
-// Below one row in so many, gathering their prefixes costs less than scanning their tiles.
+// Where fewer than one row in FEW may be found, gathering them costs less than scanning tiles.
 constexpr int64_t FEW = 64;
 
 int64_t tiles_of(const Rows& rows) {
@@ -91,7 +91,7 @@ TileReader::Place TileReader::place(int64_t i) {
     return {&rows_.spans[at_], number - starts_[at_], number};
 }
 
-// As many bytes as this tile has are prefetched while all groups are scanned.
+// Spreads the prefetching of a tile over the scans of all groups.
 void TileReader::ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const {
     scan->ahead = static_cast<const char*>(tile);
     scan->ahead_end = scan->ahead + steps * bytes;
@@ -108,7 +108,7 @@ bool TileReader::read(int64_t tile, Scan* scan) {
     scan->rows = int(std::min<int64_t>(TILE, span_->rows - first));
     scan->wanted = ~uint64_t(0) >> (TILE - scan->rows);
     if (rows_.mask) scan->wanted &= rows_.mask[here.number];
-    // The tile that is far enough ahead for memory to answer in time.
+    // Prefetches the tile that is so far ahead that memory answers in time.
     constexpr int64_t FAR = 16 << 10;
     const int64_t quads = quads_of(rows_.code_dim), code_bytes = code_tile_bytes(rows_.code_dim),
                   head_bytes = head_ * TILE * int64_t(sizeof(float)),

@@ -17,7 +17,7 @@ float above(double norm, int64_t cols) {
 // Fills a span tile by tile, while a tile's rows are in cache.
 class Writer {
   public:
-    Writer(const Kernels& kernels, const Rows& layout, const Vectors& vectors, int64_t begin,
+    Writer(const Kernels& kernels, const Rows& layout, const NewRows& vectors, int64_t begin,
            const SpanArrays& to)
         : kernels_(kernels),
           layout_(layout),
@@ -69,7 +69,7 @@ class Writer {
                     (vectors_.dim - layout_.packed_dim) * size_);
     }
 
-    // The row's norms, and its codes with theirs.
+    // Writes a row's codes and statistics.
     void describe(int64_t row) {
         const float* x = static_cast<const float*>(static_cast<const void*>(at(row)));
         if (vectors_.dtype != DType::F32) {
@@ -82,7 +82,7 @@ class Writer {
         const int64_t prefix = std::max(layout_.packed_dim, layout_.code_dim);
         stat(PREFIX_NORM) = above(std::sqrt(kernels_.dot64(x, x, prefix)), prefix);
         const std::vector<int64_t>& levels = layout_.levels;
-        double square = 0.0;  // of the columns from a level on, the last level first
+        double square = 0.0;  // Σ x² from a level on, the last level first
         for (size_t l = levels.size(), end = vectors_.dim; l-- > 0; end = levels[l]) {
             square += kernels_.dot64(x + levels[l], x + levels[l], end - levels[l]);
             stat(TAIL_NORM + l) = above(std::sqrt(square), vectors_.dim);
@@ -96,7 +96,7 @@ class Writer {
 
     const Kernels& kernels_;
     const Rows& layout_;
-    const Vectors& vectors_;
+    const NewRows& vectors_;
     const int64_t begin_, end_, size_;
     const SpanArrays& to_;
     std::vector<float> widened_, lanes_;
@@ -104,7 +104,7 @@ class Writer {
 
 }  // namespace
 
-Status store(const Run& run, const Rows& layout, const Vectors& vectors, int64_t begin,
+Status store(const Run& run, const Rows& layout, const NewRows& vectors, int64_t begin,
              const SpanArrays& to) {
     const int64_t first = begin / TILE, last = (begin + vectors.n + TILE - 1) / TILE;
     std::atomic<bool> finite{true};

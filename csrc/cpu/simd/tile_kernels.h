@@ -50,7 +50,7 @@ bool pack(const void* const* rows, const void* const* ahead, DType dtype, int n,
 using Vec = Simd::Vec;
 constexpr int W = Simd::WIDTH;
 
-// One column of one pair: the only place where a score grows.
+// One column of one pair: scores grow nowhere else.
 template <Source S>
 inline Vec step(Vec query, Vec row, Vec sum) {
     if constexpr (S == Source::DIFFERENCE) {
@@ -232,7 +232,7 @@ void scan_as(Scan& s) {
                                   Simd::broadcast(s.term_factors[j * Q + q]), value);
             return value;
         };
-        // Gate: what is not <= threshold, so that NaN passes and is reported later.
+        // The gate passes what is not <= threshold, so that NaN passes and is reported later.
         typename Simd::Mask any = {};
         for (int q = 0; q < Q; ++q) {
             const Vec threshold = Simd::broadcast(s.thresholds[q]);
@@ -255,7 +255,7 @@ void scan_as(Scan& s) {
             TopK& topk = s.topk[q];
             for (; lanes; lanes &= lanes - 1) {
                 const int lane = __builtin_ctzll(lanes), row = r + lane;
-                if (scores[lane] <= s.thresholds[q]) continue;  // it rose since
+                if (scores[lane] <= s.thresholds[q]) continue;  // the threshold rose
                 topk.entries[topk.count++] = {make_key(scores[lane], s.first_row + row),
                                               partials[lane],
                                               s.row_sqnorm ? s.row_sqnorm[row] : 0.0f};

@@ -82,7 +82,7 @@ class Backward {
     const Given& from_;
     const GradientOutput& out_;
     const int threads_;
-    const bool given_;  // gradients of the scores: these are not made
+    const bool given_;  // the scores' gradients are given; scores are not made
     const int64_t G_, tiles_, depth_, depth_blocks_;
     const Columns columns_;
     const std::vector<Step> steps_;
@@ -90,8 +90,8 @@ class Backward {
     const std::vector<float> col_max_, col_log_, d_col_;  // [G, tiles · TILE]
     const Buffer tile_w_;                                 // w for the scores: [tiles][depth, TILE]
     const Buffer block_w_;               // w for dx: [blocks of its columns][tiles · TILE, TILE]
-    const int64_t capacity_, segments_;  // rows held at a time, at most
-    const int64_t plane_;                // suffix sums of a prefix
+    const int64_t capacity_, segments_;  // the most rows held at a time
+    const int64_t plane_;                // elements of suffix_ a prefix
     const Buffer x_;                     // [blocks of its columns][capacity, TILE]
     const Buffer suffix_;                // T_g = Σ_{h >= g} A_h, [G][tiles][capacity, TILE]
     std::vector<float> row_sums_;        // [tiles][G, capacity]
@@ -194,7 +194,7 @@ void Backward::gradients_of(int64_t tile, int64_t segment, float* scores) {
     }
 }
 
-// What a block of rows, counted from the first that is held, reads and writes.
+// Where the gradients of a block of rows, counted from the first one held, are read from and go.
 ScoreGradients Backward::destination(int64_t row, int64_t tile, int64_t segment) {
     ScoreGradients to = {};
     to.suffix = suffix_.get() + (tile * capacity_ + row) * TILE;

@@ -43,9 +43,9 @@ struct ScoreBlock {
     const float* bias;      // [TILE], padded with −inf: a score past the last column counts for 0
     const int64_t* target;  // [rows] or null: the column of a row's positive, and its residue
     int64_t first_col;      // of this block
-    int64_t period;         // columns equal to the target modulo this are a row's own
+    int64_t period;         // a row's own columns equal its target modulo this
     bool exclude_own;
-    float own_boost, other_boost;  // of own columns but the target, and of all others
+    float own_boost, other_boost;  // factors of own columns but the target, of all others
     const float* soft;             // [rows, cols] or null; stride 0 serves every row
     int64_t soft_stride;
     const uint8_t* mask;  // [rows, cols] or null; not 0 is excluded
@@ -53,13 +53,13 @@ struct ScoreBlock {
     bool sigmoid;  // Σ softplus instead of log Σ exp
 };
 
-// Running statistics of a block's rows; lanes are folded at the end. Σ exp is relative to `ref`,
-// the maximum so far of the row: the largest score counts exactly 1.
+// Running statistics of a block's rows, by lanes, which are folded at the end. Σ exp is relative to
+// `ref`, the row's maximum so far: the largest score counts exactly 1.
 struct Statistics {
     float* ref;      // [prefixes, ROWS]
     float* top;      // [prefixes, ROWS, MAX_WIDTH]
     float* sum;      // [prefixes, ROWS, MAX_WIDTH]
-    int32_t* best;   // [prefixes, ROWS, MAX_WIDTH]: where top's vector begins; or null
+    int32_t* best;   // [prefixes, ROWS, MAX_WIDTH]: first column of top's vector; or null
     double* soft;    // [prefixes, ROWS]: Σ soft·(y − ref)
     double* weight;  // [ROWS]: Σ soft
     float* hit;      // [prefixes, rows], hit_apart apart: y at the target; or null
@@ -70,8 +70,8 @@ struct Statistics {
     int64_t stats_apart;  // of the column statistics' prefixes
 };
 
-// Gradients of the scores from those of the log-sums, of the targets' and of the soft targets'
-// log-probabilities; and their suffix sums.
+// Turns gradients of the log-sums, of the targets' and of the soft targets' log-probabilities into
+// the scores' gradients A_g, and sums these over the prefixes from each one on.
 struct ScoreGradients {
     const float* row_max;  // [prefixes, rows] with rows of prefixes `apart` apart, as the next four
     const float* row_log;
@@ -117,14 +117,14 @@ struct Scores {
     bool sigmoid;
 };
 
-// What a fold writes; row arrays [G, rows], column arrays [G, cols] like those of Scores.
+// The results of a fold; row arrays [G, rows], column arrays [G, cols] like those of Scores.
 struct FoldOutput {
     float* row_max;    // continued over chunks of columns, as the next three
     double* row_sum;   // Σ exp(y − row_max), with sigmoid Σ softplus(y)
     int64_t* labels;   // the first column of the row's maximum; or null
     double* soft_sum;  // Σ soft·y; or null
     float* hit;        // y at the target, written by the chunk that holds it; or null
-    float* col_max;    // of the chunk's columns; or null, as the next
+    float* col_max;    // of this chunk's rows; or null, as the next
     double* col_sum;
 };
 void fold(const Run& run, const Scores& scores, const FoldOutput& out);
@@ -133,15 +133,15 @@ void fold(const Run& run, const Scores& scores, const FoldOutput& out);
 void store_scores(const Run& run, const Scores& scores, float* out, int64_t out_apart,
                   int64_t out_stride);
 
-// What a backward is given: statistics and their gradients, or the scores' gradients themselves.
+// The inputs of a backward: statistics and their gradients, or the scores' gradients themselves.
 struct Given {
     const float *row_max, *row_log, *d_row, *d_hit, *d_soft, *col_max, *col_log, *d_col;
-    const float* soft_total;  // of each row, or of all
+    const float* soft_total;  // Σ_j soft of each row, or the one of all
     const float* grad;        // [G, rows, cols]: gradients of the scores themselves; or null
     int64_t grad_apart, grad_stride;
 };
 
-// What a backward adds to.
+// The arrays that a backward adds to.
 struct GradientOutput {
     float* dx;  // [rows, dims.back()]
     int64_t dx_stride;

@@ -43,7 +43,7 @@ class Chains {
         return codes_;
     }
 
-    // What stages leave of some rows; a first one by codes where `coded` are given.
+    // The rows that stages leave of some; the first stage ranks by codes where `coded` are given.
     Found best(const std::vector<int64_t>& among, const std::vector<Stage>& stages,
                const Rows* coded) {
         const int64_t n = table_.n, count = queries_.queries.n, k = stages.back().keep;

@@ -1,4 +1,4 @@
-// Some of a database's rows, and the mask that says which.
+// Some of a database's rows, and their live mask.
 #pragma once
 
 #include "cpu/search/scan.h"

@@ -115,7 +115,7 @@ Found expected(const Case& c, const Rankings& rankings, const std::vector<Stage>
     return funnel(c, rankings, stages, shortlists);
 }
 
-// What int8 codes say of rows, up to a factor of the query: [n].
+// Scores by int8 codes, up to a factor of the query: [n].
 std::vector<double> code_scores(const Case& c, int64_t q) {
     const Rows& rows = c.database.rows;
     const float* query = c.queries.row(q);

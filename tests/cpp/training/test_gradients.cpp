@@ -53,7 +53,7 @@ struct Upstream {
     std::vector<float> d_row, d_hit, d_soft, d_col, row_max, row_log, col_max, col_log;
 };
 
-// Gradients of every input, flat as the engine writes them.
+// Gradients of every input, flat as csrc writes them.
 template <class Array>
 struct Gradients {
     explicit Gradients(const Problem& p, const Array& none)
