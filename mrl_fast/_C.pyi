@@ -1,4 +1,9 @@
-"""Raw addresses and sizes; ``mrl_fast.shared.native`` is its handle. See csrc/bindings/."""
+"""Raw addresses and sizes; ``mrl_fast.shared.native`` is its handle. See csrc/bindings/.
+
+Addresses are integers, 0 for none; strides are in elements. The caller owns the arrays, keeps them
+alive during the call and has checked them: ``mrl_fast.shared.memory.address``. ``isa`` is one of
+``available()``; empty is the first of these.
+"""
 
 from enum import IntEnum
 
@@ -17,7 +22,7 @@ class Metric(IntEnum):
     L2 = 2
 
 class Stat(IntEnum):
-    """What is known of each stored row; TAIL_NORM is the first of one a level."""
+    """Statistics of each stored row; TAIL_NORM is the first of one a level."""
 
     PREFIX_NORM = 0
     CODE_SCALE = 1
@@ -29,7 +34,7 @@ def available() -> list[str]: ...  # instruction sets of this processor, best fi
 def advise_huge_pages(begin: int, bytes: int, /) -> None: ...
 
 class Rows:
-    """Vectors to search, as spans ``(first, rows, packed, codes, tail, stride, stats,
+    """Vectors to search, as spans ``(first, rows, packed, codes, suffix, stride, stats,
     stats_stride, ids)``; see csrc/cpu/search/search.h. Holds addresses, not the arrays."""
 
     eligible: int  # rows that may be found
@@ -46,12 +51,13 @@ class Rows:
     def restricted(self, mask: int, /) -> Rows: ...
 
 class RangeFound:
-    problem: str
-    counts: list[int]
+    problem: str  # as the searches below return it
+    counts: list[int]  # rows found by each query
     def write(self, scores: int, ids: int, /) -> None: ...
 
-# An empty string, or what is wrong with the vectors.
 def pack_flags(flags: int, count: int, words: int, /) -> None: ...
+
+# These return what is wrong with the vectors, an empty string where nothing is.
 def search(
     rows: Rows,
     queries: int,
@@ -122,13 +128,13 @@ def store(
     codes: int,
     stats: int,
     stats_stride: int,
-    tail: int,
-    tail_stride: int,
+    suffix: int,
+    suffix_stride: int,
     /,
 ) -> str: ...
 
 class Scores:
-    """A chunk of nested scores; fields as in csrc/cpu/nested.h, addresses as integers."""
+    """A chunk of nested scores; fields as in csrc/cpu/training/nested.h."""
 
     def __init__(self, **fields: object) -> None: ...
 

@@ -1,4 +1,4 @@
-// What fails says where, with which values and in which scenario, and ends the program.
+// A failed check prints its place, its values and the scenario, and ends the program.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <string>
 
 inline std::string scenario;  // set by one thread while no other runs
-inline double seconds = 2;    // of a test that could go on for ever, each time
+inline double seconds = 2;    // how long a test goes on that could for ever, each time
 
 template <class... Values>
 [[noreturn]] void fail(const char* file, int line, const char* what, const Values&... values) {

@@ -1,8 +1,12 @@
-// The engine's tests, for sanitizers: make sanitize. An argument picks tests by a part of the name,
-// a second says for how many seconds those go on that could for ever.
+// Tests of csrc without Python, for sanitizers: make sanitize.
+//
+//   run [FILTER...]    the tests whose names contain one of the words; all without one
+//   run --list         their names
+//   run --seconds=S    how long a test goes on that could for ever, each time
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <vector>
 
 #include "check.h"
 
@@ -28,9 +32,28 @@ int main(int argc, char** argv) {
                  {"filter", test_filter},      {"filter exact", test_filter_exact},
                  {"writer", test_writer},      {"fold", test_fold},
                  {"gradients", test_gradients}};
-    if (argc > 2) seconds = std::atof(argv[2]);
+    std::vector<const char*> filters;
+    for (int i = 1; i < argc; ++i) {
+        if (!std::strcmp(argv[i], "--list")) {
+            for (const auto& test : tests) std::puts(test.name);
+            return 0;
+        }
+        if (!std::strncmp(argv[i], "--seconds=", 10))
+            seconds = std::atof(argv[i] + 10);
+        else
+            filters.push_back(argv[i]);
+    }
+    for (const char* filter : filters) {
+        bool matches = false;
+        for (const auto& test : tests) matches |= std::strstr(test.name, filter) != nullptr;
+        if (matches) continue;
+        std::fprintf(stderr, "no test's name contains \"%s\"; --list shows them\n", filter);
+        return 2;
+    }
     for (const auto& test : tests) {
-        if (argc > 1 && !std::strstr(test.name, argv[1])) continue;
+        bool chosen = filters.empty();
+        for (const char* filter : filters) chosen |= std::strstr(test.name, filter) != nullptr;
+        if (!chosen) continue;
         const auto begin = std::chrono::steady_clock::now();
         test.run();
         const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;

@@ -1,5 +1,5 @@
-// Vectors of the tests: values that a dtype holds, laid out as the engine reads them. Every array
-// is exactly as long as it has to be, and what lies between rows is NaN.
+// Vectors of the tests: values that a dtype holds, laid out as csrc reads them. Every array is
+// exactly as long as it has to be, and the gaps between rows are NaN.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 #include "check.h"
 #include "cpu/search/search.h"
 
-// Naive loops are no place for races or overruns, and take minutes where each step is watched.
+// For naive loops, which neither race nor overrun and take minutes where each step is watched.
 #define UNWATCHED __attribute__((no_sanitize("address", "thread", "undefined")))
 
 using namespace mrl;
@@ -171,7 +171,8 @@ class QueryRows {
     std::unique_ptr<Elements> elements_;
 };
 
-// How rows are laid out, as mrl_fast.cpu.Layout does it; a prefix of 0 is row-major without stats.
+// How rows are laid out, as mrl_fast.search.index.blocks does it; a prefix of 0 is row-major
+// without stats.
 struct Layout {
     int64_t prefix;
     bool coded;
@@ -198,7 +199,7 @@ class Database {
     }
 
     struct Block {
-        Elements tail;
+        Elements suffix;
         std::vector<float> packed, stats;
         std::vector<uint8_t> codes;
     };
@@ -219,11 +220,14 @@ class Database {
         Block& to = blocks.back();
         const Elements from(data, n, width, 0, width, width + 1, table.dtype);
         for (int64_t begin = 0; stats && begin < n; begin += batch)
-            CHECK(store(kernels, rows, from.row(begin), table.dtype, from.stride, width, begin,
-                        std::min(batch, n - begin), threads, packed ? to.packed.data() : nullptr,
-                        code ? to.codes.data() : nullptr, to.stats.data(), n) == Status::OK);
-        rows.spans.push_back({first, n, to.packed.data(), to.codes.data(), to.tail.row(0),
-                              to.tail.stride, to.stats.data(), n, nullptr});
+            CHECK(store({kernels, threads}, rows,
+                        {from.row(begin), table.dtype, from.stride, std::min(batch, n - begin),
+                         width},
+                        begin,
+                        {packed ? to.packed.data() : nullptr, code ? to.codes.data() : nullptr,
+                         to.stats.data(), n, nullptr, 0}) == Status::OK);
+        rows.spans.push_back({first, n, to.packed.data(), to.codes.data(), to.suffix.row(0),
+                              to.suffix.stride, to.stats.data(), n, nullptr});
     }
 };
 
@@ -250,7 +254,7 @@ inline Found room_for(int64_t queries, int64_t k) {
     return {std::vector<float>(queries * k, NAN), std::vector<int64_t>(queries * k, -7)};
 }
 
-// Where nothing is found.
+// The results where nothing is found.
 inline Found none(int64_t queries, int64_t k) {
     return {std::vector<float>(queries * k, -INFINITY), std::vector<int64_t>(queries * k, -1)};
 }

@@ -26,6 +26,7 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
     : kernels(kernels_),
       rows(rows_),
       metric(metric_),
+      terms(terms_of(metric_)),
       dim(dim_),
       k(k_),
       margin(1.01 * std::ldexp(double(dim_ + 64), -24)),
@@ -47,7 +48,7 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
 }
 
 float Problem::threshold(int64_t q, double theta) const {
-    const double squares = metric == Metric::L2 ? norm[q] * norm[q] * (1.0 - SLACK) : 0.0;
+    const double squares = terms.squares ? norm[q] * norm[q] * (1.0 - SLACK) : 0.0;
     return below(theta + squares);
 }
 
@@ -58,11 +59,11 @@ double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
     float* values = x->data();
     for (int64_t c = 0; c < packed; ++c)
         values[c] = span.packed[(local / TILE * packed + c) * TILE + lane];
-    kernels.widen_row(tail_at(rows, span, local, packed), rows.dtype, dim - packed,
+    kernels.widen_row(suffix_at(rows, span, local, packed), rows.dtype, dim - packed,
                       values + packed);
-    if (metric == Metric::L2) return -distance64(data[q], values, dim);
+    if (terms.source == Source::DIFFERENCE) return -distance64(data[q], values, dim);
     const double dot = kernels.dot64(data[q], values, dim);
-    if (metric == Metric::IP) return dot + 0.0;
+    if (!terms.normalized) return dot + 0.0;
     const double length = norm[q] * std::sqrt(kernels.dot64(values, values, dim));
     return length > 0.0 ? dot / length + 0.0 : 0.0;
 }
@@ -74,7 +75,7 @@ void Pass::factor(const Panel::Group& group, int64_t i) {
     float* factors = factors_.data() + group.first * TERMS + i;
     const bool coded = source_ == Source::CODES;
     const double error = coded ? p_.codes[q].error : 0.0;
-    scales_[at] = float(unit * (coded ? p_.codes[q].unit : 1.0));
+    scales_[at] = float(unit * (coded ? p_.codes[q].scale : 1.0));
     if (!ordinary(p_.norm[q] * p_.norm[q])) scales_[at] = NAN;
     factors[0 * group.size] = above(unit * (error + room));
     factors[1 * group.size] = above(unit * (room + p_.tail(q, 0)));
@@ -90,13 +91,13 @@ void Pass::prepare(Scan* scan) {
     for (int r = 0; r < scan->rows; ++r) {
         const float rest = tails ? tail[r] : 0.0f, square = prefix[r] * prefix[r] + rest * rest;
         float inverse = 1.0f;
-        if (p_.metric == Metric::COSINE) inverse = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f;
+        if (p_.terms.normalized) inverse = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f;
         row_scale_[r] = coded ? unit[r] * inverse : inverse;
         if (!ordinary(square) || (square == 0.0f && prefix[r] + rest > 0.0f)) row_scale_[r] = NAN;
         terms_[0][r] = prefix[r] * inverse;
         terms_[1][r] = rest * inverse;
         terms_[2][r] = coded ? error[r] * inverse : 0.0f;
-        terms_[3][r] = p_.metric == Metric::L2 ? square * float(1.0 - SLACK) : 0.0f;
+        terms_[3][r] = p_.terms.squares ? square * float(1.0 - SLACK) : 0.0f;
     }
     scan->row_scale = row_scale_;
     scan->term_values = terms_[0];
@@ -141,9 +142,9 @@ bool Pass::possible(size_t i, const Span& span, int64_t local, double sum, size_
     const double square = prefix * prefix + tail * tail, norm = std::sqrt(square);
     if (!ordinary(square) || !ordinary(p_.norm[q] * p_.norm[q])) return true;
     double bound = sum + p_.margin * p_.norm[q] * norm + p_.tail(q, level) * rest;
-    if (p_.metric == Metric::COSINE) bound = norm > 0.0 ? bound * p_.unit(q) / norm + SLACK : SLACK;
-    if (p_.metric == Metric::L2)
-        bound = 2.0 * bound - (square + p_.norm[q] * p_.norm[q]) * (1.0 - SLACK);
+    if (p_.terms.normalized) bound = norm > 0.0 ? bound * p_.unit(q) / norm + SLACK : SLACK;
+    if (p_.terms.squares)
+        bound = p_.terms.product * bound - (square + p_.norm[q] * p_.norm[q]) * (1.0 - SLACK);
     return !(bound < thetas_[i]);
 }
 
@@ -167,7 +168,7 @@ void Pass::finish(size_t i, bool counting) {
     for (size_t s = 0; s < p_.stops.size() && count > 0; from = p_.stops[s++]) {
         const int64_t cols = p_.stops[s] - from;
         for (int64_t e = 0; e < count; ++e)
-            pointers_[e] = tail_at(p_.rows, *spans_[e], local_[e], from);
+            pointers_[e] = suffix_at(p_.rows, *spans_[e], local_[e], from);
         p_.kernels.dots(p_.data[q] + from, pointers_.data(), p_.rows.dtype, int(count), cols,
                         sums_.data());
         columns_read[i] += count * cols;

@@ -50,8 +50,8 @@ struct Problem {
     }
     // A factor that turns inner products with this query into the metric's scores.
     double unit(int64_t q) const {
-        if (metric == Metric::COSINE) return norm[q] > 0.0 ? 1.0 / norm[q] : 0.0;
-        return metric == Metric::L2 ? 2.0 : 1.0;
+        if (terms.normalized) return norm[q] > 0.0 ? 1.0 / norm[q] : 0.0;
+        return terms.product;
     }
     // θ as what a gate compares with: a row below it is below θ.
     float threshold(int64_t q, double theta) const;
@@ -61,6 +61,7 @@ struct Problem {
     const Kernels& kernels;
     const Rows& rows;  // whose tiles are read in place: none are gathered
     const Metric metric;
+    const MetricTerms terms;
     const int64_t dim, k;
     const double margin;         // of rounding, times ‖q‖·‖x‖
     std::vector<int64_t> stops;  // columns up to which sums go on after the first bound

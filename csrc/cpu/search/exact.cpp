@@ -43,9 +43,7 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
     const int64_t n = which.size();
     if (n == 0) return Status::OK;
     const Gathered gathered(p, which);
-    const Source source = p.rows.code_dim          ? Source::CODES
-                          : p.metric == Metric::L2 ? Source::DIFFERENCE
-                                                   : Source::PRODUCT;
+    const Source source = p.rows.code_dim ? Source::CODES : p.terms.source;
     const int64_t dim = p.prefix(), keep = std::min(2 * p.k + 32, p.rows.eligible());
     std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
     std::vector<int64_t> counts(n);
@@ -107,10 +105,10 @@ std::pair<double, double> norms(const Rows& rows) {
         greatest = std::max(greatest, norm);
         if (norm > 0.0f) least = std::min(least, norm);
     };
-    if (rows.listed.empty())
+    if (rows.gathered_rows.empty())
         for (const Span& span : rows.spans)
             for (int64_t row = 0; row < span.rows; ++row) see(span, row);
-    for (int64_t row : rows.listed) {
+    for (int64_t row : rows.gathered_rows) {
         const Span& span = span_of(rows, row);
         see(span, row - span.first);
     }
@@ -123,7 +121,7 @@ Status scan_fully(Problem& p, const Rows& rows, const std::vector<int64_t>& whic
                   std::vector<int64_t>* undecided, std::vector<std::vector<Final>>* best) {
     if (which.empty()) return Status::OK;
     const Gathered gathered(p, which);
-    const Source source = p.metric == Metric::L2 ? Source::DIFFERENCE : Source::PRODUCT;
+    const Source source = p.terms.source;
     const int64_t n = which.size(), count = p.rows.eligible(), keep = std::min(2 * p.k + 32, count);
     std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
     std::vector<int64_t> counts(n);
@@ -137,8 +135,9 @@ Status scan_fully(Problem& p, const Rows& rows, const std::vector<int64_t>& whic
         const Entry* mine = entries.get() + i * keep;
         // The most by which a fp64 score can differ from this one.
         auto error = [&](double score) {
-            if (p.metric == Metric::L2) return 4.0 * p.margin * std::abs(score) + 1e-36;
-            if (p.metric == Metric::COSINE) return 3.0 * p.margin;
+            if (p.terms.source == Source::DIFFERENCE)
+                return 4.0 * p.margin * std::abs(score) + 1e-36;
+            if (p.terms.normalized) return 3.0 * p.margin;
             return p.margin * p.norm[q] * greatest + 1e-36;
         };
         const double kth = score_of(mine[p.k - 1].key);
@@ -208,7 +207,7 @@ void split(Problem& p, const std::vector<double>& guess, int threads, std::vecto
 Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<Final>>* best) {
     std::vector<int64_t> bounded(p.data.size()), full;
     std::iota(bounded.begin(), bounded.end(), 0);
-    if (!p.prunes() || !rows.listed.empty() || 4 * p.k >= rows.eligible()) {
+    if (!p.prunes() || !rows.gathered_rows.empty() || 4 * p.k >= rows.eligible()) {
         full.swap(bounded);
     } else {
         // Of rows that a mask thins out as many are sampled.
@@ -243,7 +242,7 @@ Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<
             bounded.insert(bounded.end(), low.begin(), low.end());
         }
     }
-    if (!full.empty() && 8 * rows.eligible() < 7 * rows.count()) rows.list();
+    if (!full.empty() && 8 * rows.eligible() < 7 * rows.count()) rows.gather();
     const Status status = scan_fully(p, rows, full, threads, &bounded, best);
     if (status != Status::OK) return status;
     return run(p, bounded, threads, best) ? Status::OK : Status::NOT_FINITE;
@@ -258,7 +257,7 @@ Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& que
     if (!finite(queries, dim)) return Status::QUERY_NOT_FINITE;
     std::atomic<bool> overflow{false};
     Rows in_place = rows, gathered = rows;
-    in_place.listed.clear();
+    in_place.gathered_rows.clear();
     const int64_t keep = std::max<int64_t>(std::min(k, rows.eligible()), 1);
     const int64_t pass = std::clamp<int64_t>(
         PASS_BYTES / int64_t(sizeof(Final) * threads * keep + sizeof(Entry) * CHUNK_TILES * TILE),
@@ -296,7 +295,7 @@ Status range_search(const Kernels& kernels, const Rows& rows, const Queries& que
     if (!finite(queries, dim)) return Status::QUERY_NOT_FINITE;
     std::atomic<bool> overflow{false};
     Rows in_place = rows;
-    in_place.listed.clear();
+    in_place.gathered_rows.clear();
     constexpr int64_t PASS = 96;  // queries
     for (int64_t begin = 0; begin < queries.n && rows.eligible() > 0; begin += PASS) {
         const int64_t n = std::min(PASS, queries.n - begin);

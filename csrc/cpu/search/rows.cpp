@@ -7,7 +7,7 @@
 namespace mrl {
 namespace {
 
-// Below one row in so many, gathering their prefixes costs less than scanning their tiles.
+// Where fewer than one row in FEW may be found, gathering them costs less than scanning tiles.
 constexpr int64_t FEW = 64;
 
 int64_t tiles_of(const Rows& rows) {
@@ -42,19 +42,20 @@ Rows Rows::restricted(const uint64_t* to) const {
         result.masked += __builtin_popcountll(to[tile]);
         if (to[tile]) result.tiles.push_back(tile);
     }
-    if (result.masked * FEW < count()) result.list();
+    if (result.masked * FEW < count()) result.gather();
     return result;
 }
 
-void Rows::list() {
-    if (!listed.empty()) return;
-    listed.reserve(masked);
+void Rows::gather() {
+    if (!gathered_rows.empty()) return;
+    gathered_rows.reserve(masked);
     int64_t before = 0;
     auto tile = tiles.begin();
     for (const Span& span : spans) {
         for (; tile != tiles.end() && *tile < before + span.tiles(); ++tile)
             for (uint64_t bits = mask[*tile]; bits; bits &= bits - 1)
-                listed.push_back(span.first + (*tile - before) * TILE + __builtin_ctzll(bits));
+                gathered_rows.push_back(span.first + (*tile - before) * TILE +
+                                        __builtin_ctzll(bits));
         before += span.tiles();
     }
 }
@@ -67,9 +68,9 @@ TileReader::TileReader(const Kernels& kernels, const Rows& rows, Source source, 
       dim_(dim),
       groups_(std::max<int64_t>(groups, 1)),
       head_(std::min(dim, rows.packed_dim)),
-      tail_(source == Source::CODES ? 0 : dim - head_),
+      suffix_(source == Source::CODES ? 0 : dim - head_),
       count_(count(rows, source)),
-      unpacked_((gathers(rows, source) ? dim : tail_) * TILE) {
+      unpacked_((gathers(rows, source) ? dim : suffix_) * TILE) {
     int64_t tiles = 0;
     for (const Span& span : rows.spans) {
         starts_.push_back(tiles);
@@ -79,7 +80,7 @@ TileReader::TileReader(const Kernels& kernels, const Rows& rows, Source source, 
 }
 
 int64_t TileReader::count(const Rows& rows, Source source) {
-    if (gathers(rows, source)) return (int64_t(rows.listed.size()) + TILE - 1) / TILE;
+    if (gathers(rows, source)) return (int64_t(rows.gathered_rows.size()) + TILE - 1) / TILE;
     return rows.mask ? rows.tiles.size() : tiles_of(rows);
 }
 
@@ -90,7 +91,7 @@ TileReader::Place TileReader::place(int64_t i) {
     return {&rows_.spans[at_], number - starts_[at_], number};
 }
 
-// As many bytes as this tile has are prefetched while all groups are scanned.
+// Spreads the prefetching of a tile over the scans of all groups.
 void TileReader::ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const {
     scan->ahead = static_cast<const char*>(tile);
     scan->ahead_end = scan->ahead + steps * bytes;
@@ -107,9 +108,9 @@ bool TileReader::read(int64_t tile, Scan* scan) {
     scan->rows = int(std::min<int64_t>(TILE, span_->rows - first));
     scan->wanted = ~uint64_t(0) >> (TILE - scan->rows);
     if (rows_.mask) scan->wanted &= rows_.mask[here.number];
-    // The tile that is far enough ahead for memory to answer in time.
+    // Prefetches the tile that is so far ahead that memory answers in time.
     constexpr int64_t FAR = 16 << 10;
-    const int64_t quads = (rows_.code_dim + 3) / 4, code_bytes = quads * TILE * 4,
+    const int64_t quads = quads_of(rows_.code_dim), code_bytes = code_tile_bytes(rows_.code_dim),
                   head_bytes = head_ * TILE * int64_t(sizeof(float)),
                   bytes = source_ == Source::CODES ? code_bytes : head_bytes,
                   distance = std::max<int64_t>(1, FAR / std::max<int64_t>(bytes, 1));
@@ -124,41 +125,41 @@ bool TileReader::read(int64_t tile, Scan* scan) {
         return at.span->packed + at.tile * rows_.packed_dim * TILE;
     };
     scan->segments[0] = {packed(here), head_};
-    scan->segments[1] = {unpacked_.data(), tail_};
+    scan->segments[1] = {unpacked_.data(), suffix_};
     ahead(scan, packed(later), head_, TILE * sizeof(float));
-    if (tail_ == 0) return true;
+    if (suffix_ == 0) return true;
     const Place next = place(std::min(tile + 1, count_ - 1));
     const void *pointers[TILE], *coming[TILE];
     for (int r = 0; r < TILE; ++r) {
-        pointers[r] = tail_at(rows_, *span_, first + r, rows_.packed_dim);
-        coming[r] = tail_at(rows_, *next.span, next.tile * TILE + r, rows_.packed_dim);
+        pointers[r] = suffix_at(rows_, *span_, first + r, rows_.packed_dim);
+        coming[r] = suffix_at(rows_, *next.span, next.tile * TILE + r, rows_.packed_dim);
     }
-    return kernels_.pack(pointers, coming, rows_.dtype, scan->rows, tail_, unpacked_.data());
+    return kernels_.pack(pointers, coming, rows_.dtype, scan->rows, suffix_, unpacked_.data());
 }
 
 bool TileReader::gather(int64_t tile, Scan* scan) {
-    const int64_t first = tile * TILE, last = int64_t(rows_.listed.size()) - 1;
+    const int64_t first = tile * TILE, last = int64_t(rows_.gathered_rows.size()) - 1;
     scan->first_row = first;
     scan->rows = int(std::min<int64_t>(TILE, last + 1 - first));
     scan->wanted = ~uint64_t(0) >> (TILE - scan->rows);
     const void *pointers[TILE], *coming[TILE];
     float* columns = unpacked_.data();
     for (int r = 0; r < TILE; ++r) {
-        const int64_t row = rows_.listed[std::min(first + r, last)];
+        const int64_t row = rows_.gathered_rows[std::min(first + r, last)];
         const Span& span = span_of(rows_, row);
         const int64_t local = row - span.first;
-        pointers[r] = tail_at(rows_, span, local, rows_.packed_dim);
+        pointers[r] = suffix_at(rows_, span, local, rows_.packed_dim);
         const int64_t lane = local / TILE * rows_.packed_dim * TILE + local % TILE;
         for (int64_t c = 0; c < head_; ++c) columns[c * TILE + r] = span.packed[lane + c * TILE];
-        const int64_t later = rows_.listed[std::min(first + TILE + r, last)];
+        const int64_t later = rows_.gathered_rows[std::min(first + TILE + r, last)];
         const Span& other = span_of(rows_, later);
-        coming[r] = tail_at(rows_, other, later - other.first, rows_.packed_dim);
+        coming[r] = suffix_at(rows_, other, later - other.first, rows_.packed_dim);
     }
     scan->segments[0] = {columns, head_};
-    scan->segments[1] = {columns + head_ * TILE, tail_};
+    scan->segments[1] = {columns + head_ * TILE, suffix_};
     scan->ahead = scan->ahead_end = nullptr;
-    return tail_ == 0 ||
-           kernels_.pack(pointers, coming, rows_.dtype, scan->rows, tail_, columns + head_ * TILE);
+    return suffix_ == 0 || kernels_.pack(pointers, coming, rows_.dtype, scan->rows, suffix_,
+                                         columns + head_ * TILE);
 }
 
 }  // namespace mrl

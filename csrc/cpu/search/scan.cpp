@@ -50,12 +50,15 @@ class Scaling {
   public:
     Scaling(const Kernels& kernels, const Queries& queries, Metric metric, Source source,
             int64_t dim, const std::vector<Codes>& coded)
-        : kernels_(kernels), metric_(metric), source_(source), query_scale_(queries.n, 1.0f) {
+        : kernels_(kernels),
+          metric_(terms_of(metric)),
+          source_(source),
+          query_scale_(queries.n, 1.0f) {
         for (int64_t q = 0; q < queries.n; ++q) {
-            if (metric == Metric::COSINE)
+            if (terms_of(metric).normalized)
                 query_scale_[q] = query_scale(queries.data + q * queries.stride, dim);
             if (source == Source::CODES)
-                query_scale_[q] *= (metric == Metric::L2 ? 2.0f : 1.0f) * coded[q].unit;
+                query_scale_[q] *= terms_of(metric).product * coded[q].scale;
         }
     }
     // For the tile that was read last.
@@ -64,12 +67,12 @@ class Scaling {
             const float *unit = tiles.stat(CODE_SCALE), *norm = tiles.stat(PREFIX_NORM);
             for (int r = 0; r < scan->rows; ++r) {
                 row_scale_[r] = unit[r];
-                if (metric_ == Metric::COSINE) row_scale_[r] = norm[r] > 0 ? unit[r] / norm[r] : 0;
+                if (metric_.normalized) row_scale_[r] = norm[r] > 0 ? unit[r] / norm[r] : 0;
                 terms_[r] = norm[r] * norm[r];  // 2⟨q, x⟩ − ‖x‖² orders as −‖q − x‖² does
             }
             scan->row_scale = row_scale_;
-            if (metric_ == Metric::L2) scan->term_values = terms_;
-        } else if (metric_ == Metric::COSINE) {
+            if (metric_.squares) scan->term_values = terms_;
+        } else if (metric_.normalized) {
             std::fill(sqnorm_, sqnorm_ + TILE, 0.0f);
             for (const Segment& segment : scan->segments) kernels_.sqnorms(segment, sqnorm_);
             for (int r = 0; r < TILE; ++r) row_scale_[r] = inverse_norm(sqnorm_[r]);
@@ -86,7 +89,7 @@ class Scaling {
 
   private:
     const Kernels& kernels_;
-    const Metric metric_;
+    const MetricTerms metric_;
     const Source source_;
     std::vector<float> query_scale_;
     float row_scale_[TILE], sqnorm_[TILE], terms_[TERMS * TILE] = {}, factors_[TERMS * MAX_GROUP];
@@ -241,7 +244,7 @@ Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries
         counts[q] = all.size();
         std::copy(all.begin(), all.end(), out + q * keep);
         for (Entry* e = out + q * keep; gathers && e < out + q * keep + counts[q]; ++e)
-            e->key = with_row(e->key, rows.listed[row_of(e->key)]);
+            e->key = with_row(e->key, rows.gathered_rows[row_of(e->key)]);
         if (beyond_float(all.data(), counts[q])) overflow = true;
     };
     each(queries.n, threads, [&](int64_t q) {
@@ -276,7 +279,8 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
                    int64_t from, int64_t to, int64_t keep, std::vector<float>& tile,
                    std::vector<Entry>& candidates) {
     constexpr int64_t COLUMN_BLOCK = 256;  // columns a gathered tile advances by
-    const float scale = metric == Metric::COSINE ? query_scale(query, to) : 1.0f;
+    const MetricTerms& terms = terms_of(metric);
+    const float scale = terms.normalized ? query_scale(query, to) : 1.0f;
     const int64_t count = candidates.size();
     tile.resize(COLUMN_BLOCK * TILE);
     // Where row i of the candidates begins; the last stands for those beyond.
@@ -284,7 +288,7 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
         for (int r = 0; r < TILE; ++r) {
             const int64_t row = row_of(candidates[std::min(first + r, count - 1)].key);
             const Span& span = span_of(rows, row);
-            pointers[r] = tail_at(rows, span, row - span.first, column);
+            pointers[r] = suffix_at(rows, span, row - span.first, column);
         }
     };
     const void *pointers[2][TILE], **now = pointers[0], **next = pointers[1];
@@ -305,13 +309,13 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
             point(last ? first + TILE : first, last ? from : column + COLUMN_BLOCK, next);
             if (!kernels.pack(now, next, rows.dtype, n, segment.cols, tile.data()))
                 return Status::NOT_FINITE;
-            kernels.advance(metric, segment, query + column, sums);
-            if (metric == Metric::COSINE) kernels.sqnorms(segment, sqnorm);
+            kernels.advance(terms.source, segment, query + column, sums);
+            if (terms.normalized) kernels.sqnorms(segment, sqnorm);
             std::swap(now, next);
         }
         for (int r = 0; r < n; ++r) {
             const float score =
-                metric == Metric::COSINE ? sums[r] * (inverse_norm(sqnorm[r]) * scale) : sums[r];
+                terms.normalized ? sums[r] * (inverse_norm(sqnorm[r]) * scale) : sums[r];
             group[r] = {make_key(score, row_of(group[r].key)), sums[r], sqnorm[r]};
         }
     }

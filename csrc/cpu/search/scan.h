@@ -1,10 +1,12 @@
-// A pass over all rows: what the first stage of a search and certified exact search have in common.
+// A pass over all rows, as the first stage of a search and certified exact search make it.
 #pragma once
 
 #include <cmath>
 #include <limits>
 #include <memory>
 
+#include "cpu/search/codes.h"
+#include "cpu/search/metric.h"
 #include "cpu/search/search.h"
 
 namespace mrl {
@@ -23,8 +25,6 @@ float query_scale(const float* query, int64_t dim);  // its inverse norm
 
 bool finite(const Queries& queries, int64_t dim);
 
-inline int64_t element_size(DType dtype) { return dtype == DType::F32 ? 4 : 2; }
-
 inline const Span& span_of(const Rows& rows, int64_t row) {
     size_t low = 0, high = rows.spans.size();
     while (high - low > 1) {
@@ -37,26 +37,16 @@ inline int64_t id_of(const Rows& rows, int64_t row) {
     const Span& span = span_of(rows, row);
     return span.ids ? span.ids[row - span.first] : row;
 }
-// A row of a span, counted from the span's first, from a column of the tail on.
-inline const void* tail_at(const Rows& rows, const Span& span, int64_t row, int64_t column) {
-    return static_cast<const char*>(span.tail) +
+// Where a column of the suffix lies; `row` counts from the span's first.
+inline const void* suffix_at(const Rows& rows, const Span& span, int64_t row, int64_t column) {
+    return static_cast<const char*>(span.suffix) +
            (row * span.stride + column - rows.packed_dim) * element_size(rows.dtype);
 }
 
 // As many threads as the work is worth.
 int threads_for(double multiplies, int threads);
 
-constexpr float TINY = 1e-30f;  // smaller values have codes of 0
-
-// A vector's first columns as int8 codes.
-struct Codes {
-    std::vector<int8_t> codes;  // [dim, rounded up to a multiple of four]
-    float unit;                 // of a code
-    double error;               // norm of the prefix less what the codes stand for
-};
-Codes encode(const float* x, int64_t dim);
-
-// Queries side by side in groups of up to MAX_GROUP, column by column: what a scan broadcasts.
+// Queries side by side in groups of up to MAX_GROUP, column by column, as a scan broadcasts them.
 class Panel {
   public:
     struct Group {
@@ -64,7 +54,7 @@ class Panel {
         const void* data;
     };
     Panel(const Queries& queries, int64_t dim);
-    // Codes instead of columns.
+    // Of codes instead of columns.
     Panel(const Kernels& kernels, const std::vector<Codes>& coded);
 
     const std::vector<Group>& groups() const { return groups_; }
@@ -78,21 +68,21 @@ class Panel {
     std::vector<Group> groups_;
 };
 
-// The tiles that hold rows to be found, one after the other as a scan wants them; columns that lie
-// row-major are packed on the way. Rows that are few are gathered, 64 a tile, unless codes are
-// read: there a scan's row is its number among them.
+// Reads the tiles that hold rows to be found, one after the other; packs columns that lie
+// row-major. Gathers rows.gathered_rows, 64 a tile, unless codes are read: a scan then numbers the
+// gathered rows.
 class TileReader {
   public:
     // `groups` of queries will scan each tile.
     TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
                int64_t groups);
     static bool gathers(const Rows& rows, Source source) {
-        return source != Source::CODES && !rows.listed.empty();
+        return source != Source::CODES && !rows.gathered_rows.empty();
     }
     static int64_t count(const Rows& rows, Source source);
     // Fills the columns, first_row, rows and wanted; false if a value is not finite.
     bool read(int64_t tile, Scan* scan);
-    // Of the last tile read, which was not gathered: a row's statistic, by lane.
+    // [TILE]: a statistic of the rows of the last tile read, which was not gathered.
     const float* stat(int which) const {
         return span_->stats + which * span_->stats_stride + local_ * TILE;
     }
@@ -100,8 +90,8 @@ class TileReader {
   private:
     struct Place {
         const Span* span;
-        int64_t tile;    // of the span
-        int64_t number;  // among all tiles
+        int64_t tile;    // counted from the span's first
+        int64_t number;  // counted over all spans
     };
     Place place(int64_t i);
     bool gather(int64_t tile, Scan* scan);
@@ -110,22 +100,24 @@ class TileReader {
     const Kernels& kernels_;
     const Rows& rows_;
     const Source source_;
-    const int64_t dim_, groups_, head_, tail_, count_;  // head: of the columns in tiles
-    std::vector<int64_t> starts_;  // each span's first tile, and how many there are
-    size_t at_ = 0;                // span of the last place
+    const int64_t dim_, groups_;
+    const int64_t head_, suffix_;  // columns read from tiles, and from the suffix
+    const int64_t count_;          // of tiles to read
+    std::vector<int64_t> starts_;  // [spans + 1]: tiles before each span
+    size_t at_ = 0;                // the span of the last place
     std::vector<float> unpacked_;  // [columns, TILE]
     const Span* span_ = nullptr;
-    int64_t local_ = 0;  // tile of the span
+    int64_t local_ = 0;  // the last tile read, counted from its span's first
 };
 
-// The first stage: queries against every `step`-th tile, at most `keep` entries each, best first,
-// into out [n, keep] with their counts.
+// The first stage: scans every `step`-th tile for the `keep` best rows of each query. Writes
+// counts[q] entries, best first, to out[q, :], of [n, keep].
 Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
                 Source source, int64_t dim, int64_t keep, int64_t step, int threads, Entry* out,
                 int64_t* counts);
 
-// Carries one query's candidates from column `from` to column `to` and orders the best `keep` of
-// them first.
+// Continues one query's candidates from column `from` to column `to` and keeps the best `keep`, in
+// order. `tile` is scratch.
 Status advance_all(const Kernels& kernels, const Rows& rows, const float* query, Metric metric,
                    int64_t from, int64_t to, int64_t keep, std::vector<float>& tile,
                    std::vector<Entry>& candidates);

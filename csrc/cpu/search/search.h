@@ -1,4 +1,4 @@
-// Search on the CPU: the funnel, rerank, certified exact search, and what they read.
+// Search on the CPU: the funnel, rerank, certified exact search, and the rows that they read.
 #pragma once
 
 #include <stdexcept>
@@ -7,45 +7,45 @@
 
 namespace mrl {
 
-// What is known of each row, fp32 [.., span's rows]; norms are rounded up.
+// Statistics of each row, fp32 [.., rows of a span]; norms are rounded up.
 enum Stat : int {
-    PREFIX_NORM,  // of the first columns, those that are packed or coded
-    CODE_SCALE,   // a code's unit
+    PREFIX_NORM,  // norm of the columns that are packed or have codes
+    CODE_SCALE,   // the value of a code of 1
     CODE_ERROR,   // norm of the prefix less what its codes stand for
-    TAIL_NORM,    // [levels]: of the columns from a level on
+    TAIL_NORM,    // [levels]: norm of the suffix from a level on
 };
 
 // Consecutive rows of the database.
 struct Span {
     int64_t first, rows;
     const float* packed;   // [ceil(rows / TILE), packed_dim, TILE]: columns [0, packed_dim)
-    const uint8_t* codes;  // [ceil(rows / TILE), ceil(code_dim / 4), TILE, 4]; columns again
-    const void* tail;      // row-major; its column 0 is column packed_dim
-    int64_t stride;        // of the tail, in elements
+    const uint8_t* codes;  // [ceil(rows / TILE), ceil(code_dim / 4), TILE, 4]; see codes.h
+    const void* suffix;    // row-major; its column 0 is column packed_dim
+    int64_t stride;        // of the suffix, in elements
     const float* stats;    // [Stat, stats_stride]
     int64_t stats_stride;
-    const int64_t* ids;  // [rows], what a result calls them; null: their number
+    const int64_t* ids;  // [rows], named in results; null: the row's number
     int64_t tiles() const { return (rows + TILE - 1) / TILE; }
 };
 
 struct Rows {
     std::vector<Span> spans;  // in order
     int64_t packed_dim, code_dim;
-    DType dtype;                  // of the tail
-    std::vector<int64_t> levels;  // columns where TAIL_NORM is known; the first is the prefix
+    DType dtype;                  // of the suffix
+    std::vector<int64_t> levels;  // columns from which TAIL_NORM is known; first the prefix's end
 
     // The rows that may be found; without a mask all of them.
-    const uint64_t* mask = nullptr;    // [tiles of the spans], bit r: row r of the tile
-    std::vector<int64_t> tiles = {};   // that hold such a row
-    int64_t masked = 0;                // how many such rows there are
-    std::vector<int64_t> listed = {};  // these, where scans shall gather them: where they are few
+    const uint64_t* mask = nullptr;           // live mask: [tiles of the spans], bit r is row r
+    std::vector<int64_t> tiles = {};          // numbers of the tiles that hold such rows
+    int64_t masked = 0;                       // the number of such rows
+    std::vector<int64_t> gathered_rows = {};  // all of them where they are few, else empty
 
     int64_t count() const { return spans.empty() ? 0 : spans.back().first + spans.back().rows; }
     int64_t eligible() const { return mask ? masked : count(); }
     // The same rows with another mask, which must outlive them.
     Rows restricted(const uint64_t* to) const;
-    void list();          // the rows of the mask
-    void check() const {  // an entry's key has 32 bits for the row
+    void gather();        // fills gathered_rows
+    void check() const {  // keys have 32 bits for the row
         if (count() > 0xffffffffll) throw std::length_error("more than 2^32 - 1 rows");
     }
 };
@@ -63,6 +63,13 @@ struct Stage {
     int64_t dim, keep;
 };
 
+// Where a search writes the `keep` best of each query: [queries, keep], best first; id −1 and score
+// −inf where there are fewer.
+struct Results {
+    float* scores;
+    int64_t* ids;
+};
+
 struct Neighbour {
     float score;
     int64_t id;
@@ -70,19 +77,23 @@ struct Neighbour {
 
 enum class Status { OK, NOT_FINITE, OVERFLOW_, QUERY_NOT_FINITE };
 
-// Runs the stages; the last stage's keep entries a query, best first, to scores and ids [queries.n,
-// keep]. Where there are codes, a first stage at code_dim that is not the last ranks by them.
-Status search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-              const std::vector<Stage>& stages, int threads, float* scores, int64_t* ids);
+// Runs the stages; the results are the last one's. Where there are codes, a first stage at code_dim
+// that is not the last ranks by them.
+Status search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
+              const std::vector<Stage>& stages, const Results& results);
 
-// The k best of each query's candidates [queries.n, count] by their first `dim` columns; packed_dim
-// must be 0.
-Status rerank(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-              const int64_t* candidates, int64_t count, int64_t dim, int64_t k, int threads,
-              float* scores, int64_t* ids);
+// Rows to choose among: [queries, count], −1 is none.
+struct Candidates {
+    const int64_t* rows;
+    int64_t count;
+};
 
-// The k best by `dim` columns, ranked by scores summed in fp64; `touched` [queries.n] rows were
-// read beyond their prefix.
+// The best of each query's candidates by their first columns; packed_dim must be 0.
+Status rerank(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
+              const Candidates& candidates, Stage stage, const Results& results);
+
+// The k best by `dim` columns, ranked by scores summed in fp64. touched[q] is the number of rows
+// that were read beyond their prefix.
 Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
                     int64_t dim, int64_t k, int threads, float* scores, int64_t* ids,
                     int64_t* touched);
@@ -92,12 +103,27 @@ Status range_search(const Kernels& kernels, const Rows& rows, const Queries& que
                     int64_t dim, double threshold, int threads,
                     std::vector<std::vector<Neighbour>>* found);
 
-// Rows [begin, begin + n) of a span from a row-major matrix [n, dim]: their columns [0, packed_dim)
-// to tiles, all to codes and stats, the others, of the same type, to the tail [.., tail_stride];
-// whichever are not null.
-Status store(const Kernels& kernels, const Rows& rows, const void* data, DType dtype,
-             int64_t stride, int64_t dim, int64_t begin, int64_t n, int threads, float* packed,
-             uint8_t* codes, float* stats, int64_t stats_stride, void* tail = nullptr,
-             int64_t tail_stride = 0);
+// Vectors to store, row-major.
+struct NewRows {
+    const void* data;  // [n, stride]
+    DType dtype;
+    int64_t stride;  // in elements
+    int64_t n, dim;
+};
+
+// The arrays of a span, to be filled; any may be null. As in Span.
+struct SpanArrays {
+    float* packed;
+    uint8_t* codes;
+    float* stats;
+    int64_t stats_stride;
+    void* suffix;  // of the vectors' dtype
+    int64_t suffix_stride;
+};
+
+// Writes rows [begin, begin + n) of a span: columns [0, packed_dim) to tiles, the others to the
+// suffix; the codes of columns [0, code_dim) and the statistics. `layout` need have no spans.
+Status store(const Run& run, const Rows& layout, const NewRows& vectors, int64_t begin,
+             const SpanArrays& to);
 
 }  // namespace mrl

@@ -1,90 +1,119 @@
-// Row-major vectors into what a search reads: vertical tiles, int8 codes, norms.
+// Stores row-major vectors as a search reads them: vertical tiles, int8 codes, norms.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "cpu/threads.h"
 #include "cpu/search/scan.h"
+#include "cpu/threads.h"
 
 namespace mrl {
 namespace {
 
-// A norm in fp32, rounded up, with room for the error of its sum over so many columns.
+// A norm rounded up to fp32, with room for the error of its sum over so many columns.
 float above(double norm, int64_t cols) {
     return norm > 0.0 ? std::nextafter(float(norm * (1.0 + 1e-12 * (cols + 1))), INFINITY) : 0.0f;
 }
 
-// What a search knows of a row; `stats` are the row's, `apart` from one another.
-void describe(const Kernels& kernels, const float* x, int64_t dim, int64_t prefix,
-              const std::vector<int64_t>& levels, float* stats, int64_t apart) {
-    stats[PREFIX_NORM * apart] = above(std::sqrt(kernels.dot64(x, x, prefix)), prefix);
-    double square = 0.0;  // of the columns from a level on: each level's own, the last first
-    for (size_t l = levels.size(), end = dim; l-- > 0; end = levels[l]) {
-        square += kernels.dot64(x + levels[l], x + levels[l], end - levels[l]);
-        stats[(TAIL_NORM + l) * apart] = above(std::sqrt(square), dim);
+// Fills a span tile by tile, while a tile's rows are in cache.
+class Writer {
+  public:
+    Writer(const Kernels& kernels, const Rows& layout, const NewRows& vectors, int64_t begin,
+           const SpanArrays& to)
+        : kernels_(kernels),
+          layout_(layout),
+          vectors_(vectors),
+          begin_(begin),
+          end_(begin + vectors.n),
+          size_(element_size(vectors.dtype)),
+          to_(to),
+          widened_(vectors.dim),
+          lanes_(layout.packed_dim * TILE) {}
+
+    // False if a value to be packed is not finite.
+    bool write(int64_t tile) {
+        const int64_t first = std::max(tile * TILE, begin_);
+        const int count = int(std::min((tile + 1) * TILE, end_) - first);
+        const bool finite = !to_.packed || pack(tile, first, count);
+        for (int64_t row = first; row < first + count; ++row) {
+            if (to_.suffix) copy_suffix(row);
+            if (to_.stats) describe(row);
+        }
+        return finite;
     }
-}
+
+  private:
+    const char* at(int64_t row) const {
+        return static_cast<const char*>(vectors_.data) + (row - begin_) * vectors_.stride * size_;
+    }
+
+    bool pack(int64_t tile, int64_t first, int count) {
+        const void *pointers[TILE], *ahead[TILE];
+        for (int r = 0; r < TILE; ++r) {
+            pointers[r] = at(first + std::min(r, count - 1));
+            ahead[r] = at(std::min(first + TILE + r, end_ - 1));
+        }
+        const int64_t cols = layout_.packed_dim;
+        const int lane = int(first - tile * TILE);
+        float* target = to_.packed + tile * cols * TILE;
+        float* whole = lane == 0 ? target : lanes_.data();
+        const bool finite = kernels_.pack(pointers, ahead, vectors_.dtype, count, cols, whole);
+        // Lanes that were filled before stay as they are.
+        for (int64_t c = 0; lane > 0 && c < cols; ++c)
+            std::copy_n(whole + c * TILE, count, target + c * TILE + lane);
+        return finite;
+    }
+
+    void copy_suffix(int64_t row) const {
+        std::memcpy(static_cast<char*>(to_.suffix) + row * to_.suffix_stride * size_,
+                    at(row) + layout_.packed_dim * size_,
+                    (vectors_.dim - layout_.packed_dim) * size_);
+    }
+
+    // Writes a row's codes and statistics.
+    void describe(int64_t row) {
+        const float* x = static_cast<const float*>(static_cast<const void*>(at(row)));
+        if (vectors_.dtype != DType::F32) {
+            kernels_.widen_row(at(row), vectors_.dtype, vectors_.dim, widened_.data());
+            x = widened_.data();
+        }
+        const auto stat = [&](int64_t which) -> float& {
+            return to_.stats[which * to_.stats_stride + row];
+        };
+        const int64_t prefix = std::max(layout_.packed_dim, layout_.code_dim);
+        stat(PREFIX_NORM) = above(std::sqrt(kernels_.dot64(x, x, prefix)), prefix);
+        const std::vector<int64_t>& levels = layout_.levels;
+        double square = 0.0;  // Σ x² from a level on, the last level first
+        for (size_t l = levels.size(), end = vectors_.dim; l-- > 0; end = levels[l]) {
+            square += kernels_.dot64(x + levels[l], x + levels[l], end - levels[l]);
+            stat(TAIL_NORM + l) = above(std::sqrt(square), vectors_.dim);
+        }
+        if (!to_.codes) return;
+        const Codes codes = encode(x, layout_.code_dim);
+        stat(CODE_SCALE) = codes.scale;
+        stat(CODE_ERROR) = above(codes.error, layout_.code_dim);
+        put_codes(codes, row, to_.codes);
+    }
+
+    const Kernels& kernels_;
+    const Rows& layout_;
+    const NewRows& vectors_;
+    const int64_t begin_, end_, size_;
+    const SpanArrays& to_;
+    std::vector<float> widened_, lanes_;
+};
 
 }  // namespace
 
-Status store(const Kernels& kernels, const Rows& rows, const void* data, DType dtype,
-             int64_t stride, int64_t dim, int64_t begin, int64_t n, int threads, float* packed,
-             uint8_t* codes, float* stats, int64_t stats_stride, void* tail, int64_t tail_stride) {
-    const int64_t quads = (rows.code_dim + 3) / 4, size = element_size(dtype);
-    const int64_t first = begin / TILE, last = (begin + n + TILE - 1) / TILE;
+Status store(const Run& run, const Rows& layout, const NewRows& vectors, int64_t begin,
+             const SpanArrays& to) {
+    const int64_t first = begin / TILE, last = (begin + vectors.n + TILE - 1) / TILE;
     std::atomic<bool> finite{true};
     Ranges ranges(last - first, 4);
-    auto row_at = [&](int64_t row) {
-        return static_cast<const char*>(data) + (row - begin) * stride * size;
-    };
-    parallel(threads_for(8.0 * n * dim, threads), [&](int) {
-        std::vector<float> vector(dim), lanes(rows.packed_dim * TILE);
-        const void *pointers[TILE], *ahead[TILE];
+    parallel(threads_for(8.0 * vectors.n * vectors.dim, run.threads), [&](int) {
+        Writer writer(run.kernels, layout, vectors, begin, to);
         for (int64_t tile, end; ranges.next(&tile, &end);)
-            for (tile += first, end += first; tile < end; ++tile) {
-                const int64_t from = std::max(tile * TILE, begin);
-                const int count = int(std::min((tile + 1) * TILE, begin + n) - from);
-                const int lane = int(from - tile * TILE);
-                for (int r = 0; r < TILE; ++r) {
-                    pointers[r] = row_at(from + std::min(r, count - 1));
-                    ahead[r] = row_at(std::min(from + TILE + r, begin + n - 1));
-                }
-                if (packed) {
-                    // Lanes that were filled before stay as they are.
-                    float* target = packed + tile * rows.packed_dim * TILE;
-                    float* whole = lane == 0 ? target : lanes.data();
-                    if (!kernels.pack(pointers, ahead, dtype, count, rows.packed_dim, whole))
-                        finite = false;
-                    if (lane > 0)
-                        for (int64_t c = 0; c < rows.packed_dim; ++c)
-                            std::copy_n(whole + c * TILE, count, target + c * TILE + lane);
-                }
-                // A tile's rows at a time, while they are in cache.
-                const int64_t rest = (dim - rows.packed_dim) * size;
-                for (int r = 0; tail && r < count; ++r)
-                    std::memcpy(static_cast<char*>(tail) + (from + r) * tail_stride * size,
-                                static_cast<const char*>(pointers[r]) + rows.packed_dim * size,
-                                rest);
-                if (!stats) continue;
-                for (int64_t row = from; row < from + count; ++row) {
-                    const float* x =
-                        static_cast<const float*>(static_cast<const void*>(row_at(row)));
-                    if (dtype != DType::F32) {
-                        kernels.widen_row(row_at(row), dtype, dim, vector.data());
-                        x = vector.data();
-                    }
-                    float* mine = stats + row;
-                    describe(kernels, x, dim, std::max(rows.packed_dim, rows.code_dim), rows.levels,
-                             mine, stats_stride);
-                    if (!codes) continue;
-                    const Codes coded = encode(x, rows.code_dim);
-                    mine[CODE_SCALE * stats_stride] = coded.unit;
-                    mine[CODE_ERROR * stats_stride] = above(coded.error, rows.code_dim);
-                    uint8_t* quads_of_row = codes + (tile * quads * TILE + row - tile * TILE) * 4;
-                    for (size_t c = 0; c < coded.codes.size(); ++c)
-                        quads_of_row[c / 4 * TILE * 4 + c % 4] = uint8_t(coded.codes[c] + 128);
-                }
-            }
+            for (; tile < end; ++tile)
+                if (!writer.write(first + tile)) finite = false;
     });
     return finite ? Status::OK : Status::NOT_FINITE;
 }

@@ -1,8 +1,8 @@
-// What one instruction set offers: every kernel over the `Simd` type that was declared before.
+// The table of one instruction set: every kernel, over the `Simd` type that was declared before.
 
 #include "cpu/simd/tile_kernels.h"
 
-// over what tile_kernels.h declares
+// uses Vec and W of tile_kernels.h
 #include "cpu/simd/nested_kernels.h"
 
 template <Source S>

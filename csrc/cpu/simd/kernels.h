@@ -1,5 +1,5 @@
-// What the kernels are and what they work on: prefix dot products of queries with tiles of 64 rows
-// side by side, one fused multiply-add a column and pair.
+// The kernels and their arguments: prefix dot products of queries with tiles of 64 rows side by
+// side, one fused multiply-add a column and pair.
 //
 // The canonical score of a pair is one chain of multiply-adds over the columns in their order, so a
 // partial score can be carried from one prefix to the next, and no blocking, batching or threading
@@ -14,21 +14,20 @@ namespace mrl {
 
 constexpr int TILE = 64;      // rows of a tile
 constexpr int MAX_GROUP = 6;  // queries scored together
-constexpr int TERMS = 4;      // of a score's linear form
+constexpr int TERMS = 4;      // that a score may have besides its sum; see Scan
 
 enum class DType : int { F32, F16, BF16 };
 enum class Metric : int { IP, COSINE, L2 };
 enum class Source : int { PRODUCT, DIFFERENCE, CODES };  // Σ q·x, −Σ (q − x)², Σ code·code
 
-// A kept row. `key` orders by (score descending, row ascending) when sorted descending; 0 is no
-// row.
+// A kept row. Keys sorted descending are scores descending, then rows ascending; key 0 is no row.
 struct Entry {
     uint64_t key;
-    float partial;  // the chain so far, to be carried to a longer prefix
-    float sqnorm;   // of the row's prefix; cosine only
+    float partial;  // the chain so far, which later stages continue
+    float sqnorm;   // Σ x² of the row so far; cosine only
 };
 
-// What follows is always inlined: a shared copy could have been compiled for another processor.
+// These functions are always inlined: a shared copy could have been compiled for another processor.
 #define MRL_INLINE [[gnu::always_inline]] inline
 
 MRL_INLINE uint64_t make_key(float score, int64_t row) {
@@ -69,7 +68,23 @@ MRL_INLINE float widen(const F16* x) {
     return value;
 }
 
-// Prefetches eight rows in the order of their addresses, which is what memory is fastest in.
+// Calls fn with a null pointer to the element type of a dtype: the one list of element types.
+template <class Fn>
+MRL_INLINE auto with_element(DType dtype, const Fn& fn) {
+    switch (dtype) {
+        case DType::F16:
+            return fn(static_cast<const F16*>(nullptr));
+        case DType::BF16:
+            return fn(static_cast<const BF16*>(nullptr));
+        default:
+            return fn(static_cast<const float*>(nullptr));
+    }
+}
+inline int64_t element_size(DType dtype) {
+    return with_element(dtype, [](auto* type) { return int64_t(sizeof *type); });
+}
+
+// Prefetches eight rows, each from its first line to its last: memory is fastest in this order.
 struct Prefetch {
     const void* const* rows;  // null: none
     int64_t row_bytes;
@@ -84,14 +99,14 @@ struct Prefetch {
     }
 };
 
-// The best rows a thread has seen of one query: at most `capacity` entries, cut to the k best when
-// full.
+// The best rows that a thread has seen for one query: at most `capacity` entries, cut to the k best
+// when full.
 struct TopK {
     Entry* entries;
     int64_t count, capacity, k;
 };
-// Cuts to the k best; returns the k-th score: no later row of the same thread with a score <= it
-// can matter.
+// Cuts to the k best and returns the k-th score. A later row of the same thread must beat it: with
+// an equal score it comes after.
 float shrink(TopK& topk);
 
 struct Segment {
@@ -104,7 +119,7 @@ struct Segment {
 struct Scan {
     Segment segments[2];        // fp32 columns
     const uint8_t* codes;       // [quads, TILE, 4], a code plus 128
-    int64_t quads;              // of four columns
+    int64_t quads;              // groups of four columns
     const void* panel;          // [cols, group] fp32; of codes [quads, group, Kernels::quad_bytes]
     const int32_t* offsets;     // [group], −128 · Σ of a query's codes
     const float* row_scale;     // [TILE]; null: scores are the bare sums and have no terms
@@ -112,7 +127,7 @@ struct Scan {
     const float* row_sqnorm;    // [TILE], kept in the entries
     const float* term_values;   // [TERMS, TILE]; null: no terms
     const float* term_factors;  // [TERMS, group]
-    const char* ahead;          // memory to prefetch meanwhile, up to ahead_end, some lines a step
+    const char* ahead;          // memory to prefetch meanwhile, ahead_lines a step up to ahead_end
     const char* ahead_end;
     int64_t ahead_lines;
     int64_t first_row;
@@ -123,43 +138,49 @@ struct Scan {
 };
 
 struct Product;
-struct Block;
+struct ScoreBlock;
 struct Statistics;
 struct ScoreGradients;
 
-// What is compiled once an instruction set.
+// The kernels of one instruction set.
 struct Kernels {
     const char* name;
     int width;       // lanes of a vector
-    int quad_bytes;  // of a query's four codes: 4 as int8, 8 as int16 in the order 0 2 1 3
-    // tile[c][r] = rows[r][c], lanes >= n are 0; false if a value is not finite. `ahead`, where not
-    // null, are rows to prefetch meanwhile.
+    int quad_bytes;  // four codes of a query: 4 bytes as int8, 8 as int16 in the order 0 2 1 3
+    // tile[c][r] = rows[r][c], lanes >= n are 0; false if a value is not finite. `ahead` are rows
+    // to prefetch meanwhile, or null.
     bool (*pack)(const void* const* rows, const void* const* ahead, DType dtype, int n,
                  int64_t cols, float* tile);
     // sums[r] continues Σ_c tile[c][r]².
     void (*sqnorms)(Segment segment, float* sums);
-    // sums[r] continues the chain of one query with tile's rows.
-    void (*advance)(Metric metric, Segment segment, const float* query, float* sums);
+    // sums[r] continues the chain of one query with the tile's rows; no codes.
+    void (*advance)(Source source, Segment segment, const float* query, float* sums);
     void (*scan[3][MAX_GROUP])(Scan&);  // [source][group - 1]
     // sums[i] += Σ_c query[c] · rows[i][c], in no particular order of columns.
     void (*dots)(const float* query, const void* const* rows, DType dtype, int n, int64_t cols,
                  float* sums);
     void (*widen_row)(const void* row, DType dtype, int64_t cols, float* out);
-    // Σ x·y in fp64: eight sums of every eighth column each, then these in order.
+    // Σ x·y in fp64: eight sums, each of every eighth column, then the sum of these in order.
     double (*dot64)(const float* x, const float* y, int64_t cols);
     // See nested.h.
     void (*product)(const Product&);
-    void (*fold_block)(const Block&, const Statistics&);
-    void (*score_gradients)(const Block&, const ScoreGradients&);
+    void (*fold_block)(const ScoreBlock&, const Statistics&);
+    void (*score_gradients)(const ScoreBlock&, const ScoreGradients&);
 };
 
 const Kernels& portable_kernels();
-const Kernels* avx2_kernels();  // null, as the next three, where it was not compiled
+const Kernels* avx2_kernels();  // this and the next three are null where not compiled
 const Kernels* avx512_kernels();
 const Kernels* avx512vnni_kernels();
 const Kernels* neon_kernels();
 
 // What this processor runs, best first.
 std::vector<const Kernels*> available_kernels();
+
+// How a call runs: by which kernels, on how many threads at most.
+struct Run {
+    const Kernels& kernels;
+    int threads;
+};
 
 }  // namespace mrl

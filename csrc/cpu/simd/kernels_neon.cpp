@@ -34,7 +34,7 @@ struct Simd {
     static Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
     static Vec fnma(Vec a, Vec b, Vec c) { return vfmsq_f32(c, a, b); }
 #else
-    // GCC takes those intrinsics to read memory, and so would store every sum in every step.
+    // GCC assumes that those intrinsics read memory, and would store every sum in every step.
     static Vec fma(Vec a, Vec b, Vec c) {
         asm("fmla %0.4s, %1.4s, %2.4s" : "+w"(c) : "w"(a), "w"(b));
         return c;
@@ -50,15 +50,15 @@ struct Simd {
         return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&x->bits), 16));
     }
 
-    // tile[c][0..8) = rows[0..8)[c] for c < cols, a multiple of 8; 0, or NaN if a value is not
-    // finite. Prefetches as many columns of the 8 rows ahead, where there are any.
+    // tile[c][0..8) = rows[0..8)[c] for c < cols, a multiple of 8. Returns 0, or NaN if a value is
+    // not finite. Prefetches as many columns of the 8 rows `ahead`, if not null.
     template <class T>
     static float transpose(const T* const* rows, const void* const* ahead, int64_t cols,
                            float* tile) {
         Prefetch prefetch = {ahead, cols * int64_t(sizeof(T)), 0, 0};
         Vec check[4] = {};
         for (int64_t c = 0; c < cols; c += 4, tile += 4 * TILE) {
-            prefetch.lines(sizeof(T) / 2);  // as many as these columns have
+            prefetch.lines(sizeof(T) / 2);  // 8 rows of 4 columns are sizeof(T) / 2 lines
             for (int r = 0; r < 8; r += 4) {
                 Vec row[4];
                 for (int i = 0; i < 4; ++i) {
@@ -78,7 +78,7 @@ struct Simd {
         return vaddvq_f32((check[0] + check[1]) + (check[2] + check[3]));
     }
 
-    // Even and odd columns apart, as 16-bit values: a product is at most 255 · 128 and fits, too.
+    // Even and odd columns apart, as 16-bit values: a product is at most 255 · 128 and fits.
     struct Bytes {
         int16x8_t even, odd;
     };

@@ -53,15 +53,16 @@ void product(const Product& p) {
 
 constexpr float NEGATIVE_INFINITY = -__builtin_inff();
 
-inline float row_scale(const Block& b, int g, int r) {
+inline float row_scale(const ScoreBlock& b, int g, int r) {
     return b.row_scale ? b.row_scale[g * b.row_apart + r] : 1.0f;
 }
 
-// The first of a row's own columns in the block, >= TILE if there is none; and its target's.
+// A row's own columns in the block are first, first + period, …, below cols; target is its target's
+// column, −1 if it lies elsewhere.
 struct Own {
     int64_t first, target;
 };
-inline Own own_columns(const Block& b, int r) {
+inline Own own_columns(const ScoreBlock& b, int r) {
     if (!b.target) return {TILE, -1};
     int64_t first = (b.target[r] - b.first_col) % b.period;
     if (first < 0) first += b.period;
@@ -69,8 +70,8 @@ inline Own own_columns(const Block& b, int r) {
     return {first, target >= 0 && target < b.cols ? target : -1};
 }
 
-// y [TILE] of one row and prefix.
-inline void read_scores(const Block& b, int g, int r, Own own, float* y) {
+// y [TILE] of one row and prefix, as ScoreBlock defines it.
+inline void read_scores(const ScoreBlock& b, int g, int r, Own own, float* y) {
     const float* s = b.scores + (g * ROWS + r) * TILE;
     const float* cs = b.col_scale + g * b.col_apart;
     const float scale = row_scale(b, g, r);
@@ -91,7 +92,7 @@ inline void read_scores(const Block& b, int g, int r, Own own, float* y) {
 }
 
 // A row of soft targets, padded with 0.
-inline const float* soft_row(const Block& b, int r, float* padded) {
+inline const float* soft_row(const ScoreBlock& b, int r, float* padded) {
     const float* soft = b.soft + r * b.soft_stride;
     if (b.cols == TILE) return soft;
     for (int c = 0; c < TILE; ++c) padded[c] = c < b.cols ? soft[c] : 0.0f;
@@ -207,7 +208,7 @@ inline void fold_columns(const float* y, const Statistics& s, int64_t at) {
     }
 }
 
-void fold_block(const Block& b, const Statistics& s) {
+void fold_block(const ScoreBlock& b, const Statistics& s) {
     float y[TILE], padded[TILE];
     for (int r = 0; r < b.rows; ++r) {
         const Own own = own_columns(b, r);
@@ -219,7 +220,7 @@ void fold_block(const Block& b, const Statistics& s) {
             read_scores(b, g, r, own, y);
             if (own.target >= 0 && s.hit) s.hit[g * s.hit_apart + r] = y[own.target];
             if (b.sigmoid) {
-                if (own.target >= 0) y[own.target] = NEGATIVE_INFINITY;  // its term is another
+                if (own.target >= 0) y[own.target] = NEGATIVE_INFINITY;  // hit stands for it
                 Vec sum = Simd::load(s.sum + at * MAX_WIDTH);
                 for (int c = 0; c < TILE; c += W) sum += softplus(Simd::load(y + c));
                 Simd::store(s.sum + at * MAX_WIDTH, sum);
@@ -228,7 +229,7 @@ void fold_block(const Block& b, const Statistics& s) {
             const double before = s.ref[at];
             fold_row(y, s, at, b.first_col);
             if (s.col_top) fold_columns(y, s, g * s.stats_apart);
-            if (soft) {  // a target's own score, the largest one, is then no distance away
+            if (soft) {  // relative to the maximum: a target that is the maximum adds exactly 0
                 const Vec zero = Simd::broadcast(0.0f), ref = Simd::broadcast(s.ref[at]);
                 Vec sum = zero;
                 for (int c = 0; c < TILE; c += W) {
@@ -243,7 +244,7 @@ void fold_block(const Block& b, const Statistics& s) {
 
 // --- gradients ---
 
-void score_gradients(const Block& b, const ScoreGradients& s) {
+void score_gradients(const ScoreBlock& b, const ScoreGradients& s) {
     const Vec zero = Simd::broadcast(0.0f);
     float y[TILE], a[TILE], padded[TILE];
     for (int r = 0; r < b.rows; ++r) {
@@ -284,7 +285,7 @@ void score_gradients(const Block& b, const ScoreGradients& s) {
                 const bool masked =
                     b.mask && own.target >= 0 && b.mask[r * b.mask_stride + own.target];
                 if (own.target >= 0 && !b.exclude_own && !masked) {
-                    // p − 1 by expm1: near p = 1 a difference would keep few digits
+                    // expm1 gives p − 1: near p = 1 a difference would keep few digits.
                     const int64_t t = own.target;
                     float value =
                         p_scale * __builtin_expm1f((y[t] - s.row_max[at]) - s.row_log[at]);

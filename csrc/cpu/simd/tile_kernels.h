@@ -2,11 +2,11 @@
 // namespace of its own and under its target options; includes nothing, so that no header's code is
 // compiled for the wrong processor.
 
-// --- packing
-// -------------------------------------------------------------------------------------------------------
+// --- packing ---
 
 template <class T>
-bool pack_as(const void* const* rows, const void* const* ahead, int n, int64_t cols, float* tile) {
+bool pack_as(const T*, const void* const* rows, const void* const* ahead, int n, int64_t cols,
+             float* tile) {
     float check = 0.0f;  // becomes NaN on the first value that is not finite
     int64_t blocked = 0;
     int r = 0;
@@ -41,23 +41,16 @@ bool pack_as(const void* const* rows, const void* const* ahead, int n, int64_t c
 
 bool pack(const void* const* rows, const void* const* ahead, DType dtype, int n, int64_t cols,
           float* tile) {
-    switch (dtype) {
-        case DType::F16:
-            return pack_as<F16>(rows, ahead, n, cols, tile);
-        case DType::BF16:
-            return pack_as<BF16>(rows, ahead, n, cols, tile);
-        default:
-            return pack_as<float>(rows, ahead, n, cols, tile);
-    }
+    return with_element(dtype,
+                        [&](auto* type) { return pack_as(type, rows, ahead, n, cols, tile); });
 }
 
-// --- the chain
-// -----------------------------------------------------------------------------------------------------
+// --- the chain ---
 
 using Vec = Simd::Vec;
 constexpr int W = Simd::WIDTH;
 
-// One column of one pair: the only place where a score grows.
+// One column of one pair: scores grow nowhere else.
 template <Source S>
 inline Vec step(Vec query, Vec row, Vec sum) {
     if constexpr (S == Source::DIFFERENCE) {
@@ -97,15 +90,14 @@ void advance_as(Segment segment, const float* query, float* sums) {
     }
 }
 
-void advance(Metric metric, Segment segment, const float* query, float* sums) {
-    if (metric == Metric::L2)
+void advance(Source source, Segment segment, const float* query, float* sums) {
+    if (source == Source::DIFFERENCE)
         advance_as<Source::DIFFERENCE>(segment, query, sums);
     else
         advance_as<Source::PRODUCT>(segment, query, sums);
 }
 
-// --- dots: rows one by one, columns in lanes
-// --------------------------------------------------------------------------
+// --- dots: rows one by one, columns in lanes ---
 
 template <class T, int R>
 void dots_of(const float* query, const void* const* rows, int64_t cols, float* sums) {
@@ -128,7 +120,8 @@ void dots_of(const float* query, const void* const* rows, int64_t cols, float* s
 }
 
 template <class T>
-void dots_as(const float* query, const void* const* rows, int n, int64_t cols, float* sums) {
+void dots_as(const T*, const float* query, const void* const* rows, int n, int64_t cols,
+             float* sums) {
     constexpr int R = 4;
     int i = 0;
     for (; i + R <= n; i += R) {
@@ -142,18 +135,10 @@ void dots_as(const float* query, const void* const* rows, int n, int64_t cols, f
 
 void dots(const float* query, const void* const* rows, DType dtype, int n, int64_t cols,
           float* sums) {
-    switch (dtype) {
-        case DType::F16:
-            return dots_as<F16>(query, rows, n, cols, sums);
-        case DType::BF16:
-            return dots_as<BF16>(query, rows, n, cols, sums);
-        default:
-            return dots_as<float>(query, rows, n, cols, sums);
-    }
+    with_element(dtype, [&](auto* type) { dots_as(type, query, rows, n, cols, sums); });
 }
 
-// --- whole rows
-// ----------------------------------------------------------------------------------------------------
+// --- whole rows ---
 
 template <class T>
 void widen_as(const T* row, int64_t cols, float* out) {
@@ -163,14 +148,7 @@ void widen_as(const T* row, int64_t cols, float* out) {
 }
 
 void widen_row(const void* row, DType dtype, int64_t cols, float* out) {
-    switch (dtype) {
-        case DType::F16:
-            return widen_as(static_cast<const F16*>(row), cols, out);
-        case DType::BF16:
-            return widen_as(static_cast<const BF16*>(row), cols, out);
-        default:
-            return widen_as(static_cast<const float*>(row), cols, out);
-    }
+    with_element(dtype, [&](auto* type) { widen_as(static_cast<decltype(type)>(row), cols, out); });
 }
 
 // A product of two fp32 is exact in fp64, so fusing changes no bit.
@@ -188,8 +166,7 @@ double dot64(const float* x, const float* y, int64_t cols) {
     return sum;
 }
 
-// --- scan: Q queries against a tile, V vectors of rows at a time
-// ---------------------------------------------------
+// --- scan: Q queries against a tile, V vectors of rows at a time ---
 
 // A burst of prefetches would wait for memory; a few a step are hidden behind the sums.
 inline void prefetch_some(Scan& s) {
@@ -255,7 +232,7 @@ void scan_as(Scan& s) {
                                   Simd::broadcast(s.term_factors[j * Q + q]), value);
             return value;
         };
-        // Gate: what is not <= threshold, so that NaN passes and is reported later.
+        // The gate passes what is not <= threshold, so that NaN passes and is reported later.
         typename Simd::Mask any = {};
         for (int q = 0; q < Q; ++q) {
             const Vec threshold = Simd::broadcast(s.thresholds[q]);
@@ -278,7 +255,7 @@ void scan_as(Scan& s) {
             TopK& topk = s.topk[q];
             for (; lanes; lanes &= lanes - 1) {
                 const int lane = __builtin_ctzll(lanes), row = r + lane;
-                if (scores[lane] <= s.thresholds[q]) continue;  // it rose since
+                if (scores[lane] <= s.thresholds[q]) continue;  // the threshold rose
                 topk.entries[topk.count++] = {make_key(scores[lane], s.first_row + row),
                                               partials[lane],
                                               s.row_sqnorm ? s.row_sqnorm[row] : 0.0f};

@@ -9,15 +9,15 @@ inline __m256 load8(const BF16* x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-// tile[c][0..8) = rows[0..8)[c] for c < cols, a multiple of 8; 0, or NaN if a value is not finite.
-// Prefetches as many columns of the 8 rows ahead, where there are any.
+// tile[c][0..8) = rows[0..8)[c] for c < cols, a multiple of 8. Returns 0, or NaN if a value is not
+// finite. Prefetches as many columns of the 8 rows `ahead`, if not null.
 template <class T>
 inline float transpose8(const T* const* rows, const void* const* ahead, int64_t cols, float* tile) {
     Prefetch prefetch = {ahead, cols * int64_t(sizeof(T)), 0, 0};
     __m256 check = _mm256_setzero_ps();
     const __m256 zero = _mm256_setzero_ps();
     for (int64_t c = 0; c < cols; c += 8, tile += 8 * TILE) {
-        prefetch.lines(sizeof(T));  // as many as these columns have
+        prefetch.lines(sizeof(T));  // 8 rows of 8 columns are sizeof(T) lines
         __m256 a[8], b[8];
         for (int i = 0; i < 8; ++i) {
             a[i] = load8(rows[i] + c);

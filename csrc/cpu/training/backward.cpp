@@ -1,3 +1,4 @@
+// The backward: gradients of nested scores, and their products with the inputs.
 #include <cstring>
 
 #include "cpu/training/blocks.h"
@@ -5,35 +6,36 @@
 namespace mrl {
 namespace {
 
-constexpr int64_t SEGMENT_ROWS = 5 * ROWS;  // rows of a unit of work
+constexpr int64_t SEGMENT_ROWS = 5 * ROWS;  // a unit of work: so many rows of one tile of columns
 
-// A [G, cols] array as [G, tiles · TILE], padded.
-std::vector<float> padded(const float* data, const Scores& s, int64_t apart, float fill) {
+// A [G, cols] array as [G, tiles · TILE], padded with 0.
+std::vector<float> padded(const float* data, const Scores& s, int64_t apart) {
     if (!data) return {};
-    std::vector<float> out(apart * s.dims.size(), fill);
+    std::vector<float> out(apart * s.dims.size(), 0.0f);
     for (size_t g = 0; g < s.dims.size(); ++g)
         std::copy_n(data + g * s.cols_apart, s.cols, out.data() + g * apart);
     return out;
 }
 
-// Suffix sums of given score gradients, as score_gradients makes them of its own.
-void sum_given(const Scores& s, const Given& from, int64_t row, int rows, int64_t tile,
-               float* suffix, int64_t suffix_apart, float* bias_sums) {
-    const int64_t col = tile * TILE, cols = std::min<int64_t>(TILE, s.cols - col);
+// Suffix sums of given score gradients, as score_gradients makes them of its own; `col` is the
+// first of a tile's columns.
+void sum_given(const Scores& s, const Given& from, int64_t row, int rows, int64_t col,
+               const ScoreGradients& to) {
+    const int64_t cols = std::min<int64_t>(TILE, s.cols - col);
     for (int r = 0; r < rows; ++r) {
         float sum[TILE] = {};
         for (int64_t g = int64_t(s.dims.size()) - 1; g >= 0; --g) {
             const float* grad =
                 from.grad + g * from.grad_apart + (row + r) * from.grad_stride + col;
             for (int64_t c = 0; c < cols; ++c) sum[c] += grad[c];
-            std::memcpy(suffix + g * suffix_apart + r * TILE, sum, sizeof sum);
+            std::memcpy(to.suffix + g * to.suffix_apart + r * TILE, sum, sizeof sum);
         }
-        if (bias_sums)
-            for (int64_t c = 0; c < cols; ++c) bias_sums[c] += sum[c];
+        if (to.bias_sums)
+            for (int64_t c = 0; c < cols; ++c) to.bias_sums[c] += sum[c];
     }
 }
 
-// A block of columns and the part of it that belongs to one slab.
+// The part of a block of TILE columns that belongs to one slab.
 struct Piece {
     int64_t block;
     int begin, end;
@@ -56,152 +58,238 @@ void add_block(const float* block, int rows, const Piece& piece, float* out, int
     }
 }
 
+// One chunk of columns, some of its rows at a time: as many as the workspace holds gradients of.
+class Backward {
+  public:
+    Backward(const Run& run, const Scores& s, const Given& from, int64_t workspace_bytes,
+             const GradientOutput& out);
+    void run();
+
+  private:
+    void pack_columns();
+    void pack_rows();
+    void make_suffix_sums();
+    void gradients_of(int64_t tile, int64_t segment, float* scores);
+    ScoreGradients destination(int64_t row, int64_t tile, int64_t segment);
+    void multiply();
+    void multiply_x(const Piece& piece, int64_t block);
+    void multiply_w(const Piece& piece, int64_t tile);
+    void add_scale_sums();
+    void add_bias_sums();
+
+    const Kernels& kernels_;
+    const Scores& s_;
+    const Given& from_;
+    const GradientOutput& out_;
+    const int threads_;
+    const bool given_;  // the scores' gradients are given; scores are not made
+    const int64_t G_, tiles_, depth_, depth_blocks_;
+    const Columns columns_;
+    const std::vector<Step> steps_;
+    const std::vector<std::vector<Piece>> pieces_;
+    const std::vector<float> col_max_, col_log_, d_col_;  // [G, tiles · TILE]
+    const Buffer tile_w_;                                 // w for the scores: [tiles][depth, TILE]
+    const Buffer block_w_;               // w for dx: [blocks of its columns][tiles · TILE, TILE]
+    const int64_t capacity_, segments_;  // the most rows held at a time
+    const int64_t plane_;                // elements of suffix_ a prefix
+    const Buffer x_;                     // [blocks of its columns][capacity, TILE]
+    const Buffer suffix_;                // T_g = Σ_{h >= g} A_h, [G][tiles][capacity, TILE]
+    std::vector<float> row_sums_;        // [tiles][G, capacity]
+    std::vector<float> col_sums_;        // [segments][tiles][G, TILE]
+    std::vector<double> bias_sums_;      // [segments][tiles, TILE]
+    int64_t begin_ = 0, count_ = 0;      // rows held now
+};
+
+int64_t capacity_of(const Scores& s, int64_t workspace_bytes) {
+    const int64_t bytes_a_row = 4 * int64_t(s.dims.size()) * blocks_of(s.cols, TILE) * TILE;
+    const int64_t fitting = std::max<int64_t>(1, workspace_bytes / bytes_a_row / ROWS) * ROWS;
+    return std::min(blocks_of(s.rows, ROWS) * ROWS, fitting);
+}
+
+Backward::Backward(const Run& run, const Scores& s, const Given& from, int64_t workspace_bytes,
+                   const GradientOutput& out)
+    : kernels_(run.kernels),
+      s_(s),
+      from_(from),
+      out_(out),
+      threads_(threads_for(s, run.threads)),
+      given_(from.grad != nullptr),
+      G_(int64_t(s.dims.size())),
+      tiles_(blocks_of(s.cols, TILE)),
+      depth_(s.dims.back()),
+      depth_blocks_(blocks_of(depth_, TILE)),
+      columns_(s, tiles_),
+      steps_(steps_of(s.dims)),
+      pieces_(pieces_of(s.dims)),
+      col_max_(padded(from.col_max, s, columns_.apart)),
+      col_log_(padded(from.col_log, s, columns_.apart)),
+      d_col_(padded(from.d_col, s, columns_.apart)),
+      tile_w_(given_ ? 0 : tiles_ * depth_ * TILE),
+      block_w_(tiles_ * TILE * depth_blocks_ * TILE),
+      capacity_(capacity_of(s, workspace_bytes)),
+      segments_(blocks_of(capacity_, SEGMENT_ROWS)),
+      plane_(tiles_ * capacity_ * TILE),
+      x_(depth_blocks_ * capacity_ * TILE),
+      suffix_(G_ * plane_),
+      row_sums_(out.d_row_scale ? tiles_ * G_ * capacity_ : 0),
+      col_sums_(out.d_row_scale ? segments_ * tiles_ * G_ * TILE : 0),
+      bias_sums_(out.db ? segments_ * tiles_ * TILE : 0) {}
+
+void Backward::run() {
+    pack_columns();
+    for (begin_ = 0; begin_ < s_.rows; begin_ += capacity_) {
+        count_ = std::min(capacity_, s_.rows - begin_);
+        pack_rows();
+        std::fill(col_sums_.begin(), col_sums_.end(), 0.0f);
+        std::fill(bias_sums_.begin(), bias_sums_.end(), 0.0);
+        make_suffix_sums();
+        multiply();
+        if (out_.d_row_scale) add_scale_sums();
+        if (out_.db) add_bias_sums();
+    }
+}
+
+void Backward::pack_columns() {
+    for_each(threads_, tiles_, [&](int64_t t) {
+        if (!given_) pack_tile(kernels_, s_, t, tile_w_.get() + t * depth_ * TILE);
+        pack_blocks(s_.w, t * TILE, std::min(s_.cols, (t + 1) * TILE), depth_,
+                    block_w_.get() + t * TILE * TILE, tiles_ * TILE * TILE);
+    });
+}
+
+void Backward::pack_rows() {
+    for_each(threads_, blocks_of(count_, ROWS), [&](int64_t i) {
+        pack_blocks(s_.x, begin_ + i * ROWS, begin_ + std::min(count_, (i + 1) * ROWS), depth_,
+                    x_.get() + i * ROWS * TILE, capacity_ * TILE);
+    });
+}
+
+// Scores, their gradients, and the sums of these over the prefixes from each one on.
+void Backward::make_suffix_sums() {
+    const int64_t parts = blocks_of(count_, SEGMENT_ROWS);
+    Ranges ranges(tiles_ * parts, 1);
+    parallel(threads_, [&](int) {
+        const Buffer scores(given_ ? 0 : G_ * ROWS * TILE);
+        for (int64_t unit, last; ranges.next(&unit, &last);)
+            gradients_of(unit / parts, unit % parts, scores.get());
+    });
+}
+
+void Backward::gradients_of(int64_t tile, int64_t segment, float* scores) {
+    const int64_t end = std::min(count_, (segment + 1) * SEGMENT_ROWS);
+    for (int64_t row = segment * SEGMENT_ROWS; row < end; row += ROWS) {
+        const int rows = int(std::min<int64_t>(ROWS, end - row));
+        ScoreGradients to = destination(row, tile, segment);
+        float bias_block[TILE] = {};
+        if (out_.db) to.bias_sums = bias_block;
+        if (given_) {
+            sum_given(s_, from_, begin_ + row, rows, tile * TILE, to);
+        } else {
+            make_scores(kernels_, steps_, x_.get() + row * TILE, capacity_ * TILE, rows,
+                        tile_w_.get() + tile * depth_ * TILE, scores);
+            kernels_.score_gradients(block_of(s_, columns_, scores, begin_ + row, rows, tile), to);
+        }
+        double* sums = bias_sums_.data() + (segment * tiles_ + tile) * TILE;
+        for (int c = 0; out_.db && c < TILE; ++c) sums[c] += bias_block[c];
+    }
+}
+
+// Where the gradients of a block of rows, counted from the first one held, are read from and go.
+ScoreGradients Backward::destination(int64_t row, int64_t tile, int64_t segment) {
+    ScoreGradients to = {};
+    to.suffix = suffix_.get() + (tile * capacity_ + row) * TILE;
+    to.suffix_apart = plane_;
+    if (given_) return to;
+    const int64_t at = begin_ + row;
+    to.row_max = from_.row_max + at;
+    to.row_log = from_.row_log + at;
+    to.d_row = from_.d_row + at;
+    to.d_hit = from_.d_hit ? from_.d_hit + at : nullptr;
+    to.d_soft = from_.d_soft ? from_.d_soft + at : nullptr;
+    to.apart = s_.rows;
+    to.total_step = s_.soft_stride ? 1 : 0;
+    to.soft_total = from_.soft_total + at * to.total_step;
+    if (from_.d_col) {
+        to.col_max = col_max_.data() + tile * TILE;
+        to.col_log = col_log_.data() + tile * TILE;
+        to.d_col = d_col_.data() + tile * TILE;
+        to.cols_apart = columns_.apart;
+    }
+    if (out_.d_row_scale) {
+        to.row_sums = row_sums_.data() + tile * G_ * capacity_ + row;
+        to.sums_apart = capacity_;
+        to.col_sums = col_sums_.data() + (segment * tiles_ + tile) * G_ * TILE;
+    }
+    return to;
+}
+
+// dx += T · w and dw += Tᵀ · x, slab by slab; a unit owns what it adds to.
+void Backward::multiply() {
+    const int64_t of_x = blocks_of(count_, ROWS) * depth_blocks_;
+    for_each(threads_, of_x + tiles_ * depth_blocks_, [&](int64_t unit) {
+        const bool is_x = unit < of_x;
+        if (!is_x) unit -= of_x;
+        for (const Piece& piece : pieces_[unit % depth_blocks_]) {
+            if (is_x)
+                multiply_x(piece, unit / depth_blocks_);
+            else
+                multiply_w(piece, unit / depth_blocks_);
+        }
+    });
+}
+
+void Backward::multiply_x(const Piece& piece, int64_t block) {
+    float sum[ROWS * TILE];
+    const int64_t row = block * ROWS;
+    const int rows = int(std::min<int64_t>(ROWS, count_ - row));
+    const float* t = suffix_.get() + piece.prefix * plane_ + row * TILE;
+    const float* w = block_w_.get() + piece.block * tiles_ * TILE * TILE;
+    for (int64_t i = 0; i < tiles_; ++i, t += capacity_ * TILE, w += TILE * TILE)
+        kernels_.product({t, TILE, 1, rows, w, std::min<int64_t>(TILE, s_.cols - i * TILE),
+                          i ? sum : nullptr, sum, piece.begin, piece.end});
+    add_block(sum, rows, piece, out_.dx + (begin_ + row) * out_.dx_stride, out_.dx_stride);
+}
+
+void Backward::multiply_w(const Piece& piece, int64_t tile) {
+    float sum[TILE * TILE];
+    const int rows = int(std::min<int64_t>(TILE, s_.cols - tile * TILE));
+    const float* t = suffix_.get() + piece.prefix * plane_ + tile * capacity_ * TILE;
+    const float* x = x_.get() + piece.block * capacity_ * TILE;
+    for (int64_t r = 0; r < count_; r += TILE, t += TILE * TILE, x += TILE * TILE)
+        kernels_.product({t, 1, TILE, rows, x, std::min<int64_t>(TILE, count_ - r),
+                          r ? sum : nullptr, sum, piece.begin, piece.end});
+    add_block(sum, rows, piece, out_.dw + tile * TILE * out_.dw_stride, out_.dw_stride);
+}
+
+void Backward::add_scale_sums() {
+    const int64_t parts = blocks_of(count_, SEGMENT_ROWS);
+    for (int64_t g = 0; g < G_; ++g) {
+        for (int64_t t = 0; t < tiles_; ++t)
+            for (int64_t row = 0; row < count_; ++row)
+                out_.d_row_scale[g * s_.rows + begin_ + row] +=
+                    row_sums_[(t * G_ + g) * capacity_ + row];
+        for (int64_t c = 0; c < s_.cols; ++c)
+            for (int64_t i = 0; i < parts; ++i)
+                out_.d_col_scale[g * s_.cols_apart + c] +=
+                    col_sums_[((i * tiles_ + c / TILE) * G_ + g) * TILE + c % TILE];
+    }
+}
+
+void Backward::add_bias_sums() {
+    const int64_t parts = blocks_of(count_, SEGMENT_ROWS);
+    for (int64_t c = 0; c < s_.cols; ++c) {
+        double sum = 0.0;
+        for (int64_t i = 0; i < parts; ++i)
+            sum += bias_sums_[(i * tiles_ + c / TILE) * TILE + c % TILE];
+        out_.db[c] += float(sum);
+    }
+}
+
 }  // namespace
 
-void gradients(const Kernels& kernels, const Scores& s, const Given& from, int threads,
-               int64_t workspace_bytes, float* dx, int64_t dx_stride, float* dw, int64_t dw_stride,
-               float* d_row_scale, float* d_col_scale, float* db) {
-    if (!s.rows || !s.cols) return;
-    threads = threads_for(s, threads);
-    const int64_t G = int64_t(s.dims.size()), tiles = blocks_of(s.cols, TILE);
-    const int64_t depth = s.dims.back(), depth_blocks = blocks_of(depth, TILE);
-    const Columns columns(s, tiles);
-    const std::vector<Step> steps = steps_of(s.dims);
-    const std::vector<std::vector<Piece>> pieces = pieces_of(s.dims);
-    const std::vector<float> col_max = padded(from.col_max, s, columns.apart, 0.0f);
-    const std::vector<float> col_log = padded(from.col_log, s, columns.apart, 0.0f);
-    const std::vector<float> d_col = padded(from.d_col, s, columns.apart, 0.0f);
-
-    const bool given = from.grad != nullptr;
-    const Buffer tile_w(given ? 0 : tiles * depth * TILE);     // for the scores
-    const Buffer block_w(tiles * TILE * depth_blocks * TILE);  // for dx
-    for_each(threads, tiles, [&](int64_t t) {
-        if (!given) pack_tile(kernels, s, t, tile_w.get() + t * depth * TILE);
-        pack_blocks(s.w, t * TILE, std::min(s.cols, (t + 1) * TILE), depth,
-                    block_w.get() + t * TILE * TILE, tiles * TILE * TILE);
-    });
-
-    const int64_t bytes_a_row = 4 * G * tiles * TILE;
-    const int64_t fitting = std::max<int64_t>(1, workspace_bytes / bytes_a_row / ROWS) * ROWS;
-    const int64_t step = std::min(blocks_of(s.rows, ROWS) * ROWS, fitting);
-    const int64_t plane = tiles * step * TILE;  // of a prefix
-    const int64_t segments = blocks_of(step, SEGMENT_ROWS);
-    const Buffer x(depth_blocks * step * TILE), suffix(G * plane);
-    std::vector<float> row_sums(d_row_scale ? tiles * G * step : 0);
-    std::vector<float> col_sums(d_row_scale ? segments * tiles * G * TILE : 0);
-    std::vector<double> bias_sums(db ? segments * tiles * TILE : 0);
-
-    for (int64_t begin = 0; begin < s.rows; begin += step) {
-        const int64_t count = std::min(step, s.rows - begin);
-        const int64_t x_apart = step * TILE, parts = blocks_of(count, SEGMENT_ROWS);
-        for_each(threads, blocks_of(count, ROWS), [&](int64_t i) {
-            pack_blocks(s.x, begin + i * ROWS, begin + std::min(count, (i + 1) * ROWS), depth,
-                        x.get() + i * ROWS * TILE, x_apart);
-        });
-        std::fill(col_sums.begin(), col_sums.end(), 0.0f);
-        std::fill(bias_sums.begin(), bias_sums.end(), 0.0);
-
-        // Scores, their gradients, and T_g = Σ_{h >= g} A_h, [G][tiles][step, TILE].
-        Ranges ranges(tiles * parts, 1);
-        parallel(threads, [&](int) {
-            const Buffer scores(given ? 0 : G * ROWS * TILE);
-            for (int64_t unit, last; ranges.next(&unit, &last);) {
-                const int64_t t = unit / parts, segment = unit % parts;
-                const int64_t end = std::min(count, (segment + 1) * SEGMENT_ROWS);
-                for (int64_t row = segment * SEGMENT_ROWS; row < end; row += ROWS) {
-                    const int rows = int(std::min<int64_t>(ROWS, end - row));
-                    float* out = suffix.get() + (t * step + row) * TILE;
-                    float bias_block[TILE] = {};
-                    float* bias_to = db ? bias_block : nullptr;
-                    const auto add_bias = [&] {
-                        double* sums = bias_sums.data() + (segment * tiles + t) * TILE;
-                        for (int c = 0; db && c < TILE; ++c) sums[c] += bias_block[c];
-                    };
-                    if (given) {
-                        sum_given(s, from, begin + row, rows, t, out, plane, bias_to);
-                        add_bias();
-                        continue;
-                    }
-                    make_scores(kernels, steps, x.get() + row * TILE, x_apart, rows,
-                                tile_w.get() + t * depth * TILE, scores.get());
-                    ScoreGradients to = {};
-                    const int64_t at = begin + row;
-                    to.row_max = from.row_max + at;
-                    to.row_log = from.row_log + at;
-                    to.d_row = from.d_row + at;
-                    to.d_hit = from.d_hit ? from.d_hit + at : nullptr;
-                    to.d_soft = from.d_soft ? from.d_soft + at : nullptr;
-                    to.apart = s.rows;
-                    to.total_step = s.soft_stride ? 1 : 0;
-                    to.soft_total = from.soft_total + at * to.total_step;
-                    if (from.d_col) {
-                        to.col_max = col_max.data() + t * TILE;
-                        to.col_log = col_log.data() + t * TILE;
-                        to.d_col = d_col.data() + t * TILE;
-                        to.cols_apart = columns.apart;
-                    }
-                    to.suffix = out;
-                    to.suffix_apart = plane;
-                    if (d_row_scale) {
-                        to.row_sums = row_sums.data() + t * G * step + row;
-                        to.sums_apart = step;
-                        to.col_sums = col_sums.data() + (segment * tiles + t) * G * TILE;
-                    }
-                    to.bias_sums = bias_to;
-                    kernels.score_gradients(block_of(s, columns, scores.get(), at, rows, t), to);
-                    add_bias();
-                }
-            }
-        });
-
-        // dx += T · w and dw += Tᵀ · x, slab by slab; a unit owns what it adds to.
-        const int64_t row_blocks = blocks_of(count, ROWS), dx_units = row_blocks * depth_blocks;
-        for_each(threads, dx_units + tiles * depth_blocks, [&](int64_t unit) {
-            float block[TILE * TILE];
-            const bool of_x = unit < dx_units;
-            if (!of_x) unit -= dx_units;
-            const int64_t c = unit % depth_blocks, own = unit / depth_blocks;
-            const int64_t row = own * ROWS, tile = own * TILE;
-            const int rows = of_x ? int(std::min<int64_t>(ROWS, count - row))
-                                  : int(std::min<int64_t>(TILE, s.cols - tile));
-            for (const Piece& piece : pieces[c]) {
-                const float* t = suffix.get() + piece.prefix * plane;
-                if (of_x) {
-                    for (int64_t i = 0; i < tiles; ++i)
-                        kernels.product({t + (i * step + row) * TILE, TILE, 1, rows,
-                                         block_w.get() + (c * tiles + i) * TILE * TILE,
-                                         std::min<int64_t>(TILE, s.cols - i * TILE),
-                                         i ? block : nullptr, block, piece.begin, piece.end});
-                    add_block(block, rows, piece, dx + (begin + row) * dx_stride, dx_stride);
-                } else {
-                    for (int64_t r = 0; r < count; r += TILE)
-                        kernels.product({t + (own * step + r) * TILE, 1, TILE, rows,
-                                         x.get() + c * x_apart + r * TILE,
-                                         std::min<int64_t>(TILE, count - r), r ? block : nullptr,
-                                         block, piece.begin, piece.end});
-                    add_block(block, rows, piece, dw + tile * dw_stride, dw_stride);
-                }
-            }
-        });
-
-        if (d_row_scale)
-            for (int64_t g = 0; g < G; ++g) {
-                for (int64_t t = 0; t < tiles; ++t)
-                    for (int64_t row = 0; row < count; ++row)
-                        d_row_scale[g * s.rows + begin + row] += row_sums[(t * G + g) * step + row];
-                for (int64_t c = 0; c < s.cols; ++c)
-                    for (int64_t i = 0; i < parts; ++i)
-                        d_col_scale[g * s.cols_apart + c] +=
-                            col_sums[((i * tiles + c / TILE) * G + g) * TILE + c % TILE];
-            }
-        if (db)
-            for (int64_t c = 0; c < s.cols; ++c) {
-                double sum = 0.0;
-                for (int64_t i = 0; i < parts; ++i)
-                    sum += bias_sums[(i * tiles + c / TILE) * TILE + c % TILE];
-                db[c] += float(sum);
-            }
-    }
+void gradients(const Run& run, const Scores& s, const Given& from, int64_t workspace_bytes,
+               const GradientOutput& out) {
+    if (s.rows && s.cols) Backward(run, s, from, workspace_bytes, out).run();
 }
 
 }  // namespace mrl

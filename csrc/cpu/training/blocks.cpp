@@ -1,12 +1,9 @@
 #include "cpu/training/blocks.h"
 
-#include "cpu/memory.h"
-
-#ifdef __linux__
-#endif
-
 #include <cstring>
 #include <new>
+
+#include "cpu/memory.h"
 
 namespace mrl {
 namespace {
@@ -17,10 +14,11 @@ constexpr double MULTIPLIES_A_THREAD = 8e6;  // below this, waking a thread cost
 
 Buffer::Buffer(int64_t size) {
     const size_t bytes = std::max<int64_t>(size, 1) * sizeof(float);
-    const size_t unit = bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
-    data.reset(static_cast<float*>(std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit)));
+    const size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
+    const size_t whole = (bytes + alignment - 1) / alignment * alignment;
+    data.reset(static_cast<float*>(std::aligned_alloc(alignment, whole)));
     if (!data) throw std::bad_alloc();
-    advise_huge_pages(data.get(), (bytes + unit - 1) / unit * unit);
+    advise_huge_pages(data.get(), whole);
 }
 
 int threads_for(const Scores& s, int threads) {
@@ -66,10 +64,10 @@ Columns::Columns(const Scores& s, int64_t tiles)
     for (int64_t c = 0; c < s.cols; ++c) bias[c] = s.bias ? s.bias[c] : 0.0f;
 }
 
-Block block_of(const Scores& s, const Columns& columns, const float* scores, int64_t row, int rows,
-               int64_t tile) {
+ScoreBlock block_of(const Scores& s, const Columns& columns, const float* scores, int64_t row,
+                    int rows, int64_t tile) {
     const int64_t col = tile * TILE;
-    Block b = {};
+    ScoreBlock b = {};
     b.scores = scores;
     b.prefixes = int(s.dims.size());
     b.rows = rows;

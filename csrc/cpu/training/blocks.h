@@ -1,5 +1,4 @@
-// What forward and backward share: packed chunks, and the walk over the columns that makes a
-// block's scores.
+// What forward and backward share: packed chunks of x and w, and the product of a block's scores.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +7,8 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/training/nested.h"
 #include "cpu/threads.h"
+#include "cpu/training/nested.h"
 
 namespace mrl {
 
@@ -17,8 +16,7 @@ constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
 inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-// Memory that is written before it is read; large ones in huge pages, for they are walked by
-// columns.
+// Memory that is written before it is read; in huge pages where it is large, as columns are walked.
 struct Buffer {
     explicit Buffer(int64_t size);
     float* get() const { return data.get(); }
@@ -28,10 +26,10 @@ struct Buffer {
     std::unique_ptr<float, Free> data;
 };
 
-// Threads that a chunk is worth.
+// As many threads as a chunk is worth.
 int threads_for(const Scores& scores, int threads);
 
-// Runs fn(unit) for every unit; whoever is free takes the next.
+// Runs fn(unit) for every unit, the next one on the first thread that is free.
 template <class Fn>
 void for_each(int threads, int64_t units, const Fn& fn) {
     Ranges ranges(units, 1);
@@ -48,23 +46,23 @@ void pack_blocks(Matrix m, int64_t begin, int64_t end, int64_t cols, float* out,
 // Columns of scores, rows of w, as a vertical tile [depth, TILE].
 void pack_tile(const Kernels& kernels, const Scores& s, int64_t tile, float* out);
 
-// A depth of a product that neither crosses a block of columns nor a slab's end.
+// A range of x's and w's columns that crosses neither a block of columns nor a slab's end.
 struct Step {
     int64_t begin, end;
     int prefix;
 };
 std::vector<Step> steps_of(const std::vector<int64_t>& dims);
 
-// The column vectors of a chunk, padded as blocks read them: [tiles · TILE], scale [G, the same].
+// A chunk's column scale [G, tiles · TILE] and bias [tiles · TILE], padded.
 struct Columns {
     Columns(const Scores& s, int64_t tiles);
     int64_t apart;
     std::vector<float> scale, bias;
 };
 
-// The part of a chunk in a block of rows and a tile of columns.
-Block block_of(const Scores& s, const Columns& columns, const float* scores, int64_t row, int rows,
-               int64_t tile);
+// A block of rows and a tile of columns of a chunk.
+ScoreBlock block_of(const Scores& s, const Columns& columns, const float* scores, int64_t row,
+                    int rows, int64_t tile);
 
 // The blocks of all prefixes, from one walk over the columns of x and w.
 // x: [blocks][rows, TILE] `x_apart` apart; w: a vertical tile; scores: [G, ROWS, TILE].

@@ -1,3 +1,4 @@
+// The forward: chunks of nested scores folded into statistics, or stored.
 #include <cmath>
 #include <cstring>
 
@@ -6,35 +7,36 @@
 namespace mrl {
 namespace {
 
-// Runs each(scratch, scores, first row, rows, tile) on each block of a chunk, tiles in order for a
-// group of rows; before(scratch, group) and after(scratch, group, begin, end) around them.
-template <class Scratch, class Before, class Each, class After>
-void walk(const Kernels& kernels, const Scores& s, int threads, const Before& before,
-          const Each& each, const After& after) {
+// Shows each block of a chunk's scores to a visitor, tiles in order for a group of rows:
+// begin(scratch, group), then block(scratch, scores, first row, rows, tile), end(scratch, group).
+// A thread has one Scratch.
+template <class Visitor>
+void walk(const Run& run, const Scores& s, const Visitor& visitor) {
+    const int threads = threads_for(s, run.threads);
     const int64_t tiles = blocks_of(s.cols, TILE), depth = s.dims.back();
-    const int64_t depth_blocks = blocks_of(depth, TILE), groups = blocks_of(s.rows, GROUP_ROWS);
+    const int64_t depth_blocks = blocks_of(depth, TILE);
     const std::vector<Step> steps = steps_of(s.dims);
     const Buffer w(tiles * depth * TILE);
     for_each(threads, tiles,
-             [&](int64_t t) { pack_tile(kernels, s, t, w.get() + t * depth * TILE); });
-    Ranges ranges(groups, 1);
+             [&](int64_t t) { pack_tile(run.kernels, s, t, w.get() + t * depth * TILE); });
+    Ranges ranges(blocks_of(s.rows, GROUP_ROWS), 1);
     parallel(threads, [&](int) {
         const Buffer x(depth_blocks * GROUP_ROWS * TILE);
         const Buffer scores(int64_t(s.dims.size()) * ROWS * TILE);
-        Scratch scratch(s);
+        typename Visitor::Scratch scratch(s);
         for (int64_t group, last; ranges.next(&group, &last);) {
             const int64_t begin = group * GROUP_ROWS, end = std::min(s.rows, begin + GROUP_ROWS);
             const int64_t apart = GROUP_ROWS * TILE;
             pack_blocks(s.x, begin, end, depth, x.get(), apart);
-            before(scratch, group);
+            visitor.begin(scratch, group);
             for (int64_t t = 0; t < tiles; ++t)
                 for (int64_t row = begin; row < end; row += ROWS) {
                     const int rows = int(std::min<int64_t>(ROWS, end - row));
-                    make_scores(kernels, steps, x.get() + (row - begin) * TILE, apart, rows,
+                    make_scores(run.kernels, steps, x.get() + (row - begin) * TILE, apart, rows,
                                 w.get() + t * depth * TILE, scores.get());
-                    each(scratch, scores.get(), row, rows, t);
+                    visitor.block(scratch, scores.get(), row, rows, t);
                 }
-            after(scratch, group, begin, end);
+            visitor.end(scratch, group);
         }
     });
 }
@@ -73,116 +75,152 @@ void merge(float* max, double* sum, float top, double more, float ref) {
     *sum = more;
 }
 
-}  // namespace
+// Folds a chunk's blocks into statistics, and those into the caller's.
+class Folder {
+  public:
+    using Scratch = GroupStatistics;
 
-void fold(const Kernels& kernels, const Scores& s, int threads, float* row_max, double* row_sum,
-          int64_t* labels, double* soft_sum, float* hit, float* col_max, double* col_sum) {
-    if (!s.rows || !s.cols) return;
-    threads = threads_for(s, threads);
-    const int width = kernels.width;
-    const int64_t G = int64_t(s.dims.size()), tiles = blocks_of(s.cols, TILE);
-    const Columns columns(s, tiles);
-    // Column statistics of each group of rows: ref, top and sum [G, tiles · TILE].
-    const int64_t groups = blocks_of(s.rows, GROUP_ROWS), part = G * columns.apart;
-    std::vector<float> parts(col_max ? groups * 3 * part : 0);
-    const auto statistics = [&](GroupStatistics& scratch, int64_t row, int64_t tile) {
-        const int64_t block = row % GROUP_ROWS / ROWS * scratch.prefixes * ROWS;
+    Folder(const Kernels& kernels, const Scores& s, const FoldOutput& out)
+        : kernels_(kernels),
+          s_(s),
+          out_(out),
+          prefixes_(int64_t(s.dims.size())),
+          columns_(s, blocks_of(s.cols, TILE)),
+          plane_(prefixes_ * columns_.apart),
+          column_parts_(out.col_max ? blocks_of(s.rows, GROUP_ROWS) * 3 * plane_ : 0) {}
+
+    void begin(Scratch& scratch, int64_t group) const {
+        scratch.reset();
+        if (!out_.col_max) return;
+        float* ref = column_part(group);
+        std::fill(ref, ref + plane_, LOWEST_SCORE);
+        std::fill(ref + plane_, ref + 2 * plane_, NEGATIVE_INFINITY);
+        std::fill(ref + 2 * plane_, ref + 3 * plane_, 0.0f);
+    }
+
+    void block(Scratch& scratch, const float* scores, int64_t row, int rows, int64_t tile) const {
+        kernels_.fold_block(block_of(s_, columns_, scores, row, rows, tile),
+                            statistics(scratch, row, tile));
+    }
+
+    void end(Scratch& scratch, int64_t group) const {
+        const int64_t begin = group * GROUP_ROWS, end = std::min(s_.rows, begin + GROUP_ROWS);
+        for (int64_t row = begin; row < end; ++row)
+            for (int64_t g = 0; g < prefixes_; ++g)
+                fold_lanes(statistics(scratch, row, 0), g, row, (row - begin) % ROWS);
+    }
+
+    // Once all groups are done.
+    void fold_columns() const {
+        if (!out_.col_max) return;
+        const int64_t groups = blocks_of(s_.rows, GROUP_ROWS);
+        for (int64_t g = 0; g < prefixes_; ++g)
+            for (int64_t c = 0; c < s_.cols; ++c) {
+                float max = NEGATIVE_INFINITY;
+                double sum = 0.0;
+                for (int64_t group = 0; group < groups; ++group) {
+                    const float* ref = column_part(group) + g * columns_.apart + c;
+                    merge(&max, &sum, ref[plane_], ref[2 * plane_], ref[0]);
+                }
+                out_.col_max[g * s_.cols_apart + c] = max;
+                out_.col_sum[g * s_.cols_apart + c] = sum;
+            }
+    }
+
+  private:
+    float* column_part(int64_t group) const { return column_parts_.get() + group * 3 * plane_; }
+
+    // Where the statistics of a block of rows and a tile of columns lie.
+    Statistics statistics(Scratch& scratch, int64_t row, int64_t tile) const {
+        const int64_t block = row % GROUP_ROWS / ROWS * prefixes_ * ROWS;
         Statistics to = {};
         to.ref = scratch.ref.data() + block;
         to.top = scratch.top.data() + block * MAX_WIDTH;
         to.sum = scratch.sum.data() + block * MAX_WIDTH;
-        to.best = labels ? scratch.best.data() + block * MAX_WIDTH : nullptr;
+        to.best = out_.labels ? scratch.best.data() + block * MAX_WIDTH : nullptr;
         to.weight = scratch.weight.data() + row % GROUP_ROWS / ROWS * ROWS;
         to.soft = scratch.soft.data() + block;
-        to.hit = hit ? hit + row : nullptr;
-        to.hit_apart = s.rows;
-        if (col_max) {
-            to.col_ref = parts.data() + row / GROUP_ROWS * 3 * part + tile * TILE;
-            to.col_top = to.col_ref + part;
-            to.col_sum = to.col_top + part;
-            to.stats_apart = columns.apart;
+        to.hit = out_.hit ? out_.hit + row : nullptr;
+        to.hit_apart = s_.rows;
+        if (out_.col_max) {
+            to.col_ref = column_part(row / GROUP_ROWS) + tile * TILE;
+            to.col_top = to.col_ref + plane_;
+            to.col_sum = to.col_top + plane_;
+            to.stats_apart = columns_.apart;
         }
         return to;
+    }
+
+    // One row and prefix: the lanes of its statistics into the caller's.
+    void fold_lanes(const Statistics& from, int64_t g, int64_t row, int64_t r) const {
+        const int64_t at = g * ROWS + r, out = g * s_.rows + row;
+        const float *top = from.top + at * MAX_WIDTH, *sum = from.sum + at * MAX_WIDTH;
+        const auto column = [&](int lane) { return from.best[at * MAX_WIDTH + lane] + lane; };
+        int best = 0;
+        double total = 0.0;  // in fp64: a sure score's 1 beside the small rest
+        for (int lane = 0; lane < kernels_.width; ++lane) {
+            total += sum[lane];
+            if (top[lane] > top[best] ||
+                (out_.labels && top[lane] == top[best] && column(lane) < column(best)))
+                best = lane;
+        }
+        if (s_.sigmoid) {
+            out_.row_sum[out] += total;
+            return;
+        }
+        if (out_.labels && top[best] > out_.row_max[out]) out_.labels[out] = column(best);
+        merge(out_.row_max + out, out_.row_sum + out, top[best], total, from.ref[at]);
+        if (out_.soft_sum)
+            out_.soft_sum[out] += from.soft[at] + double(from.ref[at]) * from.weight[r];
+    }
+
+    const Kernels& kernels_;
+    const Scores& s_;
+    const FoldOutput& out_;
+    const int64_t prefixes_;
+    const Columns columns_;
+    const int64_t plane_;        // [prefixes, tiles · TILE]
+    const Buffer column_parts_;  // [groups of rows][ref, top, sum][plane]
+};
+
+// Copies a chunk's scores, and adds the bias.
+struct ScoreWriter {
+    struct Scratch {
+        explicit Scratch(const Scores&) {}
     };
-    walk<GroupStatistics>(
-        kernels, s, threads,
-        [&](GroupStatistics& scratch, int64_t group) {
-            scratch.reset();
-            if (!col_max) return;
-            float* ref = parts.data() + group * 3 * part;
-            std::fill(ref, ref + part, LOWEST_SCORE);
-            std::fill(ref + part, ref + 2 * part, NEGATIVE_INFINITY);
-            std::fill(ref + 2 * part, ref + 3 * part, 0.0f);
-        },
-        [&](GroupStatistics& scratch, const float* scores, int64_t row, int rows, int64_t tile) {
-            kernels.fold_block(block_of(s, columns, scores, row, rows, tile),
-                               statistics(scratch, row, tile));
-        },
-        [&](GroupStatistics& scratch, int64_t, int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; ++row) {
-                for (int64_t g = 0; g < G; ++g) {
-                    const Statistics from = statistics(scratch, row, 0);
-                    const int64_t at = g * ROWS + (row - begin) % ROWS, out = g * s.rows + row;
-                    const float* top = from.top + at * MAX_WIDTH;
-                    const float* sum = from.sum + at * MAX_WIDTH;
-                    const auto column = [&](int lane) {
-                        return from.best[at * MAX_WIDTH + lane] + lane;
-                    };
-                    int best = 0;
-                    double total = 0.0;  // a sure score's 1 beside the small rest
-                    for (int lane = 0; lane < width; ++lane) {
-                        total += sum[lane];
-                        if (top[lane] > top[best] ||
-                            (labels && top[lane] == top[best] && column(lane) < column(best)))
-                            best = lane;
-                    }
-                    if (s.sigmoid) {
-                        row_sum[out] += total;
-                        continue;
-                    }
-                    if (labels && top[best] > row_max[out]) labels[out] = column(best);
-                    merge(row_max + out, row_sum + out, top[best], total, from.ref[at]);
-                    if (soft_sum)
-                        soft_sum[out] +=
-                            from.soft[at] + double(from.ref[at]) * from.weight[at % ROWS];
-                }
+    void begin(Scratch&, int64_t) const {}
+    void block(Scratch&, const float* scores, int64_t row, int rows, int64_t tile) const {
+        const int64_t col = tile * TILE, cols = std::min<int64_t>(TILE, s.cols - col);
+        for (size_t g = 0; g < s.dims.size(); ++g)
+            for (int r = 0; r < rows; ++r) {
+                const float* from = scores + (g * ROWS + r) * TILE;
+                float* to = out + g * out_apart + (row + r) * out_stride + col;
+                if (s.bias)
+                    for (int64_t c = 0; c < cols; ++c) to[c] = from[c] + s.bias[col + c];
+                else
+                    std::memcpy(to, from, cols * sizeof(float));
             }
-        });
-    if (col_max)
-        for (int64_t g = 0; g < G; ++g)
-            for (int64_t c = 0; c < s.cols; ++c) {
-                float max = NEGATIVE_INFINITY;
-                double sum = 0.0;
-                for (int64_t group = 0; group < groups; ++group) {
-                    const float* ref = parts.data() + group * 3 * part + g * columns.apart + c;
-                    merge(&max, &sum, ref[part], ref[2 * part], ref[0]);
-                }
-                col_max[g * s.cols_apart + c] = max;
-                col_sum[g * s.cols_apart + c] = sum;
-            }
+    }
+    void end(Scratch&, int64_t) const {}
+
+    const Scores& s;
+    float* out;
+    int64_t out_apart, out_stride;
+};
+
+}  // namespace
+
+void fold(const Run& run, const Scores& s, const FoldOutput& out) {
+    if (!s.rows || !s.cols) return;
+    const Folder folder(run.kernels, s, out);
+    walk(run, s, folder);
+    folder.fold_columns();
 }
 
-void store_scores(const Kernels& kernels, const Scores& s, int threads, float* out,
-                  int64_t out_apart, int64_t out_stride) {
+void store_scores(const Run& run, const Scores& s, float* out, int64_t out_apart,
+                  int64_t out_stride) {
     if (!s.rows || !s.cols) return;
-    struct None {
-        explicit None(const Scores&) {}
-    };
-    walk<None>(
-        kernels, s, threads_for(s, threads), [](None&, int64_t) {},
-        [&](None&, const float* scores, int64_t row, int rows, int64_t tile) {
-            const int64_t col = tile * TILE, cols = std::min<int64_t>(TILE, s.cols - col);
-            for (size_t g = 0; g < s.dims.size(); ++g)
-                for (int r = 0; r < rows; ++r) {
-                    const float* from = scores + (g * ROWS + r) * TILE;
-                    float* to = out + g * out_apart + (row + r) * out_stride + col;
-                    if (s.bias)
-                        for (int64_t c = 0; c < cols; ++c) to[c] = from[c] + s.bias[col + c];
-                    else
-                        std::memcpy(to, from, cols * sizeof(float));
-                }
-        },
-        [](None&, int64_t, int64_t, int64_t) {});
+    walk(run, s, ScoreWriter{s, out, out_apart, out_stride});
 }
 
 }  // namespace mrl

@@ -1,8 +1,9 @@
-// Nested scores S_g = x[:, :d_g] · wᵀ[:d_g, :], a block at a time, and what a loss makes of them.
+// Nested scores S_g = x[:, :d_g] · wᵀ[:d_g, :], a block at a time, folded into a loss or turned
+// into its gradients.
 //
 // Scores live only as blocks of ROWS × TILE that stay in cache: each slab's product is added to the
-// block of the prefix before, and an epilogue folds the blocks of all prefixes into row and column
-// statistics, or turns them into gradients. Every product, backward included, is one kernel:
+// block of the prefix before; then the blocks of all prefixes are folded into row and column
+// statistics, or turned into gradients. Every product, in the backward too, is made by one kernel:
 // out = in + a · b with b of TILE columns.
 #pragma once
 
@@ -32,7 +33,7 @@ struct Product {
 
 // A block of nested scores and how a loss reads them:
 // z = row_scale·col_scale·S + bias; y = z·boost, −inf where excluded.
-struct Block {
+struct ScoreBlock {
     const float* scores;  // [prefixes, ROWS, TILE]
     int prefixes, rows, cols;
     const float* row_scale;  // [prefixes, rows], prefixes row_apart apart; null is 1
@@ -42,9 +43,9 @@ struct Block {
     const float* bias;      // [TILE], padded with −inf: a score past the last column counts for 0
     const int64_t* target;  // [rows] or null: the column of a row's positive, and its residue
     int64_t first_col;      // of this block
-    int64_t period;         // columns equal to the target modulo this are a row's own
+    int64_t period;         // a row's own columns equal its target modulo this
     bool exclude_own;
-    float own_boost, other_boost;  // of own columns but the target, and of all others
+    float own_boost, other_boost;  // factors of own columns but the target, of all others
     const float* soft;             // [rows, cols] or null; stride 0 serves every row
     int64_t soft_stride;
     const uint8_t* mask;  // [rows, cols] or null; not 0 is excluded
@@ -52,13 +53,13 @@ struct Block {
     bool sigmoid;  // Σ softplus instead of log Σ exp
 };
 
-// Running statistics of a block's rows; lanes are folded at the end. Σ exp is relative to `ref`,
-// the maximum so far of the row: the largest score counts exactly 1.
+// Running statistics of a block's rows, by lanes, which are folded at the end. Σ exp is relative to
+// `ref`, the row's maximum so far: the largest score counts exactly 1.
 struct Statistics {
     float* ref;      // [prefixes, ROWS]
     float* top;      // [prefixes, ROWS, MAX_WIDTH]
     float* sum;      // [prefixes, ROWS, MAX_WIDTH]
-    int32_t* best;   // [prefixes, ROWS, MAX_WIDTH]: where top's vector begins; or null
+    int32_t* best;   // [prefixes, ROWS, MAX_WIDTH]: first column of top's vector; or null
     double* soft;    // [prefixes, ROWS]: Σ soft·(y − ref)
     double* weight;  // [ROWS]: Σ soft
     float* hit;      // [prefixes, rows], hit_apart apart: y at the target; or null
@@ -69,8 +70,8 @@ struct Statistics {
     int64_t stats_apart;  // of the column statistics' prefixes
 };
 
-// Gradients of the scores from those of the log-sums, of the targets' and of the soft targets'
-// log-probabilities; and their suffix sums.
+// Turns gradients of the log-sums, of the targets' and of the soft targets' log-probabilities into
+// the scores' gradients A_g, and sums these over the prefixes from each one on.
 struct ScoreGradients {
     const float* row_max;  // [prefixes, rows] with rows of prefixes `apart` apart, as the next four
     const float* row_log;
@@ -116,28 +117,43 @@ struct Scores {
     bool sigmoid;
 };
 
-// Continues row_max, row_sum = Σ exp(y − row_max), labels (or null) and soft_sum = Σ soft·y over
-// chunks; sets hit where the target lies in the chunk, and the chunk's column statistics (or null).
-void fold(const Kernels& kernels, const Scores& scores, int threads, float* row_max,
-          double* row_sum, int64_t* labels, double* soft_sum, float* hit, float* col_max,
-          double* col_sum);
+// The results of a fold; row arrays [G, rows], column arrays [G, cols] like those of Scores.
+struct FoldOutput {
+    float* row_max;    // continued over chunks of columns, as the next three
+    double* row_sum;   // Σ exp(y − row_max), with sigmoid Σ softplus(y)
+    int64_t* labels;   // the first column of the row's maximum; or null
+    double* soft_sum;  // Σ soft·y; or null
+    float* hit;        // y at the target, written by the chunk that holds it; or null
+    float* col_max;    // of this chunk's rows; or null, as the next
+    double* col_sum;
+};
+void fold(const Run& run, const Scores& scores, const FoldOutput& out);
 
 // out[g, i, j] = S_g + bias; prefixes out_apart, rows out_stride apart.
-void store_scores(const Kernels& kernels, const Scores& scores, int threads, float* out,
-                  int64_t out_apart, int64_t out_stride);
+void store_scores(const Run& run, const Scores& scores, float* out, int64_t out_apart,
+                  int64_t out_stride);
 
-// What a backward is given: statistics and their gradients, or the scores' gradients themselves.
+// The inputs of a backward: statistics and their gradients, or the scores' gradients themselves.
 struct Given {
     const float *row_max, *row_log, *d_row, *d_hit, *d_soft, *col_max, *col_log, *d_col;
-    const float* soft_total;  // of each row, or of all
+    const float* soft_total;  // Σ_j soft of each row, or the one of all
     const float* grad;        // [G, rows, cols]: gradients of the scores themselves; or null
     int64_t grad_apart, grad_stride;
 };
 
-// Adds to dx [rows, dims.back()] and dw [cols, dims.back()], and where given to d_row_scale
-// [G, rows], d_col_scale [G, cols] and db [cols]; holds at most workspace_bytes of score gradients.
-void gradients(const Kernels& kernels, const Scores& scores, const Given& from, int threads,
-               int64_t workspace_bytes, float* dx, int64_t dx_stride, float* dw, int64_t dw_stride,
-               float* d_row_scale, float* d_col_scale, float* db);
+// The arrays that a backward adds to.
+struct GradientOutput {
+    float* dx;  // [rows, dims.back()]
+    int64_t dx_stride;
+    float* dw;  // [cols, dims.back()]
+    int64_t dw_stride;
+    float* d_row_scale;  // [G, rows]; or null, as the next two
+    float* d_col_scale;  // [G, cols]
+    float* db;           // [cols]
+};
+
+// Holds at most workspace_bytes of score gradients, or those of ROWS rows.
+void gradients(const Run& run, const Scores& scores, const Given& from, int64_t workspace_bytes,
+               const GradientOutput& out);
 
 }  // namespace mrl

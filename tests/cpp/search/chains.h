@@ -9,7 +9,7 @@
 // Whether a product is added without rounding it first.
 inline bool fuses(const Kernels& kernels) {
     std::vector<float> tile(TILE, 1.0f + 0x1p-12f), sums(TILE, -1.0f - 0x1p-11f);
-    kernels.advance(Metric::IP, {tile.data(), 1}, tile.data(), sums.data());
+    kernels.advance(Source::PRODUCT, {tile.data(), 1}, tile.data(), sums.data());
     return sums[0] != 0.0f;
 }
 
@@ -33,7 +33,7 @@ class Chains {
         if (!codes_.empty()) return codes_;
         for (int64_t q = 0; q < queries_.queries.n; ++q) {
             const Codes query = encode(queries_.row(q), rows.code_dim);
-            float scale = query.unit;
+            float scale = query.scale;
             if (metric_ == Metric::COSINE) scale *= query_scale(queries_.row(q), rows.code_dim);
             if (metric_ == Metric::L2) scale *= 2.0f;
             for (const Span& span : rows.spans)
@@ -43,7 +43,7 @@ class Chains {
         return codes_;
     }
 
-    // What stages leave of some rows; a first one by codes where `coded` are given.
+    // The rows that stages leave of some; the first stage ranks by codes where `coded` are given.
     Found best(const std::vector<int64_t>& among, const std::vector<Stage>& stages,
                const Rows* coded) {
         const int64_t n = table_.n, count = queries_.queries.n, k = stages.back().keep;

@@ -1,4 +1,4 @@
-// A database that grows in place while it is searched, as mrl_fast.cpu.storage does it: one thread
+// A database that grows in place while it is searched, as mrl_fast.search.index does it: one thread
 // appends and removes rows, others search the states it leaves.
 #pragma once
 
@@ -12,23 +12,23 @@ struct State {
     struct Block {
         Block(const Rows& of, int64_t rows, int64_t row_bytes)
             : capacity(rows),
-              tail(rows * row_bytes),
+              suffix(rows * row_bytes),
               ids(rows, -7),
               stats((TAIL_NORM + of.levels.size()) * rows, NAN),
               packed(rows * of.packed_dim, NAN),
               codes(rows * ((of.code_dim + 3) / 4) * 4, 0xab) {}
         const int64_t capacity;
-        std::vector<char> tail;
+        std::vector<char> suffix;
         std::vector<int64_t> ids;
         std::vector<float> stats, packed;
         std::vector<uint8_t> codes;
     };
     std::vector<std::shared_ptr<Block>> blocks;
-    std::shared_ptr<const std::vector<uint64_t>> alive;
+    std::shared_ptr<const std::vector<uint64_t>> live;
     std::vector<float> packed;  // copies of the tile that the next rows go to
     std::vector<uint8_t> codes;
     Rows rows = {};
-    bool is_alive(int64_t row) const { return (*alive)[row / TILE] >> row % TILE & 1; }
+    bool is_live(int64_t row) const { return (*live)[row / TILE] >> row % TILE & 1; }
 };
 
 class Growing {
@@ -71,11 +71,11 @@ class Growing {
             count_ += n;
             left -= n;
         }
-        alive_.resize((count_ + TILE - 1) / TILE);
-        for (; marked_ < count_; ++marked_) alive_[marked_ / TILE] |= uint64_t(1) << marked_ % TILE;
+        live_.resize((count_ + TILE - 1) / TILE);
+        for (; marked_ < count_; ++marked_) live_[marked_ / TILE] |= uint64_t(1) << marked_ % TILE;
         for (int64_t i = random() % 8; i > 0; --i) {
             const int64_t row = random() % count_;
-            alive_[row / TILE] &= ~(uint64_t(1) << row % TILE);
+            live_[row / TILE] &= ~(uint64_t(1) << row % TILE);
         }
         publish();
     }
@@ -83,23 +83,24 @@ class Growing {
   private:
     void clear() {
         blocks_.clear();
-        alive_.clear();
+        live_.clear();
         filled_ = count_ = marked_ = 0;
         publish();
     }
 
     void append(State::Block& to, int64_t n) {
         for (int64_t i = 0; i < n; ++i) to.ids[filled_ + i] = id_of(count_ + i);
-        CHECK(store(kernels_, empty_, from_.row(count_), table_.dtype, from_.stride, table_.width,
-                    filled_, n, 1, empty_.packed_dim ? to.packed.data() : nullptr,
-                    empty_.code_dim ? to.codes.data() : nullptr, to.stats.data(), to.capacity,
-                    to.tail.data(), table_.width - empty_.packed_dim) == Status::OK);
+        CHECK(store({kernels_, 1}, empty_,
+                    {from_.row(count_), table_.dtype, from_.stride, n, table_.width}, filled_,
+                    {empty_.packed_dim ? to.packed.data() : nullptr,
+                     empty_.code_dim ? to.codes.data() : nullptr, to.stats.data(), to.capacity,
+                     to.suffix.data(), table_.width - empty_.packed_dim}) == Status::OK);
     }
 
     void publish() {
         const auto next = std::make_shared<State>();
         next->blocks = blocks_;
-        next->alive = std::make_shared<std::vector<uint64_t>>(alive_);
+        next->live = std::make_shared<std::vector<uint64_t>>(live_);
         next->rows = empty_;
         int64_t first = 0;
         for (const auto& block : blocks_) {
@@ -107,7 +108,7 @@ class Growing {
             add_spans(*next, *block, first, n);
             first += n;
         }
-        next->rows = next->rows.restricted(next->alive->data());
+        next->rows = next->rows.restricted(next->live->data());
         const std::lock_guard<std::mutex> lock(publishing_);
         state_ = next;
     }
@@ -121,7 +122,7 @@ class Growing {
                              const uint8_t* code_tiles) {
             if (rows == 0) return;
             to.rows.spans.push_back({first + begin, rows, tiles, code_tiles,
-                                     block.tail.data() + begin * row_bytes_,
+                                     block.suffix.data() + begin * row_bytes_,
                                      table_.width - empty_.packed_dim, block.stats.data() + begin,
                                      block.capacity, block.ids.data() + begin});
         };
@@ -140,8 +141,8 @@ class Growing {
     const int64_t row_bytes_;  // of the columns that lie row-major
     const Elements from_;
     std::vector<std::shared_ptr<State::Block>> blocks_;
-    std::vector<uint64_t> alive_;
-    int64_t filled_ = 0, count_ = 0, marked_ = 0;  // rows of the last block, of all, of `alive_`
+    std::vector<uint64_t> live_;
+    int64_t filled_ = 0, count_ = 0, marked_ = 0;  // rows of the last block, of all, of `live_`
     mutable std::mutex publishing_;
     std::shared_ptr<const State> state_;
 };

@@ -1,4 +1,4 @@
-// Some of a database's rows, and the mask that says which.
+// Some of a database's rows, and their live mask.
 #pragma once
 
 #include "cpu/search/scan.h"
@@ -70,12 +70,12 @@ class Filtered {
   public:
     Filtered(const Rows& all, const std::vector<int64_t>& which, std::mt19937& random)
         : chosen(all, which) {
-        std::vector<int64_t> alive = which;
+        std::vector<int64_t> live = which;
         for (int64_t row = 0; row < all.count(); ++row)
-            if (!chosen.has(row) && random() % 4) alive.push_back(row);
-        Chosen first(all, alive);
+            if (!chosen.has(row) && random() % 4) live.push_back(row);
+        Chosen first(all, live);
         const Rows before = all.restricted(first.words.data());
-        CHECK_EQUAL(before.eligible(), int64_t(alive.size()));
+        CHECK_EQUAL(before.eligible(), int64_t(live.size()));
         rows = before.restricted(chosen.words.data());
         CHECK_EQUAL(rows.eligible(), int64_t(which.size()));
         CHECK_EQUAL(rows.count(), all.count());

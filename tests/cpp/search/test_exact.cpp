@@ -130,9 +130,9 @@ void test_shared() {
         const Database database(table, {12, coded}, split(table.n), table.n, kernels, 1);
         const auto funnel = [&] {
             Found found = room_for(24, 10);
-            CHECK(search(kernels, database.rows, queries.queries, Metric::COSINE,
-                         {{12, 400}, {48, 10}}, 2, found.scores.data(),
-                         found.ids.data()) == Status::OK);
+            CHECK(search({kernels, 2}, database.rows, queries.queries, Metric::COSINE,
+                         {{12, 400}, {48, 10}},
+                         {found.scores.data(), found.ids.data()}) == Status::OK);
             return found;
         };
         const auto exact = [&] {

@@ -8,8 +8,8 @@ namespace {
 Found find(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
            const std::vector<Stage>& stages, int threads) {
     Found found = room_for(queries.n, stages.back().keep);
-    CHECK(search(kernels, rows, queries, metric, stages, threads, found.scores.data(),
-                 found.ids.data()) == Status::OK);
+    CHECK(search({kernels, threads}, rows, queries, metric, stages,
+                 {found.scores.data(), found.ids.data()}) == Status::OK);
     return found;
 }
 

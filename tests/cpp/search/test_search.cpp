@@ -15,8 +15,8 @@ struct Case {
 
 Found find(const Case& c, const Kernels& kernels, const std::vector<Stage>& stages, int threads) {
     Found found = room_for(c.queries.queries.n, stages.back().keep);
-    CHECK(search(kernels, c.database.rows, c.queries.queries, c.metric, stages, threads,
-                 found.scores.data(), found.ids.data()) == Status::OK);
+    CHECK(search({kernels, threads}, c.database.rows, c.queries.queries, c.metric, stages,
+                 {found.scores.data(), found.ids.data()}) == Status::OK);
     return found;
 }
 
@@ -115,7 +115,7 @@ Found expected(const Case& c, const Rankings& rankings, const std::vector<Stage>
     return funnel(c, rankings, stages, shortlists);
 }
 
-// What int8 codes say of rows, up to a factor of the query: [n].
+// Scores by int8 codes, up to a factor of the query: [n].
 std::vector<double> code_scores(const Case& c, int64_t q) {
     const Rows& rows = c.database.rows;
     const float* query = c.queries.row(q);
@@ -169,10 +169,10 @@ void check_coded(const Case& c, const Ranking& ranking, const std::vector<std::v
     }
 }
 
-// Candidates of rerank, some of which are none.
-struct Candidates {
+// Shortlists of rerank, some of which are none.
+struct Shortlists {
     static constexpr int64_t COUNT = 70;
-    Candidates(const Case& c, std::mt19937& random)
+    Shortlists(const Case& c, std::mt19937& random)
         : ids(c.queries.queries.n * COUNT, -1), rows(c.queries.queries.n) {
         const int64_t n = c.table.n;
         for (size_t q = 0; q < rows.size(); ++q)
@@ -184,12 +184,12 @@ struct Candidates {
     std::vector<std::vector<int64_t>> rows;  // without those that are none
 };
 
-Found find_among(const Case& c, const Kernels& kernels, const Candidates& candidates, Stage stage,
+Found find_among(const Case& c, const Kernels& kernels, const Shortlists& candidates, Stage stage,
                  int threads) {
     Found found = room_for(c.queries.queries.n, stage.keep);
-    CHECK(rerank(kernels, c.database.rows, c.queries.queries, c.metric, candidates.ids.data(),
-                 Candidates::COUNT, stage.dim, stage.keep, threads, found.scores.data(),
-                 found.ids.data()) == Status::OK);
+    CHECK(rerank({kernels, threads}, c.database.rows, c.queries.queries, c.metric,
+                 {candidates.ids.data(), Shortlists::COUNT}, stage,
+                 {found.scores.data(), found.ids.data()}) == Status::OK);
     return found;
 }
 
@@ -216,7 +216,7 @@ void check_case(const Case& c, Layout layout, std::mt19937& random) {
     std::vector<std::vector<double>> codes;
     for (int64_t q = 0; layout.coded && q < c.queries.queries.n; ++q)
         codes.push_back(code_scores(c, q));
-    const Candidates candidates(c, random);
+    const Shortlists candidates(c, random);
     const Stage last = {width, 40};
     const std::string name = scenario;
     for (const std::vector<const Kernels*>& kernels : alike()) {
@@ -300,9 +300,9 @@ void check_passes(const Kernels& kernels, std::mt19937& random) {
     const Found whole = find({table, queries, database, Metric::COSINE}, kernels, stages, 2);
     Found halves = room_for(100, 10);
     for (int64_t half = 0; half < 2; ++half)
-        CHECK(search(kernels, database.rows, queries.some(half * 50, 50), Metric::COSINE, stages, 1,
-                     halves.scores.data() + half * 500,
-                     halves.ids.data() + half * 500) == Status::OK);
+        CHECK(search({kernels, 1}, database.rows, queries.some(half * 50, 50), Metric::COSINE,
+                     stages, {halves.scores.data() + half * 500, halves.ids.data() + half * 500}) ==
+              Status::OK);
     CHECK_EQUAL(whole, halves);
 }
 
@@ -320,12 +320,13 @@ void check_refusals(const Kernels& kernels, std::mt19937& random) {
                 for (int64_t i = 0; i < 7 * 130; ++i) rows[i] = i % 130;
                 for (Metric metric : METRICS) {
                     for (int64_t first : {5, 31})
-                        CHECK(search(kernels, database.rows, queries.queries, metric,
-                                     {{first, 130}, {31, 130}}, 1, found.scores.data(),
-                                     found.ids.data()) == Status::NOT_FINITE);
-                    CHECK(rerank(kernels, database.rows, queries.queries, metric, rows.data(), 130,
-                                 31, 130, 1, found.scores.data(),
-                                 found.ids.data()) == Status::NOT_FINITE);
+                        CHECK(search({kernels, 1}, database.rows, queries.queries, metric,
+                                     {{first, 130}, {31, 130}},
+                                     {found.scores.data(), found.ids.data()}) ==
+                              Status::NOT_FINITE);
+                    CHECK(rerank({kernels, 1}, database.rows, queries.queries, metric,
+                                 {rows.data(), 130}, {31, 130},
+                                 {found.scores.data(), found.ids.data()}) == Status::NOT_FINITE);
                 }
             }
     Table table = make_table(130, 31, DType::F32, random);
@@ -333,13 +334,14 @@ void check_refusals(const Kernels& kernels, std::mt19937& random) {
     for (int64_t c = 0; c < 31; ++c) table.set(64, c, 3e38f);
     const Database database(table, {0, false}, {table.n}, table.n, kernels, 1);
     Found found = room_for(7, 130);
-    CHECK(search(kernels, database.rows, queries.queries, Metric::L2, {{31, 130}}, 1,
-                 found.scores.data(), found.ids.data()) == Status::OVERFLOW_);
+    CHECK(search({kernels, 1}, database.rows, queries.queries, Metric::L2, {{31, 130}},
+                 {found.scores.data(), found.ids.data()}) == Status::OVERFLOW_);
     for (float bad : {NAN, INFINITY, -INFINITY}) {
         std::vector<float> query(2 * 31);
         query[61] = bad;
-        CHECK(search(kernels, database.rows, {query.data(), 2, 31}, Metric::IP, {{5, 9}, {31, 3}},
-                     1, found.scores.data(), found.ids.data()) == Status::QUERY_NOT_FINITE);
+        CHECK(search({kernels, 1}, database.rows, {query.data(), 2, 31}, Metric::IP,
+                     {{5, 9}, {31, 3}},
+                     {found.scores.data(), found.ids.data()}) == Status::QUERY_NOT_FINITE);
     }
 }
 

@@ -67,7 +67,7 @@ void check_pieces(const Kernels& kernels, std::mt19937& random) {
 }
 
 // The other columns, row-major, whatever pieces rows are stored in; nothing between them.
-void check_tail(const Kernels& kernels, std::mt19937& random) {
+void check_suffix(const Kernels& kernels, std::mt19937& random) {
     for (DType dtype : DTYPES) {
         const int64_t n = 150, width = 29, packed = 13, stride = width - packed + 3;
         const int64_t size = dtype == DType::F32 ? 4 : 2;
@@ -80,12 +80,14 @@ void check_tail(const Kernels& kernels, std::mt19937& random) {
                         static_cast<const char*>(from.row(row)) + packed * size,
                         (width - packed) * size);
         for (int64_t batch : {7, 65, 150}) {
-            std::vector<char> tail(right.size(), 0x5a);
+            std::vector<char> suffix(right.size(), 0x5a);
             for (int64_t begin = 0; begin < n; begin += batch)
-                CHECK(store(kernels, rows, from.row(begin), dtype, from.stride, width, begin,
-                            std::min(batch, n - begin), 1, nullptr, nullptr, nullptr, 0,
-                            tail.data(), stride) == Status::OK);
-            CHECK(tail == right);
+                CHECK(
+                    store({kernels, 1}, rows,
+                          {from.row(begin), dtype, from.stride, std::min(batch, n - begin), width},
+                          begin,
+                          {nullptr, nullptr, nullptr, 0, suffix.data(), stride}) == Status::OK);
+            CHECK(suffix == right);
         }
     }
 }
@@ -101,8 +103,9 @@ void check_not_finite(const Kernels& kernels, std::mt19937& random) {
                     Table table = make_table(n, width, dtype, random);
                     table.set(row, c, bad);
                     const Elements from(table.row(0), n, width, 0, width, width, dtype);
-                    CHECK(store(kernels, rows, from.row(0), dtype, width, width, 0, n, 1,
-                                tiles.data(), nullptr, nullptr, 0) == Status::NOT_FINITE);
+                    CHECK(store({kernels, 1}, rows, {from.row(0), dtype, width, n, width}, 0,
+                                {tiles.data(), nullptr, nullptr, 0, nullptr, 0}) ==
+                          Status::NOT_FINITE);
                 }
     }
 }
@@ -114,7 +117,7 @@ void test_store() {
     for (const Kernels* kernels : tested_kernels()) {
         scenario = std::string("store, ") + kernels->name;
         check_pieces(*kernels, random);
-        check_tail(*kernels, random);
+        check_suffix(*kernels, random);
         check_not_finite(*kernels, random);
     }
     scenario = "store, two threads";

@@ -36,11 +36,11 @@ class Reader {
     void check(const State& state) {
         std::vector<int64_t> rows;
         for (int64_t row = 0; row < state.rows.count(); ++row)
-            if (state.is_alive(row)) rows.push_back(row);
+            if (state.is_live(row)) rows.push_back(row);
         CHECK_EQUAL(state.rows.eligible(), int64_t(rows.size()));
         if (random_() % 2) return check(state.rows, rows);
-        // What is allowed besides being alive.
-        std::vector<uint64_t> words = *state.alive;
+        // What is allowed besides being live.
+        std::vector<uint64_t> words = *state.live;
         for (uint64_t& word : words) word &= random_() % 3 ? uint64_t(random_()) << 17 : 1;
         std::vector<int64_t> allowed;
         for (int64_t row : rows)
@@ -67,8 +67,8 @@ class Reader {
         // Codes leave all rows to the columns.
         const std::vector<Stage> stages = {{PREFIX, coded_ ? ROWS_IN_ALL : 60}, {WIDE, 7}};
         Found found = room_for(QUERIES, 7), right = known.chains.best(among, stages, nullptr);
-        CHECK(search(kernels_, rows, queries_.queries, metric, stages, threads(),
-                     found.scores.data(), found.ids.data()) == Status::OK);
+        CHECK(search({kernels_, threads()}, rows, queries_.queries, metric, stages,
+                     {found.scores.data(), found.ids.data()}) == Status::OK);
         to_ids(&right);
         CHECK_EQUAL(found, right);
     }

@@ -1,10 +1,10 @@
-// Nested scores in fp64 as a loss reads them, and the same as the engine is given it.
+// A problem of nested scores: its scores in fp64 as a loss reads them, and the arguments for csrc.
 #pragma once
 
 #include "cpu/training/nested.h"
 #include "vectors.h"
 
-// What a call is given besides x, w and dims.
+// The arguments of a call besides x, w and dims.
 struct Options {
     const char* name;
     bool bias, scales, target;

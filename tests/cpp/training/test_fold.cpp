@@ -33,10 +33,10 @@ Folded fold_chunks(const Problem& p, const Kernels& kernels, const std::vector<i
     int64_t begin = 0;
     const auto at = [](auto& array) { return array.empty() ? nullptr : array.data(); };
     for (int64_t end : cuts) {
-        fold(kernels, p.chunk(begin, end), threads, out.row_max.data(), out.row_sum.data(),
-             at(out.labels), at(out.soft_sum), at(out.hit),
-             p.o.columns ? out.col_max.data() + begin : nullptr,
-             p.o.columns ? out.col_sum.data() + begin : nullptr);
+        fold({kernels, threads}, p.chunk(begin, end),
+             {out.row_max.data(), out.row_sum.data(), at(out.labels), at(out.soft_sum), at(out.hit),
+              p.o.columns ? out.col_max.data() + begin : nullptr,
+              p.o.columns ? out.col_sum.data() + begin : nullptr});
         begin = end;
     }
     return out;
@@ -117,7 +117,7 @@ void check_store_scores(const Problem& p, const std::vector<const Kernels*>& all
         std::vector<float> first;
         for (int threads : THREADS) {
             std::vector<float> out(expected.value.size(), Numbers::UNSET);
-            store_scores(*kernels, p.chunk(0, p.cols), threads, out.data(), apart, stride);
+            store_scores({*kernels, threads}, p.chunk(0, p.cols), out.data(), apart, stride);
             if (first.empty()) check_numbers(first = out, expected);
             CHECK(same_bits(out, first));
         }
@@ -142,8 +142,8 @@ void check_labels(const Kernels& kernels, std::mt19937& random) {
         s.first_col = begin;
         s.period = 1;
         s.own_boost = s.other_boost = 1.0f;
-        fold(kernels, s, 1, row_max.data(), row_sum.data(), labels.data(), nullptr, nullptr,
-             nullptr, nullptr);
+        fold({kernels, 1}, s,
+             {row_max.data(), row_sum.data(), labels.data(), nullptr, nullptr, nullptr, nullptr});
     }
     for (int64_t r = 0; r < rows; ++r) {
         float best = -INFINITY;

@@ -53,7 +53,7 @@ struct Upstream {
     std::vector<float> d_row, d_hit, d_soft, d_col, row_max, row_log, col_max, col_log;
 };
 
-// Gradients of every input, flat as the engine writes them.
+// Gradients of every input, flat as csrc writes them.
 template <class Array>
 struct Gradients {
     explicit Gradients(const Problem& p, const Array& none)
@@ -150,11 +150,11 @@ Found32 run_gradients(const Problem& p, const Kernels& kernels, const std::vecto
     Found32 out(p, {});
     int64_t begin = 0;
     for (int64_t end : cuts) {
-        gradients(kernels, p.chunk(begin, end), given(begin), threads, workspace, out.dx.data(),
-                  p.depth + 1, out.dw.data() + begin * (p.depth + 4), p.depth + 4,
-                  p.o.scales ? out.d_row_scale.data() : nullptr,
-                  p.o.scales ? out.d_col_scale.data() + begin : nullptr,
-                  p.o.bias ? out.db.data() + begin : nullptr);
+        gradients({kernels, threads}, p.chunk(begin, end), given(begin), workspace,
+                  {out.dx.data(), p.depth + 1, out.dw.data() + begin * (p.depth + 4), p.depth + 4,
+                   p.o.scales ? out.d_row_scale.data() : nullptr,
+                   p.o.scales ? out.d_col_scale.data() + begin : nullptr,
+                   p.o.bias ? out.db.data() + begin : nullptr});
         begin = end;
     }
     return out;

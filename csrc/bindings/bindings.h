@@ -1,0 +1,49 @@
+// Arguments of the bindings of both wings: addresses, and instruction sets by name.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "cpu/simd/kernels.h"
+
+namespace mrl {
+
+// Python passes addresses as integers, 0 for none; it owns the arrays and has checked them.
+template <class T>
+struct Address {
+    T* at;
+    operator T*() const { return at; }
+};
+
+// The kernels of an instruction set; an empty name is the best that this processor has.
+inline const Kernels& kernels_named(const std::string& name) {
+    const std::vector<const Kernels*> available = available_kernels();
+    if (name.empty()) return *available.front();
+    for (const Kernels* kernels : available)
+        if (name == kernels->name) return *kernels;
+    throw std::invalid_argument("isa: this processor has no " + name);
+}
+
+void bind_search(pybind11::module_& m);
+void bind_training(pybind11::module_& m);
+
+}  // namespace mrl
+
+namespace pybind11 {
+namespace detail {
+
+template <class T>
+struct type_caster<mrl::Address<T>> {
+    PYBIND11_TYPE_CASTER(mrl::Address<T>, const_name("int"));
+    bool load(handle source, bool convert) {
+        make_caster<uintptr_t> number;
+        if (!number.load(source, convert)) return false;
+        value = {reinterpret_cast<T*>(cast_op<uintptr_t>(number))};
+        return true;
+    }
+};
+
+}  // namespace detail
+}  // namespace pybind11

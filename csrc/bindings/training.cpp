@@ -1,0 +1,105 @@
+// Bindings of training: folds of nested scores, the scores themselves, and gradients.
+#include "bindings/bindings.h"
+#include "cpu/training/nested.h"
+
+namespace py = pybind11;
+
+namespace mrl {
+namespace {
+
+// Fields of a struct by their names. One that is not named is zero, an address null.
+class Fields {
+  public:
+    explicit Fields(const py::dict& fields) : fields_(fields) {}
+    template <class T>
+    T get(const char* name, T otherwise = T()) const {
+        return fields_.contains(name) ? fields_[name].cast<T>() : otherwise;
+    }
+    template <class T>
+    T* at(const char* name) const {
+        return get<Address<T>>(name);
+    }
+
+  private:
+    const py::dict& fields_;
+};
+
+Scores scores_of(const py::kwargs& named) {
+    const Fields fields(named);
+    Scores s = {};
+    s.x = {fields.at<float>("x"), fields.get<int64_t>("x_stride")};
+    s.w = {fields.at<float>("w"), fields.get<int64_t>("w_stride")};
+    s.rows = fields.get<int64_t>("rows");
+    s.cols = fields.get<int64_t>("cols");
+    s.dims = fields.get<std::vector<int64_t>>("dims");
+    s.bias = fields.at<float>("bias");
+    s.row_scale = fields.at<float>("row_scale");
+    s.col_scale = fields.at<float>("col_scale");
+    s.cols_apart = fields.get<int64_t>("cols_apart");
+    s.target = fields.at<int64_t>("target");
+    s.first_col = fields.get<int64_t>("first_col");
+    s.period = fields.get<int64_t>("period", 1);
+    s.exclude_own = fields.get<bool>("exclude_own");
+    s.own_boost = fields.get<float>("own_boost", 1.0f);
+    s.other_boost = fields.get<float>("other_boost", 1.0f);
+    s.soft = fields.at<float>("soft");
+    s.soft_stride = fields.get<int64_t>("soft_stride");
+    s.mask = fields.at<uint8_t>("mask");
+    s.mask_stride = fields.get<int64_t>("mask_stride");
+    s.sigmoid = fields.get<bool>("sigmoid");
+    return s;
+}
+
+Given given_of(const py::dict& named) {
+    const Fields fields(named);
+    Given given = {};
+    given.row_max = fields.at<float>("row_max");
+    given.row_log = fields.at<float>("row_log");
+    given.d_row = fields.at<float>("d_row");
+    given.d_hit = fields.at<float>("d_hit");
+    given.d_soft = fields.at<float>("d_soft");
+    given.col_max = fields.at<float>("col_max");
+    given.col_log = fields.at<float>("col_log");
+    given.d_col = fields.at<float>("d_col");
+    given.soft_total = fields.at<float>("soft_total");
+    given.grad = fields.at<float>("grad");
+    given.grad_apart = fields.get<int64_t>("grad_apart");
+    given.grad_stride = fields.get<int64_t>("grad_stride");
+    return given;
+}
+
+}  // namespace
+
+void bind_training(py::module_& m) {
+    m.attr("ROWS") = ROWS;
+    m.attr("GROUP_ROWS") = GROUP_ROWS;
+    // Fields as in nested.h; a factor that is not named is 1.
+    py::class_<Scores>(m, "Scores").def(py::init(&scores_of));
+    m.def("fold",
+          [](const Scores& scores, int threads, const std::string& isa, Address<float> row_max,
+             Address<double> row_sum, Address<int64_t> labels, Address<double> soft_sum,
+             Address<float> hit, Address<float> col_max, Address<double> col_sum) {
+              const Run run = {kernels_named(isa), threads};
+              py::gil_scoped_release unlocked;
+              fold(run, scores, {row_max, row_sum, labels, soft_sum, hit, col_max, col_sum});
+          });
+    m.def("store_scores", [](const Scores& scores, int threads, const std::string& isa,
+                             Address<float> out, int64_t out_apart, int64_t out_stride) {
+        const Run run = {kernels_named(isa), threads};
+        py::gil_scoped_release unlocked;
+        store_scores(run, scores, out, out_apart, out_stride);
+    });
+    m.def("gradients",
+          [](const Scores& scores, int threads, const std::string& isa, const py::dict& given,
+             int64_t workspace_bytes, Address<float> dx, int64_t dx_stride, Address<float> dw,
+             int64_t dw_stride, Address<float> d_row_scale, Address<float> d_col_scale,
+             Address<float> db) {
+              const Run run = {kernels_named(isa), threads};
+              const Given from = given_of(given);
+              py::gil_scoped_release unlocked;
+              gradients(run, scores, from, workspace_bytes,
+                        {dx, dx_stride, dw, dw_stride, d_row_scale, d_col_scale, db});
+          });
+}
+
+}  // namespace mrl
