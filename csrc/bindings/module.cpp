@@ -5,7 +5,27 @@
 
 using namespace mrl;
 
+namespace {
+
+// Whether a signal's handler raised: that is then this thread's error.
+bool signal_raised() {
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool raised = PyErr_CheckSignals() != 0;
+    PyGILState_Release(state);
+    return raised;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
+    stop_where(signal_raised);
+    py::register_local_exception_translator([](std::exception_ptr error) {
+        try {
+            std::rethrow_exception(error);
+        } catch (const Interrupted&) {
+            // `signal_raised` has set the error.
+        }
+    });
     m.attr("TILE") = TILE;
     m.def("use_openmp", [](const std::string& library) { return use_openmp(library.c_str()); });
     m.def("available", [] {

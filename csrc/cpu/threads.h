@@ -1,4 +1,5 @@
 // Threads for one call: PyTorch's own OpenMP team where its runtime was named, else plain threads.
+// A call can be stopped while it runs, and a forked child can make calls of its own.
 //
 // A team that has just worked spins for a while in wait of more; threads beside it would share its
 // cores with that. And a second OpenMP runtime would bring a second team.
@@ -7,48 +8,73 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <vector>
 
 namespace mrl {
 
 // Uses the GNU OpenMP runtime of this path, already loaded, from now on; false where it is none.
+//
+// Such a team does not survive fork(): the child has none of its threads and would wait for them
+// for ever. So the thread that forks ends its team first; parent and child start a new one with
+// their next call.
 bool use_openmp(const char* library);
 
-// Runs member(data) on up to `threads` threads, this thread included.
-void run_team(int threads, void (*member)(void*), void* data);
+// What a call throws that was stopped; its results are incomplete.
+struct Interrupted : std::exception {
+    const char* what() const noexcept override { return "interrupted"; }
+};
 
-// Runs fn(thread) once for each thread in [0, threads); rethrows what one of them threw.
+// Has the process's first thread, the one that Python's signal handlers run in, ask `stop` about
+// every 50 ms while its calls work; true stops the call. Null: no call is stopped.
+void stop_where(bool (*stop)());
+
+// What the threads of one call share.
+struct Call {
+    std::atomic<bool> stopped{false}, failed{false};
+    std::exception_ptr error;  // the first; written by who sets `failed`
+};
+
+// Runs member(data) on up to `threads` threads, this thread included. `call` is what `poll` looks
+// at meanwhile.
+void run_team(int threads, Call& call, void (*member)(void*), void* data);
+
+// Throws Interrupted where this thread's call was stopped. For loops that take a while: a call
+// that does not poll for a tenth of a second is stopped late.
+void poll();
+
+// Runs fn(thread) once for each thread in [0, threads). Where one throws the others stop at their
+// next poll, and what it threw is thrown here.
 template <class Fn>
 void parallel(int threads, const Fn& fn) {
     struct Team {
         const Fn& fn;
         int threads;
         std::atomic<int> next;
-        std::vector<std::exception_ptr> errors;
-    } team = {fn, threads, {0}, std::vector<std::exception_ptr>(threads)};
+        Call call;
+    } team = {fn, threads, {0}, {}};
     run_team(
-        threads,
+        threads, team.call,
         [](void* data) {
             Team& team = *static_cast<Team*>(data);
             for (int thread; (thread = team.next++) < team.threads;) {
                 try {
                     team.fn(thread);
                 } catch (...) {
-                    team.errors[thread] = std::current_exception();
+                    if (!team.call.failed.exchange(true)) team.call.error = std::current_exception();
+                    team.call.stopped = true;
                 }
             }
         },
         &team);
-    for (const std::exception_ptr& error : team.errors)
-        if (error) std::rethrow_exception(error);
+    if (team.call.error) std::rethrow_exception(team.call.error);
 }
 
 // Hands out [0, count) in ascending ranges of `grain`: what one thread receives, it receives in
-// order.
+// order. Polls.
 class Ranges {
   public:
     Ranges(int64_t count, int64_t grain) : count_(count), grain_(grain) {}
     bool next(int64_t* begin, int64_t* end) {
+        poll();
         *begin = next_.fetch_add(grain_, std::memory_order_relaxed);
         *end = *begin + grain_ < count_ ? *begin + grain_ : count_;
         return *begin < count_;
