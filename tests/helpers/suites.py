@@ -26,8 +26,8 @@ FIRST = (
     "tests/integrations/test_sentence_transformers_training.py",
 )
 
-# Of these tests, `make test` runs the cases that match without a GPU, where kernels are interpreted;
-# `make test-slow` runs the others. What the dropped cases share with those that stay: README.md.
+# Of these tests `make test` runs the cases that match, where there is no GPU and kernels are
+# interpreted; `make test-slow` runs the others.
 SHORT = {
     "tests/kernels/test_certified.py::test_exact": ("True-cosine", "False-l2"),
 }

@@ -47,6 +47,6 @@ def test_every_shortened_test_keeps_a_case(test, request):
     assert suites.SHORT[test], "no case would be left"
 
 
-def test_folders_are_all_in_the_readme():
+def test_every_folder_is_described():
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
-    assert folders - {"__pycache__"} == set(re.findall(r"^\| `(\w+)/` \|", README, re.M))
+    assert folders - {"__pycache__"} <= set(re.findall(r"^\| `(\w+)/` \|", README, re.M))
