@@ -14,10 +14,11 @@ import torch
 from torch.utils._pytree import tree_map
 
 from mrl_fast.shared import native
-from tests.helpers import suites
+from tests.helpers import interpreter, suites
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.install()
 native.ISA = os.environ.get("MRL_FAST_ISA", "")
 ROOT = Path(__file__).parents[1]
 
