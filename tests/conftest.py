@@ -14,10 +14,12 @@ import torch
 from torch.utils._pytree import tree_map
 
 from mrl_fast.shared import native
-from tests.helpers import interpreter, suites
+from tests.helpers import suites
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests.helpers import interpreter
+
     interpreter.install()
 native.ISA = os.environ.get("MRL_FAST_ISA", "")
 ROOT = Path(__file__).parents[1]
