@@ -18,7 +18,7 @@ from tests.helpers import suites
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from tests.helpers import interpreter
+    from benchmarks.gpu import interpreter
 
     interpreter.install()
 native.ISA = os.environ.get("MRL_FAST_ISA", "")

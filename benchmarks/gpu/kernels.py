@@ -17,6 +17,7 @@ from mrl_fast.kernels.search.pair_scores import RESCANNED
 from mrl_fast.kernels.search.topk import Rows, empty, row_vectors
 from torch import Tensor
 
+from benchmarks.gpu import interpreter
 from benchmarks.gpu.measure import DEVICE, DTYPES, generator
 from mrl_fast import (
     funnel_search,
@@ -192,4 +193,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if not ON_GPU:
+        interpreter.install()
     main()

@@ -33,7 +33,8 @@ def reduce_by_slices(self: ReduceOps, input: tuple) -> list:
 def sort(x: tl.tensor, dim: int | None = None, descending: bool = False) -> tl.tensor:
     data = np.sort(x.handle.data, axis=-1)
     data = data[..., ::-1].copy() if descending else data
-    return tl.tensor(TensorHandle(data, x.dtype.scalar), x.type)
+    handle = TensorHandle(data, x.dtype.scalar)
+    return tl.tensor(handle, x.type)  # pyright: ignore[reportArgumentType]
 
 
 def install() -> None:
