@@ -1,19 +1,51 @@
-# make demo | test | fuzz | bench | reproduce | lint | gates; each sets up .venv first if it has to.
-# make sanitize needs a C++ compiler only.
+# make demo | quick | test | test-slow | test-processors | fuzz | bench | reproduce | lint | gates; each
+# sets up .venv first if it has to. make sanitize needs a C++ compiler only.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALLED := .venv/.installed
 READY := .venv/.ready
 CXX_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/cpp/*.cpp' 'tests/cpp/*.h'
 
-.PHONY: demo test fuzz lint format bench reproduce gates sanitize clean
+.PHONY: demo quick test test-slow test-processors fuzz lint format bench reproduce gates sanitize clean
 
 demo: $(READY)
 	$(BIN)/mrl-fast demo --out demo-out
 
-# Files of tests at once on all cores; threads that wait must not spin where others could run.
+# On all cores; threads that wait must not spin where others could run. A worker begins with half of
+# the tests, in order, and takes some of another's when it has none left.
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist worksteal
+
+# A verdict within a minute: lint, what has to be compiled anew, tables, properties, bad input.
+quick: $(READY)
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files $(CXX_FILES))
+	changed=$$(git diff --name-only --diff-filter=d HEAD -- 'mrl_fast/*.py' 'benchmarks/*.py'; \
+		git ls-files --others --exclude-standard -- 'mrl_fast/*.py' 'benchmarks/*.py'); \
+	test -z "$$changed" || $(BIN)/pyright $$changed
+	$(PYTEST) -q -m quick
+
 test: lint sanitize
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m 'not slow' --durations=25
+	MRL_FAST_ISA=portable OMP_NUM_THREADS=1 $(HELD_default) $(PYTEST) -q -m quick
+
+# What make test leaves out where there is no GPU: more cases of kernels in Triton's interpreter.
+test-slow: $(READY)
+	$(PYTEST) -m slow --durations=25
+
+# The suite as on other processors: our kernels on each instruction set that this one has, on one
+# thread with MKL and ATen held to AVX2, on two with both held to what every processor has. (An AMD
+# takes MKL_CBWR, but not MKL_ENABLE_INSTRUCTIONS.)
+HELD_avx2 := MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=avx2
+HELD_default := MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default
+ISAS = $(shell $(BIN)/python -c 'from mrl_fast import _C; print(*_C.available())')
+ELSEWHERE := --ignore tests/stress --ignore tests/house -m 'not slow'
+test-processors: $(READY)
+	set -e; for isa in $(ISAS); do \
+		MRL_FAST_ISA=$$isa OMP_NUM_THREADS=1 $(HELD_avx2) $(PYTEST) $(ELSEWHERE); \
+		MRL_FAST_ISA=$$isa OMP_NUM_THREADS=2 $(HELD_default) $(PYTEST) $(ELSEWHERE); \
+	done
 
 # What the tests do at random for seconds, for half an hour: damaged files, threads, kills.
 FUZZ ?= 40
@@ -85,8 +117,12 @@ build/cpp/$(1)/%.o: %.cpp
 endef
 $(foreach name,address thread plain,$(eval $(call CPP_TESTS,$(name))))
 
-# Rebuilt when what is installed changes; Python sources are used in place.
-$(READY): pyproject.toml constraints.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+# Python sources are used in place. The extension is compiled anew from what changed: setup.py.
+$(READY): $(INSTALLED) $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+$(INSTALLED): pyproject.toml constraints.txt setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@

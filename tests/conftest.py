@@ -1,14 +1,51 @@
-"""Without a GPU, Triton kernels are interpreted: to be chosen before Triton is imported. With one,
-tests that hand CPU tensors to ``impl="triton"`` have them carried there and back."""
+"""How the tests run: on which processor, in which order, which of them.
+
+Without a GPU, Triton kernels are interpreted: that is chosen before Triton is imported. With one,
+tests that hand CPU tensors to ``impl="triton"`` have them carried there and back.
+``MRL_FAST_ISA=portable`` runs our kernels on that instruction set; the variables of PyTorch and MKL
+that hold theirs back are in the Makefile.
+"""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._pytree import tree_map
 
+from mrl_fast.shared import native
+from tests.helpers import suites
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from benchmarks.gpu import interpreter
+
+    interpreter.install()
+native.ISA = os.environ.get("MRL_FAST_ISA", "")
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_report_header():
+    ours = native.ISA or native._C.available()[0]
+    theirs = torch.backends.cpu.get_cpu_capability()
+    return f"kernels: {ours}, ATen: {theirs}, threads: {torch.get_num_threads()}"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """``-m quick`` does not even import a file that has no quick test."""
+    name = collection_path.relative_to(ROOT).as_posix()
+    if config.option.markexpr == "quick" and collection_path.is_file():
+        return True if name not in suites.QUICK else None
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not torch.cuda.is_available() and suites.is_slow(item.nodeid):
+            item.add_marker("slow")
+        elif suites.is_quick(item.nodeid):
+            item.add_marker("quick")
+    items.sort(key=lambda item: suites.place(item.nodeid))
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from mrl_fast.kernels.search.plan import KnownRows
 from mrl_fast.kernels.search.topk import prefix_topk as triton_topk
 from torch import Tensor
 
+from benchmarks.gpu import interpreter
 from benchmarks.gpu.measure import DEVICE, DTYPES, generator
 from mrl_fast import (
     funnel_search,
@@ -195,4 +196,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if not ON_GPU:
+        interpreter.install()
     main()

@@ -19,7 +19,7 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
@@ -60,6 +60,14 @@ class Row(NamedTuple):
     make: Callable[[], Work]
     precision: str = "highest"  # of fp32 products
     headline: bool = False  # shown in the README
+
+
+def distinct(specs: Iterable[Any], *, tiny: bool) -> list[tuple[Any, Any]]:
+    """Each spec and what is made of it; of those that are the same when tiny, the first."""
+    made: dict[Any, Any] = {}
+    for spec in specs:
+        made.setdefault(spec.tiny() if tiny else spec, spec)
+    return [(spec, one) for one, spec in made.items()]
 
 
 def lazily(build: Callable[[], Call]) -> Call:

@@ -19,7 +19,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.measure import REPETITIONS, Row, environment, measure, measure_ceilings, release
+from benchmarks.gpu import interpreter
+from benchmarks.gpu.measure import (
+    DEVICE,
+    REPETITIONS,
+    Row,
+    environment,
+    measure,
+    measure_ceilings,
+    release,
+)
 
 MODULES = {
     part: f"benchmarks.gpu.{name}" for part, name in ((3, "search"), (4, "index"), (5, "training"))
@@ -105,6 +114,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing a row")
     parser.add_argument("--until", type=float, default=450.0, help="seconds for all rows")
     given = parser.parse_args()
+    if DEVICE == "cpu":
+        interpreter.install()
     rows = importlib.import_module(MODULES[given.part]).rows(tiny=given.tiny)
     return run(rows, given.file, tiny=given.tiny, seconds=given.seconds, until=given.until)
 

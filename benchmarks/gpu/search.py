@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import exact
-from benchmarks.gpu.measure import DEVICE, DTYPES, OURS, Call, Row, Work, captured, generator
+from benchmarks.gpu.measure import (
+    DEVICE,
+    DTYPES,
+    OURS,
+    Call,
+    Row,
+    Work,
+    captured,
+    distinct,
+    generator,
+)
 from benchmarks.gpu.rivals import (
     cuvs_topk,
     faiss_topk,
@@ -211,8 +221,8 @@ HEADLINES = [*SCANS[:5], RERANKS[0], RERANKS[1], FUNNELS[2]]
 
 
 def rows(*, tiny: bool) -> Iterator[Row]:
-    for spec in [*SCANS[:7], *RERANKS, *STRIDED, *FUNNELS, *SCANS[7:]]:
-        made = spec.tiny() if tiny else spec
+    specs = [*SCANS[:7], *RERANKS, *STRIDED, *FUNNELS, *SCANS[7:]]
+    for spec, made in distinct(specs, tiny=tiny):
         headline = spec in HEADLINES
         yield Row(spec.name, made.shape, spec.dtype, made.work, spec.precision, headline)
 

@@ -19,7 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rivals
-from benchmarks.gpu.measure import DEVICE, DTYPES, OURS, Call, Row, Work, generator, lazily
+from benchmarks.gpu.measure import (
+    DEVICE,
+    DTYPES,
+    OURS,
+    Call,
+    Row,
+    Work,
+    distinct,
+    generator,
+    lazily,
+)
 from benchmarks.gpu.rivals import installed
 from benchmarks.rivals import NOMIC, RESNET, VOCABULARY, Case, step_of
 from mrl_fast import (
@@ -57,7 +67,8 @@ class Training(NamedTuple):
 
     def tiny(self) -> Training:
         classes = 24 if self.case.kind in HEADS else 10
-        return self._replace(case=self.case._replace(rows=10, classes=classes, dims=(4, 8, 16)))
+        case = self.case._replace(rows=10, classes=classes, dims=(4, 8, 16))
+        return self._replace(case=case, headline=False)
 
     def work(self) -> Work:
         if DEVICE == "cuda":
@@ -103,8 +114,7 @@ class Training(NamedTuple):
 
 
 def rows(*, tiny: bool) -> Iterator[Row]:
-    for spec in TRAININGS:
-        made = spec.tiny() if tiny else spec
+    for spec, made in distinct(TRAININGS, tiny=tiny):
         yield Row(spec.name, made.shape, spec.dtype, made.work, spec.precision, spec.headline)
 
 

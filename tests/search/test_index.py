@@ -240,9 +240,11 @@ print((status("VmHWM:") - before) * 1024 / (rows * 768 * (4 if dtype == "float32
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
-@pytest.mark.parametrize("parts", [1, 40])
+@pytest.mark.parametrize(
+    ("parts", "prefix_dtype", "dtype"),
+    [(1, "float32", "float16"), (1, "int8", "float32"), (40, "float32", "float32"),
+     (40, "int8", "float16")],
+)  # fmt: skip
 def test_adding_needs_little_more_than_the_vectors(parts, prefix_dtype, dtype):
     command = [sys.executable, "-c", PEAK, "80000", str(parts), prefix_dtype, dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

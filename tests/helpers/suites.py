@@ -1,0 +1,55 @@
+"""Which tests the make targets run: chosen here by file and by case, and marked by conftest.py."""
+
+from fnmatch import fnmatch
+
+# `make quick`, and the short form of `make test-processors`: tables, properties, budgets and bad
+# input, on cpp and reference.
+QUICK = (
+    "tests/house/test_shape.py",
+    "tests/house/test_suite.py",
+    "tests/house/test_testing.py",
+    "tests/search/test_exact.py",
+    "tests/search/test_ops.py",
+    "tests/training/test_cascade.py",
+    "tests/training/test_cross_entropy.py",
+    "tests/training/test_logits.py",
+    "tests/training/test_sigmoid_distill.py",
+)
+
+# Files with tests of half a minute go first, so that the last ones to run are short.
+FIRST = (
+    "tests/house/test_gpu_run.py",
+    "tests/house/test_static_gates.py",
+    "tests/house/test_imports.py",
+    "tests/experiments/test_reproduce.py",
+    "tests/stress/test_kills.py",
+    "tests/integrations/test_sentence_transformers_training.py",
+)
+
+# Of these tests `make test` runs the cases that match, where there is no GPU and kernels are
+# interpreted; `make test-slow` runs the others.
+SHORT = {
+    "tests/kernels/test_certified.py::test_exact": ("True-cosine", "False-l2"),
+}
+
+
+def test_of(nodeid: str) -> str:
+    return nodeid.split("[")[0]
+
+
+def case_of(nodeid: str) -> str:
+    return nodeid.partition("[")[2].removesuffix("]")
+
+
+def is_slow(nodeid: str) -> bool:
+    cases = SHORT.get(test_of(nodeid))
+    return cases is not None and not any(fnmatch(case_of(nodeid), case) for case in cases)
+
+
+def is_quick(nodeid: str) -> bool:
+    return nodeid.split("::")[0] in QUICK and "triton" not in case_of(nodeid)
+
+
+def place(nodeid: str) -> int:
+    file = nodeid.split("::")[0]
+    return FIRST.index(file) if file in FIRST else len(FIRST)
