@@ -1,6 +1,6 @@
 """The command line: ``mrl-fast``."""
 
-import sys
+from mrl_fast.cli.extras import needs_extra
 
 
 def main() -> None:
@@ -12,8 +12,3 @@ def main() -> None:
     except KeyboardInterrupt:  # Ctrl-C while modules are loaded
         raise SystemExit(130) from None
     app(prog_name="mrl-fast")
-
-
-def needs_extra(error: ModuleNotFoundError, extra: str) -> None:
-    package = str(error.name).split(".")[0]
-    print(f"mrl-fast: needs {package}: pip install 'mrl-fast[{extra}]'", file=sys.stderr)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from mrl_fast.cli import needs_extra
+from mrl_fast.cli.extras import needs_extra
 from mrl_fast.cli.inputs import Vectors
 from mrl_fast.search.disk import manifest as manifests
 

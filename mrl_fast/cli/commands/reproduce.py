@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mrl_fast.cli import needs_extra
+from mrl_fast.cli.extras import needs_extra
 from mrl_fast.cli.output import failing, say, shows_progress
 
 
