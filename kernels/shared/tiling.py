@@ -99,7 +99,8 @@ def make_schedule(dims: Sequence[int], block_d: int, device: torch.device) -> Te
             lo, hi = max(slab.start, start), min(slab.stop, start + block_d)
             ends = (lo - start) // unit, (hi - start) // unit
             entries.append((start // block_d, *ends, g if hi == slab.stop else -1))
-    return torch.tensor(entries, dtype=torch.int16).to(device, non_blocking=True)
+    schedule = torch.tensor(entries, dtype=torch.int16, device="cpu")
+    return schedule.to(device, non_blocking=True)
 
 
 def chunks(size: int, step: int) -> Iterator[slice]:

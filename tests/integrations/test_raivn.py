@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mrl_fast.integrations.raivn import FixedFeatureLayer, Matryoshka_CE_Loss, MRL_Linear_Layer
-from mrl_fast.testing import assert_within_budget
+from mrl_fast.testing import assert_within_budget, rounding_bounds
 
 NESTING = [3, 8, 20]
 ROWS, WIDTH, CLASSES = 37, 24, 11  # x is wider than the longest prefix
@@ -154,8 +154,9 @@ def test_float32_error_budget(efficient, deferred):
     exact = gradients(torch.float64, ours=False)
     native = gradients(torch.float32, ours=False)
     actual = gradients(torch.float32, ours=True)
-    for i, triple in enumerate(zip(actual, exact, native, strict=True)):
-        assert_within_budget(*triple, name=f"{i}")
+    bounds = rounding_bounds(lambda: gradients(torch.float64, ours=False))
+    for i, (*triple, bound) in enumerate(zip(actual, exact, native, bounds, strict=True)):
+        assert_within_budget(*triple, name=f"{i}", bound=lambda bound=bound: bound)
 
 
 def network(efficient=True):

@@ -1,13 +1,16 @@
 """The Triton loss engine below the public ops, against a plain fold of materialised scores."""
 
+from functools import cache, partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from mrl_fast.kernels import training as kernels
 from mrl_fast.kernels.shared import tiling
 
-from mrl_fast.testing import assert_within_budget
+from mrl_fast.testing import assert_within_budget, rounding_bounds
 from mrl_fast.training.spec import FoldSpec, Upstream
+from tests.helpers.losses import generator
 
 DIMS = (1, 3, 8, 12)  # slabs narrower than a block, starting anywhere
 STATISTICS = ["row_max", "row_log", "hit", "soft_sum", "col_max", "col_log"]
@@ -63,7 +66,7 @@ class Problem:
     def __init__(self, device, *, B=20, V=37, dims=DIMS, scaled=False, bias=True, target=True,
                  soft=None, mask=False, link="softmax", columns=False, period=None,
                  exclude_own=False, own_boost=1.0, other_boost=1.0):  # fmt: skip
-        g = torch.Generator().manual_seed(0)
+        g = generator()
         rand = lambda *shape: torch.randn(*shape, generator=g).to(device)  # noqa: E731
         self.dims, self.link, self.columns = dims, link, columns
         self.rules = [period or V, exclude_own, own_boost, other_boost]
@@ -124,20 +127,30 @@ class Problem:
         f = self.forward()
         return f | self.backward(f)
 
-    def check(self):
-        exact, native = self.native(torch.double), self.native(torch.float)
-        for name, actual in self.engine().items():
-            check(name, actual, exact[name], native[name])
+    def check(self, actual=None, names=None, kept=lambda name, t: t):
+        """Results of some names, ``kept`` of each, within the budget."""
+        actual, exact = actual or self.engine(), self.native(torch.double)
+        native, bounds = self.native(torch.float), cache(self.bounds)
+        for name in names or actual:
+            check(name, kept(name, actual[name]), exact[name], native[name],
+                  partial(lambda name: bounds()[name], name))  # fmt: skip
+
+    def bounds(self):
+        named = self.native(torch.double)
+        present = [name for name, t in named.items() if t is not None]
+        found = rounding_bounds(lambda: [self.native(torch.double)[name] for name in present])
+        return dict(zip(present, found, strict=True))
 
 
-def check(name, actual, exact, native):
+def check(name, actual, exact, native, bound):
     assert (actual is None) == (exact is None), name
     if exact is None:
         return
     odd = ~exact.isfinite()  # there: the same infinity, or NaN
     assert torch.equal(actual[odd].double().nan_to_num(), exact[odd].nan_to_num()), name
     assert not actual[~odd].isnan().any(), name
-    assert_within_budget(*(t.masked_fill(odd, 0.0) for t in (actual, exact, native)), name=name)
+    actual, exact, native = (t.masked_fill(odd, 0.0) for t in (actual, exact, native))
+    assert_within_budget(actual, exact, native, name=name, bound=bound)
 
 
 FEATURES = {
@@ -183,9 +196,10 @@ def test_shapes(B, V, dims, triton_device):
         z = torch.stack([F.linear(leaves[0][:, :d], leaves[1][:, :d], leaves[2]) for d in dims])
         return [z.detach(), *torch.autograd.grad(z, leaves, grad.to(dtype))]
 
-    names = "logits", "dx", "dw", "db"
-    for row in zip(names, (z, *grads), native(torch.double), native(torch.float), strict=True):
-        check(*row)
+    bounds = rounding_bounds(lambda: native(torch.double))
+    names, exact, theirs = ("logits", "dx", "dw", "db"), native(torch.double), native(torch.float)
+    for *row, bound in zip(names, (z, *grads), exact, theirs, bounds, strict=True):
+        check(*row, lambda bound=bound: bound)
 
 
 def test_any_stride(triton_device):
@@ -248,10 +262,8 @@ def test_excluded_columns(how, triton_device):
     problem.mask = None
     problem.weight, problem.bias = problem.weight[:130], problem.bias[:130]
     problem.upstream[3] = problem.upstream[3][:, :130]
-    exact, native = problem.native(torch.double), problem.native(torch.float)
-    for name in ("row_max", "row_log", "hit", "dx", "dw", "db"):
-        kept = actual[name][:130] if name in ("dw", "db") else actual[name]
-        check(name, kept, exact[name], native[name])
+    names = ("row_max", "row_log", "hit", "dx", "dw", "db")
+    problem.check(actual, names, lambda name, t: t[:130] if name in ("dw", "db") else t)
 
 
 def test_rows_with_nothing_left(triton_device):
@@ -263,9 +275,7 @@ def test_rows_with_nothing_left(triton_device):
     assert (actual["col_max"][:, 5] == -torch.inf).all() and (actual["col_log"][:, 5] == 0).all()
     assert (actual["hit"][:, 3] == -torch.inf).all() and (actual["soft_sum"] == 0).all()
     assert (actual["dx"][3] == 0).all() and (actual["dw"][5] == 0).all()
-    exact, native = problem.native(torch.double), problem.native(torch.float)
-    for name in ("row_max", "row_log", "col_max", "col_log", *GRADIENTS):
-        check(name, actual[name], exact[name], native[name])
+    problem.check(actual, ("row_max", "row_log", "col_max", "col_log", *GRADIENTS))
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
@@ -358,9 +368,7 @@ def test_compute_dtype(triton_device):
     assert actual["dx"].dtype == actual["dw"].dtype == torch.float32
     problem.x, problem.weight = (t.bfloat16().float() for t in (problem.x, problem.weight))
     if triton_device == "cpu":  # where the interpreter multiplies and stores in fp32
-        exact, native = problem.native(torch.double), problem.native(torch.float)
-        for name, value in actual.items():
-            check(name, value, exact[name], native[name])
+        problem.check(actual)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
@@ -374,7 +382,7 @@ def test_predict(triton_device):
     assert labels.dtype == torch.int64 and confidence.dtype == torch.float32
     assert torch.equal(labels, z.argmax(-1).where(~z.isnan().any(-1), 0))
     exact, native = (z.to(t).softmax(-1).amax(-1) for t in (torch.double, torch.float))
-    check("confidence", confidence, exact, native)
+    check("confidence", confidence, exact, native, None)
     assert (z == z.amax(-1, keepdim=True)).sum(-1).max() > 1
     labels, confidence = kernels.predict_forward(problem.x, problem.weight * 0, None, DIMS)
     assert (labels == 0).all() and ((confidence * 37 - 1).abs() < 1e-6).all()

@@ -1,6 +1,7 @@
 """matryoshka_info_nce: table, sentence-transformers' own results, CLIP, GIST, edges, bad input."""
 
 import math
+from functools import cache, partial
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 
 from mrl_fast import _C, MatryoshkaInfoNCELoss, matryoshka_info_nce
 from mrl_fast.shared import native
-from mrl_fast.testing import assert_within_budget
+from mrl_fast.testing import assert_within_budget, rounding_bounds
 from mrl_fast.training import cpp
+from tests.helpers.losses import generator
 
 try:
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -23,7 +25,7 @@ ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
 def make_embeddings(rows=19, negatives=0, *, width=48, noise=1.0, seed=0):
     """Queries, positives near them (``noise`` 0.05: p >= .999), negatives; norms differ."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     q = torch.randn(rows, width, dtype=torch.float64, generator=g)
     q = q * torch.linspace(0.2, 5, rows, dtype=torch.float64)[:, None]
     blocks = [q + noise * torch.randn(q.shape, dtype=q.dtype, generator=g)]
@@ -57,24 +59,29 @@ def peers(embeddings, dtype, *, dims=DIMS, dim_weights=None, **options):
     return [loss.detach(), per_dim.detach(), dq, torch.cat(rest)]
 
 
-def check_budget(actual, exact, native_):
+def check_budget(actual, exact, native_, bounds_of=None):
+    """``bounds_of`` computes ``exact``. Without it PyTorch's own error is the budget."""
+    bounds = cache(lambda: rounding_bounds(bounds_of))
     for i, (a, e, n) in enumerate(zip(actual, exact, native_, strict=True)):
         if a.dtype == torch.float64:  # the reference: no dtype's error to compare with
             torch.testing.assert_close(a, e)
         else:
-            assert_within_budget(a, e, n, name=f"result {i}")
+            bound = partial(lambda i: bounds()[i], i) if bounds_of else None
+            assert_within_budget(a, e, n, name=f"result {i}", bound=bound)
 
 
 def judge(impl, dtype, several, options):
     """Several problems as one: PyTorch's own error on a few numbers says little."""
-    runs = (
-        [ours(e, dtype, impl, **options) for e in several],
-        [peers(e, torch.float64, **options) for e in several],
-        [peers(e, dtype, **options) for e in several],
-    )
-    check_budget(
-        *([torch.cat([r.reshape(-1) for r in rs]) for rs in zip(*run, strict=True)] for run in runs)
-    )
+
+    def joined(compute):
+        runs = map(compute, several)
+        return [torch.cat([r.reshape(-1) for r in rs]) for rs in zip(*runs, strict=True)]
+
+    def exact():
+        return joined(lambda e: peers(e, torch.float64, **options))
+
+    actual = joined(lambda e: ours(e, dtype, impl, **options))
+    check_budget(actual, exact(), joined(lambda e: peers(e, dtype, **options)), exact)
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
@@ -127,16 +134,18 @@ def test_error_budget(impl, options, noise, dtype):
     if noise < 1 and not options:  # p >= .999 at the widest dim, or this tests nothing
         assert exact[1][-1] < 1e-3
     native_ = peers(embeddings, dtype, scale=50.0, **options)
-    check_budget(ours(embeddings, dtype, impl, scale=50.0, **options), exact, native_)
+    actual = ours(embeddings, dtype, impl, scale=50.0, **options)
+    # near p = 1 ours keep digits that log-sum − score, on which a bound would rest, has lost
+    unsure = (
+        partial(peers, embeddings, torch.float64, scale=50.0, **options) if noise == 1 else None
+    )
+    check_budget(actual, exact, native_, unsure)
 
 
 @pytest.mark.parametrize("isa", _C.available())
 def test_every_instruction_set(isa, monkeypatch):
     monkeypatch.setattr(native, "ISA", isa)
-    embeddings, options = make_embeddings(101), OPTIONS["clip"]
-    exact = peers(embeddings, torch.float64, **options)
-    native_ = peers(embeddings, torch.float32, **options)
-    check_budget(ours(embeddings, torch.float32, "cpp", **options), exact, native_)
+    judge("cpp", torch.float32, [make_embeddings(101)], OPTIONS["clip"])
 
 
 def test_chunks_change_nothing_but_rounding(monkeypatch):
@@ -163,38 +172,37 @@ def test_threads_change_no_bit():
 @pytest.mark.parametrize("impl", IMPLS)
 def test_learnable_scale_target_weights_and_reductions(impl):
     q, d = leaves(make_embeddings(19), torch.float32)
-    d = torch.cat([d, torch.randn(4, 48)])
-    target = torch.randperm(23)[:19]
+    d = torch.cat([d, torch.randn(4, 48, generator=generator(1))])
+    target = torch.randperm(23, generator=generator(2))[:19]
+
+    def leaves_of(dtype):
+        scale = torch.tensor(3.0, dtype=dtype, requires_grad=True)
+        return *leaves((q.detach(), d.detach()), dtype), scale
+
+    def plain(dtype, normalize, reduction):
+        a, b, scale = leaves_of(dtype)
+        rows = []
+        for w in DIMS:
+            x, y = a[:, :w], b[:, :w]
+            if normalize:
+                x, y = F.normalize(x), F.normalize(y)
+            rows.append(F.cross_entropy(scale * x @ y.T, target, reduction=reduction))
+        per_dim = torch.stack(rows)
+        loss = torch.tensordot(torch.tensor([1, 0.5, 2], dtype=dtype), per_dim, 1)
+        grads = torch.autograd.grad(loss.sum(), [a, b, scale])
+        return [loss.detach(), per_dim.detach(), *grads]
+
     for normalize in (True, False):
         for reduction in ("mean", "sum", "none"):
-            results = {}
-            for dtype, name in [
-                (torch.float32, impl),
-                (torch.float64, "exact"),
-                (torch.float32, "native"),
-            ]:
-                a = q.detach().to(dtype).requires_grad_()
-                b = d.detach().to(dtype).requires_grad_()
-                scale = torch.tensor(3.0, dtype=dtype, requires_grad=True)
-                if name == impl:
-                    out = matryoshka_info_nce(
-                        a, b, DIMS, scale=scale, target=target, dim_weights=(1, 0.5, 2),
-                        normalize=normalize, reduction=reduction, impl=impl,
-                    )  # fmt: skip
-                    loss, per_dim = out
-                else:
-                    rows = []
-                    for w in DIMS:
-                        x, y = a[:, :w], b[:, :w]
-                        if normalize:
-                            x, y = F.normalize(x), F.normalize(y)
-                        rows.append(F.cross_entropy(scale * x @ y.T, target, reduction=reduction))
-                    per_dim = torch.stack(rows)
-                    weights = torch.tensor([1, 0.5, 2], dtype=dtype)
-                    loss = torch.tensordot(weights, per_dim, 1)
-                grads = torch.autograd.grad(loss.sum(), [a, b, scale])
-                results[name] = [loss.detach(), per_dim.detach(), *grads]
-            check_budget(results[impl], results["exact"], results["native"])
+            a, b, scale = leaves_of(torch.float32)
+            loss, per_dim = matryoshka_info_nce(
+                a, b, DIMS, scale=scale, target=target, dim_weights=(1, 0.5, 2),
+                normalize=normalize, reduction=reduction, impl=impl,
+            )  # fmt: skip
+            grads = torch.autograd.grad(loss.sum(), [a, b, scale])
+            actual = [loss.detach(), per_dim.detach(), *grads]
+            exact = partial(plain, torch.float64, normalize, reduction)
+            check_budget(actual, exact(), plain(torch.float32, normalize, reduction), exact)
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
@@ -227,7 +235,7 @@ def test_masks_as_gist_makes_them(impl):
 
     dtype = torch.float64 if impl == "reference" else torch.float32
     actual = ours((q, p, n), dtype, impl, mask=mask, directions=("query_to_doc", "query_to_query"))
-    check_budget(actual, gist(torch.float64), gist(dtype))
+    check_budget(actual, gist(torch.float64), gist(dtype), partial(gist, torch.float64))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -1,5 +1,7 @@
 """matryoshka_logits and the modules around the losses."""
 
+from functools import cache, partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,18 +12,19 @@ from mrl_fast import (
     matryoshka_cross_entropy,
     matryoshka_logits,
 )
-from mrl_fast.testing import assert_within_budget
+from mrl_fast.testing import assert_within_budget, rounding_bounds
 from mrl_fast.training import cpp
+from tests.helpers.losses import generator
 
 DIMS = (3, 16, 40)
 
 
 def make_head(tied, *, rows=19, classes=70, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, 40, generator=generator)
+    g = generator(seed)
+    x = torch.randn(rows, 40, generator=g)
     widths = DIMS[-1:] if tied else DIMS
-    weight = [torch.randn(classes, d, generator=generator) for d in widths]
-    bias = [torch.randn(classes, generator=generator) for _ in widths]
+    weight = [torch.randn(classes, d, generator=g) for d in widths]
+    bias = [torch.randn(classes, generator=g) for _ in widths]
     return x, (weight[0] if tied else weight), (bias[0] if tied else bias)
 
 
@@ -35,7 +38,7 @@ def make_head(tied, *, rows=19, classes=70, seed=0):
 def test_error_budget(impl, tied, dtype, workspace, monkeypatch):
     monkeypatch.setattr(cpp, "WORKSPACE_BYTES", workspace)
     x, weight, bias = make_head(tied)
-    grad = torch.randn(len(DIMS), 19, 70, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(len(DIMS), 19, 70, generator=generator(1))
 
     def run(dtype, impl):
         def leaf(t):
@@ -52,9 +55,11 @@ def test_error_budget(impl, tied, dtype, workspace, monkeypatch):
     results = zip(
         run(dtype, impl), run(torch.float64, "reference"), run(dtype, "reference"), strict=True
     )
+    bounds = cache(lambda: rounding_bounds(lambda: run(torch.float64, "reference")))
     for i, (actual, exact, native) in enumerate(results):
         assert actual.dtype == dtype
-        assert_within_budget(actual, exact, native, name=f"result {i}")
+        bound = partial(lambda i: bounds()[i], i)
+        assert_within_budget(actual, exact, native, name=f"result {i}", bound=bound)
 
 
 @pytest.mark.parametrize("impl", ["cpp", "triton"])

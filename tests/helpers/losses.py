@@ -1,0 +1,56 @@
+"""One call of each loss, for properties that all of them share."""
+
+import os
+
+import torch
+
+from mrl_fast import (
+    matryoshka_cross_entropy,
+    matryoshka_distill,
+    matryoshka_info_nce,
+    matryoshka_logits,
+    matryoshka_sigmoid_loss,
+)
+
+DIMS = (8, 12, 48)
+SEED = int(os.environ.get("MRL_FAST_SEED", 0))  # other random problems than the usual ones
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed + 1_000_003 * SEED)
+
+
+def tensors(*shapes, seed=0, dtype=torch.float32):
+    g = generator(seed)
+    return [torch.randn(shape, generator=g).to(dtype).requires_grad_() for shape in shapes]
+
+
+TARGET = torch.arange(19)
+TEACHER = tuple(t.detach() for t in tensors((19, 60), (30, 60), seed=1))
+BOTH_WAYS = ("query_to_doc", "doc_to_query")
+ALL_WAYS = (*BOTH_WAYS, "query_to_query", "doc_to_doc")
+
+# of x [19, 48], w [30, 48] and impl
+LOSSES = {
+    "cross_entropy": lambda x, w, impl=None: matryoshka_cross_entropy(
+        x, w, TARGET, DIMS, label_smoothing=0.1, dim_weights=(1, 0.5, 2), impl=impl
+    ).loss,
+    "info_nce": lambda x, w, impl=None: matryoshka_info_nce(x, w, DIMS, impl=impl).loss,
+    "dot": lambda x, w, impl=None: matryoshka_info_nce(
+        x, w, DIMS, scale=0.1, normalize=False, impl=impl
+    ).loss,
+    "clip": lambda x, w, impl=None: matryoshka_info_nce(
+        x, w, DIMS, directions=BOTH_WAYS, partition_mode="per_direction", impl=impl
+    ).loss,
+    "all": lambda x, w, impl=None: matryoshka_info_nce(
+        x, [w[:19], w[:19].flip(0)], DIMS, hardness_mode="all_negatives", hardness_strength=5.0,
+        directions=ALL_WAYS, impl=impl,
+    ).loss,
+    "sigmoid": lambda x, w, impl=None: matryoshka_sigmoid_loss(
+        x, w, DIMS, scale=10.0, bias=-10.0, impl=impl
+    ).loss,
+    "distill": lambda x, w, impl=None: matryoshka_distill(
+        (x, w), TEACHER, DIMS, temperature=0.1, impl=impl
+    ).loss,
+    "logits": lambda x, w, impl=None: matryoshka_logits(x, w, DIMS, impl=impl).square().mean(),
+}  # fmt: skip
