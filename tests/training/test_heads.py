@@ -174,6 +174,7 @@ def test_a_weight_that_is_not_all_is_not_shown(tied, change):
     for name in ("weight", "bias"):
         with pytest.raises(TypeError, match=r"heads\[0\]: expected an nn.Linear without hooks"):
             getattr(head, name)
+        assert name not in dir(head)
 
 
 def test_a_plain_head_keeps_no_logits_in_memory(monkeypatch):
