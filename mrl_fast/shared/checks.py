@@ -53,6 +53,8 @@ def check_matrix(x: Any, name: str, dtypes: tuple[torch.dtype, ...] = FLOATS) ->
     if x.dtype not in dtypes:
         more = " or int8" if torch.int8 in dtypes else ""
         raise TypeError(f"{name}: expected a floating-point{more} tensor, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
     if x.ndim != 2:
         raise ValueError(f"{name}: expected shape [rows, width], got {list(x.shape)}")
     return x
@@ -67,6 +69,8 @@ def check_vector(
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if (x.dtype != dtype) if dtype else (not x.dtype.is_floating_point):
         raise TypeError(f"{name}: expected {dtype or 'a floating-point dtype'}, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
     if x.shape != (size,):
         raise ValueError(f"{name}: expected shape [{size}], got {list(x.shape)}")
     return check_same_device(x, name, like)
