@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrl_fast.evaluate.common import check_labels, check_vectors, kind
+from mrl_fast.evaluate.common import arange, check_labels, check_vectors, kind
 from mrl_fast.search.ops import prefix_topk
 from mrl_fast.shared.checks import check_int
 from mrl_fast.training.heads import MRLLinear, matryoshka_predict
@@ -92,6 +92,7 @@ def linear_probe_accuracy(
     with (
         torch.inference_mode(False),  # whatever the caller evaluates under
         torch.enable_grad(),
+        torch.device("cpu"),  # where Adam makes its counters
         torch.autocast(train.device.type, enabled=False),
     ):
         heads, standardised = _trained_probe(
@@ -121,16 +122,18 @@ def _trained_probe(
     def standardised(x: Tensor) -> Tensor:
         return (x.float() - mean) / scale
 
-    generator = torch.Generator().manual_seed(seed)  # the same batches on every device
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same batches on every device
+    classes = int(train_labels.max()) + 1
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        heads = MRLLinear(dims, int(train_labels.max()) + 1).to(train.device)
+        heads = MRLLinear(dims, classes, device="cpu", dtype=torch.float32).to(train.device)
     loss_fn = MatryoshkaCrossEntropyLoss()
     optimizer = torch.optim.Adam(heads.parameters(), lr=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        rows = torch.randint(len(train), (min(batch, len(train)),), generator=generator)
-        rows = rows.to(train.device)
+        rows = torch.randint(
+            len(train), (min(batch, len(train)),), generator=generator, device="cpu"
+        ).to(train.device)
         optimizer.zero_grad()
         loss_fn(heads, standardised(train[rows]), train_labels[rows]).backward()
         optimizer.step()
@@ -180,11 +183,11 @@ def few_shot_accuracy(
             f"and {count} of label {label} in train_labels"
         )
     first = counts.cumsum(0) - counts
-    places = first[:, None] + torch.arange(shots, device=train.device)  # [C, shots]
-    generator = torch.Generator().manual_seed(seed)  # the same draws on every device
-    total = torch.zeros(len(dims), dtype=torch.float64)
+    places = first[:, None] + arange(0, shots, train)  # [C, shots]
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on every device
+    sums = [0.0] * len(dims)
     for _ in range(episodes):
-        shuffled = torch.randperm(len(train), generator=generator).to(train.device)
+        shuffled = torch.randperm(len(train), generator=generator, device="cpu").to(train.device)
         by_class = shuffled[inverse[shuffled].argsort(stable=True)]
         few = train[by_class[places]].float()  # [C, shots, D]
         predicted = []
@@ -192,8 +195,9 @@ def few_shot_accuracy(
             means = F.normalize(few[..., :dim], dim=2).mean(dim=1).to(test.dtype)
             nearest = prefix_topk(test, means, 1, dim=dim, metric="cosine").ids[:, 0]
             predicted.append(labels[nearest])
-        total += torch.tensor(accuracy(torch.stack(predicted), test_labels), dtype=torch.float64)
-    return (total / episodes).tolist()
+        shares = accuracy(torch.stack(predicted), test_labels)
+        sums = [total + share for total, share in zip(sums, shares, strict=True)]
+    return [total / episodes for total in sums]
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> list[float]:

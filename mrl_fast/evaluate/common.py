@@ -54,3 +54,8 @@ def check_labels(labels: Any, name: str, size: int | None, like: Tensor) -> int:
 def kind(x: Any) -> str:
     """What came, where a tensor was expected."""
     return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def arange(begin: int, end: int, like: Tensor) -> Tensor:
+    """``[end - begin]`` int64 on ``like``'s device."""
+    return torch.arange(begin, end, dtype=torch.int64, device=like.device)

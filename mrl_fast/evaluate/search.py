@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrl_fast.evaluate.common import check_labels, check_vectors, kind
+from mrl_fast.evaluate.common import arange, check_labels, check_vectors, kind
 from mrl_fast.search.ops import prefix_topk, rerank
 from mrl_fast.shared.checks import check_choice, check_int
 from mrl_fast.shared.recall import count_found
@@ -52,7 +52,8 @@ class Qrels(NamedTuple):
     def of(cls, judgements: Mapping[int, Mapping[int, int]]) -> Qrels:
         """From ``{query: {id: grade}}``, on the CPU."""
         rows = [(q, i, g) for q, graded in judgements.items() for i, g in graded.items()]
-        return cls(*torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).unbind(1))
+        triples = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 3)
+        return cls(*triples.unbind(1))
 
 
 def retrieval(
@@ -133,7 +134,7 @@ def retrieval_of(
                 "ids: with exclude_self, expected at least 2 columns and a query a row of the "
                 f"database, got {list(ids.shape)} and {rows} rows"
             )
-        itself = ids == torch.arange(rows, device=ids.device)[:, None]
+        itself = ids == arange(0, rows, ids)[:, None]
         ids = ids.gather(1, itself.byte().argsort(dim=1, stable=True))[:, :-1]
         relevant = relevant - (database_labels == query_labels).long()
     hits = (database_labels[ids.clamp_min(0)] == query_labels[:, None]) & (ids >= 0)
@@ -172,7 +173,7 @@ def judged(ids: Tensor, qrels: Qrels, *, gain: str = "linear", divisor: str = "k
             f"qrels: expected a pair judged once, got two of query {query}, id {int(names[name])}"
         )
     column = torch.searchsorted(names, ids).clamp_max(len(names) - 1)
-    wanted = torch.arange(size, device=ids.device)[:, None] * len(names) + column
+    wanted = arange(0, size, ids)[:, None] * len(names) + column
     place = torch.searchsorted(keys, wanted).clamp_max(count - 1)
     known = (names[column] == ids) & (keys[place] == wanted)
     grades = qrels.grades[order][place].where(known, 0)  # [B, k]
@@ -185,7 +186,7 @@ def judged(ids: Tensor, qrels: Qrels, *, gain: str = "linear", divisor: str = "k
     judgements = qrels.queries.bincount(minlength=size)
     first = judgements.cumsum(0) - judgements
     query = qrels.queries[best]
-    rank = torch.arange(count, device=ids.device) - first[query]
+    rank = arange(0, count, ids) - first[query]
     kept = rank < k
     ideal = torch.zeros(size, dtype=torch.float64, device=ids.device)
     share = gains(qrels.grades[best][kept]) * _discounts(k, ids)[rank[kept]]
@@ -258,7 +259,7 @@ def _averages(gains: Tensor, ideal: Tensor, relevant: Tensor, divisor: str) -> R
     discounted sum and the number of relevant rows."""
     check_choice(divisor, "divisor", DIVISORS)
     hits, k = (gains > 0).double(), gains.shape[1]
-    precision = hits.cumsum(1) / torch.arange(1, k + 1, device=gains.device)
+    precision = hits.cumsum(1) / arange(1, k + 1, gains)
     sums = (precision * hits).sum(1)
     gained = gains @ _discounts(k, gains)
     per_query = (

@@ -83,6 +83,10 @@ class MRL_Linear_Layer(nn.Module):
         weight, bias = (weights[0], biases[0]) if self.efficient else (weights, biases)
         return dict(weight=weight, bias=bias, dims=self.nesting_list)
 
+    def __dir__(self) -> list[str]:
+        """Without what cannot be read now: ``torch.jit`` reads every name that it finds here."""
+        return [name for name in super().__dir__() if name != "head" or self.is_plain]
+
     def forward(self, x: Tensor) -> tuple[Any, ...]:
         """``[B, D]`` → G logits ``[B, V]``, or ``(layer, x)`` if they are deferred."""
         if self.deferred and self.training and self.is_plain:

@@ -87,6 +87,7 @@ def check_vector(
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if (x.dtype != dtype) if dtype else (not x.dtype.is_floating_point):
         raise TypeError(f"{name}: expected {dtype or 'a floating-point dtype'}, got {x.dtype}")
+    check_dense(x, name)
     if x.shape != (size,):
         raise ValueError(f"{name}: expected shape [{size}], got {list(x.shape)}")
     return check_same_device(x, name, like)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -69,7 +69,8 @@ class AdaptiveClassifier(nn.Module):
     (on a CPU; float64, which BLAS multiplies, in its last bits).
 
     An ``MRLLinear`` whose forward is more than the product with its weights (LoRA, hooks, pruning,
-    quantization) is called for all prefixes at once, and each row's prefix is chosen afterwards.
+    quantization) is called for all prefixes of all rows, and each row's prefix chosen afterwards;
+    ``cost`` then counts what plain layers would need.
 
     Args:
         head: An ``MRLLinear``, or anything with its ``weight``, ``bias`` and ``dims``.
@@ -136,8 +137,10 @@ class AdaptiveClassifier(nn.Module):
         if low < 0 or high >= self._classes:
             wrong = low if low < 0 else high
             raise ValueError(f"y: expected classes in [0, {self._classes}), got {wrong}")
-        labels, confidence = self._predict_all(x)  # [G, M]
-        right = labels == y
+        predict = self._stages(x)
+        found = [predict(slice(None), g) for g in range(len(self.dims))]
+        labels, confidence = zip(*found, strict=True)
+        right, confidence = torch.stack(labels) == y, torch.stack(confidence)  # [G, M]
         levels = torch.linspace(0, 1, grid, dtype=torch.float32, device=x.device)
         first = _first_level(confidence[:-1], levels)  # [G - 1, M]
         if tolerance is None:
@@ -161,22 +164,21 @@ class AdaptiveClassifier(nn.Module):
         """
         if exporting():
             raise RuntimeError(
-                "AdaptiveClassifier.predict: which prefixes are computed depends on the data, which "
-                "an export or trace cannot hold; expected its head to be exported instead"
+                "AdaptiveClassifier.predict: the data decide which prefixes are computed, which an "
+                "export or trace cannot hold; expected its head to be exported instead"
             )
         if self.thresholds.isnan().any():
             raise RuntimeError("thresholds: expected calibrate before predict, got none")
         check_dims(self.dims, check_matrix(x, "x").shape[1])
-        predict = self._predict if _may_read(self.head) else _choosing(*self._predict_all(x))
-        every = torch.arange(len(x), dtype=torch.int64, device=x.device)
-        labels, confidence = predict(x, every, 0)
+        predict = self._stages(x)
+        labels, confidence = predict(slice(None), 0)
         stages = torch.zeros_like(labels)
-        rows = every
+        rows = torch.arange(len(labels), dtype=torch.int64, device=labels.device)
         for g, threshold in enumerate(self.thresholds, start=1):
             rows = rows[~(confidence[rows] > threshold)]
             if not len(rows):
                 break
-            labels[rows], confidence[rows] = predict(x, rows, g)
+            labels[rows], confidence[rows] = predict(rows, g)
             stages[rows] = g
         return AdaptivePrediction(labels, confidence, stages.new_tensor(self.dims)[stages])
 
@@ -188,7 +190,7 @@ class AdaptiveClassifier(nn.Module):
         Args:
             prediction: Of at least one row.
         """
-        widths = torch.tensor(self.dims, device=prediction.dims.device)
+        widths = torch.tensor(self.dims, dtype=torch.int64, device=prediction.dims.device)
         if not len(prediction.dims) or not torch.isin(prediction.dims, widths).all():
             raise ValueError(f"prediction: expected rows that ended at one of {list(self.dims)}")
         evaluated = widths.cumsum(0)[torch.searchsorted(widths, prediction.dims)]
@@ -197,8 +199,25 @@ class AdaptiveClassifier(nn.Module):
 
     @property
     def _classes(self) -> int:
+        if isinstance(self.head, MRLLinear):
+            return self.head.num_classes
         weight = self.head.weight
         return len(weight if isinstance(weight, Tensor) else weight[0])
+
+    @torch.no_grad()
+    def _stages(self, x: Tensor) -> Callable[[Tensor | slice, int], tuple[Tensor, Tensor]]:
+        """Labels and confidences ``[rows]`` of some of x's rows by one prefix."""
+        if isinstance(self.head, MRLLinear) and not is_fusible(self.head):
+            logits = self.head(x)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            confidence, labels = logits.softmax(-1).max(-1)  # [G, B]
+            return lambda rows, g: (labels[g, rows].clone(), confidence[g, rows].clone())
+
+        def predict(rows: Tensor | slice, g: int) -> tuple[Tensor, Tensor]:
+            found = self._predict(x[:, : self.dims[g]][rows], g)
+            return found.labels[0], found.confidence[0]
+
+        return predict
 
     def _predict(self, x: Tensor, g: int) -> Prediction:
         """By prefix g alone: ``[1, B]`` each."""
@@ -207,6 +226,12 @@ class AdaptiveClassifier(nn.Module):
             weight = weight[g]
             bias = None if bias is None else bias[g]
         return matryoshka_predict(x, weight, (dim,), bias=bias)
+
+
+def _device(head: NestedHead) -> torch.device:
+    if isinstance(head, MRLLinear):  # quantized layers have no parameters
+        return next((p.device for p in head.parameters()), torch.device("cpu"))
+    return (head.weight if isinstance(head.weight, Tensor) else head.weight[0]).device
 
 
 def _first_level(confidence: Tensor, levels: Tensor) -> Tensor:
@@ -229,14 +254,16 @@ def _cheapest(
     At price 0 no step loses to going on always, so that one cascade is within any tolerance.
     """
     last, rows = len(dims) - 1, right.shape[1]
-    worth, widths = right.double(), torch.tensor(dims, device=right.device)
+    worth = right.double()
+    widths = torch.tensor(dims, dtype=torch.int64, device=right.device)
     enough = int(right[-1].sum()) - tolerance * rows
     # of a dim: from nothing and a row in all at full width to as much as a right answer
-    prices = torch.cat([torch.zeros(1), torch.logspace(-math.log10(rows * dims[-1]), 0, PRICES)])
+    lowest = -math.log10(rows * dims[-1])
+    prices = torch.logspace(lowest, 0, PRICES, dtype=torch.float32, device="cpu").tolist()
     found = []
-    for price in prices.tolist():
+    for price in (0.0, *prices):
         ahead = worth[-1] - price * dims[-1]  # [M], what the rest of the cascade gets
-        end = torch.full((rows,), last, device=right.device)  # the prefix that a row ends at
+        end = torch.full_like(right[0], last, dtype=torch.int64)  # the prefix that a row ends at
         chosen: list[Tensor] = []
         for g in reversed(range(last)):
             here = worth[g] - price * dims[g]

@@ -103,7 +103,7 @@ def matryoshka_predict(
     (the confidence that adaptive classification compares with a threshold).
     """
     x, heads = check_heads(x, weight, dims, bias)
-    if not heads[0].weight.shape[0] and not exporting():
+    if not exporting() and not len(heads[0].weight):
         raise ValueError("weight: expected at least one class, got shape [0, ...]")
     impl = choose(impl, x, heads[0].weight)
     if impl == "reference":
@@ -168,6 +168,11 @@ class MRLLinear(nn.Module):
         if all(bias is None for bias in biases):
             return None
         return biases[0] if self.tied else biases
+
+    def __dir__(self) -> list[str]:
+        """Without what cannot be read now: ``torch.jit`` reads every name that it finds here."""
+        unread = () if all_plain(self.heads) else ("weight", "bias")
+        return [name for name in super().__dir__() if name not in unread]
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, D]`` → logits ``[G, B, V]``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -216,7 +216,7 @@ class MatryoshkaLoopLoss(nn.Module):
         self.inner = inner
         self.dims = check_dims(dims)
         host = torch.empty(0, dtype=torch.float32, device="cpu")
-        self.weights = check_dim_weights(dim_weights, len(self.dims), host).tolist()
+        self.weights = check_dim_weights(_numbers(dim_weights), len(self.dims), host).tolist()
         self.normalize = normalize
         self.per_dim: Tensor | None = None
         self.warned = False
@@ -252,4 +252,6 @@ def _numbers(values: Sequence[float] | None) -> Tensor | None:
     """``[G]`` fp32, whatever torch's defaults are: a buffer made on the meta device is lost."""
     if values is None:
         return None
-    return torch.tensor(list(values), dtype=torch.float32, device="cpu")
+    if not isinstance(values, Iterable):
+        raise TypeError(f"dim_weights: expected a sequence, got {type(values).__name__}")
+    return torch.tensor([*map(float, values)], dtype=torch.float32, device="cpu")

@@ -314,3 +314,40 @@ def test_probe_sees_no_offset_and_needs_no_gradients():
     with torch.inference_mode():
         made = two_classes(300, 0)
         assert linear_probe_accuracy(*made, *test, (1, 2), steps=20, batch=64) == expected
+
+
+@pytest.mark.parametrize("state", ["float64", "float16", "meta", "inference"])
+def test_judgements_do_not_depend_on_torchs_defaults(state):
+    def judge():
+        ids = torch.tensor([[4, 3, -1], [0, 1, 3]], device="cpu")
+        labels = torch.tensor([0, 1, 0, 1, 0], device="cpu")
+        qrels = Qrels.of({0: {0: 1, 2: 2, 4: 1, 3: 0}, 1: {1: 1, 3: 3}})
+        return (
+            retrieval_of(ids, labels[:2], labels),
+            judged(ids, qrels, gain="exponential"),
+            accuracy(ids[:, :2], labels[:2]),
+        )
+
+    expected, before = judge(), torch.get_default_dtype()
+    try:
+        if state == "meta":
+            with torch.device("meta"):
+                assert judge() == expected
+        elif state == "inference":
+            with torch.inference_mode():
+                assert judge() == expected
+        else:
+            torch.set_default_dtype(getattr(torch, state))
+            assert judge() == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_sparse_tensors_are_refused_by_name():
+    x, labels = torch.eye(4), torch.arange(4)
+    with pytest.raises(TypeError, match="database: expected a dense tensor, got torch.sparse_coo"):
+        recall_by_dim(x, x.to_sparse(), (2, 4), k=2)
+    with pytest.raises(TypeError, match="train: expected a dense tensor, got torch.sparse_coo"):
+        linear_probe_accuracy(x.to_sparse(), labels, x, labels, (2, 4))
+    with pytest.raises(TypeError, match="test_labels: expected a dense tensor, got torch.sparse"):
+        few_shot_accuracy(x, labels, x, labels.to_sparse(), (2, 4), shots=1)

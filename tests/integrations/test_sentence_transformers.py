@@ -5,9 +5,11 @@ values, gradients, losses with no fused form, bad input."""
 # fixtures are imported
 
 import copy
+import pickle
 import random
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -216,6 +218,50 @@ def test_other_precisions(encoder):
             loss_fn = nested(wide, inner, DIMS)
             values.append(loss_fn([dict(f) for f in features], None).detach())
         torch.testing.assert_close(*values)
+
+
+# --- one cached loss of several nested ones ---
+
+
+def test_nested_losses_that_share_a_cached_loss_keep_their_dims(encoder):
+    model = copy.deepcopy(encoder).eval()
+    features = [model.preprocess(column) for column in texts(ROWS, 2)]
+
+    def value(loss_fn):
+        model.zero_grad()
+        loss = loss_fn([dict(f) for f in features], None)
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    for scale, fused in ((20, True), (3, False)):
+        similarity = {} if fused else dict(similarity_fct=euclidean_sim)
+
+        def cached(scale=scale, similarity=similarity):
+            return CACHED(model, mini_batch_size=5, scale=scale, **similarity)
+
+        inner = cached()
+        wide = MatryoshkaLoss(model, inner, [48, 24])
+        narrow = MatryoshkaLoss(model, inner, [8])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of losses that have no fused form
+            for dims, loss_fn in (([48, 24], wide), ([8], narrow), ([48, 24], wide)):
+                expected = value(originals.MatryoshkaLoss(model, cached(), dims))
+                for ours, theirs in zip(value(loss_fn), expected, strict=True):
+                    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+                assert set(loss_fn.per_dim) == set(dims)
+            torch.testing.assert_close(value(inner), value(cached()))  # itself is not nested
+
+
+@pytest.mark.parametrize("kind", ["MultipleNegativesRankingLoss",
+                                  "CachedMultipleNegativesRankingLoss"])  # fmt: skip
+def test_losses_are_copied_and_pickled(encoder, kind):
+    model = copy.deepcopy(encoder).eval()
+    features = [model.preprocess(column) for column in texts(ROWS, 2)]
+    loss_fn = MatryoshkaLoss(model, getattr(originals, kind)(model), DIMS)
+    expected = loss_fn([dict(f) for f in features], None).detach()
+    for other in (copy.deepcopy(loss_fn), pickle.loads(pickle.dumps(loss_fn))):
+        assert other.loss.model is other.model is not model
+        assert torch.equal(other([dict(f) for f in features], None).detach(), expected)
 
 
 # --- bad input ---

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,19 @@ def _recorded(module: Any, of: Callable[[Any, Any], Any]) -> Iterator[list[Any]]
         yield found
     finally:
         hook.remove()
+
+
+@contextmanager
+def _unchanged(loss: nn.Module) -> Iterator[None]:
+    """Afterwards a cached loss calculates as before: it may be that of several nested losses, each
+    with its own dims."""
+    own = vars(loss).get("calculate_loss")  # None: its class's
+    try:
+        yield
+    finally:
+        vars(loss).pop("calculate_loss", None)
+        if own is not None:
+            vars(loss)["calculate_loss"] = own
 
 
 class _Logged(nn.Module):
@@ -102,19 +116,18 @@ class MatryoshkaLoss(_Logged, losses.MatryoshkaLoss):
         matryoshka_weights: Sequence[float] | None = None,
         n_dims_per_step: int = -1,
     ):
-        super().__init__(model, loss, matryoshka_dims, matryoshka_weights, n_dims_per_step)
+        with _unchanged(loss):  # the original replaces a cached loss's calculation for good
+            super().__init__(model, loss, matryoshka_dims, matryoshka_weights, n_dims_per_step)
         self.log_dims(self.matryoshka_dims)
         self._warned = False
-        if self.uses_gradient_cache:
-            inner: Any = loss
-            self._unnested: Callable[..., Tensor] = inner.calculate_loss.fn
-            inner.calculate_loss = self._calculate_loss
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         features = list(sentence_features)
         inner: Any = self.loss
         if self.uses_gradient_cache:
-            return inner(features, labels)  # which comes back in _calculate_loss
+            with _unchanged(inner):
+                inner.calculate_loss = partial(self._calculate_loss, inner.calculate_loss)
+                return inner(features, labels)
         dims, weights = self._draw(features[0].values())
         form = fused_form(inner)
         # the original cuts all embeddings that its model makes, as a guide too, and no others
@@ -126,8 +139,11 @@ class MatryoshkaLoss(_Logged, losses.MatryoshkaLoss):
             return self._loop(features, labels, dims, weights)
         return self._fused(form, *embed(inner, features), dims, weights)
 
-    def _calculate_loss(self, reps: list[list[Tensor]], *args: Any, **kwargs: Any) -> Tensor:
-        """In the place of a cached loss's own; reps: embeddings by column and mini-batch."""
+    def _calculate_loss(
+        self, unnested: Callable[..., Tensor], reps: list[list[Tensor]], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """In the place of a cached loss's own, ``unnested``; reps: embeddings by column and
+        mini-batch."""
         dims, weights = self._draw(reps[0])
         form = fused_form(self.loss)
         if form is None:
@@ -135,7 +151,7 @@ class MatryoshkaLoss(_Logged, losses.MatryoshkaLoss):
             parts: list[Tensor] = []
 
             def calculate(*args: Any, **kwargs: Any) -> Tensor:
-                parts.append(self._unnested(*args, **kwargs))
+                parts.append(unnested(*args, **kwargs))
                 return parts[-1]
 
             total = CachedLossDecorator(calculate, dims, weights)(reps, *args, **kwargs)

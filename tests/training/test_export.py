@@ -1,0 +1,160 @@
+"""Exported and traced models are made of PyTorch's own ops, and run where mrl_fast is not."""
+
+import io
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from mrl_fast import AdaptiveClassifier, MRLLinear, matryoshka_logits, matryoshka_predict
+from mrl_fast.integrations.raivn import FixedFeatureLayer, MRL_Linear_Layer
+
+DIMS, CLASSES, WIDTH = (3, 8, 20), 11, 24
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(CLASSES, DIMS[-1]))
+
+    def forward(self, x):
+        return (matryoshka_logits(x, self.weight, DIMS), *matryoshka_predict(x, self.weight, DIMS))
+
+
+class Doubled(nn.Linear):  # no plain linear layer
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def called(layer):
+    for name, child in list(layer.named_modules()):
+        if isinstance(child, nn.Linear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(layer.get_submodule(parent), leaf, Doubled(child.in_features, CLASSES))
+    return layer
+
+
+MODELS = {
+    "tied": lambda: MRLLinear(DIMS, CLASSES, tied=True),
+    "separate": lambda: MRLLinear(DIMS, CLASSES),
+    "no bias": lambda: MRLLinear(DIMS, CLASSES, bias=False),
+    "called": lambda: called(MRLLinear(DIMS, CLASSES, tied=True)),
+    "called MRL": lambda: called(MRL_Linear_Layer(list(DIMS), CLASSES)),
+    "functional": Functional,
+    "MRL": lambda: MRL_Linear_Layer(list(DIMS), CLASSES),
+    "MRL-E": lambda: MRL_Linear_Layer(list(DIMS), CLASSES, efficient=True),
+    "FF": lambda: FixedFeatureLayer(DIMS[1], CLASSES),
+}
+
+
+def model(name):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(9, WIDTH), nn.ReLU(), MODELS[name]()).eval()
+
+
+def inputs(rows):
+    return torch.randn(rows, 9, generator=torch.Generator().manual_seed(rows))
+
+
+def tensors(output):
+    return [output] if isinstance(output, torch.Tensor) else list(output)
+
+
+def run_elsewhere(tmp_path, load):
+    """What the saved model gives in a process that cannot import mrl_fast."""
+    torch.save(inputs(13), tmp_path / "x.pt")
+    code = f"""
+import sys, warnings
+sys.modules["mrl_fast"] = None
+warnings.simplefilter("ignore")
+import torch
+x = torch.load({str(tmp_path / "x.pt")!r})
+out = ({load})(x)
+torch.save([out] if isinstance(out, torch.Tensor) else list(out), {str(tmp_path / "out.pt")!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(tmp_path / "out.pt")
+
+
+def traced(module, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)  # of a size that became a constant
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.trace(module, x)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trace(name, tmp_path):
+    module = model(name)
+    with torch.no_grad():
+        trace = traced(module, inputs(4))
+        assert "mrl_fast::" not in str(trace.inlined_graph)
+        torch.testing.assert_close(tensors(trace(inputs(13))), tensors(module(inputs(13))))
+    if name in ("tied", "MRL"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            torch.jit.save(trace, tmp_path / "model.pt")
+        found = run_elsewhere(tmp_path, f"torch.jit.load({str(tmp_path / 'model.pt')!r})")
+        torch.testing.assert_close(found, tensors(module(inputs(13))))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("name", MODELS)
+def test_export(name, strict, tmp_path):
+    module = model(name)
+    shapes = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(module, (inputs(4),), dynamic_shapes=shapes, strict=strict)
+    called = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert called and not [target for target in called if "mrl_fast" in str(target)]
+    expected = tensors(module(inputs(13)))
+    torch.testing.assert_close(tensors(exported.module()(inputs(13))), expected)
+    if name in ("tied", "MRL") and not strict:
+        assert not [target for target in called if "pad" in str(target)]  # only for called heads
+        torch.export.save(exported, tmp_path / "model.pt2")
+        load = f"torch.export.load({str(tmp_path / 'model.pt2')!r}).module()"
+        torch.testing.assert_close(run_elsewhere(tmp_path, load), expected)
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+@pytest.mark.parametrize("name", ["tied", "separate", "MRL", "MRL-E"])
+def test_onnx(name, dynamo):
+    onnx = pytest.importorskip("onnx")
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    module, file = model(name), io.BytesIO()
+    names = dict(input_names=["x"], output_names=["logits"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        if dynamo:
+            program = torch.onnx.export(module, (inputs(4),), dynamo=True)
+            written = program.model_proto
+        else:
+            torch.onnx.export(module, (inputs(4),), file, dynamo=False, **names)
+            written = onnx.load_model_from_string(file.getvalue())
+    assert {node.domain for node in written.graph.node} <= {"", "ai.onnx"}
+
+
+def test_a_cascade_is_not_exported():
+    head, x = MRLLinear(DIMS, CLASSES), torch.randn(30, WIDTH)
+    classifier = AdaptiveClassifier(head).calibrate(x, torch.arange(30) % CLASSES)
+    message = "AdaptiveClassifier.predict: the data decide which prefixes are computed"
+    with pytest.raises(RuntimeError, match=message):
+        traced(classifier, x)
+    with pytest.raises(RuntimeError, match=message):
+        torch.export.export(classifier, (x,), strict=False)
+    assert len(classifier.predict(x).labels) == 30
+
+
+def test_an_implementation_that_was_asked_for_is_exported():
+    class Chosen(Functional):
+        def forward(self, x):
+            return matryoshka_logits(x, self.weight, DIMS, impl="cpp")
+
+    exported = torch.export.export(Chosen().eval(), (torch.randn(4, WIDTH),), strict=False)
+    assert any("mrl_fast.nested_logits" in str(node.target) for node in exported.graph.nodes)

@@ -1,0 +1,483 @@
+"""Heads that are no plain linear layer: values and gradients are those of the module's own call.
+
+The expected value of a prefix is always the layer itself on that prefix, by PyTorch's own modules.
+"""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from mrl_fast import (
+    AdaptiveClassifier,
+    MatryoshkaCrossEntropyLoss,
+    MatryoshkaInfoNCELoss,
+    MatryoshkaLoopLoss,
+    MRLLinear,
+    matryoshka_cross_entropy,
+)
+from mrl_fast.integrations.raivn import Matryoshka_CE_Loss, MRL_Linear_Layer
+
+DIMS, CLASSES, ROWS = (3, 8, 20), 11, 17
+TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "separate"])
+
+
+class LoraLinear(nn.Module):
+    """As PEFT's: in the place of a linear layer, whose weight it shows as its own."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(2, base.in_features))
+        self.B = nn.Parameter(torch.randn(base.out_features, 2))
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+    def forward(self, x):
+        return self.base_layer(x) + F.linear(F.linear(x, self.A), self.B)
+
+
+def lora(head):
+    return LoraLinear(head)
+
+
+def parametrized_weight_norm(head):
+    return parametrizations.weight_norm(head)
+
+
+def spectral_norm(head):
+    return parametrizations.spectral_norm(head).eval()  # in training each read moves its vectors
+
+
+def hook_weight_norm(head):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and used
+        head = nn.utils.weight_norm(head)
+    with torch.no_grad():
+        head.weight_g.mul_(3)  # the weight that was made last is stale
+    return head
+
+
+def pruned(head):
+    return prune.random_unstructured(head, "weight", 0.5)
+
+
+def scaled_input(head):
+    head.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    return head
+
+
+def scaled_output(head):
+    head.register_forward_hook(lambda module, args, out: 2 * out)
+    return head
+
+
+def doubled_gradient(head):
+    head.register_full_backward_hook(lambda module, grads, _: (2 * grads[0],))
+    return head
+
+
+def replaced_forward(head):  # as accelerate does
+    head.forward = lambda x: 2 * F.linear(x, head.weight, head.bias)
+    return head
+
+
+def quantized(head):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and used
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(head), {nn.Linear})[0]
+
+
+FUSED = [parametrized_weight_norm, spectral_norm]
+CALLED = [lora, hook_weight_norm, pruned, scaled_input, scaled_output, doubled_gradient,
+          replaced_forward, quantized]  # fmt: skip
+CHANGES = pytest.mark.parametrize("change", FUSED + CALLED, ids=lambda change: change.__name__)
+
+
+def batch():
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(ROWS, DIMS[-1] + 4, generator=g).requires_grad_()
+    return x, torch.randint(CLASSES, (ROWS,), generator=g)
+
+
+def changed(tied, change):
+    torch.manual_seed(0)
+    head = MRLLinear(DIMS, CLASSES, tied=tied)
+    for i, layer in enumerate(head.heads):
+        head.heads[i] = change(layer)
+    return head
+
+
+def by_calls(head, x):
+    """A tied layer has only the columns of the prefix."""
+    if not head.tied:
+        return [layer(x[:, :d]) for layer, d in zip(head.heads, DIMS, strict=True)]
+    keep = torch.arange(DIMS[-1])
+    return [head.heads[0](torch.where(keep < d, x[:, : DIMS[-1]], 0.0)) for d in DIMS]
+
+
+def gradients(loss, x, head):
+    leaves = [x, *(p for p in head.parameters() if p.requires_grad)]
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@TIED
+@CHANGES
+def test_values_and_gradients_are_those_of_the_call(tied, change):
+    head, (x, target) = changed(tied, change), batch()
+    c = torch.tensor([1.0, 2.0, 3.0])
+    if change is quantized:  # has no gradients
+        x = x.detach()
+        loss_fn = MatryoshkaCrossEntropyLoss(dim_weights=c.tolist())
+        expected = sum(
+            F.cross_entropy(y, target) * w for y, w in zip(by_calls(head, x), c, strict=True)
+        )
+        torch.testing.assert_close(loss_fn(head, x, target), expected)
+        torch.testing.assert_close(head(x), torch.stack(by_calls(head, x)))
+        return
+    per_dim = torch.stack([F.cross_entropy(logits, target) for logits in by_calls(head, x)])
+    expected = gradients((c * per_dim).sum(), x, head)
+    torch.testing.assert_close(head(x), torch.stack(by_calls(head, x)))
+    loss_fn = MatryoshkaCrossEntropyLoss(dim_weights=c.tolist())
+    actual = gradients(loss_fn(head, x, target), x, head)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss_fn.per_dim, per_dim.detach())
+    assert all(grad.any() for grad in actual)
+    losses = torch.stack([F.cross_entropy(logits, target) for logits in head(x)])
+    logits = gradients((c * losses).sum(), x, head)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@TIED
+@CHANGES
+def test_a_weight_that_is_not_all_is_not_shown(tied, change):
+    head = changed(tied, change)
+    if change in FUSED:
+        weight = [head.weight] if tied else head.weight
+        assert all(torch.equal(w, h.weight) for w, h in zip(weight, head.heads, strict=True))
+        return
+    for name in ("weight", "bias"):
+        with pytest.raises(TypeError, match=r"heads\[0\]: expected an nn.Linear without hooks"):
+            getattr(head, name)
+        assert name not in dir(head)
+
+
+def test_a_plain_head_keeps_no_logits_in_memory(monkeypatch):
+    def refuse(self, x):
+        raise AssertionError("called")
+
+    x, target = batch()
+    for change in (lambda head: head, parametrized_weight_norm):
+        head = changed(True, change)
+        expected = MatryoshkaCrossEntropyLoss()(head, x, target)
+        with monkeypatch.context() as patched:
+            patched.setattr(F, "linear", refuse)
+            assert torch.equal(MatryoshkaCrossEntropyLoss()(head, x, target), expected)
+
+
+def test_hooks_of_the_whole_head_run():
+    x, target = batch()
+    head = changed(True, lambda layer: layer)
+    plain = F.cross_entropy(2 * head(x)[1], target)
+    head.register_forward_hook(lambda module, args, out: 2 * out)
+    loss_fn = MatryoshkaCrossEntropyLoss()
+    loss_fn(head, x, target)
+    torch.testing.assert_close(loss_fn.per_dim[1], plain.detach())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_options_of_the_loss_hold_for_logits(reduction):
+    x, target = batch()
+    target[::3] = 5
+    options = dict(class_weight=torch.rand(CLASSES), ignore_index=5, label_smoothing=0.2,
+                   reduction=reduction, dim_weights=[1.0, 0.5, 2.0])  # fmt: skip
+    head, loss_fn = changed(True, lambda layer: layer), MatryoshkaCrossEntropyLoss(**options)
+    expected = loss_fn(head, x, target)
+    per_dim = loss_fn.per_dim
+    called = nn.Sequential(head)
+    torch.testing.assert_close(loss_fn(called, x, target), expected)
+    torch.testing.assert_close(loss_fn.per_dim, per_dim)
+    half = loss_fn(called.bfloat16(), x.bfloat16(), target)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected, rtol=0.05, atol=0.05)
+    target[1] = CLASSES
+    with pytest.raises(ValueError, match=r"target: expected classes in \[0, 11\) or 5, got 11"):
+        loss_fn(called.float(), x, target)
+    with pytest.raises(TypeError, match="target: expected torch.int64, got torch.float32"):
+        loss_fn(called, x, target.float())
+    with pytest.raises(TypeError, match=r"returns logits \[G, B, V\], got \[17, 24\]"):
+        loss_fn(nn.Identity(), x, target)
+
+
+def test_a_bias_of_some_heads_only():
+    x, _ = batch()
+    head = MRLLinear(DIMS, CLASSES)
+    head.heads[0] = nn.Linear(DIMS[0], CLASSES, bias=False)
+    torch.testing.assert_close(head(x), torch.stack(by_calls(head, x)))
+    assert head.bias[0] is None and head.bias[1] is head.heads[1].bias
+
+
+@TIED
+def test_bad_input_of_a_called_head(tied):
+    head = changed(tied, scaled_output)
+    with pytest.raises(ValueError, match="dims: expected widths of at most 19 .* got 20"):
+        head(torch.randn(4, 19))
+    with pytest.raises(TypeError, match="x: expected a floating-point tensor, got torch.int64"):
+        head(torch.ones(4, 20, dtype=torch.int64))
+
+
+@TIED
+@pytest.mark.parametrize("change", [lora, scaled_output, quantized])
+def test_a_cascade_calls_the_head(tied, change):
+    head, (x, target) = changed(tied, change), batch()
+    expected = torch.stack(by_calls(head, x)).detach().softmax(-1).max(-1)
+    classifier = AdaptiveClassifier(head).calibrate(x, target, tolerance=0.0)
+    assert not classifier.thresholds.isnan().any()
+    thresholds = expected.values[:-1].median(dim=1).values  # half of the rows go on
+    classifier.thresholds.copy_(thresholds)
+    labels, confidence, dims = classifier.predict(x)
+    stops = expected.values > F.pad(thresholds, (0, 1), value=-1.0)[:, None]
+    stage = stops.byte().argmax(0)  # the first
+    rows = torch.arange(ROWS)
+    assert torch.equal(dims, torch.tensor(DIMS)[stage]) and len(dims.unique()) == 3
+    assert torch.equal(labels, expected.indices[stage, rows])
+    torch.testing.assert_close(confidence, expected.values[stage, rows])
+    assert not confidence.requires_grad
+    assert classifier.cost(classifier.predict(x)).dims == dims.double().mean()
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["logits", "deferred"])
+@pytest.mark.parametrize("efficient", [False, True], ids=["MRL", "MRL-E"])
+@pytest.mark.parametrize("change", [lora, pruned, scaled_output, parametrized_weight_norm])
+def test_layers_of_raivn(efficient, deferred, change):
+    x, target = batch()
+    torch.manual_seed(0)
+    layer = MRL_Linear_Layer(DIMS, CLASSES, efficient)
+    for name, child in list(layer.named_children()):
+        setattr(layer, name, change(child))
+    like = MRLLinear(DIMS, CLASSES, tied=efficient)
+    like.heads = nn.ModuleList(layer.children())
+    losses = [F.cross_entropy(logits, target) for logits in by_calls(like, x)]
+    expected = gradients(sum(losses), x, layer)
+    layer.deferred = deferred
+    for output in (layer(x), (layer, x)):
+        actual = gradients(Matryoshka_CE_Loss()(output, target), x, layer)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    if change is not parametrized_weight_norm:
+        with pytest.raises(TypeError, match=r"classifiers\[0\]: expected an nn.Linear without"):
+            assert layer.head
+
+
+def test_called_heads_compile_as_one_graph():
+    x, target = batch()
+    for change in (lora, scaled_output, parametrized_weight_norm):
+        head, loss_fn = changed(False, change), MatryoshkaCrossEntropyLoss()
+        expected = gradients(loss_fn(head, x, target), x, head)
+        torch._dynamo.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's own compiler
+            compiled = torch.compile(
+                lambda x, h=head, f=loss_fn: f(h, x, target), fullgraph=True, backend="aot_eager"
+            )
+            actual = gradients(compiled(x), x, head)
+        torch.testing.assert_close(actual, expected)
+
+
+# --- sharded heads ---
+
+
+def train_of_a_rank(rank, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    mesh = dist.init_device_mesh("cpu", (2,))
+    x, target = batch()
+    mine = slice(rank * 8, rank * 8 + 8)
+    found = {}
+    for name in ("head", "layers", "none"):
+        for tied in (True, False):
+            head = changed(tied, lambda layer: layer)
+            wrapped = {"head": [head], "layers": head.heads, "none": [nn.Sequential(head)]}
+            for module in wrapped[name]:
+                fully_shard(module, mesh=mesh)
+            try:
+                MatryoshkaCrossEntropyLoss()(head, x[mine].detach(), target[mine]).backward()
+            except TypeError as error:
+                found[name, tied] = str(error)
+                continue
+            found[name, tied] = [p.grad.full_tensor() for p in head.parameters()]
+            try:
+                matryoshka_cross_entropy(x, list(head.parameters())[0], target, DIMS)
+            except TypeError as error:
+                found["functional"] = str(error)
+    torch.save(found, f"{folder}/{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # threads of gloo that are still there abort an ordinary exit at times
+
+
+def test_a_head_that_fully_shard_wraps(tmp_path):
+    code = (
+        "import sys, importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('ranks', {__file__!r})\n"
+        "ranks = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(ranks)\n"
+        f"ranks.train_of_a_rank(int(sys.argv[1]), {str(tmp_path)!r})\n"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(2)]
+    assert [child.wait(240) for child in children] == [0, 0]
+    x, target = batch()
+    for rank in range(2):
+        found = torch.load(tmp_path / str(rank))
+        for tied in (True, False):
+            head = changed(tied, lambda layer: layer)
+            loss = sum(F.cross_entropy(y, target[:16]) for y in head(x[:16]))
+            expected = torch.autograd.grad(loss, list(head.parameters()))
+            for name in ("head", "layers"):
+                torch.testing.assert_close(found[name, tied], list(expected))
+            assert "heads[0]: expected parameters that are whole" in found["none", tied]
+        assert "weight: expected parameters that are whole" in found["functional"]
+
+
+# --- copies ---
+
+
+def modules():
+    x, target = batch()
+    head, called = changed(True, lambda layer: layer), changed(False, lora)
+    queries, documents = x.detach(), x.detach().flip(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the loop's, of its first call
+        loop = MatryoshkaLoopLoss(nn.TripletMarginLoss(), DIMS, dim_weights=[1, 2, 3])
+        loop([queries, documents, documents.flip(0)])
+    return {
+        "head": (head, lambda m: m(queries)),
+        "separate": (called, lambda m: m(queries)),
+        "cross entropy": (
+            MatryoshkaCrossEntropyLoss(dim_weights=[1, 2, 3], class_weight=torch.rand(CLASSES)),
+            lambda m: m(head, queries, target),
+        ),
+        "info nce": (
+            MatryoshkaInfoNCELoss(DIMS, learn_scale=True, directions=("doc_to_query",
+                                  "query_to_doc")),
+            lambda m: m(queries, documents),
+        ),
+        "loop": (loop, lambda m: m([queries, documents, documents.flip(0)])),
+        "cascade": (
+            AdaptiveClassifier(head).calibrate(queries, target),
+            lambda m: m(queries).confidence,
+        ),
+        "called cascade": (
+            AdaptiveClassifier(called).calibrate(queries, target),
+            lambda m: m(queries).confidence,
+        ),
+        "raivn": (MRL_Linear_Layer(DIMS, CLASSES), lambda m: torch.stack(m(queries))),
+        "raivn loss": (Matryoshka_CE_Loss([1, 2, 3]), lambda m: m(head(queries), target)),
+    }  # fmt: skip
+
+
+def saved(module, tmp_path):
+    torch.save(module, tmp_path / "module")
+    return torch.load(tmp_path / "module", weights_only=False)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_modules_are_copied_pickled_and_saved(name, tmp_path):
+    module, call = modules()[name]
+    expected = call(module)  # a loss then holds per_dim
+    for other in (
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        saved(module, tmp_path),
+    ):
+        assert torch.equal(call(other), expected)
+        with torch.no_grad():
+            for tensor in [*other.parameters(), *other.buffers()]:
+                tensor.zero_()
+    assert torch.equal(call(module), expected)
+
+
+# --- torch's global state ---
+
+
+@pytest.mark.parametrize("name", ["separate", "called cascade", "loop", "raivn loss"])
+@pytest.mark.parametrize("state", ["float64", "bfloat16", "meta", "inference"])
+def test_results_do_not_depend_on_torchs_defaults(name, state):
+    module, call = modules()[name]
+    expected = call(module).detach()
+    if state == "inference":
+        with torch.inference_mode():
+            assert torch.equal(call(module), expected)
+        return
+    before = torch.get_default_dtype()
+    try:
+        if state == "meta":
+            with torch.device("meta"):
+                actual = call(module)
+        else:
+            torch.set_default_dtype(getattr(torch, state))
+            actual = call(module)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(actual.detach(), expected)
+
+
+def test_options_that_are_tensors_do_not_depend_on_torchs_defaults():
+    x, target = batch()
+    head = changed(True, lambda layer: layer)
+    made = {}
+    before = torch.get_default_dtype()
+    for dtype, device in [(before, "cpu"), (torch.float16, "meta")]:
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                made[device] = (
+                    MatryoshkaCrossEntropyLoss(dim_weights=[0.1, 0.2, 0.3]),
+                    MatryoshkaInfoNCELoss(DIMS, learn_scale=True, dim_weights=[0.1, 0.2, 0.3]),
+                    MatryoshkaLoopLoss(F.mse_loss, DIMS, dim_weights=[0.1, 0.2, 0.3]),
+                    AdaptiveClassifier(head),
+                    Matryoshka_CE_Loss([0.1, 0.2, 0.3]),
+                )
+        finally:
+            torch.set_default_dtype(before)
+    for ours, theirs in zip(*made.values(), strict=True):
+        tensors = [[*m.parameters(), *m.buffers()] for m in (ours, theirs)]
+        torch.testing.assert_close(*tensors, rtol=0, atol=0, equal_nan=True)
+    assert made["cpu"][2].weights == made["meta"][2].weights
+
+
+def test_a_cascade_made_under_inference_is_calibrated_outside():
+    x, target = batch()
+    head = changed(True, lambda layer: layer)
+    with torch.inference_mode():
+        classifier = AdaptiveClassifier(head)
+    expected = AdaptiveClassifier(head).calibrate(x, target).thresholds
+    assert torch.equal(classifier.calibrate(x, target).thresholds, expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MatryoshkaCrossEntropyLoss(dim_weights=3),
+        lambda: MatryoshkaInfoNCELoss(DIMS, dim_weights=3),
+        lambda: MatryoshkaLoopLoss(F.mse_loss, DIMS, dim_weights=3),
+    ],
+)
+def test_bad_weights(make):
+    with pytest.raises(TypeError, match="dim_weights: expected a sequence, got int"):
+        make()
