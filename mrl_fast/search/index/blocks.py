@@ -57,6 +57,7 @@ class Block:
         self.layout, self.capacity, self.fixed = layout, capacity, arrays is not None
         if arrays is None:
             arrays = {name: _empty(*part) for name, part in layout.parts(capacity).items()}
+            arrays["stats"].zero_()  # those of codes stay 0 where there are none
         self.arrays = arrays
         self.ids, self.stats, self.suffix = arrays["ids"], arrays["stats"], arrays["tail"]
         self.codes, self.packed = arrays.get("codes"), arrays.get("packed")
