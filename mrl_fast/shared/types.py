@@ -46,8 +46,8 @@ class SearchResult(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """Stages that ``tune`` chose, None where exact search is as good, for up to k neighbours; and
-    how many vectors there were."""
+    """The stages that ``tune`` chose for up to k neighbours, None for exact search; and how many
+    vectors the index held."""
 
     stages: list[tuple[int, int]] | None
     k: int

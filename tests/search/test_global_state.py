@@ -12,11 +12,11 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
-from mrl_fast.kernels.search import certified, topk
 
 from mrl_fast import MatryoshkaIndex, approx_topk, funnel_search, prefix_topk, rerank
 from mrl_fast.search.index import tuning
 from tests.helpers.index_model import one_thread  # noqa: F401
+from tests.search.test_device_index import small_buffers  # noqa: F401
 
 DIMS, METRICS = (5, 9, 20), ("ip", "cosine", "l2")
 GENERATOR = torch.Generator().manual_seed(0)
@@ -212,9 +212,7 @@ def test_the_same_while_another_thread_flips_the_defaults(plain):
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_the_same_on_a_device(state, plain, monkeypatch):
-    monkeypatch.setattr(topk, "BUFFER", (16, 64))
-    monkeypatch.setattr(certified, "SURVIVORS", 24)
+def test_the_same_on_a_device(state, plain):
     expected = plain("device", on_a_device)
     with STATES[state]():
         found = on_a_device()

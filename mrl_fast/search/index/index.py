@@ -167,9 +167,8 @@ class MatryoshkaIndex:
 
         Returns:
             SearchResult: scores ``[B, k]`` fp32 at the last stage's dim and ids ``[B, k]`` int64,
-                best first, of the kind of the queries and where they are; −inf and −1 where
-                missing. Equal scores are in the order the vectors were added. An exact search's is
-                an ExactResult, which says how many rows were read.
+                best first, equal scores in the order of adding, of the kind and on the device of
+                the queries; −inf and −1 where missing. Exact search returns an ExactResult.
 
         Raises:
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, stages that do
@@ -209,8 +208,7 @@ class MatryoshkaIndex:
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values.
         """
         q = self._rows.backend.queries(inputs.matrix(queries, "queries", self.width), self.config)
-        least = inputs.number(threshold, "threshold")
-        now = self._rows.snapshot
+        least, now = inputs.number(threshold, "threshold"), self._rows.snapshot
         rows, q, _keepalive = self._searched(now, allowed, q)
         found = self._rows.backend.range_search(q, rows, self.width, least, self.metric)
         return result_like(queries, RangeResult(*found))
@@ -348,11 +346,11 @@ class MatryoshkaIndex:
         return from_faiss(partial(cls, **options), index, dims)
 
     def to_faiss(self) -> Any:
-        """A FAISS flat index of the vectors, in the order of rows. No other thread may change this
-        index meanwhile.
+        """A FAISS flat index of the vectors, in the order of rows.
 
-        Vectors are fp32 there. For ``"l2"`` FAISS's scores are squared distances. ``"cosine"``
-        becomes unit vectors under inner products (of norm 0 stay 0): normalise queries too.
+        No other thread may change this index meanwhile. Vectors are fp32 there. For ``"l2"``
+        FAISS's scores are squared distances. ``"cosine"`` becomes unit vectors under inner products
+        (of norm 0 stay 0): normalise queries too.
 
         Returns:
             faiss.IndexFlatIP or IndexFlatL2 where ids are 0, 1, 2, … in the order of rows; else
@@ -366,7 +364,7 @@ class MatryoshkaIndex:
         return to_faiss(self)
 
     def _marks(self) -> tuple[Any, ...]:
-        """Others as soon as anything changes that ``save`` writes."""
+        """The objects that a change of anything that ``save`` writes replaces."""
         return self._rows.snapshot, self.rotation, self._tuned
 
     def _is_as_loaded(self) -> bool:
