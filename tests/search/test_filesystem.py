@@ -331,10 +331,28 @@ def test_the_same_bytes_whatever_torch_makes_by_default(state, options, tmp_path
         index.save(tmp_path / "saved")
         again = MatryoshkaIndex.load(tmp_path / "plain", verify=True)
     assert content(tmp_path / "saved") == content(tmp_path / "plain")
+    kept = [again._store.snapshot.alive, again._store.snapshot.blocks[0].tail, again.rotation]
+    assert not any(x.is_inference() for x in kept if x is not None)
     change(again, model, seed=9)  # outside of it
     assert_same(again, model)
     again.save(tmp_path / "plain")
     assert_same(MatryoshkaIndex.load(tmp_path / "plain", verify=True), model)
+
+
+@pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
+def test_no_memory_is_written_that_nobody_filled(prefix_dtype, tmp_path):
+    def save(path):
+        index, model = build(prefix_dtype=prefix_dtype)
+        change(index, model)
+        index.save(path)
+        return content(path)
+
+    plain = save(tmp_path / "plain")
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty makes with NaN
+    try:
+        assert save(tmp_path / "filled") == plain
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # --- Ctrl-C
