@@ -115,6 +115,7 @@ void check_not_finite(const Kernels& kernels, std::mt19937& random) {
 void test_store() {
     std::mt19937 random(1);
     for (const Kernels* kernels : tested_kernels()) {
+        if (RACES_ONLY) break;
         scenario = std::string("store, ") + kernels->name;
         check_pieces(*kernels, random);
         check_suffix(*kernels, random);
