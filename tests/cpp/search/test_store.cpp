@@ -122,7 +122,7 @@ void test_store() {
         check_not_finite(*kernels, random);
     }
     scenario = "store, two threads";
-    const Table table = make_table(12500, 330, DType::F32, random);
+    const Table table = make_table(2600, 200, DType::F32, random);  // worth two threads
     for (bool coded : {false, true}) {
         const Kernels& kernels = *tested_kernels().front();
         const Database alone(table, {20, coded}, {table.n}, table.n, kernels, 1);
