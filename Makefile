@@ -83,15 +83,15 @@ gates: $(READY)
 # - UndefinedBehaviorSanitizer in the tests' own code, and its checks of null pointers, object sizes
 #   and pointer sums, which double a build: AddressSanitizer stops where such a pointer is used;
 # - under ThreadSanitizer all kernels but the portable ones, as threads share the same memory in all
-#   of them, and the tests that start no threads.
-SANITIZED := $(wildcard csrc/cpu/*.cpp csrc/cpu/*/*.cpp tests/cpp/*.cpp tests/cpp/*/*.cpp)
+#   of them, and the cases that one thread does (RACES_ONLY in tests/cpp).
+CPP_TESTED := $(wildcard csrc/cpu/*.cpp csrc/cpu/*/*.cpp tests/cpp/*.cpp tests/cpp/*/*.cpp)
 FILTER ?=
 flags_of_address := -g1 -fsanitize=address
 csrc_flags_of_address := -fsanitize=undefined -fno-sanitize=null,object-size,vptr,pointer-overflow
 links_of_address := -fsanitize=address,undefined
 flags_of_thread := -g1 -fsanitize=thread -DMRL_PORTABLE_ONLY
 links_of_thread := -fsanitize=thread
-filter_of_thread := store search exact shared range writer fold gradients
+left_out_of_thread := csrc/cpu/simd/kernels_avx% csrc/cpu/simd/kernels_neon%
 
 sanitize:
 	$(MAKE) -j$(JOBS) --no-print-directory cpp-address cpp-thread
@@ -99,12 +99,14 @@ sanitize:
 .PHONY: cpp
 cpp: cpp-plain
 
+objects_of = $(patsubst %.cpp,build/cpp/$(1)/%.o,$(filter-out $(left_out_of_$(1)),$(CPP_TESTED)))
+
 define CPP_TESTS
 .PHONY: cpp-$(1)
 cpp-$(1): build/cpp/$(1)/run
-	UBSAN_OPTIONS=print_stacktrace=1 $$< $$(or $$(FILTER),$$(filter_of_$(1)))
+	UBSAN_OPTIONS=print_stacktrace=1 $$< $$(FILTER)
 
-build/cpp/$(1)/run: $(SANITIZED:%.cpp=build/cpp/$(1)/%.o)
+build/cpp/$(1)/run: $(call objects_of,$(1))
 	$$(CXX) $$(links_of_$(1)) -pthread $$^ -ldl -o $$@
 
 build/cpp/$(1)/%.o: %.cpp
@@ -113,7 +115,7 @@ build/cpp/$(1)/%.o: %.cpp
 		-fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS -std=c++17 -O1 -fno-omit-frame-pointer \
 		-Wall -Wextra -Wno-maybe-uninitialized -Icsrc -Itests/cpp -pthread -MMD -MP -c $$< -o $$@
 
--include $(SANITIZED:%.cpp=build/cpp/$(1)/%.d)
+-include $(patsubst %.o,%.d,$(call objects_of,$(1)))
 endef
 $(foreach name,address thread plain,$(eval $(call CPP_TESTS,$(name))))
 

@@ -111,6 +111,8 @@ void check_refusals(std::mt19937& random) {
 
 void test_range() {
     std::mt19937 random(9);
+    check_passes(random);
+    if (RACES_ONLY) return;
     for (int64_t n : {1, 65, 1000}) {
         scenario = "range, " + std::to_string(n) + " rows";
         const Table table = make_table(n, 21, DTYPES[n % 3], random);
@@ -127,6 +129,5 @@ void test_range() {
         std::vector<float> values(extreme.row(4), extreme.row(8));  // no noise on them
         check_table(extreme, QueryRows(21, values), 6, random);
     }
-    check_passes(random);
     check_refusals(random);
 }
