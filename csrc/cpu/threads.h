@@ -59,7 +59,8 @@ void parallel(int threads, const Fn& fn) {
                 try {
                     team.fn(thread);
                 } catch (...) {
-                    if (!team.call.failed.exchange(true)) team.call.error = std::current_exception();
+                    if (!team.call.failed.exchange(true))
+                        team.call.error = std::current_exception();
                     team.call.stopped = true;
                 }
             }

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cpu/threads.h"
+
 namespace mrl {
 namespace {
 
@@ -61,11 +63,10 @@ double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
         values[c] = span.packed[(local / TILE * packed + c) * TILE + lane];
     kernels.widen_row(suffix_at(rows, span, local, packed), rows.dtype, dim - packed,
                       values + packed);
-    if (terms.source == Source::DIFFERENCE) return -distance64(data[q], values, dim);
-    const double dot = kernels.dot64(data[q], values, dim);
-    if (!terms.normalized) return dot + 0.0;
-    const double length = norm[q] * std::sqrt(kernels.dot64(values, values, dim));
-    return length > 0.0 ? dot / length + 0.0 : 0.0;
+    if (terms.source == Source::DIFFERENCE)
+        return score_of(q, distance64(data[q], values, dim), 0.0);
+    const double square = terms.normalized ? kernels.dot64(values, values, dim) : 0.0;
+    return score_of(q, kernels.dot64(data[q], values, dim), std::sqrt(square));
 }
 
 // Terms, in order: prefix norm, tail norm, code error, the squared norm (l2).
@@ -150,6 +151,7 @@ bool Pass::possible(size_t i, const Span& span, int64_t local, double sum, size_
 
 // Carries a chunk's rows of one query through the later bounds; scores those that remain in fp64.
 void Pass::finish(size_t i, bool counting) {
+    poll();
     const int64_t q = queries_[i];
     const TopK& kept = topks_[i];
     sums_.resize(kept.count);
@@ -181,21 +183,26 @@ void Pass::finish(size_t i, bool counting) {
         }
         count = left;
     }
+    columns_read[i] += 2 * count * p_.dim;  // in fp64
     if (counting) return;
-    std::vector<Final>& heap = heaps[i];
     for (int64_t e = 0; e < count; ++e) {
         const int64_t row = spans_[e]->first + local_[e];
-        const Final final = {p_.score(q, row, &vector_), row};
-        if (int64_t(heap.size()) == p_.k) {
-            if (!(final < heap.front())) continue;
-            std::pop_heap(heap.begin(), heap.end());
-            heap.back() = final;
-        } else {
-            heap.push_back(final);
-        }
-        std::push_heap(heap.begin(), heap.end());
-        if (int64_t(heap.size()) == p_.k) raise(p_.theta[q], heap.front().score);
+        keep(i, {p_.score(q, row, &vector_), row});
     }
+}
+
+void Pass::keep(size_t i, const Final& final) {
+    std::vector<Final>& heap = heaps[i];
+    if (int64_t(heap.size()) < p_.k) {
+        heap.push_back(final);
+        if (int64_t(heap.size()) < p_.k) return;
+        std::make_heap(heap.begin(), heap.end());
+    } else if (final < heap.front()) {
+        std::pop_heap(heap.begin(), heap.end());
+        heap.back() = final;
+        std::push_heap(heap.begin(), heap.end());
+    }
+    raise(p_.theta[queries_[i]], heap.front().score);
 }
 
 }  // namespace mrl

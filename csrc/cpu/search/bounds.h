@@ -55,6 +55,13 @@ struct Problem {
     }
     // θ as what a gate compares with: a row below it is below θ.
     float threshold(int64_t q, double theta) const;
+    // A score from Σ q·x, or Σ (q − x)², and the row's norm, which only cosine looks at.
+    double score_of(int64_t q, double sum, double row_norm) const {
+        if (terms.source == Source::DIFFERENCE) return -sum;
+        if (!terms.normalized) return sum + 0.0;
+        const double length = norm[q] * row_norm;
+        return length > 0.0 ? sum / length + 0.0 : 0.0;
+    }
     // The fp64 score of a row; `x` is room for its columns.
     double score(int64_t q, int64_t row, std::vector<float>* x) const;
 
@@ -75,7 +82,7 @@ struct Problem {
 // One thread's pass over chunks of rows for some of the queries.
 class Pass {
   public:
-    std::vector<std::vector<Final>> heaps;  // [queries], of the k best
+    std::vector<std::vector<Final>> heaps;  // [queries]: the k best; a heap once there are k
     std::vector<int64_t> columns_read;      // [queries]
 
     Pass(Problem& problem, const std::vector<int64_t>& queries, const Panel& panel)
@@ -109,6 +116,7 @@ class Pass {
     void factor(const Panel::Group& group, int64_t i);
     void prepare(Scan* scan);
     void finish(size_t i, bool counting);
+    void keep(size_t i, const Final& final);
     bool possible(size_t i, const Span& span, int64_t local, double sum, size_t level) const;
 
     Problem& p_;

@@ -1,12 +1,18 @@
 // Certified exact search: rows that provably cannot be among the k best are dropped level by level,
-// the few others are scored in fp64. θ is near its end from the start: it is that of what the
-// prefix finds. Where a sample says that bounds will not pay for a query, all its rows are scored
-// in fp32, and in fp64 where that is too close to tell.
+// the few others are scored in fp64. θ is near its final value from the start: it is the k-th best
+// score among the rows whose prefixes look best.
+//
+// Where a sample says that bounds will not pay for a query, all rows are scored in fp32, and the
+// best again in fp64. Where so many rows are among the best, or so close to them, that fp32 cannot
+// choose, every row is scored in fp64: one of each vector, where many are equal.
 #include <algorithm>
 #include <mutex>
 #include <numeric>
+#include <tuple>
 
 #include "cpu/search/bounds.h"
+#include "cpu/search/equal_rows.h"
+#include "cpu/search/wide.h"
 #include "cpu/threads.h"
 
 namespace mrl {
@@ -15,6 +21,8 @@ namespace {
 constexpr int64_t SAMPLE_STEP = 16;  // every 16th tile makes a guess at θ
 constexpr int64_t SEED_STEP = 2;  // every second makes a first real one; every tile where codes do
 constexpr int64_t PREDICT_TILES = 48;  // predict what bounds leave
+constexpr int64_t MANY = 128;          // a k-th of the rows in so many: each is scored in fp64
+constexpr int64_t PROBE_STEP = 16;     // every 16th tile tells whether rows score alike
 constexpr int64_t PANEL_BYTES = 512 << 10, PASS_BYTES = int64_t(256) << 20;  // of one pass
 
 // Queries side by side in memory.
@@ -115,51 +123,141 @@ std::pair<double, double> norms(const Rows& rows) {
     return {least * 0.7, greatest};
 }
 
+// By how much a canonical fp32 score can differ from the fp64 one.
+class Rounding {
+  public:
+    Rounding(const Problem& p, const Rows& rows) : p_(p) {
+        std::tie(least_, greatest_) = norms(rows);
+    }
+    double of(int64_t q, double score) const {
+        if (p_.terms.source == Source::DIFFERENCE) return 4.0 * p_.margin * std::abs(score) + 1e-36;
+        if (p_.terms.normalized) return 3.0 * p_.margin;
+        return p_.margin * p_.norm[q] * greatest_ + 1e-36;
+    }
+    // Whether that holds: not where squares leave fp32.
+    bool holds(int64_t q) const {
+        return ordinary(p_.norm[q] * p_.norm[q]) && greatest_ * greatest_ < LARGEST &&
+               (least_ * least_ > SMALLEST || least_ > greatest_);
+    }
+
+  private:
+    const Problem& p_;
+    double least_, greatest_;
+};
+
+// Some queries' `keep` best by canonical fp32 scores among every step-th tile.
+struct Best32 {
+    Best32(const Problem& p, const Rows& rows, const std::vector<int64_t>& which, int64_t most,
+           int64_t step, int threads)
+        : keep(most), entries(new Entry[which.size() * most + 1]), counts(which.size()) {
+        const Gathered gathered(p, which);
+        const Source source = p.terms.source;
+        status = scan_all(p.kernels, rows, gathered.queries, p.metric, source, p.dim, keep, step,
+                          threads, entries.get(), counts.data());
+    }
+    const Entry* of(int64_t i) const { return entries.get() + i * keep; }
+    double score(int64_t i, int64_t rank) const { return score_of(of(i)[rank].key); }
+
+    const int64_t keep;
+    const std::unique_ptr<Entry[]> entries;
+    std::vector<int64_t> counts;
+    Status status;
+};
+
+// How many rows an fp32 scan keeps: most ties end among these.
+int64_t shortlist(const Problem& p) { return std::min(2 * p.k + 128, p.rows.eligible()); }
+
+// Whether so many rows score alike that such a shortlist would not hold all of the k best, by a
+// sample of the rows and a group of the queries.
+Status sees_alike(const Problem& p, const Rows& rows, const std::vector<int64_t>& which,
+                  int threads, bool* alike) {
+    const std::vector<int64_t> some(which.begin(),
+                                    which.begin() + std::min<size_t>(which.size(), MAX_GROUP));
+    const int64_t kth = p.k / PROBE_STEP, last = shortlist(p) / PROBE_STEP + 8;
+    *alike = false;
+    if (rows.eligible() < 2 * PROBE_STEP * (last + TILE)) return Status::OK;
+    const Best32 best(p, rows, some, last + 1, PROBE_STEP, threads);
+    if (best.status != Status::OK) return best.status;
+    const Rounding rounding(p, rows);
+    size_t close = 0;
+    for (size_t i = 0; i < some.size(); ++i) {
+        if (best.counts[i] <= last || !rounding.holds(some[i])) continue;
+        const double high = best.score(i, kth), low = best.score(i, last);
+        close += low + rounding.of(some[i], low) >= high - rounding.of(some[i], high);
+    }
+    *alike = 2 * close > some.size();
+    return Status::OK;
+}
+
 // Scores every row in fp32 and, of the best, in fp64 those that may be among the k best. A query
 // where the others may be so too, because very many rows score alike, goes to `undecided`.
-Status scan_fully(Problem& p, const Rows& rows, const std::vector<int64_t>& which, int threads,
-                  std::vector<int64_t>* undecided, std::vector<std::vector<Final>>* best) {
-    if (which.empty()) return Status::OK;
-    const Gathered gathered(p, which);
-    const Source source = p.terms.source;
-    const int64_t n = which.size(), count = p.rows.eligible(), keep = std::min(2 * p.k + 32, count);
-    std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
-    std::vector<int64_t> counts(n);
-    const Status status = scan_all(p.kernels, rows, gathered.queries, p.metric, source, p.dim, keep,
-                                   1, threads, entries.get(), counts.data());
-    if (status != Status::OK) return status;
-    const auto [least, greatest] = norms(rows);
+Status scan_narrow(Problem& p, const Rows& rows, const std::vector<int64_t>& which, int threads,
+                   std::vector<int64_t>* undecided, std::vector<std::vector<Final>>* best) {
+    const int64_t n = which.size(), count = p.rows.eligible();
+    const Best32 first(p, rows, which, shortlist(p), 1, threads);
+    if (first.status != Status::OK) return first.status;
+    const Rounding rounding(p, rows);
     std::vector<char> open(n, 0);
-    each(n, threads, [&, least = least, greatest = greatest](int64_t i) {
+    each(n, threads, [&](int64_t i) {
         const int64_t q = which[i];
-        const Entry* mine = entries.get() + i * keep;
-        // The most by which a fp64 score can differ from this one.
-        auto error = [&](double score) {
-            if (p.terms.source == Source::DIFFERENCE)
-                return 4.0 * p.margin * std::abs(score) + 1e-36;
-            if (p.terms.normalized) return 3.0 * p.margin;
-            return p.margin * p.norm[q] * greatest + 1e-36;
-        };
-        const double kth = score_of(mine[p.k - 1].key);
-        const double last = score_of(mine[keep - 1].key);
+        const double kth = first.score(i, p.k - 1), last = first.score(i, first.keep - 1);
+        const double least = kth - rounding.of(q, kth);
         p.touched[q] = count;
-        std::vector<float> room;
-        std::vector<Final>& all = (*best)[q];
-        for (int64_t e = 0; e < keep; ++e) {
-            const double score = score_of(mine[e].key);
-            if (score + error(score) < kth - error(kth)) break;
-            all.push_back({p.score(q, row_of(mine[e].key), &room), row_of(mine[e].key)});
+        open[i] = first.keep < count && !(rounding.holds(q) && last + rounding.of(q, last) < least);
+        if (open[i]) {
+            if (rounding.holds(q)) raise(p.theta[q], least);
+            return;
         }
-        const bool plain = ordinary(p.norm[q] * p.norm[q]) && greatest * greatest < LARGEST &&
-                           (least * least > SMALLEST || least > greatest);
-        open[i] = keep < count && !(plain && last + error(last) < kth - error(kth));
-        if (!open[i]) return;
-        all.clear();
-        if (plain) raise(p.theta[q], kth - error(kth));
+        std::vector<float> room;
+        for (const Entry* entry = first.of(i); entry < first.of(i) + first.keep; ++entry) {
+            const double score = score_of(entry->key);
+            if (score + rounding.of(q, score) < least) break;
+            const int64_t row = row_of(entry->key);
+            (*best)[q].push_back({p.score(q, row, &room), row});
+        }
     });
     for (int64_t i = 0; i < n; ++i)
         if (open[i]) undecided->push_back(which[i]);
     return Status::OK;
+}
+
+Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<Final>>* best);
+
+// Searches rows of which many score alike: one of each vector where many are equal and there are
+// queries enough to pay for finding them, else every row in fp64.
+Status search_alike(Problem& p, const Rows& rows, const std::vector<int64_t>& which, int threads,
+                    std::vector<std::vector<Final>>* best) {
+    constexpr size_t ENOUGH = 16;
+    if (which.size() < ENOUGH) return scan_wide(p, rows, which, threads, best);
+    const EqualRows equal(p.kernels, p.rows, p.dim, threads);
+    if (2 * equal.count() > p.rows.eligible()) return scan_wide(p, rows, which, threads, best);
+    Rows gathered = equal.firsts(p.rows), in_place = gathered;
+    in_place.gathered_rows.clear();
+    const Gathered queries(p, which);
+    Problem firsts(p.kernels, in_place, queries.queries, p.metric, p.dim,
+                   std::min(p.k, equal.count()));
+    std::vector<std::vector<Final>> found(which.size());
+    const Status status = search_pass(firsts, gathered, threads, &found);
+    if (status != Status::OK) return status;
+    each(which.size(), threads, [&](int64_t i) {
+        std::sort(found[i].begin(), found[i].end());
+        (*best)[which[i]] = equal.expand(found[i], p.k);
+        p.touched[which[i]] = p.rows.eligible();
+    });
+    return Status::OK;
+}
+
+// Reads every row, in the way that fits k and the data. Queries that it cannot decide, because
+// more rows score alike than a sample said, go to `undecided`.
+Status search_fully(Problem& p, const Rows& rows, const std::vector<int64_t>& which, int threads,
+                    std::vector<int64_t>* undecided, std::vector<std::vector<Final>>* best) {
+    if (which.empty()) return Status::OK;
+    if (MANY * p.k >= rows.eligible()) return scan_wide(p, rows, which, threads, best);
+    bool alike;
+    const Status status = sees_alike(p, rows, which, threads, &alike);
+    if (status != Status::OK) return status;
+    return alike ? search_alike(p, rows, which, threads, best)
+                 : scan_narrow(p, rows, which, threads, undecided, best);
 }
 
 // Leaves in `which` the queries for which bounds cost less than reading every row does, by a sample
@@ -207,7 +305,7 @@ void split(Problem& p, const std::vector<double>& guess, int threads, std::vecto
 Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<Final>>* best) {
     std::vector<int64_t> bounded(p.data.size()), full;
     std::iota(bounded.begin(), bounded.end(), 0);
-    if (!p.prunes() || !rows.gathered_rows.empty() || 4 * p.k >= rows.eligible()) {
+    if (!p.prunes() || !rows.gathered_rows.empty() || MANY * p.k >= rows.eligible()) {
         full.swap(bounded);
     } else {
         // Of rows that a mask thins out as many are sampled.
@@ -243,9 +341,18 @@ Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<
         }
     }
     if (!full.empty() && 8 * rows.eligible() < 7 * rows.count()) rows.gather();
-    const Status status = scan_fully(p, rows, full, threads, &bounded, best);
+    std::vector<int64_t> undecided, wide;
+    const Status status = search_fully(p, rows, full, threads, &undecided, best);
     if (status != Status::OK) return status;
-    return run(p, bounded, threads, best) ? Status::OK : Status::NOT_FINITE;
+    if (p.prunes()) {
+        const std::vector<double> proved(p.theta.begin(), p.theta.end());
+        split(p, proved, threads, &undecided, &wide);
+        bounded.insert(bounded.end(), undecided.begin(), undecided.end());
+    } else {
+        wide.swap(undecided);
+    }
+    if (!run(p, bounded, threads, best)) return Status::NOT_FINITE;
+    return scan_wide(p, rows, wide, threads, best);
 }
 
 }  // namespace
@@ -259,9 +366,10 @@ Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& que
     Rows in_place = rows, gathered = rows;
     in_place.gathered_rows.clear();
     const int64_t keep = std::max<int64_t>(std::min(k, rows.eligible()), 1);
-    const int64_t pass = std::clamp<int64_t>(
-        PASS_BYTES / int64_t(sizeof(Final) * threads * keep + sizeof(Entry) * CHUNK_TILES * TILE),
-        1, std::clamp<int64_t>(PANEL_BYTES / (4 * dim), 96, 256));
+    const int64_t pass =
+        std::clamp<int64_t>(PASS_BYTES / int64_t(2 * sizeof(Final) * threads * keep +
+                                                 sizeof(Entry) * CHUNK_TILES * TILE),
+                            1, std::clamp<int64_t>(PANEL_BYTES / (4 * dim), 96, 256));
     for (int64_t begin = 0; begin < queries.n; begin += pass) {
         const int64_t n = std::min(pass, queries.n - begin);
         const Queries part = {queries.data + begin * queries.stride, n, queries.stride};

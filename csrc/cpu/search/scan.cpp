@@ -160,6 +160,7 @@ bool Scanner::run(int64_t tiles, const TileAt& tile_at, int64_t keep,
         Scan scan = {};
         for (int64_t i, last; ranges[part].next(&i, &last);) {
             for (; i < last; ++i) {
+                poll();
                 if (!reader.read(tile_at(i), &scan)) finite = false;
                 scaling.prepare(reader, &scan);
                 for (int64_t g = first_group(part); g < first_group(part + 1); ++g) {

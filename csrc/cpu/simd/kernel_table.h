@@ -4,6 +4,7 @@
 
 // uses Vec and W of tile_kernels.h
 #include "cpu/simd/nested_kernels.h"
+#include "cpu/simd/wide_kernels.h"
 
 template <Source S>
 void fill_scans(Kernels& kernels) {
@@ -16,12 +17,26 @@ void fill_scans(Kernels& kernels) {
     scan[5] = scan_as<S, 6, Simd::rows_of(6)>;
 }
 
+template <Source S>
+void fill_wide(Kernels& kernels) {
+    kernels.widen_tile[int(S)] = widen_tile<S>;
+    auto** scores = kernels.scores64[int(S)];
+    scores[0] = scores64<S, 1>;
+    scores[1] = scores64<S, 2>;
+    scores[2] = scores64<S, 3>;
+    scores[3] = scores64<S, 4>;
+    scores[4] = scores64<S, 5>;
+    scores[5] = scores64<S, 6>;
+}
+
 Kernels make_kernels(const char* name) {
-    Kernels kernels = {
-        name,      W,     Simd::QUAD_BYTES, pack,       sqnorms,        advance, {}, dots,
-        widen_row, dot64, product,          fold_block, score_gradients};
+    Kernels kernels = {name,      W,       Simd::QUAD_BYTES, pack,           sqnorms, advance,
+                       {},        dots,    widen_row,        dot64,          {},      {},
+                       squares64, product, fold_block,       score_gradients};
     fill_scans<Source::PRODUCT>(kernels);
     fill_scans<Source::DIFFERENCE>(kernels);
     fill_scans<Source::CODES>(kernels);
+    fill_wide<Source::PRODUCT>(kernels);
+    fill_wide<Source::DIFFERENCE>(kernels);
     return kernels;
 }

@@ -137,6 +137,9 @@ struct Scan {
     float* thresholds;  // [group]; a row is dropped where its score is <= this
 };
 
+// Σ q·x in fp64 is of every eighth column first: eight chains. Σ (q − x)² is one.
+constexpr int64_t chains_of(Source source) { return source == Source::DIFFERENCE ? 1 : 8; }
+
 struct Product;
 struct ScoreBlock;
 struct Statistics;
@@ -162,6 +165,13 @@ struct Kernels {
     void (*widen_row)(const void* row, DType dtype, int64_t cols, float* out);
     // Σ x·y in fp64: eight sums, each of every eighth column, then the sum of these in order.
     double (*dot64)(const float* x, const float* y, int64_t cols);
+    // The same of whole tiles, [product or difference]: a tile's two segments as doubles
+    // [cols · TILE], columns by chain; scores [group, TILE] of queries [cols, group], columns by
+    // chain too: Σ q·x with dot64's bits or Σ (q − x)² column by column; and Σ x² [TILE] likewise.
+    void (*widen_tile[2])(const Segment* segments, double* out);
+    void (*scores64[2][MAX_GROUP])(const double* tile, const double* queries, int64_t cols,
+                                   double* out);
+    void (*squares64)(const double* tile, int64_t cols, double* out);
     // See nested.h.
     void (*product)(const Product&);
     void (*fold_block)(const ScoreBlock&, const Statistics&);

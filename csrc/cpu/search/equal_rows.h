@@ -1,0 +1,26 @@
+// Rows whose vectors are the same bit for bit: they have one score, so a search of the first of
+// each is a search of all.
+#pragma once
+
+#include "cpu/search/bounds.h"
+
+namespace mrl {
+
+class EqualRows {
+  public:
+    // By the first `dim` columns of these rows, none of which are gathered.
+    EqualRows(const Kernels& kernels, const Rows& rows, int64_t dim, int threads);
+    // How many different vectors there are.
+    int64_t count() const { return distinct_; }
+    // The first row of each vector.
+    Rows firsts(const Rows& rows) const { return rows.restricted(mask_.data()); }
+    // The k best of all rows from the k best of `firsts`, best first.
+    std::vector<Final> expand(const std::vector<Final>& firsts, int64_t k) const;
+
+  private:
+    std::vector<uint64_t> mask_;
+    std::vector<std::pair<int64_t, int64_t>> members_;  // (first row, row), ascending
+    int64_t distinct_ = 0;
+};
+
+}  // namespace mrl
