@@ -135,27 +135,27 @@ def _hits(
 ) -> int:
     """How many of the true neighbours ``known``, ``[B, k]``, were found.
 
-    Where other ids were found, these and the true ones are scored alike, at full width, for
-    ``count_found`` to see ties.
+    Where other ids were found, these and the true ones are scored alike, at full width, so that
+    ``count_found`` sees ties. True ids that the index does not have are missed.
     """
     differ = (found.ids.sort(dim=1).values != known.sort(dim=1).values).any(dim=1)
-    scores, true_scores = torch.zeros_like(found.scores), torch.zeros_like(found.scores)
+    hits = int((known[~differ] >= 0).sum())
     for i in differ.nonzero()[:, 0].tolist():
         ids = torch.cat([found.ids[i], known[i]]).unique()
         ids = ids[ids >= 0]
-        both = index.search(queries[i : i + 1], max(1, len(ids)), exact=True, allowed=ids)
-        scores[i] = _scores_of(found.ids[i], both)
-        true_scores[i] = _scores_of(known[i], both)
-    return int(count_found(SearchResult(scores, found.ids), SearchResult(true_scores, known)).sum())
+        scored = index.search(queries[i : i + 1], max(1, len(ids)), exact=True, allowed=ids)
+        hits += int(count_found(_picked(scored, found.ids[i]), _picked(scored, known[i])))
+    return hits
 
 
-def _scores_of(ids: torch.Tensor, ranked: SearchResult) -> torch.Tensor:
-    """Scores ``[k]`` of ids by one query's results; infinite where the index has no such id, which
-    is then not the worst of the true ones."""
-    by_id = ranked.ids[0].sort()
-    place = torch.searchsorted(by_id.values, ids).clamp_max(len(by_id.values) - 1)
-    scores = ranked.scores[0][by_id.indices[place]]
-    return scores.where(by_id.values[place] == ids, torch.inf)
+def _picked(scored: SearchResult, ids: torch.Tensor) -> SearchResult:
+    """These ids' scores ``[1, k]`` by one query's results; −∞ and −1 where they are not among
+    them."""
+    by_id = scored.ids.sort(dim=1)
+    place = torch.searchsorted(by_id.values, ids[None]).clamp_max(by_id.values.shape[1] - 1)
+    here = (by_id.values.gather(1, place) == ids) & (ids >= 0)
+    scores = scored.scores.gather(1, by_id.indices.gather(1, place))
+    return SearchResult(scores.where(here, -torch.inf), ids[None].where(here, -1))
 
 
 def _check_out(path: Path, option: str, suffixes: Sequence[str]) -> None:

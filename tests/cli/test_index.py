@@ -274,6 +274,15 @@ def test_add_is_all_or_nothing(tmp_path, built, wrong, monkeypatch):
     same_as(built, in_memory())
 
 
+@pytest.mark.parametrize("name", [".DS_Store", ".gitkeep", "Thumbs.db"])
+def test_what_desktops_and_git_leave_in_a_folder(tmp_path, base, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"theirs")
+    run("build", base, "--out", tmp_path / "out", "--dims", DIMS)
+    same_as(tmp_path / "out", in_memory())
+    assert (tmp_path / "out" / name).read_bytes() == b"theirs"
+
+
 def spoiled(path):
     """The base with a NaN in its last row."""
     array = BASE.copy()

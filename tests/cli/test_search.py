@@ -13,7 +13,19 @@ from typer.testing import CliRunner
 
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.cli.app import app
-from tests.helpers.cli_index import BASE, QUERIES, ROWS, build, in_memory, run, run_json, saved
+from mrl_fast.shared.types import Tuned
+from tests.helpers.cli_index import (
+    BASE,
+    DIMS,
+    QUERIES,
+    ROWS,
+    WIDTH,
+    build,
+    in_memory,
+    run,
+    run_json,
+    saved,
+)
 
 COMMANDS = ("build", "add", "search", "tune", "info", "verify")
 
@@ -101,6 +113,34 @@ def test_recall_of_truth(tmp_path, built, queries):
     assert summary["recall"] == pytest.approx((300 * 9 - 100) / (300 * 9))
 
 
+def copies(tmp_path, metric="cosine"):
+    """An index of four vectors, each there five times: ids i, i + 4, i + 8, …"""
+    rows = np.tile(np.eye(4, WIDTH, dtype=np.float32) + BASE[:4] / 9, (5, 1))
+    source = saved(tmp_path / "copies.npy", rows)
+    run("build", source, "--out", tmp_path / metric, "--dims", DIMS, "--metric", metric)
+    return tmp_path / metric, rows
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2", "ip"])
+@pytest.mark.parametrize("stages", [[], ["--stages", "8:20,32:3"], ["--stages", "8:3"]])
+def test_what_ties_with_the_true_ones_is_found(tmp_path, metric, stages):
+    folder, rows = copies(tmp_path, metric)
+    queries = saved(tmp_path / "q.npy", rows[:4])
+    # Each finds i, i + 4, i + 8; as true ids: the others that equal it, some of these, none.
+    for true, expected in (
+        ([16, 12, 8], 1),
+        ([4, 0, 8], 1),
+        ([8, 4, 1], 2 / 3),  # the worst is another vector, and missed
+        ([1, 2, 3], 0),
+        ([12, 16, 777], 2 / 3),  # 777 is not in the index
+        ([16, -1, -1], 1),
+        ([777, 888, 999], 0),
+    ):
+        truth = saved(tmp_path / "truth.npy", np.array([true]))
+        command = "search", folder, queries, "-k", 3, "--limit", 1, "--truth", truth, *stages
+        assert run_json(*command)["recall"] == pytest.approx(expected), true
+
+
 def test_search_on_a_device(built, queries, monkeypatch):
     load, devices = MatryoshkaIndex.load, []
 
@@ -134,6 +174,19 @@ def test_tune_is_kept(tmp_path, built, queries):
     assert stages == (report["stages"] and [*report["stages"][:-1], [32, 4]])
     assert run_json("search", built, queries, "-k", 6)["stages"] is None
     assert "For recall@5 of 0.9" in run("tune", built, queries, "-k", 5, "--recall", 0.9)
+
+
+def test_stages_that_are_out_of_date(built, queries):
+    index = MatryoshkaIndex.load(built)
+    index._tuned = Tuned([(8, 40), (32, 5)], 5, ROWS)
+    index.save(built)
+    for _ in range(2):
+        assert "with 3,000 rows" in (text := run("info", built)) and "out of date" not in text
+        run("add", built, queries, "--limit", ROWS // 20)
+    assert run_json("search", built, queries, "-k", 5)["stages"] == [[8, 40], [32, 5]]
+    run("add", built, queries, "--limit", 1)
+    assert "out of date" in run("info", built)
+    assert run_json("search", built, queries, "-k", 5)["stages"] is None
 
 
 def test_no_matplotlib_is_said_before_the_work(built, queries, monkeypatch):
@@ -228,6 +281,11 @@ def scene(tmp_path_factory):
         (["tune", "{index}", "{narrow}"], "narrow.npy: expected vectors of the index's width"),
         (["tune", "{index}", "{base}", "--limit", "255"], "at least 256 sample queries, got 255"),
         (["tune", "{index}", "{base}", "--recall", "1.5"], "recall: expected a number in"),
+        (
+            ["tune", "{index}", "{base}", "--plot", "t.xyz"],
+            "--plot: expected a file ending in .png",
+        ),
+        (["tune", "{index}", "{base}", "--plot", "{none}/t.png"], "--plot: expected a folder that"),
         (["info", "{none}"], "expected a folder that holds an index"),
         (["verify", "{none}"], "INDEX: expected a folder that holds an index"),
         (["verify", "{folder}"], "expected a folder that holds an index"),

@@ -1,4 +1,5 @@
-"""Pickles and copies of the LangChain and the LlamaIndex store: with their records, independent."""
+"""The LangChain and the LlamaIndex store alike: pickles and copies, with the records and
+independent; other global states of torch, which change nothing."""
 
 import copy
 import multiprocessing
@@ -14,6 +15,7 @@ from llama_index.core.vector_stores import VectorStoreQuery  # noqa: E402
 
 from mrl_fast.integrations import langchain, llama_index  # noqa: E402
 from tests.helpers.langchain_store import TEXTS, Letters, in_threads, store  # noqa: E402
+from tests.helpers.torch_states import STATES  # noqa: E402
 
 LETTERS = Letters()
 
@@ -30,7 +32,8 @@ class LangChain:
 
     @staticmethod
     def all(found):
-        """Names, metadata and scores of all, the best first."""
+        """Names, metadata and scores of all, the best first; marginal relevance finds them too."""
+        assert len(found.max_marginal_relevance_search("abcd", 99)) == len(found.index or ())
         hits = found.similarity_search_with_score("abcd", 99)
         return [(hit.id, hit.metadata, score) for hit, score in hits]
 
@@ -140,3 +143,20 @@ def test_a_pickle_of_a_store_that_changes():
             assert len(first.page_content) == len(second.page_content)
 
     in_threads(write, read)
+
+
+@both
+@pytest.mark.parametrize("state", STATES)
+def test_global_states_of_torch(kind, state, tmp_path):
+    expected = kind.all(filled(kind))
+    with STATES[state]():
+        found = filled(kind)
+        assert kind.all(found) == expected
+        kind.save(found, tmp_path)
+        again = kind.load(tmp_path)
+        assert kind.all(again) == expected
+        begun = filled(kind)
+    for each in (found, again, begun):  # what was begun in a state goes on outside it
+        kind.add(each, "new", "abcd")
+        kind.remove(each, "id0")
+        assert [name for name, _, _ in kind.all(each)] == ["new", "id1", "id2", "id3"]
