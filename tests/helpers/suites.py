@@ -29,8 +29,22 @@ FIRST = (
 # Of these tests `make test` runs the cases that match, where there is no GPU and kernels are
 # interpreted; `make test-slow` runs the others.
 SHORT = {
-    "tests/kernels/test_certified.py::test_exact": ("True-cosine", "False-l2"),
-}
+    "tests/kernels/test_certified.py::test_exact": ("True-ip", "True-cosine", "False-l2"),
+    "tests/kernels/test_certified.py::test_bounds_that_are_the_scores": ("ip-1", "l2-3"),
+    "tests/kernels/test_certified.py::test_a_bound_that_is_too_low_shows": ("cosine",),
+    "tests/kernels/test_topk.py::test_scan_is_exact": ("*-(5, 1421, 19)", "ip-*", "l2-(3, 700, 1)"),
+    "tests/kernels/test_topk.py::test_scan_of_eight_bits": ("ip-*", "cosine-*int8", "l2-*float8*"),
+    "tests/kernels/test_topk.py::test_sums_of_a_scan_are_within_its_margin": (
+        "*float32-positive-*", "*bfloat16-signs-*", "*.float16-spike-*", "*int8-*",
+        "*float8*-positive-*",
+    ),
+    "tests/kernels/test_topk.py::test_errors_of_the_scan_within_its_margin_change_nothing": (
+        "4-ip", "17-cosine", "17-l2",
+    ),
+    "tests/kernels/test_topk.py::test_margins_leave_few_rows_to_be_scored_again": (
+        "*float8*-ip-*-768", "*float32-l2-100-256",
+    ),
+}  # fmt: skip
 
 
 def test_of(nodeid: str) -> str:

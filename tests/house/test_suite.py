@@ -42,9 +42,10 @@ def test_every_file_of_a_suite_exists(file):
 
 @pytest.mark.parametrize("test", suites.SHORT)
 def test_every_shortened_test_keeps_a_case(test, request):
-    file, name = test.split("::", 1)
-    assert name in functions(file)
-    assert suites.SHORT[test], "no case would be left"
+    collected = [item.nodeid for item in request.session.items]
+    if not any(node.startswith(test.split("::")[0]) for node in collected):
+        pytest.skip("its file is not part of this run")
+    assert any(suites.test_of(node) == test and not suites.is_slow(node) for node in collected)
 
 
 def test_every_folder_is_described():

@@ -303,7 +303,7 @@ def fuzz(root, begin, count):
 
 
 def test_damaged_files(tmp_path):
-    count = 1500 if TIMES == 1 else 2500 * TIMES
+    count = 600 if TIMES == 1 else 2500 * TIMES
     code = f"from tests.stress.test_fuzz_files import fuzz; fuzz({str(tmp_path)!r}, 1000, {count})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     seed = (tmp_path / "seed").read_text() if (tmp_path / "seed").exists() else None

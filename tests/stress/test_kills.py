@@ -163,7 +163,7 @@ def kill_many(folder, kills):
 
 
 def test_kills(tmp_path):
-    kills = 200 * max(1, TIMES // 10)
+    kills = 60 if TIMES == 1 else 20 * TIMES
     code = f"from tests.stress.test_kills import kill_many; kill_many({str(tmp_path)!r}, {kills})"
     # Children are forked: no other threads.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -14,7 +14,7 @@ from mrl_fast.search.index import store
 from tests.helpers.index_model import DIMS, TIMES, Answers, Model, assert_same, vectors
 
 READERS = 16
-STEPS = 25 * max(1, TIMES // 4)  # of the one who writes
+STEPS = 15 if TIMES == 1 else 6 * TIMES  # of the one who writes
 QUERIES, K, LEAST = vectors(4, DIMS[-1], 99), 6, 0.2  # the least score of a range
 STABLE = torch.arange(0, 30, 3)  # never removed, often replaced
 SOME = torch.cat([torch.arange(10, 400, 7), torch.tensor([-1, 1 << 62])])  # some there, some not

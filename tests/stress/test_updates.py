@@ -173,7 +173,7 @@ def test_any_order(metric, prefix_dtype, tmp_path, small):
     run_state_machine_as_test(
         lambda: Machine(tmp_path, metric, prefix_dtype),
         settings=settings(
-            max_examples=max(80, 20 * TIMES),
+            max_examples=20 * TIMES,
             stateful_step_count=30,
             derandomize=TIMES == 1,
             database=None,
