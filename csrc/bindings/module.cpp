@@ -19,7 +19,7 @@ bool signal_raised() {
 
 PYBIND11_MODULE(_C, m) {
     stop_where(signal_raised);
-    py::register_local_exception_translator([](std::exception_ptr error) {
+    pybind11::register_local_exception_translator([](std::exception_ptr error) {
         try {
             std::rethrow_exception(error);
         } catch (const Interrupted&) {
