@@ -36,7 +36,7 @@ bool equal(const Rows& rows, int64_t a, int64_t b, int64_t dim) {
     a -= of_a->first, b -= of_b->first;
     const int64_t packed = std::min(rows.packed_dim, dim);
     if (dim > packed &&
-        std::memcmp(tail_at(rows, *of_a, a, packed), tail_at(rows, *of_b, b, packed),
+        std::memcmp(suffix_at(rows, *of_a, a, packed), suffix_at(rows, *of_b, b, packed),
                     (dim - packed) * element_size(rows.dtype)) != 0)
         return false;
     const auto at = [&](const Span& span, int64_t row, int64_t c) {
