@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mrl_fast.testing import assert_same_topk, assert_within_budget
+from mrl_fast.testing import assert_same_topk, assert_within_budget, rounding_bounds
 
 
 def test_budget_accepts_the_native_error_and_rejects_more():
@@ -16,6 +16,57 @@ def test_budget_accepts_the_native_error_and_rejects_more():
             assert_within_budget(torch.tensor(wrong), exact, native, name="wrong")
     with pytest.raises(AssertionError, match=r"wrong: \[1\], not \[2\]"):
         assert_within_budget(native[:1], exact, native, name="wrong")
+
+
+def softmax_gradient(x, w, target, dtype):
+    """What a loss's tests compare: the loss, and the gradients of both sides."""
+    x, w = (t.to(dtype).requires_grad_() for t in (x, w))
+    loss = torch.nn.functional.cross_entropy(x @ w.T, target, reduction="none")
+    return [loss.detach(), *torch.autograd.grad(loss.sum(), [x, w])]
+
+
+@pytest.mark.parametrize("classes", [2, 63, 301])
+def test_bounds_hold_in_any_order_of_sums_and_half_a_term_exceeds_them(classes):
+    g = torch.Generator().manual_seed(classes)
+    x, w = 0.3 * torch.randn(5, 65, generator=g), torch.randn(classes, 65, generator=g)
+    target = torch.arange(5) % classes
+    exact = softmax_gradient(x, w, target, torch.float64)
+    bounds = rounding_bounds(lambda: softmax_gradient(x, w, target, torch.float64))
+    for seed in range(20):  # PyTorch's own sums, in other orders
+        order = torch.randperm(65, generator=g.manual_seed(seed))
+        loss, dx, dw = softmax_gradient(x[:, order], w[:, order], target, torch.float32)
+        back = order.argsort()
+        for a, e, b in zip((loss, dx[:, back], dw[:, back]), exact, bounds, strict=True):
+            # as if PyTorch had been exact: the bound alone decides
+            assert_within_budget(a, e, e.float(), name="order", bound=lambda b=b: b)
+    half = [e.float() for e in exact]
+    p = (x.double() @ w.double().T).softmax(1).float()
+    j = p.masked_fill(torch.nn.functional.one_hot(target, classes).bool(), 0.0).argmax(1)
+    half[0] = half[0] + 0.5 * torch.log1p(-p.gather(1, j[:, None])[:, 0])  # of one class's exp
+    half[1] = half[1] - 0.5 * p.gather(1, j[:, None]) * w[j]  # of one class
+    half[2][j[0]] -= 0.5 * p[0, j[0]] * x[0]  # of one row
+    for wrong, e, b in zip(half, exact, bounds, strict=True):
+        with pytest.raises(AssertionError, match="half: error"):
+            assert_within_budget(wrong, e, e.float(), name="half", bound=lambda b=b: b)
+
+
+def test_a_bound_counts_by_elements_and_only_where_native_is_exceeded():
+    exact = torch.tensor([1.0, 100.0], dtype=torch.float64)
+    bound = torch.tensor([0.1, 5.0], dtype=torch.float64)
+    native = exact.float()
+    assert_within_budget(torch.tensor([1.05, 104.0]), exact, native, name="in", bound=lambda: bound)
+    for wrong in ([1.2, 100.0], [1.0, 106.0], [torch.nan, 100.0]):
+        with pytest.raises(AssertionError, match="out: error"):
+            assert_within_budget(
+                torch.tensor(wrong), exact, native, name="out", bound=lambda: bound
+            )
+    assert_within_budget(native, exact, native, name="in", bound=lambda: pytest.fail("called"))
+
+
+def test_bounds_leave_infinite_scores_and_integers_alone():
+    x = torch.tensor([[0.0, -torch.inf, 1.0]], dtype=torch.float64)
+    (bound,) = rounding_bounds(lambda: [x.logsumexp(1)])
+    assert 2.0**-24 < bound < 2.0**-18
 
 
 EXACT = torch.tensor([[0.5, 1.0, 1.0, -torch.inf]], dtype=torch.float64)
