@@ -57,7 +57,8 @@ def choose(impl: str | None, *tensors: torch.Tensor) -> str:
 def exporting() -> bool:
     """Whether a model is being written down for elsewhere, by ``torch.export``, ``torch.onnx`` or
     ``torch.jit.trace``. Sizes are then symbols: a check of one would bind the export to it."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return torch.compiler.is_exporting() or tracing or torch.onnx.is_in_onnx_export()
 
 
 def module_of(impl: str, wing: str) -> ModuleType:
