@@ -47,7 +47,7 @@ LOSSES = {
         directions=ALL_WAYS, impl=impl,
     ).loss,
     "sigmoid": lambda x, w, impl=None: matryoshka_sigmoid_loss(
-        x, w, DIMS, scale=10.0, bias=-10.0, impl=impl
+        x, w, DIMS, scale=10.0, bias=-9.7, impl=impl
     ).loss,
     "distill": lambda x, w, impl=None: matryoshka_distill(
         (x, w), TEACHER, DIMS, temperature=0.1, impl=impl

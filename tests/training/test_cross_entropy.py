@@ -68,9 +68,7 @@ def check_budget(*problems, dtype, impl="cpp", dims=DIMS, **options):
     def exact_run():
         return joined([run(r, torch.float64, "reference", dims=dims, **wide) for r in rounded])
 
-    bounds = cache(
-        lambda: dict(zip(exact, rounding_bounds(lambda: list(exact_run().values())), strict=True))
-    )
+    bounds = cache(lambda: rounding_bounds(lambda: list(exact_run().values())))
     actual = joined([run(r, dtype, impl, dims=dims, **options) for r in rounded])
     native_ = joined([run(r, dtype, "reference", dims=dims, **options) for r in rounded])
     exact = exact_run()

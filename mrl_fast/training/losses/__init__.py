@@ -1,4 +1,4 @@
-"""One file a loss: what it makes of the statistics that ``engine.fold`` gives."""
+"""One file a loss, made of the statistics that ``ops.fold`` gives."""
 
 from mrl_fast.training.losses.cross_entropy import matryoshka_cross_entropy
 from mrl_fast.training.losses.distill import matryoshka_distill
