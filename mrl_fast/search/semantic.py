@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.ops import funnel_search, prefix_topk
 from mrl_fast.shared.arrays import as_tensor
 from mrl_fast.shared.checks import check_finite, check_int, check_matrix, check_stages
+from mrl_fast.shared.memory import HOST
 from mrl_fast.shared.types import SearchResult
 
 # By the names of sentence-transformers' functions, and of its SimilarityFunction.
@@ -132,10 +134,17 @@ def _matrix(x: Any, name: str, *, one: bool = False) -> Tensor:
     """``[n, D]``, floating point; where ``one`` is set, ``[D]`` becomes ``[1, D]``."""
     if isinstance(x, (list, tuple)) and x:
         try:
-            x = torch.stack([torch.as_tensor(row) for row in x])
+            x = torch.stack([_row(row, name) for row in x])
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{name}: expected rows of one width, got {error}") from None
     if isinstance(x, Tensor) and x.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
     tensor = as_tensor(x, name)
     return check_matrix(tensor[None] if one and tensor.ndim == 1 else tensor, name)
+
+
+def _row(row: Any, name: str) -> Tensor:
+    """A tensor or an array as it is, a list of numbers or a number as fp32."""
+    if isinstance(row, (Tensor, np.ndarray)):
+        return as_tensor(row, name)
+    return torch.tensor(row, dtype=torch.float32, device=HOST)

@@ -16,6 +16,7 @@ from tests.helpers.index_model import (  # noqa: F401
     assert_same,
     build,
     change,
+    names,
     one_thread,
     quick,
     vectors,
@@ -68,6 +69,12 @@ def test_the_same_and_independent(way, options, rows, monkeypatch):
     other, its = WAYS[way](index), model.copy()
     assert_same(other, its)
     assert_answers_equal(index, other)
+    x = vectors(3, DIMS[-1], 20)  # to the tile that both read
+    index.add(x)
+    model.add(x)
+    WAYS[way](other)
+    if rows:
+        assert_same(index, model)
     for one, of, seed in ((other, its, 21), (index, model, 22), (other, its, 23)):  # in turns
         x = vectors(70, DIMS[-1], seed)
         one.add(x)
@@ -133,6 +140,7 @@ def test_a_copy_saves_where_the_original_was_saved(tmp_path):
     change(other, its)
     other.save(tmp_path)
     assert_same(MatryoshkaIndex.load(tmp_path, verify=True), its)
+    assert "rows-00000001.safetensors" in names(tmp_path)  # only what is new was written
     with pytest.raises(ValueError, match="which another has saved"):
         index.save(tmp_path)
 

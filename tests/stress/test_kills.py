@@ -129,7 +129,7 @@ def kill_many(folder, kills):
         steps, phase = [child.begun - 1, child.begun], child.phase
         steps = {WRITING: steps[:1], REPLACED: steps[1:]}.get(phase, steps)
         index = MatryoshkaIndex.load(folder, verify=True)
-        step = next(s for s in steps if state(s).next_id == index._next_id)
+        step = next(s for s in steps if state(s).next_id == index._rows.next_id)
         assert_same(index, state(step))
         step_and_save(index, step + 1, folder)
         assert not strays(folder)
