@@ -101,11 +101,11 @@ CASES = {
     **{
         f"{name}, backward": (
             f"""
-            a = x[:40_000].clone().requires_grad_()
+            a = x[:12_000].clone().requires_grad_()
             loss = {loss}
             at = interrupted(loss.backward)
             """,
-            100_000,
+            30_000,
             1,
         )
         for name, loss in LOSSES.items()
