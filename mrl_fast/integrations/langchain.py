@@ -254,8 +254,8 @@ class MatryoshkaVectorStore(VectorStore):
             folder_path: New, empty, or with such a store, which is replaced.
 
         Raises:
-            ValueError: Metadata that JSON does not give back as it was; a folder with other files,
-                or one that another process has saved to since this store was loaded.
+            ValueError: A folder with other files, or one that another process has saved to since
+                this store was loaded.
         """
         self._records.save(folder_path)
 

@@ -124,6 +124,18 @@ def test_a_store_in_another_process(kind):
         assert pool.apply(kind.all, (found,)) == kind.all(found)
 
 
+@both
+def test_what_cannot_be_pickled_is_not_left_out(kind, monkeypatch):
+    found = filled(kind)
+
+    def refuse(self):
+        raise OSError("no room")
+
+    monkeypatch.setattr(type(found._records), "__getstate__", refuse)
+    with pytest.raises(OSError, match="no room"):
+        pickle.dumps(found)
+
+
 def test_a_pickle_of_a_store_that_changes():
     """One moment's: never the records of one and the index of another."""
     found, done = store(), threading.Event()

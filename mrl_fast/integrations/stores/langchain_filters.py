@@ -27,7 +27,7 @@ JOINS = {"$and": all, "$or": any}
 
 
 def keep_of(filter: Filter | None) -> Callable[[Document], bool] | None:
-    """Which documents a search is about; None: all.
+    """Which documents to search; None: all.
 
     Raises:
         TypeError, ValueError: Neither a dict nor a function; an operator that there is not.

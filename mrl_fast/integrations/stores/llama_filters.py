@@ -9,14 +9,15 @@ from typing import Any
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilters
 
-# By these other stores know a node's document.
+# Keys under which other stores keep the id of a node's document.
 DOCUMENT_KEYS = ("ref_doc_id", "doc_id", "document_id")
 
 
 def keep_of(
     node_ids: list[str] | None, filters: MetadataFilters | None, doc_ids: list[str] | None
 ) -> Callable[[BaseNode], bool] | None:
-    """Which nodes a query is about; None: all. Indexes hand on ``[]`` for no ``node_ids``."""
+    """Which nodes to search; None: all. A LlamaIndex index passes ``[]`` where it has no
+    ``node_ids``."""
     if not node_ids and filters is None and doc_ids is None:
         return None
     nodes = set(node_ids) if node_ids else None
@@ -29,7 +30,7 @@ def keep_of(
 
 
 def passes(node: BaseNode, filters: MetadataFilters) -> bool:
-    """Whether a node's metadata are as the filters, nested or not, want them."""
+    """Whether a node's metadata pass the filters, nested or not."""
     if not filters.filters:
         return True
     results = (
@@ -68,8 +69,8 @@ OPPOSITES = {FilterOperator.NE: FilterOperator.EQ, FilterOperator.NIN: FilterOpe
 
 
 def _matches(has: Any, wanted: FilterOperator, value: Any) -> bool:
-    """Metadata that is missing, or of a type that cannot be compared, is unequal to everything and
-    in nothing."""
+    """Metadata that are missing, or of a type that cannot be compared, equal nothing and are in
+    nothing."""
     if wanted == FilterOperator.IS_EMPTY:
         return has is None or has == "" or has == []
     if wanted in OPPOSITES:

@@ -48,7 +48,7 @@ class Records(Generic[T]):
         options: The index's others, as MatryoshkaIndex takes them.
 
     Attributes:
-        index: None until vectors are put, where there are no dims.
+        index: None as long as there are neither dims nor vectors.
     """
 
     def __init__(self, codec: Codec, dims: Sequence[int] | None, options: dict[str, Any]):
@@ -58,7 +58,7 @@ class Records(Generic[T]):
         self._entries: dict[int, tuple[str, T]] = {}  # by row
         self._rows: dict[str, int] = {}
         self._changing = threading.RLock()
-        self._changes = 0  # odd during one
+        self._changes = 0  # odd while one is under way
         self._journal: Journal | None = None
         self._unsaved: set[int] = set()  # rows that are not in the journal
 
@@ -187,7 +187,7 @@ class Records(Generic[T]):
         return [found[i][1:] for i in _marginal(q[0], x, k, weight)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes what the folder does not have yet; until that is done it holds what it held.
+        """Writes what the folder does not have yet; until then the folder holds what it held.
 
         Args:
             path: A folder: new, empty, or with such records, which are replaced.
@@ -244,8 +244,8 @@ class Records(Generic[T]):
                 self._changes += 1
 
     def _settled(self, read: Callable[[], R]) -> R:
-        """What ``read`` returns where nothing changes meanwhile; at the second try, if need be,
-        nothing may."""
+        """The result of ``read`` without a change meanwhile: after one it reads again, with changes
+        held off."""
         before = self._changes
         if before % 2 == 0:
             try:
@@ -301,7 +301,7 @@ class Records(Generic[T]):
         if journal is None or not known:
             journal = Journal(file, self._codec.kind)
         mixed = not known and file.exists()  # with others' lines
-        # All lines are made first: nothing is written where one cannot be.
+        # All lines are made before the first is written: one of them may raise.
         journal.append(list(self._lines(self._unsaved if known else self._entries)))
         if known:
             self._unsaved = set()
