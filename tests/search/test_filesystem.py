@@ -5,9 +5,7 @@ import errno
 import fcntl
 import mmap
 import os
-import signal
 import stat
-import time
 import warnings
 from contextlib import contextmanager
 
@@ -17,7 +15,7 @@ import torch
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.integrations.stores.journal import Journal, line_of
 from mrl_fast.integrations.stores.records import Codec, Records
-from mrl_fast.search.disk import filesystem, folder, tensorfile
+from mrl_fast.search.disk import filesystem, folder
 from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.disk.filesystem import FileSystemWarning
 from tests.helpers.disk import Disk
@@ -353,57 +351,3 @@ def test_no_memory_is_written_that_nobody_filled(prefix_dtype, tmp_path):
         assert save(tmp_path / "filled") == plain
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-# --- Ctrl-C
-
-
-def heard_s(call):
-    """Seconds of this process from Ctrl-C, which comes at once, to KeyboardInterrupt."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGPROF, interrupt)
-    begun = time.process_time()
-    signal.setitimer(signal.ITIMER_PROF, 0.02)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return time.process_time() - begun
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
-    raise AssertionError("it ended before Ctrl-C came")
-
-
-def test_ctrl_c_is_heard_while_a_file_is_verified(tmp_path):
-    parts = {"x": (torch.uint8, (2 << 30,))}
-    with open(tmp_path / "x", "wb") as file:  # a sparse file
-        file.write(tensorfile.header(parts))
-        file.truncate(file.tell() + (2 << 30))
-    file = tensorfile.TensorFile(tmp_path / "x", parts, "0" * 64)
-    assert heard_s(file.verify) < 0.5
-
-
-def test_little_waits_for_the_disk_at_any_time(tmp_path, monkeypatch):
-    """A sync cannot be interrupted: there are many, of few bytes each."""
-    waiting = []
-
-    class Waiting(Disk):
-        unsynced = 0
-
-        def after(self, name, *args):
-            if name == "write":
-                self.unsynced += len(args[0])
-            elif name == "fsync":
-                self.unsynced = 0
-            waiting.append(self.unsynced)
-
-    monkeypatch.setattr(tensorfile, "HASHED_BYTES", 1 << 10)
-    monkeypatch.setattr(tensorfile, "UNSYNCED_BYTES", 1 << 12)
-    x = torch.arange(10_000)
-    with Waiting().watched():
-        tensorfile.write(tmp_path / "x", {"x": (torch.int64, (10_000,))}, {"x": [x]})
-    assert waiting.count(0) > 10 and max(waiting) < (1 << 12) + (1 << 10)
-    assert waiting[-1] == 0
