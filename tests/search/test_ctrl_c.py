@@ -3,11 +3,14 @@
 import signal
 import time
 
+import pytest
 import torch
 
 from mrl_fast.search.disk import tensorfile
 from tests.helpers.disk import Disk
 from tests.helpers.index_model import quick  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def heard_s(call):
@@ -38,7 +41,7 @@ def test_ctrl_c_is_heard_while_a_file_is_verified(tmp_path):
     assert heard_s(file.verify) < 0.5
 
 
-def test_little_waits_for_the_disk_at_any_time(quick, tmp_path, monkeypatch):
+def test_little_waits_for_the_disk_at_any_time(tmp_path, monkeypatch):
     """A sync cannot be interrupted: there are many, of few bytes each."""
     waiting = []
 
