@@ -106,7 +106,8 @@ def _reach(
     seeds = config.BLOCK_N // BUCKET
     hits, count, flag, _ = buffers(q, size + seeds, seeds)
     # The last tile, which may be ragged, is the first in order: its buckets are kept unseen.
-    hits[:, :seeds] = torch.arange(scan.tiles * seeds - seeds, scan.tiles * seeds, device=q.device)
+    end = scan.tiles * seeds
+    hits[:, :seeds] = torch.arange(end - seeds, end, dtype=torch.int64, device=q.device)
     scan(hits, count, gate, 1, scan.tiles)
     return hits, count, flag, scan
 
@@ -116,7 +117,7 @@ def range_search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Limits, scores and ids of every row whose fp64 score, rounded to fp32, reaches the threshold.
     Waits for the device, to learn how many there are."""
-    least = float(torch.tensor(threshold, dtype=torch.float32))
+    least = float(torch.tensor(threshold, dtype=torch.float32, device="cpu"))
     found = [torch.empty(0, dtype=torch.int64, device=q.device)]
     counts = [] if len(x) else [0] * len(q)
     for part in chunks(len(q) - len(counts), fitting(SURVIVORS * BUCKET * 8)):
@@ -134,7 +135,7 @@ def range_search(
             keys = keys[(keys != EMPTY.value) & (scores_of(keys) >= least)]
             found.append(keys.sort(descending=True).values)
             counts.append(len(keys))
-    lims = torch.tensor([0, *counts], device=q.device).cumsum(0)
+    lims = torch.tensor([0, *counts], dtype=torch.int64, device=q.device).cumsum(0)
     keys = torch.cat(found)
     ids = 0xFFFFFFFF - (keys & 0xFFFFFFFF)
     return lims, scores_of(keys), ids if rows.ids is None else rows.ids[ids]

@@ -94,7 +94,9 @@ def score_all(
         size = part.stop - part.start
         best = torch.empty(size, 0, dtype=torch.int64, device=q.device)
         for found in chunks(len(x), max(least, fitting(32 * size) - k)):
-            numbers = torch.arange(found.start, found.stop, device=q.device).expand(size, -1)
+            numbers = torch.arange(
+                found.start, found.stop, dtype=torch.int64, device=q.device
+            ).expand(size, -1)
             best = torch.cat([best, pairs.keys(numbers)], 1)
             best = best.topk(min(k, best.shape[1]), dim=1).values
         select(best, (result[0][part], result[1][part]), rows.ids)

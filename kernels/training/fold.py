@@ -66,7 +66,9 @@ class Fold:
             own = "none"
         self.own = None
         if own != "none" and target is not None:
-            self.own = by_class(torch.arange(self.V, device=x.device) % spec.period).int()
+            self.own = by_class(
+                torch.arange(self.V, dtype=torch.int64, device=x.device) % spec.period
+            ).int()
         self.boosts = {"own_boost": float(spec.own_boost), "other_boost": float(spec.other_boost)}
         self.flags = {
             "HAS_BIAS": spec.bias is not None,

@@ -132,7 +132,11 @@ def _trained_probe(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         rows = torch.randint(
-            len(train), (min(batch, len(train)),), generator=generator, device="cpu"
+            len(train),
+            (min(batch, len(train)),),
+            generator=generator,
+            dtype=torch.int64,
+            device="cpu",
         ).to(train.device)
         optimizer.zero_grad()
         loss_fn(heads, standardised(train[rows]), train_labels[rows]).backward()
@@ -187,7 +191,9 @@ def few_shot_accuracy(
     generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on every device
     sums = [0.0] * len(dims)
     for _ in range(episodes):
-        shuffled = torch.randperm(len(train), generator=generator, device="cpu").to(train.device)
+        shuffled = torch.randperm(
+            len(train), generator=generator, dtype=torch.int64, device="cpu"
+        ).to(train.device)
         by_class = shuffled[inverse[shuffled].argsort(stable=True)]
         few = train[by_class[places]].float()  # [C, shots, D]
         predicted = []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mrl_fast.shared.checks import check_dims, check_finite, check_int, check_matrix, check_vector
 from mrl_fast.shared.dispatch import exporting
 from mrl_fast.shared.types import Prediction
-from mrl_fast.training.heads import Biases, MRLLinear, Weights, matryoshka_predict
+from mrl_fast.training.heads import Biases, MRLLinear, Weights, is_fusible, matryoshka_predict
 
 PRICES = 64  # of a dim, that calibration with a tolerance tries
 

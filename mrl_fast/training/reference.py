@@ -60,7 +60,7 @@ def info_nce_rows(spec: InfoNCESpec) -> Tensor:  # [G, B]
         "query": (spec.queries, spec.all_queries),
         "doc": (spec.positives, spec.documents),
     }
-    columns = torch.arange(len(spec.documents), device=spec.queries.device)
+    columns = torch.arange(len(spec.documents), dtype=torch.int64, device=spec.queries.device)
     own = columns % spec.period == spec.own_document[:, None]
     is_positive = columns == spec.own_document[:, None]
     logits = {}
@@ -76,14 +76,17 @@ def info_nce_rows(spec: InfoNCESpec) -> Tensor:  # [G, B]
             }[spec.hardness_mode]
             z = z + torch.where(hard, spec.hardness_strength * y.detach(), 0.0)
         if name == "query_to_query":
-            itself = torch.arange(z.shape[2], device=z.device) == spec.own_query[:, None]
+            itself = (
+                torch.arange(z.shape[2], dtype=torch.int64, device=z.device)
+                == spec.own_query[:, None]
+            )
             z = z.masked_fill(itself, -torch.inf)
         if name == "doc_to_doc":
             z = z.masked_fill(own, -torch.inf)
         if name in spec.mask:
             z = z.masked_fill(spec.mask[name], -torch.inf)
         logits[name] = z
-    rows = torch.arange(len(spec.queries), device=spec.queries.device)
+    rows = torch.arange(len(spec.queries), dtype=torch.int64, device=spec.queries.device)
     hit = logits["query_to_doc"][:, rows, spec.own_document]
     if spec.partition_mode == "joint":
         return torch.cat(list(logits.values()), dim=2).logsumexp(2) - hit
@@ -98,7 +101,7 @@ def sigmoid_rows(
     bias: Tensor | float,
     target: Tensor,
 ) -> Tensor:  # [G, B]
-    columns = torch.arange(len(documents), device=queries.device)
+    columns = torch.arange(len(documents), dtype=torch.int64, device=queries.device)
     z = similarities(queries, documents, dims) * scale + bias
     return -F.logsigmoid(torch.where(columns == target[:, None], z, -z)).sum(2)
 

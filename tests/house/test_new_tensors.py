@@ -21,7 +21,15 @@ EXCEPTIONS: set[tuple[str, str]] = set()  # (file, the call as it is written)
 
 def unnamed(source: str) -> list[tuple[int, str]]:
     """Line and text of every call that leaves a new tensor's dtype or device to torch."""
-    found = []
+    found, options = [], {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            calls = [part for part in ast.walk(node.value) if isinstance(part, ast.Call)]
+            dicts = [call for call in calls if getattr(call.func, "id", None) == "dict"]
+            given = {keyword.arg for call in dicts for keyword in call.keywords}
+            if isinstance(node.value, ast.BinOp) and isinstance(node.value.left, ast.Name):
+                given |= options.get(node.value.left.id, set())
+            options[node.targets[0].id] = given
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module == "torch":
             found += [(node.lineno, a.name) for a in node.names if a.name in MAKERS]
@@ -29,6 +37,9 @@ def unnamed(source: str) -> list[tuple[int, str]]:
             continue
         of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
         named = {keyword.arg for keyword in node.keywords}
+        for keyword in node.keywords:  # **options, where the file gives them both
+            if keyword.arg is None and isinstance(keyword.value, ast.Name):
+                named |= options.get(keyword.value.id, set())
         if of_torch and node.func.attr in MAKERS and not {"dtype", "device"} <= named:
             found.append((node.lineno, ast.unparse(node)))
     return found
@@ -56,6 +67,13 @@ def test_new_tensors_name_dtype_and_device(folder):
         ("torch.arange(3, dtype=torch.int64, device=x.device)", 0),
         ("f(torch.full((2,), torch.eye(3), dtype=d, device=e))", 1),
         ("from torch import rand", 1),
+        (
+            "o = dict(dtype=d, device=e)\ntorch.empty(3, **o)\np = o | dict(dtype=f)\n"
+            "torch.ones(3, **p)",
+            0,
+        ),
+        ("o = dict(dtype=d)\ntorch.empty(3, **o)", 1),
+        ("torch.empty(3, **o)", 1),
         ("torch.zeros_like(x), x.new_empty(3), memory.empty(3), np.zeros(3)", 0),
     ],
 )

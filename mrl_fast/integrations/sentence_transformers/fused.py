@@ -104,7 +104,7 @@ def gist(
     anchors, positives = columns[:2]
     check_ranks(group, anchors, columns[1:])
     documents = [gather_rows(block, group) for block in columns[1:]]
-    local = torch.arange(len(anchors), device=anchors.device)
+    local = torch.arange(len(anchors), dtype=torch.int64, device=anchors.device)
     own = local + rank_of(group) * len(anchors)  # [B], each row's positive
     with torch.no_grad():
         units = [F.normalize(guide.double(), dim=1) for guide in guides]
@@ -140,7 +140,9 @@ def _joint_rows(
             (scale * reference.similarities(x, y, dims)).masked_fill(mask, -torch.inf)
             for x, y, mask in blocks
         ]
-        hit = scores[0][:, torch.arange(len(target), device=target.device), target]
+        hit = scores[0][
+            :, torch.arange(len(target), dtype=torch.int64, device=target.device), target
+        ]
         return torch.cat(scores, dim=2).logsumexp(2) - hit
     folds = []
     for x, y, mask in blocks:

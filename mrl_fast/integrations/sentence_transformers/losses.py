@@ -214,7 +214,7 @@ class MatryoshkaLoss(_Logged, losses.MatryoshkaLoss):
         drawn = sorted(random.sample(range(count), self.n_dims_per_step))
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             device = next(x.device for x in batch if isinstance(x, Tensor))
-            shared = torch.tensor(drawn, device=device)
+            shared = torch.tensor(drawn, dtype=torch.int64, device=device)
             dist.broadcast(shared, 0)
             drawn = shared.tolist()
         dims, weights = self.matryoshka_dims, self.matryoshka_weights

@@ -21,6 +21,7 @@ from mrl_fast.search.index.cost import explain
 from mrl_fast.search.index.tune_report import Stages, TuneReport, TuneRow, shown
 from mrl_fast.shared.arrays import as_tensor
 from mrl_fast.shared.checks import check_int, check_matrix
+from mrl_fast.shared.recall import count_found
 from mrl_fast.shared.types import SearchResult
 
 MIN_QUERIES = 256
@@ -210,11 +211,8 @@ def _walk(
 
 def _losses(found: SearchResult, exact: SearchResult, count: int) -> Tensor:
     """Share of the ``count`` best that each query's search missed, ``[B]`` fp64."""
-    best = exact.ids[:, :count].sort(dim=1).values
-    place = torch.searchsorted(best, found.ids).clamp(max=count - 1)
-    kth = exact.scores[:, count - 1 : count]
-    hit = (best.gather(1, place) == found.ids) | (found.scores >= kth - TIE * kth.abs())
-    return (count - (hit & (found.ids >= 0)).sum(dim=1)).double() / count
+    best = SearchResult(exact.scores[:, :count], exact.ids[:, :count])
+    return (count - count_found(found, best, tolerance=TIE)).double() / count
 
 
 def _lower_bound(losses: Tensor, worst: float, level: float) -> float:

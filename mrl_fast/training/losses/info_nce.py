@@ -122,7 +122,7 @@ def matryoshka_info_nce(
         )
 
     # This rank's positives among all documents, and its queries among all queries.
-    local = torch.arange(len(queries), device=queries.device)
+    local = torch.arange(len(queries), dtype=torch.int64, device=queries.device)
     positive = local if target is None else target
     first = rank_of(group) * len(sequence[0])
     blocks = [gather_rows(part, group) for part in sequence]

@@ -67,7 +67,9 @@ def matryoshka_sigmoid_loss(
     scale = check_scale(scale, "scale", queries)
     bias = check_scalar(bias, "bias", queries)
     dim_weights = check_dim_weights(dim_weights, len(dims), queries)
-    target = torch.arange(len(queries), device=queries.device) + rank_of(group) * len(block)
+    target = torch.arange(len(queries), dtype=torch.int64, device=queries.device) + rank_of(
+        group
+    ) * len(block)
     everything = gather_rows(block, group)
     impl = choose(impl, queries, block)
     if impl == "reference":
