@@ -41,10 +41,12 @@ def narrow(wide) -> tuple[Tensor, Tensor]:
 
 
 def row(
-    compare, what: str, ours: Search, rivals: dict[str, Search], x: Tensor, q: Tensor, k: int, *,
+    compare, what: str, ours: Search, rivals: dict[str, Search], vectors: tuple[Tensor, Tensor],
+    k: int, *,
     least_recall: float = 0.999, number_bytes: int = 4,
 ) -> None:  # fmt: skip
     """Agreement of all with the exact answer, up to ties and rounding, then their times."""
+    x, q = vectors
     judged = q[:JUDGED]
     exact = prefix_topk(judged, x, k)
     # of unit rows; rounding may swap neighbours on the border
@@ -72,7 +74,7 @@ def full_scans(x: Tensor, batch: int) -> dict[str, Search]:
 def test_prefix_topk(narrow, compare, batch, k):
     x, q = narrow[0], narrow[1][:batch]
     ours = lambda q, k: prefix_topk(q, x, k).ids  # noqa: E731
-    row(compare, f"prefix_topk, k {k}", ours, full_scans(x, batch), x, q, k)
+    row(compare, f"prefix_topk, k {k}", ours, full_scans(x, batch), (x, q), k)
 
 
 @each_batch
@@ -82,7 +84,7 @@ def test_strided(wide, compare, batch):
     if DEVICE == "cpu" and batch < MANY:
         rivals["usearch"] = usearch_scan(x)
     ours = lambda q, k: prefix_topk(q, x, k).ids  # noqa: E731
-    row(compare, "prefix_topk of 64 of 768, k 200", ours, rivals, x, q, 200)
+    row(compare, "prefix_topk of 64 of 768, k 200", ours, rivals, (x, q), 200)
 
 
 @on_cpu
@@ -93,7 +95,7 @@ def test_index(narrow, compare, batch, k):
     index = MatryoshkaIndex((64,), metric="ip", prefix_dtype="float32")
     index.add(x)
     ours = lambda q, k: index.search(q, k, stages=[(64, k)]).ids  # noqa: E731
-    row(compare, f"index float32, k {k}", ours, full_scans(x, batch), x, q, k)
+    row(compare, f"index float32, k {k}", ours, full_scans(x, batch), (x, q), k)
 
 
 @on_cpu
@@ -105,6 +107,6 @@ def test_index_int8(narrow, compare, batch):
     keep = 250
     ours = lambda q, k: index.search(F.pad(q, (0, 1)), k, stages=[(64, keep), (65, k)]).ids  # noqa: E731
     row(
-        compare, f"index int8 64:{keep} → fp32, k 200", ours, full_scans(x, batch), x, q, 200,
+        compare, f"index int8 64:{keep} → fp32, k 200", ours, full_scans(x, batch), (x, q), 200,
         least_recall=0.99, number_bytes=1,
     )  # fmt: skip

@@ -51,7 +51,7 @@ ON_THE_DEVICE = (
 # Tests of damaged files, killed processes and threads; of packaging, of compilers, of this program.
 LEFT_OUT = "tests/stress", "tests/house"
 SANITIZED = (
-    "tests/kernels/test_topk.py", "tests/kernels/test_certified.py",
+    "tests/kernels/test_scan.py", "tests/kernels/test_topk.py", "tests/kernels/test_certified.py",
     "tests/search/test_device_index.py", "tests/kernels/test_losses.py",
     "tests/training/test_logits.py",
 )  # fmt: skip

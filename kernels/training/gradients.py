@@ -10,7 +10,7 @@ At a target, 1 − p is taken in fp32 before anything is rounded: near p = 1 no 
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -210,43 +210,39 @@ def or_one(value: Tensor) -> Tensor:
     return torch.where(value > 0, value, 1.0)
 
 
-def fold_backward(spec: Any, upstream: Any) -> Gradients:
-    """dx, dw, db in the dtypes of x, weight and bias, and those of the scales, fp32.
+class KernelInputs(NamedTuple):
+    """What the kernel reads of the upstream gradients, relative to the largest of them."""
 
-    ``upstream`` has the forward's row_max, row_log, col_max and col_log, and the loss's gradients
-    d_row and d_col of the log-sums, d_hit and d_soft; the maxima count as constants. With P the
-    softmax, A = d_row·P + d_col·Q + d_hit·(δ − P) + d_soft·(soft − Σsoft·P). For the fields of
-    ``spec`` see ``Fold``.
-    """
-    d_row, d_hit, d_soft, d_col = (
-        upstream.d_row, upstream.d_hit, upstream.d_soft, upstream.d_col
-    )  # fmt: skip
-    soft, bias = None if d_soft is None else spec.soft, spec.bias
-    fold = Fold(spec._replace(soft=soft, columns=d_col is not None), configs)
-    x, weight, dims, link = spec.x, spec.weight, spec.dims, spec.link
-    G, B, V = len(dims), fold.B, fold.V
-    fp32 = dict(dtype=torch.float32, device=x.device)
-    scaled, has_hit = spec.row_scale is not None, fold.flags["HAS_HIT"]
-    zeros = torch.zeros(G, B, **fp32)
-    d_row = zeros if d_row is None else d_row
-    d_hit = zeros if d_hit is None else d_hit
+    by_row: dict[str, Tensor | None]  # [G, B] each
+    by_column: dict[str, Tensor | None]  # [G, V, padded] each
+    largest: Tensor  # scalar on the device
+    magnitude: Tensor  # scalar on the device: about the scales' product
+
+
+def kernel_inputs(fold: Fold, spec: Any, upstream: Any) -> KernelInputs:
+    d_soft, d_col, has_hit = upstream.d_soft, upstream.d_col, fold.flags["HAS_HIT"]
+    softmax, soft = spec.link == "softmax", None if d_soft is None else spec.soft
+    fp32 = dict(dtype=torch.float32, device=spec.x.device)
+    zeros = torch.zeros(len(spec.dims), fold.B, **fp32)
+    d_row = zeros if upstream.d_row is None else upstream.d_row
+    d_hit = zeros if upstream.d_hit is None else upstream.d_hit
     given = [d_row, *([d_hit] if has_hit else []), *([] if d_col is None else [d_col])]
     # Half-precision tiles hold gradients relative to the largest: 1/n must not flush them to zero.
-    largest = largest_of(given, soft, d_soft) if B else zeros.sum()
+    largest = largest_of(given, soft, d_soft) if fold.B else zeros.sum()
     largest = or_one(largest) / LARGEST
     magnitude = torch.ones((), **fp32)
-    if scaled and B:
+    if spec.row_scale is not None and fold.B:
         magnitude = or_one(usual_magnitude(fold.row_scale) * usual_magnitude(fold.col_scale))
     d_row, d_hit, d_soft, d_col = (
         None if d is None else (d / largest).contiguous() for d in (d_row, d_hit, d_soft, d_col)
     )
     of_p, at_target = d_row, d_hit  # factor of P, and what a target has beside those of P − 1
-    if link == "softmax":
+    if softmax:
         at_target = d_row if d_soft is None else d_row - d_soft * soft.sum(-1)
         of_p = at_target - d_hit if has_hit else at_target
     by_row = {
-        "row_max_ptr": finite(upstream.row_max.contiguous()) if link == "softmax" else None,
-        "row_log_ptr": upstream.row_log.contiguous() if link == "softmax" else None,
+        "row_max_ptr": finite(upstream.row_max.contiguous()) if softmax else None,
+        "row_log_ptr": upstream.row_log.contiguous() if softmax else None,
         "d_row_ptr": of_p.contiguous(),
         "d_target_ptr": at_target.contiguous() if has_hit else None,
         "d_soft_ptr": d_soft,
@@ -256,6 +252,23 @@ def fold_backward(spec: Any, upstream: Any) -> Gradients:
         "col_log_ptr": None if d_col is None else by_class(upstream.col_log),
         "d_col_ptr": None if d_col is None else by_class(d_col),
     }
+    return KernelInputs(by_row, by_column, largest, magnitude)
+
+
+def fold_backward(spec: Any, upstream: Any) -> Gradients:
+    """dx, dw, db in the dtypes of x, weight and bias, and those of the scales, fp32.
+
+    ``upstream`` has the forward's row_max, row_log, col_max and col_log, and the loss's gradients
+    d_row and d_col of the log-sums, d_hit and d_soft; the maxima count as constants. With P the
+    softmax, A = d_row·P + d_col·Q + d_hit·(δ − P) + d_soft·(soft − Σsoft·P). For the fields of
+    ``spec`` see ``Fold``.
+    """
+    soft, bias = None if upstream.d_soft is None else spec.soft, spec.bias
+    fold = Fold(spec._replace(soft=soft, columns=upstream.d_col is not None), configs)
+    x, weight, dims, scaled = spec.x, spec.weight, spec.dims, spec.row_scale is not None
+    G, B, V = len(dims), fold.B, fold.V
+    by_row, by_column, largest, magnitude = kernel_inputs(fold, spec, upstream)
+    fp32 = dict(dtype=torch.float32, device=x.device)
     unit = magnitude.reciprocal()
     workspace = torch.empty(0, dtype=stored(fold.dtype), device=x.device)
     d_row_scale = torch.zeros(G, B, **fp32) if scaled else None

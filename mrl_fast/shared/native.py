@@ -21,7 +21,6 @@ __all__ = [
     "_C",
     "Rows",
     "Stat",
-    "address",
     "chunks",
     "pack_flags",
     "product",
@@ -35,10 +34,6 @@ ISA = ""  # the instruction set; empty is the best this processor has. Tests set
 # PyTorch's own thread team, where it is GNU OpenMP's; else the kernels start threads of their own.
 OPENMP = any(map(_C.use_openmp, map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*"))))
 PACKED_BYTES = 8 << 20  # of columns packed at a time: they stay in the last cache
-
-
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def test_recall_by_dim():
     assert recall_by_dim(same[:2], same, (1, 4), k=3) == [1.0, 1.0]  # all tie
 
 
-def test_bad_input():
+def test_bad_vectors_and_labels():
     x, labels = blobs(20, 3, 0)
     sets = dict(train=x, train_labels=labels, test=x, test_labels=labels, dims=(2, 12))
     for measure in (nearest_neighbour_accuracy, linear_probe_accuracy, few_shot_accuracy):
@@ -251,6 +251,11 @@ def test_bad_input():
         ]:
             with pytest.raises(error, match=message):
                 measure(**(sets | {name: value}))
+
+
+def test_bad_results_and_judgements():
+    x, labels = blobs(20, 3, 0)
+    sets = dict(train=x, train_labels=labels, test=x, test_labels=labels, dims=(2, 12))
     ids = torch.stack([ints(0, 1), ints(2, -1)])
     two, exact = ints(0, 1), prefix_topk(x[:2], x, 2)
     qrels = Qrels(ints(0, 1), ints(5, 9), ints(1, 2))

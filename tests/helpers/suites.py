@@ -32,16 +32,16 @@ SHORT = {
     "tests/kernels/test_certified.py::test_exact": ("True-ip", "True-cosine", "False-l2"),
     "tests/kernels/test_certified.py::test_bounds_that_are_the_scores": ("ip-1", "l2-3"),
     "tests/kernels/test_certified.py::test_a_bound_that_is_too_low_shows": ("cosine",),
-    "tests/kernels/test_topk.py::test_scan_is_exact": ("*-(5, 1421, 19)", "ip-*", "l2-(3, 700, 1)"),
-    "tests/kernels/test_topk.py::test_scan_of_eight_bits": ("ip-*", "cosine-*int8", "l2-*float8*"),
-    "tests/kernels/test_topk.py::test_sums_of_a_scan_are_within_its_margin": (
+    "tests/kernels/test_scan.py::test_scan_is_exact": ("*-(5, 1421, 19)", "ip-*", "l2-(3, 700, 1)"),
+    "tests/kernels/test_scan.py::test_scan_of_eight_bits": ("ip-*", "cosine-*int8", "l2-*float8*"),
+    "tests/kernels/test_scan.py::test_sums_of_a_scan_are_within_its_margin": (
         "*float32-positive-*", "*bfloat16-signs-*", "*.float16-spike-*", "*int8-*",
         "*float8*-positive-*",
     ),
-    "tests/kernels/test_topk.py::test_errors_of_the_scan_within_its_margin_change_nothing": (
+    "tests/kernels/test_scan.py::test_errors_of_the_scan_within_its_margin_change_nothing": (
         "4-ip", "17-l2",
     ),
-    "tests/kernels/test_topk.py::test_margins_leave_few_rows_to_be_scored_again": (
+    "tests/kernels/test_scan.py::test_margins_leave_few_rows_to_be_scored_again": (
         "*float8*-ip-*-768", "*float32-l2-100-256",
     ),
     "tests/search/test_ops.py::test_against_float64": (

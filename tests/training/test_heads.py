@@ -3,9 +3,7 @@
 The expected value of a prefix is always the layer itself on that prefix, by PyTorch's own modules.
 """
 
-import copy
 import os
-import pickle
 import subprocess
 import sys
 import warnings
@@ -15,120 +13,32 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 from mrl_fast import (
     AdaptiveClassifier,
     MatryoshkaCrossEntropyLoss,
-    MatryoshkaInfoNCELoss,
-    MatryoshkaLoopLoss,
     MRLLinear,
     matryoshka_cross_entropy,
 )
 from mrl_fast.integrations.raivn import Matryoshka_CE_Loss, MRL_Linear_Layer
+from tests.helpers.changed_heads import (
+    CALLED,
+    CLASSES,
+    DIMS,
+    FUSED,
+    ROWS,
+    batch,
+    by_calls,
+    changed,
+    lora,
+    parametrized_weight_norm,
+    pruned,
+    quantized,
+    scaled_output,
+)
 
-DIMS, CLASSES, ROWS = (3, 8, 20), 11, 17
-TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "separate"])
-
-
-class LoraLinear(nn.Module):
-    """As PEFT's: in the place of a linear layer, whose weight it shows as its own."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base_layer = base.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(2, base.in_features))
-        self.B = nn.Parameter(torch.randn(base.out_features, 2))
-
-    @property
-    def weight(self):
-        return self.base_layer.weight
-
-    @property
-    def bias(self):
-        return self.base_layer.bias
-
-    def forward(self, x):
-        return self.base_layer(x) + F.linear(F.linear(x, self.A), self.B)
-
-
-def lora(head):
-    return LoraLinear(head)
-
-
-def parametrized_weight_norm(head):
-    return parametrizations.weight_norm(head)
-
-
-def spectral_norm(head):
-    return parametrizations.spectral_norm(head).eval()  # in training each read moves its vectors
-
-
-def hook_weight_norm(head):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and used
-        head = nn.utils.weight_norm(head)
-    with torch.no_grad():
-        head.weight_g.mul_(3)  # the weight that was made last is stale
-    return head
-
-
-def pruned(head):
-    return prune.random_unstructured(head, "weight", 0.5)
-
-
-def scaled_input(head):
-    head.register_forward_pre_hook(lambda module, args: (2 * args[0],))
-    return head
-
-
-def scaled_output(head):
-    head.register_forward_hook(lambda module, args, out: 2 * out)
-    return head
-
-
-def doubled_gradient(head):
-    head.register_full_backward_hook(lambda module, grads, _: (2 * grads[0],))
-    return head
-
-
-def replaced_forward(head):  # as accelerate does
-    head.forward = lambda x: 2 * F.linear(x, head.weight, head.bias)
-    return head
-
-
-def quantized(head):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and used
-        return torch.ao.quantization.quantize_dynamic(nn.Sequential(head), {nn.Linear})[0]
-
-
-FUSED = [parametrized_weight_norm, spectral_norm]
-CALLED = [lora, hook_weight_norm, pruned, scaled_input, scaled_output, doubled_gradient,
-          replaced_forward, quantized]  # fmt: skip
 CHANGES = pytest.mark.parametrize("change", FUSED + CALLED, ids=lambda change: change.__name__)
-
-
-def batch():
-    g = torch.Generator().manual_seed(3)
-    x = torch.randn(ROWS, DIMS[-1] + 4, generator=g).requires_grad_()
-    return x, torch.randint(CLASSES, (ROWS,), generator=g)
-
-
-def changed(tied, change):
-    torch.manual_seed(0)
-    head = MRLLinear(DIMS, CLASSES, tied=tied)
-    for i, layer in enumerate(head.heads):
-        head.heads[i] = change(layer)
-    return head
-
-
-def by_calls(head, x):
-    """A tied layer has only the columns of the prefix."""
-    if not head.tied:
-        return [layer(x[:, :d]) for layer, d in zip(head.heads, DIMS, strict=True)]
-    keep = torch.arange(DIMS[-1])
-    return [head.heads[0](torch.where(keep < d, x[:, : DIMS[-1]], 0.0)) for d in DIMS]
+TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "separate"])
 
 
 def gradients(loss, x, head):
@@ -352,132 +262,3 @@ def test_a_head_that_fully_shard_wraps(tmp_path):
                 torch.testing.assert_close(found[name, tied], list(expected))
             assert "heads[0]: expected parameters that are whole" in found["none", tied]
         assert "weight: expected parameters that are whole" in found["functional"]
-
-
-# --- copies ---
-
-
-def modules():
-    x, target = batch()
-    head, called = changed(True, lambda layer: layer), changed(False, lora)
-    queries, documents = x.detach(), x.detach().flip(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the loop's, of its first call
-        loop = MatryoshkaLoopLoss(nn.TripletMarginLoss(), DIMS, dim_weights=[1, 2, 3])
-        loop([queries, documents, documents.flip(0)])
-    return {
-        "head": (head, lambda m: m(queries)),
-        "separate": (called, lambda m: m(queries)),
-        "cross entropy": (
-            MatryoshkaCrossEntropyLoss(dim_weights=[1, 2, 3], class_weight=torch.rand(CLASSES)),
-            lambda m: m(head, queries, target),
-        ),
-        "info nce": (
-            MatryoshkaInfoNCELoss(DIMS, learn_scale=True, directions=("doc_to_query",
-                                  "query_to_doc")),
-            lambda m: m(queries, documents),
-        ),
-        "loop": (loop, lambda m: m([queries, documents, documents.flip(0)])),
-        "cascade": (
-            AdaptiveClassifier(head).calibrate(queries, target),
-            lambda m: m(queries).confidence,
-        ),
-        "called cascade": (
-            AdaptiveClassifier(called).calibrate(queries, target),
-            lambda m: m(queries).confidence,
-        ),
-        "raivn": (MRL_Linear_Layer(DIMS, CLASSES), lambda m: torch.stack(m(queries))),
-        "raivn loss": (Matryoshka_CE_Loss([1, 2, 3]), lambda m: m(head(queries), target)),
-    }  # fmt: skip
-
-
-def saved(module, tmp_path):
-    torch.save(module, tmp_path / "module")
-    return torch.load(tmp_path / "module", weights_only=False)
-
-
-@pytest.mark.parametrize("name", modules())
-def test_modules_are_copied_pickled_and_saved(name, tmp_path):
-    module, call = modules()[name]
-    expected = call(module)  # a loss then holds per_dim
-    for other in (
-        copy.deepcopy(module),
-        pickle.loads(pickle.dumps(module)),
-        saved(module, tmp_path),
-    ):
-        assert torch.equal(call(other), expected)
-        with torch.no_grad():
-            for tensor in [*other.parameters(), *other.buffers()]:
-                tensor.zero_()
-    assert torch.equal(call(module), expected)
-
-
-# --- torch's global state ---
-
-
-@pytest.mark.parametrize("name", ["separate", "called cascade", "loop", "raivn loss"])
-@pytest.mark.parametrize("state", ["float64", "bfloat16", "meta", "inference"])
-def test_results_do_not_depend_on_torchs_defaults(name, state):
-    module, call = modules()[name]
-    expected = call(module).detach()
-    if state == "inference":
-        with torch.inference_mode():
-            assert torch.equal(call(module), expected)
-        return
-    before = torch.get_default_dtype()
-    try:
-        if state == "meta":
-            with torch.device("meta"):
-                actual = call(module)
-        else:
-            torch.set_default_dtype(getattr(torch, state))
-            actual = call(module)
-    finally:
-        torch.set_default_dtype(before)
-    assert torch.equal(actual.detach(), expected)
-
-
-def test_options_that_are_tensors_do_not_depend_on_torchs_defaults():
-    x, target = batch()
-    head = changed(True, lambda layer: layer)
-    made = {}
-    before = torch.get_default_dtype()
-    for dtype, device in [(before, "cpu"), (torch.float16, "meta")]:
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(device):
-                made[device] = (
-                    MatryoshkaCrossEntropyLoss(dim_weights=[0.1, 0.2, 0.3]),
-                    MatryoshkaInfoNCELoss(DIMS, learn_scale=True, dim_weights=[0.1, 0.2, 0.3]),
-                    MatryoshkaLoopLoss(F.mse_loss, DIMS, dim_weights=[0.1, 0.2, 0.3]),
-                    AdaptiveClassifier(head),
-                    Matryoshka_CE_Loss([0.1, 0.2, 0.3]),
-                )
-        finally:
-            torch.set_default_dtype(before)
-    for ours, theirs in zip(*made.values(), strict=True):
-        tensors = [[*m.parameters(), *m.buffers()] for m in (ours, theirs)]
-        torch.testing.assert_close(*tensors, rtol=0, atol=0, equal_nan=True)
-    assert made["cpu"][2].weights == made["meta"][2].weights
-
-
-def test_a_cascade_made_under_inference_is_calibrated_outside():
-    x, target = batch()
-    head = changed(True, lambda layer: layer)
-    with torch.inference_mode():
-        classifier = AdaptiveClassifier(head)
-    expected = AdaptiveClassifier(head).calibrate(x, target).thresholds
-    assert torch.equal(classifier.calibrate(x, target).thresholds, expected)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: MatryoshkaCrossEntropyLoss(dim_weights=3),
-        lambda: MatryoshkaInfoNCELoss(DIMS, dim_weights=3),
-        lambda: MatryoshkaLoopLoss(F.mse_loss, DIMS, dim_weights=3),
-    ],
-)
-def test_bad_weights(make):
-    with pytest.raises(TypeError, match="dim_weights: expected a sequence, got int"):
-        make()

@@ -115,10 +115,7 @@ def measure(
     linear = {name: accuracy(found, labels["test"]) for name, found in predicted.items()}
     frozen = {"MRL-LP": "truncated FF", "Rand-LP": "random columns", "PCA": "PCA"}
     linear |= {name: probe(by_prefix[of], dims, name) for name, of in frozen.items()}
-    few = {
-        name: few_shots(sets(by_prefix[name]), dims, seed)
-        for name in ("MRL", "truncated FF", "SVD")
-    }
+    shot = ("MRL", "truncated FF", "SVD")
     everything = sorted({*dims, *between_dims(dims)})
     cell = {
         "task": task.name,
@@ -129,7 +126,7 @@ def measure(
         "rows": {part: len(labels[part]) for part in PARTS},
         "linear": linear,
         **retrieved({name: sets(x) for name, x in by_prefix.items()}, nets, sets, dims),
-        "few_shot": few,
+        "few_shot": {name: few_shots(sets(by_prefix[name]), dims, seed) for name in shot},
         "adaptive": adaptive(mrl, mrl_head, labels),
         "oracle": oracle_accuracy(predicted["MRL"], labels["test"]),
         "interpolated": {

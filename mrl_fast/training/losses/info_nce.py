@@ -107,10 +107,7 @@ def matryoshka_info_nce(
     scale = check_scale(scale, "scale", queries)
     check_choice(reduction, "reduction", REDUCTIONS)
     _check_directions(directions, partition_mode)
-    if hardness_mode not in HARDNESS:
-        raise ValueError(f"hardness_mode: expected one of {HARDNESS}, got {hardness_mode!r}")
-    if not 0.0 <= hardness_strength < float("inf"):
-        raise ValueError(f"hardness_strength: expected >= 0, got {hardness_strength!r}")
+    _check_hardness(hardness_mode, hardness_strength)
     dim_weights = check_dim_weights(dim_weights, len(dims), queries)
     if target is not None:
         check_vector(target, "target", len(queries), queries, dtype=torch.int64)
@@ -200,6 +197,13 @@ def _boosts(spec: InfoNCESpec) -> dict[str, float]:
         "other_boost": ("in_batch_negatives", "all_negatives"),
     }
     return {name: boost for name, of in modes.items() if spec.hardness_mode in of}
+
+
+def _check_hardness(mode: str | None, strength: float) -> None:
+    if mode not in HARDNESS:
+        raise ValueError(f"hardness_mode: expected one of {HARDNESS}, got {mode!r}")
+    if not 0.0 <= strength < float("inf"):
+        raise ValueError(f"hardness_strength: expected >= 0, got {strength!r}")
 
 
 def _check_directions(directions: Sequence[str], partition_mode: str) -> None:

@@ -1,0 +1,147 @@
+"""Modules and losses are copied, pickled and saved, and follow none of torch's defaults."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mrl_fast import (
+    AdaptiveClassifier,
+    MatryoshkaCrossEntropyLoss,
+    MatryoshkaInfoNCELoss,
+    MatryoshkaLoopLoss,
+)
+from mrl_fast.integrations.raivn import Matryoshka_CE_Loss, MRL_Linear_Layer
+from tests.helpers.changed_heads import CLASSES, DIMS, batch, changed, lora
+
+# --- copies ---
+
+
+def modules():
+    x, target = batch()
+    head, called = changed(True, lambda layer: layer), changed(False, lora)
+    queries, documents = x.detach(), x.detach().flip(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the loop's, of its first call
+        loop = MatryoshkaLoopLoss(nn.TripletMarginLoss(), DIMS, dim_weights=[1, 2, 3])
+        loop([queries, documents, documents.flip(0)])
+    return {
+        "head": (head, lambda m: m(queries)),
+        "separate": (called, lambda m: m(queries)),
+        "cross entropy": (
+            MatryoshkaCrossEntropyLoss(dim_weights=[1, 2, 3], class_weight=torch.rand(CLASSES)),
+            lambda m: m(head, queries, target),
+        ),
+        "info nce": (
+            MatryoshkaInfoNCELoss(DIMS, learn_scale=True, directions=("doc_to_query",
+                                  "query_to_doc")),
+            lambda m: m(queries, documents),
+        ),
+        "loop": (loop, lambda m: m([queries, documents, documents.flip(0)])),
+        "cascade": (
+            AdaptiveClassifier(head).calibrate(queries, target),
+            lambda m: m(queries).confidence,
+        ),
+        "called cascade": (
+            AdaptiveClassifier(called).calibrate(queries, target),
+            lambda m: m(queries).confidence,
+        ),
+        "raivn": (MRL_Linear_Layer(DIMS, CLASSES), lambda m: torch.stack(m(queries))),
+        "raivn loss": (Matryoshka_CE_Loss([1, 2, 3]), lambda m: m(head(queries), target)),
+    }  # fmt: skip
+
+
+def saved(module, tmp_path):
+    torch.save(module, tmp_path / "module")
+    return torch.load(tmp_path / "module", weights_only=False)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_modules_are_copied_pickled_and_saved(name, tmp_path):
+    module, call = modules()[name]
+    expected = call(module)  # a loss then holds per_dim
+    for other in (
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        saved(module, tmp_path),
+    ):
+        assert torch.equal(call(other), expected)
+        with torch.no_grad():
+            for tensor in [*other.parameters(), *other.buffers()]:
+                tensor.zero_()
+    assert torch.equal(call(module), expected)
+
+
+# --- torch's global state ---
+
+
+@pytest.mark.parametrize("name", ["separate", "called cascade", "loop", "raivn loss"])
+@pytest.mark.parametrize("state", ["float64", "bfloat16", "meta", "inference"])
+def test_results_do_not_depend_on_torchs_defaults(name, state):
+    module, call = modules()[name]
+    expected = call(module).detach()
+    if state == "inference":
+        with torch.inference_mode():
+            assert torch.equal(call(module), expected)
+        return
+    before = torch.get_default_dtype()
+    try:
+        if state == "meta":
+            with torch.device("meta"):
+                actual = call(module)
+        else:
+            torch.set_default_dtype(getattr(torch, state))
+            actual = call(module)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(actual.detach(), expected)
+
+
+def test_options_that_are_tensors_do_not_depend_on_torchs_defaults():
+    x, target = batch()
+    head = changed(True, lambda layer: layer)
+    made = {}
+    before = torch.get_default_dtype()
+    for dtype, device in [(before, "cpu"), (torch.float16, "meta")]:
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                made[device] = (
+                    MatryoshkaCrossEntropyLoss(dim_weights=[0.1, 0.2, 0.3]),
+                    MatryoshkaInfoNCELoss(DIMS, learn_scale=True, dim_weights=[0.1, 0.2, 0.3]),
+                    MatryoshkaLoopLoss(F.mse_loss, DIMS, dim_weights=[0.1, 0.2, 0.3]),
+                    AdaptiveClassifier(head),
+                    Matryoshka_CE_Loss([0.1, 0.2, 0.3]),
+                )
+        finally:
+            torch.set_default_dtype(before)
+    for ours, theirs in zip(*made.values(), strict=True):
+        tensors = [[*m.parameters(), *m.buffers()] for m in (ours, theirs)]
+        torch.testing.assert_close(*tensors, rtol=0, atol=0, equal_nan=True)
+    assert made["cpu"][2].weights == made["meta"][2].weights
+
+
+def test_a_cascade_made_under_inference_is_calibrated_outside():
+    x, target = batch()
+    head = changed(True, lambda layer: layer)
+    with torch.inference_mode():
+        classifier = AdaptiveClassifier(head)
+    expected = AdaptiveClassifier(head).calibrate(x, target).thresholds
+    assert torch.equal(classifier.calibrate(x, target).thresholds, expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MatryoshkaCrossEntropyLoss(dim_weights=3),
+        lambda: MatryoshkaInfoNCELoss(DIMS, dim_weights=3),
+        lambda: MatryoshkaLoopLoss(F.mse_loss, DIMS, dim_weights=3),
+    ],
+)
+def test_bad_weights(make):
+    with pytest.raises(TypeError, match="dim_weights: expected a sequence, got int"):
+        make()
