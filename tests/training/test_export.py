@@ -124,20 +124,31 @@ def test_export(name, strict, tmp_path):
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 @pytest.mark.parametrize("name", ["tied", "separate", "MRL", "MRL-E"])
 def test_onnx(name, dynamo):
+    """Standard operators, with the same values for another batch, by ONNX's own evaluator."""
     onnx = pytest.importorskip("onnx")
-    if dynamo:
-        pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
     module, file = model(name), io.BytesIO()
-    names = dict(input_names=["x"], output_names=["logits"])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # the exporters' own
         if dynamo:
-            program = torch.onnx.export(module, (inputs(4),), dynamo=True)
+            shapes = ({0: torch.export.Dim("batch")},)
+            program = torch.onnx.export(
+                module, (inputs(4),), dynamo=True, dynamic_shapes=shapes, verbose=False
+            )
             written = program.model_proto
         else:
-            torch.onnx.export(module, (inputs(4),), file, dynamo=False, **names)
+            torch.onnx.export(
+                module, (inputs(4),), file, dynamo=False, input_names=["x"],
+                dynamic_axes={"x": {0: "batch"}},
+            )  # fmt: skip
             written = onnx.load_model_from_string(file.getvalue())
     assert {node.domain for node in written.graph.node} <= {"", "ai.onnx"}
+    evaluator = ReferenceEvaluator(written)
+    found = evaluator.run(None, {evaluator.input_names[0]: inputs(13).numpy()})
+    expected = tensors(module(inputs(13)))
+    torch.testing.assert_close([torch.from_numpy(x) for x in found], expected)
 
 
 def test_a_cascade_is_not_exported():

@@ -262,3 +262,26 @@ def test_a_head_that_fully_shard_wraps(tmp_path):
                 torch.testing.assert_close(found[name, tied], list(expected))
             assert "heads[0]: expected parameters that are whole" in found["none", tied]
         assert "weight: expected parameters that are whole" in found["functional"]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "separate"])
+def test_lora_of_peft(tied):
+    """Adapters change the logits and the loss, and get the gradients of the plain formula."""
+    peft = pytest.importorskip("peft")
+    x, target = batch()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Identity(), MRLLinear(DIMS, CLASSES, tied=tied))
+    wrapped = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    config = peft.LoraConfig(r=2, target_modules=wrapped, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    head = adapted.base_model.model[1]
+    expected = by_calls(head, x)
+    for logits, prefix in zip(adapted(x), expected, strict=True):
+        torch.testing.assert_close(logits, prefix)
+    loss = MatryoshkaCrossEntropyLoss()(head, x, target)
+    plain = sum(F.cross_entropy(logits, target) for logits in expected)
+    torch.testing.assert_close(loss, plain)
+    found, wanted = gradients(loss, x, head), gradients(plain, x, head)
+    assert any("lora" in name for name, p in head.named_parameters() if p.requires_grad)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
