@@ -70,6 +70,19 @@ right = work(build())
 """
 
 CASES = {
+    "while another thread changes the index": """
+        held, release = threading.Event(), threading.Event()
+        def hold():
+            with index._rows.changing():
+                held.set()
+                release.wait()
+        thread = threading.Thread(target=hold, daemon=True)
+        thread.start()
+        held.wait()
+        fork(lambda: index.add(vectors[:10]) is None and len(index) == 8_010)
+        release.set()
+        thread.join()
+        """,
     "child": """
         work(index)
         fork(succeeds)

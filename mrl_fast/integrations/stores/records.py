@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -19,6 +18,7 @@ from mrl_fast.search.disk import filesystem
 from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.index.validate import default_dims
+from mrl_fast.shared.locks import Lock
 
 INDEX, JOURNAL = "index", "records.jsonl"
 SLACK = 1000  # removed rows or lines that are not worth moving the others for
@@ -57,7 +57,7 @@ class Records(Generic[T]):
         self._codec, self._options = codec, options
         self._entries: dict[int, tuple[str, T]] = {}  # by row
         self._rows: dict[str, int] = {}
-        self._changing = threading.RLock()
+        self._changing = Lock()
         self._changes = 0  # odd while one is under way
         self._journal: Journal | None = None
         self._unsaved: set[int] = set()  # rows that are not in the journal
@@ -76,7 +76,7 @@ class Records(Generic[T]):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _changing=threading.RLock())
+        vars(self).update(state, _changing=Lock())
 
     @property
     def metric(self) -> str:

@@ -6,7 +6,6 @@ reranking: no fp32 column is stored twice.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from mrl_fast.search.index.store import RowStore
 from mrl_fast.shared import memory
 from mrl_fast.shared.arrays import like
 from mrl_fast.shared.checks import check_finite
+from mrl_fast.shared.locks import Lock
 
 LARGEST_ID = (1 << 63) - 2  # one more is an int64 too
 
@@ -48,7 +48,7 @@ class IndexRows:
     """Vectors by id in the order they were added; what MatryoshkaIndex searches."""
 
     def __init__(self, config: IndexConfig):
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self.config, self.backend, self.next_id = config, backend_of(config), 0
         self.layout = Layout(config.dims[0], config.width, config.stored_dtype, config.code)
         self.rotation = None if config.rotation is None else Rotation(config.width)
