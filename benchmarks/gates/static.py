@@ -335,6 +335,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--short", action="store_true", help="one of each kind, in a minute")
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--list", action="store_true", help="JSON of what there is to compile")
     parser.add_argument("--sass", type=Path, metavar="DIR", help="where disassembly is kept")
     parser.add_argument("--cache", metavar="DIR", help="where binaries are kept for the next run")
@@ -351,7 +352,7 @@ def main() -> None:
         return
     if options.sass:
         options.sass.mkdir(parents=True, exist_ok=True)
-    for cc in ARCHITECTURES:
+    for cc in options.arch:
         kinds = set()
         for one in cases.cases(cc):
             wanted = not options.short or one.kind not in kinds or in_short(one.name, cc)

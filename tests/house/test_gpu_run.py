@@ -53,29 +53,28 @@ def check_rows(part, state):
         assert rivals and all(row["providers"][name]["ratio"] > 0 for name in rivals), row
 
 
-def test_the_programme(tmp_path, modules):
-    parts = program(tmp_path, 1, 2, 3, 5)
-    for part, state in parts.items():
+@pytest.mark.parametrize("parts", [(1, 2, 5), (3, 5), (4,)], ids=["training", "search", "index"])
+def test_the_programme(parts, tmp_path, modules):
+    found = program(tmp_path, *parts)
+    for part, state in found.items():
         assert [run["exit_code"] for run in state["runs"]] == [0], part
         if part in MODULES:
             check_rows(part, state)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert [run["part"] for run in summary["runs"]] == [1, 2, 3, 5]
+    assert [run["part"] for run in summary["runs"]] == [*parts]
     assert {"commit", "date", "device", "torch", "triton", "python"} <= summary.keys()
     table = (tmp_path / "table.md").read_text()
-    for part in (3, 5):
-        for row in parts[part]["rows"]:
+    for part in {*parts} & MODULES.keys():
+        for row in found[part]["rows"]:
             assert f"| {row['name']} |" in table
+    if parts != (3, 5):
+        return
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- gpu table -->\nold\n<!-- /gpu table -->\nafter\n")
     modules["table"].write_readme(tmp_path, readme)
     text = readme.read_text()
     assert text.startswith("before\n<!-- gpu table -->\n") and text.endswith("table -->\nafter\n")
     assert "old" not in text and "`info_nce-bf16-b32768" in text and "`topk-bf16" in text
-
-
-def test_the_index_part(tmp_path):
-    check_rows(4, program(tmp_path, 4)[4])
 
 
 def row_of(measure, name, result):

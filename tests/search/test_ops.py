@@ -107,7 +107,7 @@ def test_results_depend_on_nothing_but_the_pair(metric):
     assert torch.equal(funnel.scores, whole.scores) and torch.equal(funnel.ids, whole.ids)
 
 
-@pytest.mark.parametrize(("impl", "rows"), [("cpp", 1_000_000), ("triton", 5000)])
+@pytest.mark.parametrize(("impl", "rows"), [("cpp", 1_000_000), ("triton", 700)])
 @pytest.mark.parametrize("metric", METRICS)
 def test_equal_rows_come_in_order(impl, rows, metric):
     x = torch.ones(rows, 3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -60,7 +61,11 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         with _if_there_is(folder, *LOCK):
             opened = os.open(folder, os.O_RDONLY)
-            fcntl.flock(opened, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                gc.collect()  # frees the lock of a save that was interrupted while it let go
+                fcntl.flock(opened, fcntl.LOCK_EX)
         yield
     finally:
         if opened is not None:

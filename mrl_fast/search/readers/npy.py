@@ -72,6 +72,10 @@ def _rows(path: Path, header: _Header, begin: int, end: int) -> np.ndarray:
 def _header(path: Path) -> _Header:
     size = path.stat().st_size
     with open(path, "rb") as file:
+        magic = file.read(len(npy_format.MAGIC_PREFIX))
+        if magic != npy_format.MAGIC_PREFIX:
+            raise ValueError(f"{path}: expected a .npy file, got one that begins with {magic!r}")
+        file.seek(0)
         try:
             version = npy_format.read_magic(file)
             if version not in HEADERS:
