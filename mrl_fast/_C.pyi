@@ -16,10 +16,7 @@ class DType(IntEnum):
     F16 = 1
     BF16 = 2
 
-class Metric(IntEnum):
-    IP = 0
-    COSINE = 1
-    L2 = 2
+METRICS: dict[str, int]  # a metric's number by its name; see csrc/cpu/search/metric.h
 
 class Stat(IntEnum):
     """Statistics of each stored row; TAIL_NORM is the first of one a level."""

@@ -63,11 +63,9 @@ void bind_types(py::module_& m) {
         .value("F16", DType::F16)
         .value("BF16", DType::BF16)
         .finalize();
-    py::native_enum<Metric>(m, "Metric", "enum.IntEnum")
-        .value("IP", Metric::IP)
-        .value("COSINE", Metric::COSINE)
-        .value("L2", Metric::L2)
-        .finalize();
+    py::dict metrics;  // a metric's number by its name
+    for (const MetricTerms& terms : METRIC_TERMS) metrics[terms.name] = int(&terms - METRIC_TERMS);
+    m.attr("METRICS") = metrics;
     py::native_enum<Stat>(m, "Stat", "enum.IntEnum")
         .value("PREFIX_NORM", PREFIX_NORM)
         .value("CODE_SCALE", CODE_SCALE)

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mrl_fast.shared import native
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-METRICS = ("ip", "cosine", "l2")
+METRICS = tuple(native.METRICS)
 
 
 def check_int(value: Any, name: str, low: int, high: int | None = None) -> int:

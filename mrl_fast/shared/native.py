@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import mrl_fast._C as _C
-from mrl_fast._C import TILE, DType, Metric, Rows, Stat, pack_flags
+from mrl_fast._C import METRICS, TILE, DType, Rows, Stat, pack_flags
 from mrl_fast.shared import memory
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "rows_of",
 ]
 
-METRICS = {metric.name.lower(): metric for metric in Metric}  # by what a user calls them
 DTYPES = {torch.float32: DType.F32, torch.float16: DType.F16, torch.bfloat16: DType.BF16}
 
 ISA = ""  # the instruction set; empty is the best this processor has. Tests set it.

@@ -7,19 +7,21 @@
 
 namespace mrl {
 
+enum class Metric : int { IP, COSINE, L2 };  // in the order of METRIC_TERMS
+
 struct MetricTerms {
+    const char* name;
     Source source;  // what a scan of columns sums for it
     float product;
     bool squares, normalized;
 };
 
-inline const MetricTerms& terms_of(Metric metric) {
-    static constexpr MetricTerms TERMS_OF[] = {
-        {Source::PRODUCT, 1.0f, false, false},   // IP
-        {Source::PRODUCT, 1.0f, false, true},    // COSINE
-        {Source::DIFFERENCE, 2.0f, true, false}  // L2: −‖q − x‖²
-    };
-    return TERMS_OF[int(metric)];
-}
+constexpr MetricTerms METRIC_TERMS[] = {
+    {"ip", Source::PRODUCT, 1.0f, false, false},
+    {"cosine", Source::PRODUCT, 1.0f, false, true},
+    {"l2", Source::DIFFERENCE, 2.0f, true, false},  // −‖q − x‖²
+};
+
+inline const MetricTerms& terms_of(Metric metric) { return METRIC_TERMS[int(metric)]; }
 
 }  // namespace mrl

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 
+#include "cpu/search/metric.h"
 #include "cpu/simd/kernels.h"
 
 namespace mrl {

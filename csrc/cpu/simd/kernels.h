@@ -17,7 +17,6 @@ constexpr int MAX_GROUP = 6;  // queries scored together
 constexpr int TERMS = 4;      // that a score may have besides its sum; see Scan
 
 enum class DType : int { F32, F16, BF16 };
-enum class Metric : int { IP, COSINE, L2 };
 enum class Source : int { PRODUCT, DIFFERENCE, CODES };  // Σ q·x, −Σ (q − x)², Σ code·code
 
 // A kept row. Keys sorted descending are scores descending, then rows ascending; key 0 is no row.

@@ -67,9 +67,8 @@ def matryoshka_sigmoid_loss(
     scale = check_scale(scale, "scale", queries)
     bias = check_scalar(bias, "bias", queries)
     dim_weights = check_dim_weights(dim_weights, len(dims), queries)
-    target = torch.arange(len(queries), dtype=torch.int64, device=queries.device) + rank_of(
-        group
-    ) * len(block)
+    local = torch.arange(len(queries), dtype=torch.int64, device=queries.device)
+    target = local + rank_of(group) * len(block)
     everything = gather_rows(block, group)
     impl = choose(impl, queries, block)
     if impl == "reference":
