@@ -333,7 +333,9 @@ def work_on(i: int) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compiles every Triton kernel that ships.")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="kernels whose name contains one of these"
+    )
     parser.add_argument("--short", action="store_true", help="one of each kind, in a minute")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--list", action="store_true", help="JSON of what there is to compile")
@@ -356,7 +358,11 @@ def main() -> None:
         kinds = set()
         for one in cases.cases(cc):
             wanted = not options.short or one.kind not in kinds or in_short(one.name, cc)
-            if wanted and options.only in one.name and not (cc < 89 and " fp8 " in one.name):
+            if (
+                wanted
+                and any(part in one.name for part in options.only)
+                and not (cc < 89 and " fp8 " in one.name)
+            ):
                 WORK.append((one, cc, options.sass))
             kinds.add(one.kind)
     rows = []

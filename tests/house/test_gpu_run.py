@@ -53,7 +53,7 @@ def check_rows(part, state):
         assert rivals and all(row["providers"][name]["ratio"] > 0 for name in rivals), row
 
 
-@pytest.mark.parametrize("parts", [(1, 2, 5), (3, 5), (4,)], ids=["training", "search", "index"])
+@pytest.mark.parametrize("parts", [(1, 2), (3, 5), (4,)], ids=["kernels", "rows", "index"])
 def test_the_programme(parts, tmp_path, modules):
     found = program(tmp_path, *parts)
     for part, state in found.items():

@@ -273,8 +273,8 @@ def test_tensors_that_are_not_as_the_header_says(wrong, tmp_path, monkeypatch):
     index.save(tmp_path)
     before = content(tmp_path)
     index.add(vectors(3, DIMS[-1], 1))
-    block = index._store.snapshot.blocks[-1]
-    monkeypatch.setattr(block, "tail", wrong(block.tail))
+    arrays = index._rows.snapshot.blocks[-1].arrays
+    monkeypatch.setitem(arrays, "tail", wrong(arrays["tail"]))
     with pytest.raises(TypeError, match="rows-00000002.safetensors: tail: expected .*, got "):
         index.save(tmp_path)
     assert content(tmp_path) == before
@@ -329,7 +329,8 @@ def test_the_same_bytes_whatever_torch_makes_by_default(state, options, tmp_path
         index.save(tmp_path / "saved")
         again = MatryoshkaIndex.load(tmp_path / "plain", verify=True)
     assert content(tmp_path / "saved") == content(tmp_path / "plain")
-    kept = [again._store.snapshot.alive, again._store.snapshot.blocks[0].tail, again.rotation]
+    now = again._rows.snapshot
+    kept = [now.live, now.blocks[0].suffix, again.rotation]
     assert not any(x.is_inference() for x in kept if x is not None)
     change(again, model, seed=9)  # outside of it
     assert_same(again, model)

@@ -216,7 +216,7 @@ BROKEN = [
     ("x.csv", b"1,2", r"expected vectors in one of \.npy, .*, got '\.csv'"),
     ("x.ivecs", b"1,2", r"expected vectors in one of \.npy, .*, got '\.ivecs'"),
     ("x", b"1,2", "got 'no'"),
-    ("pickle.npy", b"\x80\x04K\x01.", "undamaged .npy file, got .*magic string"),
+    ("pickle.npy", b"\x80\x04K\x01.", "a .npy file, got one that begins with"),
     ("later.npy", b"\x93NUMPY\x03\x00", "undamaged .npy file, got version"),
     ("head.npy", b"\x93NUMPY\x01\x00\xff\xff{'descr'", "an undamaged .npy file"),
     ("objects.npy", lambda p: np.save(p, np.array([[{}]]), allow_pickle=True), "of object"),

@@ -8,6 +8,8 @@ from mrl_fast.training import ops
 from tests.helpers.losses import DIMS, LOSSES, tensors
 
 CALLS = LOSSES | {"inverse_norms": lambda x, w: ops.inverse_norms(x, DIMS).sum()}
+# PyTorch's own first use of forward mode.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is dep:DeprecationWarning")
 FORWARD = r"once, backwards; for forward-mode derivatives .* pass impl='reference'"
 SECOND = r"once, backwards; for second derivatives pass impl='reference'"
 
