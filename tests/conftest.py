@@ -7,6 +7,7 @@ that hold theirs back are in the Makefile.
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ if not torch.cuda.is_available():
 
     interpreter.install()
 native.ISA = os.environ.get("MRL_FAST_ISA", "")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background jobs ignore Ctrl-C, and so would what tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 
 
