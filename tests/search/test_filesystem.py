@@ -3,9 +3,11 @@ makes by default. What a save writes stays the same, and can be loaded."""
 
 import errno
 import fcntl
+import gc
 import mmap
 import os
 import stat
+import threading
 import warnings
 from contextlib import contextmanager
 
@@ -31,6 +33,7 @@ from tests.helpers.index_model import (  # noqa: F401
     strays,
     vectors,
 )
+from tests.helpers.torch_states import STATES
 
 pytestmark = pytest.mark.usefixtures("quick", "nothing_said")
 
@@ -301,24 +304,6 @@ def test_a_file_of_another_process_is_not_deleted(tmp_path, monkeypatch):
 # --- torch's defaults
 
 
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-STATES = {
-    "float64": lambda: default_dtype(torch.float64),
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "meta": lambda: torch.device("meta"),
-    "inference": torch.inference_mode,
-}
-
-
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("options", [{}, {"prefix_dtype": "int8", "rotation": "pca"}], ids=str)
 def test_the_same_bytes_whatever_torch_makes_by_default(state, options, tmp_path):
@@ -352,3 +337,21 @@ def test_no_memory_is_written_that_nobody_filled(prefix_dtype, tmp_path):
         assert save(tmp_path / "filled") == plain
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_lock_that_was_left_to_the_collector(tmp_path):
+    """An interrupt while a save lets go of its lock leaves the lock in a cycle of references."""
+    index, _ = build()
+    index.save(tmp_path)
+    held = [filesystem.locked(tmp_path)]
+    held.append(held)
+    held[0].__enter__()
+    gc.disable()  # or it might run before the save
+    try:
+        del held
+        saver = threading.Thread(target=index.save, args=(tmp_path,), daemon=True)
+        saver.start()
+        saver.join(30)
+        assert not saver.is_alive()
+    finally:
+        gc.enable()

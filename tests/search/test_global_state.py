@@ -5,9 +5,8 @@ A default dtype is the whole process's, so that one thread that loads a model ch
 
 import copy
 import pickle
-import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import torch
 
 from mrl_fast import MatryoshkaIndex, approx_topk, funnel_search, prefix_topk, rerank
 from mrl_fast.search.index import tuning
+from tests.helpers import torch_states
 from tests.helpers.index_model import one_thread  # noqa: F401
 from tests.search.test_device_index import small_buffers  # noqa: F401
 
@@ -110,57 +110,7 @@ CALLS = {
 }
 
 
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def filled():
-    """New memory is filled with NaN, and with the largest integers."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextmanager
-def flipping():
-    """Another thread changes the defaults all the while."""
-    ended = threading.Event()
-
-    def flip():
-        while not ended.is_set():
-            for dtype in (torch.float64, torch.bfloat16, torch.float32, torch.float16):
-                torch.set_default_dtype(dtype)
-                with torch.device("meta"):
-                    time.sleep(1e-5)
-
-    thread = threading.Thread(target=flip)
-    with default_dtype(torch.float32):
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-
-STATES = {
-    "float64": lambda: default_dtype(torch.float64),
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "float16": lambda: default_dtype(torch.float16),
-    "meta": lambda: torch.device("meta"),
-    "inference": torch.inference_mode,
-    "filled": filled,
-}
+STATES = torch_states.STATES | {"filled": torch_states.filled}
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +154,7 @@ def test_the_same_to_the_bit(state, name, plain):
 def test_the_same_while_another_thread_flips_the_defaults(plain):
     expected = {name: plain(name, call) for name, call in CALLS.items()}
     found, end = [], time.monotonic() + 1
-    with flipping():
+    with torch_states.flipping():
         while not found or time.monotonic() < end:
             found += [(name, call()) for name, call in CALLS.items()]
     for name, result in found:

@@ -1,62 +1,15 @@
 """torch's defaults, which a program or another of its threads may change, change no loss."""
 
-import threading
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 from mrl_fast import matryoshka_predict
+from tests.helpers import torch_states
 from tests.helpers.losses import DIMS, LOSSES, tensors
 
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def deterministic():
-    """Memory that nobody has written to is NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextmanager
-def another_thread_at_it():
-    dtypes = (torch.bfloat16, torch.float64, torch.float16, torch.float32)
-    stop = threading.Event()
-
-    def flip():
-        while not stop.is_set():
-            for dtype in dtypes:
-                torch.set_default_dtype(dtype)
-
-    thread = threading.Thread(target=flip)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-STATES = {
-    "float64": lambda: default_dtype(torch.float64),
-    "float16": lambda: default_dtype(torch.float16),
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "meta": lambda: torch.device("meta"),
-    "deterministic": deterministic,
-    "thread": another_thread_at_it,
-    "inference": torch.inference_mode,
+STATES = torch_states.STATES | {
+    "filled": torch_states.filled,
+    "thread": torch_states.flipping,
 }
 
 
@@ -113,7 +66,7 @@ def test_a_gradient_of_half_inputs_under_another_default(name):
         return torch.autograd.grad(LOSSES[name](x, w), [x, w])
 
     expected = run()
-    with default_dtype(torch.float64), torch.device("meta"):
+    with torch_states.default_dtype(torch.float64), torch.device("meta"):
         actual = run()
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == torch.bfloat16 and torch.equal(a, e)
