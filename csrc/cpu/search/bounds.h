@@ -55,10 +55,10 @@ struct Problem {
     }
     // θ as what a gate compares with: a row below it is below θ.
     float threshold(int64_t q, double theta) const;
+    double scale() const { return terms.source == Source::DIFFERENCE ? -1.0 : 1.0; }
     // A score from Σ q·x, or Σ (q − x)², and the row's norm, which only cosine looks at.
     double score_of(int64_t q, double sum, double row_norm) const {
-        if (terms.source == Source::DIFFERENCE) return -sum;
-        if (!terms.normalized) return sum + 0.0;
+        if (!terms.normalized) return scale() * sum + 0.0;
         const double length = norm[q] * row_norm;
         return length > 0.0 ? sum / length + 0.0 : 0.0;
     }

@@ -81,7 +81,7 @@ EqualRows::EqualRows(const Kernels& kernels, const Rows& rows, int64_t dim, int 
     each(hashed.size(), threads, [&](int64_t i) {
         const int64_t row = hashed[i].row, other = hashed[first[i]].row;
         // Other vectors may have the same hash: such a row stands for itself.
-        members_[i] = {equal(rows, row, other, dim) ? other : row, row};
+        members_[i] = {row == other || !equal(rows, row, other, dim) ? row : other, row};
     });
     int64_t words = 0;
     for (const Span& span : rows.spans) words += span.tiles();

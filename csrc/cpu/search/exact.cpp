@@ -123,7 +123,7 @@ struct Best32 {
 };
 
 // How many rows an fp32 scan keeps: most ties end among these.
-int64_t shortlist(const Problem& p) { return std::min(2 * p.k + 128, p.rows.eligible()); }
+int64_t shortlist(const Problem& p) { return std::min(p.k + p.k / 8 + 128, p.rows.eligible()); }
 
 // Whether so many rows score alike that such a shortlist would not hold all of the k best, by a
 // sample of the rows and a group of the queries.
@@ -177,6 +177,15 @@ Status scan_narrow(Problem& p, const Rows& rows, const std::vector<int64_t>& whi
     for (int64_t i = 0; i < n; ++i)
         if (open[i]) undecided->push_back(which[i]);
     return Status::OK;
+}
+
+// The k best, in order.
+void cut(std::vector<Final>* best, int64_t k) {
+    if (k < int64_t(best->size())) {
+        std::nth_element(best->begin(), best->begin() + k, best->end());
+        best->resize(k);
+    }
+    std::sort(best->begin(), best->end());
 }
 
 Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<Final>>* best);
@@ -338,8 +347,7 @@ Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& que
             if (status != Status::OK) return status;
         }
         each(n, threads, [&](int64_t q) {
-            std::sort(best[q].begin(), best[q].end());
-            best[q].resize(std::min<size_t>(best[q].size(), k));
+            cut(&best[q], k);
             for (int64_t i = 0; i < k; ++i) {
                 const bool found = i < int64_t(best[q].size());
                 const int64_t at = (begin + q) * k + i;

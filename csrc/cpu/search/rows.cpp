@@ -93,9 +93,9 @@ TileReader::Place TileReader::place(int64_t i) {
 
 // Spreads the prefetching of a tile over the scans of all groups.
 void TileReader::ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const {
-    scan->ahead = static_cast<const char*>(tile);
-    scan->ahead_end = scan->ahead + steps * bytes;
-    scan->ahead_lines = std::max<int64_t>(1, (bytes / 64 + groups_ - 1) / groups_);
+    const char* begin = static_cast<const char*>(tile);
+    scan->ahead = {begin, begin + steps * bytes,
+                   std::max<int64_t>(1, (bytes / 64 + groups_ - 1) / groups_)};
 }
 
 bool TileReader::read(int64_t tile, Scan* scan) {
@@ -157,7 +157,7 @@ bool TileReader::gather(int64_t tile, Scan* scan) {
     }
     scan->segments[0] = {columns, head_};
     scan->segments[1] = {columns + head_ * TILE, suffix_};
-    scan->ahead = scan->ahead_end = nullptr;
+    scan->ahead = {};
     return suffix_ == 0 || kernels_.pack(pointers, coming, rows_.dtype, scan->rows, suffix_,
                                          columns + head_ * TILE);
 }

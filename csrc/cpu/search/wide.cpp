@@ -32,17 +32,12 @@ class KeptFinals {
     KeptFinals(double theta, int64_t k) : threshold_(std::nextafter(theta, -INFINITY)), k_(k) {}
     const std::vector<Final>& all() const { return all_; }
 
-    // Scores of a tile's lanes, those of `wanted` to be kept; row_at names a lane's row.
+    double threshold() const { return threshold_; }
+    // Lanes of a tile above the threshold; row_at names a lane's row.
     template <class RowAt>
-    void offer(const double* scores, uint64_t wanted, const RowAt& row_at) {
-        constexpr int LANES = 4;
-        double best[LANES] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-        for (int r = 0; r < TILE; r += LANES)
-            for (int i = 0; i < LANES; ++i)
-                best[i] = scores[r + i] > best[i] ? scores[r + i] : best[i];
-        if (!(*std::max_element(best, best + LANES) > threshold_)) return;
-        for (; wanted; wanted &= wanted - 1) {
-            const int r = __builtin_ctzll(wanted);
+    void keep(const double* scores, uint64_t lanes, const RowAt& row_at) {
+        for (; lanes; lanes &= lanes - 1) {
+            const int r = __builtin_ctzll(lanes);
             // A later row with the score of the k-th comes after it.
             if (scores[r] > threshold_) push({scores[r], row_at(r)});
         }
@@ -94,12 +89,14 @@ Status scan_wide(Problem& p, const Rows& rows, const std::vector<int64_t>& which
                 }
                 for (const WidePanel::Group& group : panel.groups) {
                     p.kernels.scores64[int(source)][group.size - 1](
-                        tile.data(), group.columns.data(), p.dim, scores.data());
+                        tile.data(), group.columns.data(), p.dim, &scan.ahead, scores.data());
                     for (int64_t i = 0; i < group.size; ++i) {
                         double* mine = scores.data() + i * TILE;
-                        const int64_t q = which[group.first + i];
-                        for (int r = 0; r < TILE; ++r) mine[r] = p.score_of(q, mine[r], norms[r]);
-                        kept[group.first + i].offer(mine, scan.wanted, row_at);
+                        KeptFinals& best_of = kept[group.first + i];
+                        const uint64_t lanes = p.kernels.finish64(
+                            p.scale(), p.norm[which[group.first + i]],
+                            p.terms.normalized ? norms.data() : nullptr, best_of.threshold(), mine);
+                        best_of.keep(mine, lanes & scan.wanted, row_at);
                     }
                 }
             }

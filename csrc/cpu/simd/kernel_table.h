@@ -30,9 +30,23 @@ void fill_wide(Kernels& kernels) {
 }
 
 Kernels make_kernels(const char* name) {
-    Kernels kernels = {name,      W,       Simd::QUAD_BYTES, pack,           sqnorms, advance,
-                       {},        dots,    widen_row,        dot64,          {},      {},
-                       squares64, product, fold_block,       score_gradients};
+    Kernels kernels = {name,
+                       W,
+                       Simd::QUAD_BYTES,
+                       pack,
+                       sqnorms,
+                       advance,
+                       {},
+                       dots,
+                       widen_row,
+                       dot64,
+                       {},
+                       {},
+                       squares64,
+                       finish64,
+                       product,
+                       fold_block,
+                       score_gradients};
     fill_scans<Source::PRODUCT>(kernels);
     fill_scans<Source::DIFFERENCE>(kernels);
     fill_scans<Source::CODES>(kernels);

@@ -98,6 +98,15 @@ struct Prefetch {
     }
 };
 
+// Memory to prefetch during a scan, a few lines a column: a burst would wait for memory.
+struct Ahead {
+    const char *at, *end;
+    int64_t lines;  // a column
+    MRL_INLINE void prefetch() {
+        for (int64_t i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at);
+    }
+};
+
 // The best rows that a thread has seen for one query: at most `capacity` entries, cut to the k best
 // when full.
 struct TopK {
@@ -126,9 +135,7 @@ struct Scan {
     const float* row_sqnorm;    // [TILE], kept in the entries
     const float* term_values;   // [TERMS, TILE]; null: no terms
     const float* term_factors;  // [TERMS, group]
-    const char* ahead;          // memory to prefetch meanwhile, ahead_lines a step up to ahead_end
-    const char* ahead_end;
-    int64_t ahead_lines;
+    Ahead ahead;
     int64_t first_row;
     int rows;           // of the tile, <= TILE
     uint64_t wanted;    // bit r: row r may be kept
@@ -169,8 +176,12 @@ struct Kernels {
     // chain too: Σ q·x with dot64's bits or Σ (q − x)² column by column; and Σ x² [TILE] likewise.
     void (*widen_tile[2])(const Segment* segments, double* out);
     void (*scores64[2][MAX_GROUP])(const double* tile, const double* queries, int64_t cols,
-                                   double* out);
+                                   Ahead* ahead, double* out);
     void (*squares64)(const double* tile, int64_t cols, double* out);
+    // Makes scores [TILE] of such sums: scale · sum, over norm · row_norms[r] where row_norms is
+    // given (0 where that is 0). Returns the lanes whose score is above the threshold.
+    uint64_t (*finish64)(double scale, double norm, const double* row_norms, double threshold,
+                         double* sums);
     // See nested.h.
     void (*product)(const Product&);
     void (*fold_block)(const ScoreBlock&, const Statistics&);

@@ -168,12 +168,6 @@ double dot64(const float* x, const float* y, int64_t cols) {
 
 // --- scan: Q queries against a tile, V vectors of rows at a time ---
 
-// A burst of prefetches would wait for memory; a few a step are hidden behind the sums.
-inline void prefetch_some(Scan& s) {
-    for (int64_t i = 0; i < s.ahead_lines && s.ahead < s.ahead_end; ++i, s.ahead += 64)
-        __builtin_prefetch(s.ahead);
-}
-
 template <Source S, int Q, int V>
 inline void sum_columns(Scan& s, int r, Vec (&sum)[Q][V]) {
     for (int q = 0; q < Q; ++q)
@@ -182,7 +176,7 @@ inline void sum_columns(Scan& s, int r, Vec (&sum)[Q][V]) {
     for (const Segment& segment : s.segments) {
         const float* x = segment.tile + r;
         for (int64_t c = 0; c < segment.cols; ++c, x += TILE, query += Q) {
-            prefetch_some(s);
+            s.ahead.prefetch();
             Vec row[V];
             for (int v = 0; v < V; ++v) row[v] = Simd::load(x + v * W);
             for (int q = 0; q < Q; ++q) {
@@ -201,7 +195,7 @@ inline void sum_codes(Scan& s, int r, Vec (&sum)[Q][V]) {
     const char* query = static_cast<const char*>(s.panel);
     const uint8_t* x = s.codes + r * 4;
     for (int64_t i = 0; i < s.quads; ++i, x += TILE * 4) {
-        prefetch_some(s);
+        s.ahead.prefetch();
         Simd::Bytes row[V];
         for (int v = 0; v < V; ++v) row[v] = Simd::load_bytes(x + v * W * 4);
         for (int q = 0; q < Q; ++q, query += Simd::QUAD_BYTES)

@@ -12,22 +12,25 @@ constexpr int WIDE_ROWS = Simd::rows_of(MAX_GROUP) * L;  // scored together
 template <Source S>
 constexpr int64_t CHAINS = chains_of(S);
 
-// out[TILE / WIDE_ROWS][cols][WIDE_ROWS]
+// out[TILE / WIDE_ROWS][cols][WIDE_ROWS]. Columns are read in the order of memory, which is slower
+// than arithmetic.
 template <Source S>
 void widen_tile(const Segment* segments, double* out) {
-    const int64_t head = segments[0].cols, cols = head + segments[1].cols;
-    for (int r = 0; r < TILE; r += WIDE_ROWS)
-        for (int64_t chain = 0; chain < CHAINS<S>; ++chain)
-            for (int64_t c = chain; c < cols; c += CHAINS<S>, out += WIDE_ROWS) {
-                const float* x =
-                    c < head ? segments[0].tile + c * TILE : segments[1].tile + (c - head) * TILE;
-                for (int v = 0; v < WIDE_ROWS; v += L) {
-                    Narrow narrow;
-                    __builtin_memcpy(&narrow, x + r + v, sizeof narrow);
-                    const Wide wide = __builtin_convertvector(narrow, Wide);
-                    __builtin_memcpy(out + v, &wide, sizeof wide);
-                }
+    const int64_t cols = segments[0].cols + segments[1].cols;
+    int64_t chain = 0, first = 0, place = 0;  // of the column that is next
+    for (const Segment* segment = segments; segment < segments + 2; ++segment)
+        for (int64_t c = 0; c < segment->cols; ++c) {
+            const float* x = segment->tile + c * TILE;
+            for (int r = 0; r < TILE; r += L) {
+                Narrow narrow;
+                __builtin_memcpy(&narrow, x + r, sizeof narrow);
+                const Wide wide = __builtin_convertvector(narrow, Wide);
+                double* to = out + (r / WIDE_ROWS * cols + first + place) * WIDE_ROWS;
+                __builtin_memcpy(to + r % WIDE_ROWS, &wide, sizeof wide);
             }
+            first += (cols - chain + CHAINS<S> - 1) / CHAINS<S>;
+            if (++chain == CHAINS<S>) chain = 0, first = 0, ++place;
+        }
 }
 
 inline Wide load_wide(const double* x) {
@@ -46,7 +49,7 @@ inline Wide rounded(Wide product) {
 
 // `queries` is [cols, Q], columns by chain; out is [Q, TILE].
 template <Source S, int Q>
-void scores64(const double* tile, const double* queries, int64_t cols, double* out) {
+void scores64(const double* tile, const double* queries, int64_t cols, Ahead* ahead, double* out) {
     constexpr int V = WIDE_ROWS / L;
     for (int r = 0; r < TILE; r += WIDE_ROWS) {
         Wide total[Q][V] = {};
@@ -55,6 +58,7 @@ void scores64(const double* tile, const double* queries, int64_t cols, double* o
             Wide sum[Q][V] = {};
             const int64_t count = (cols - chain + CHAINS<S> - 1) / CHAINS<S>;
             for (int64_t i = 0; i < count; ++i, tile += WIDE_ROWS, query += Q) {
+                ahead->prefetch();
                 Wide x[V];
                 for (int v = 0; v < V; ++v) x[v] = load_wide(tile + v * L);
                 for (int q = 0; q < Q; ++q)
@@ -90,4 +94,22 @@ void squares64(const double* tile, int64_t cols, double* out) {
         }
         __builtin_memcpy(out + r, total, sizeof total);
     }
+}
+
+uint64_t finish64(double scale, double norm, const double* row_norms, double threshold,
+                  double* sums) {
+    uint64_t lanes = 0;
+    for (int r = 0; r < TILE; r += L) {
+        Wide score = load_wide(sums + r) * scale;
+        if (row_norms) {
+            const Wide length = load_wide(row_norms + r) * norm;
+            const auto some = length > 0.0;
+            score = some ? score / (some ? length : length + 1.0) : length * 0.0;
+        }
+        score = score + 0.0;  // −0 becomes +0
+        __builtin_memcpy(sums + r, &score, sizeof score);
+        const auto above = score > threshold;
+        for (int lane = 0; lane < L; ++lane) lanes |= uint64_t(above[lane] & 1) << (r + lane);
+    }
+    return lanes;
 }
