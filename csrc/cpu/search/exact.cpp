@@ -11,7 +11,7 @@
 
 #include "cpu/search/bounds.h"
 #include "cpu/search/equal_rows.h"
-#include "cpu/search/rounding.h"
+#include "cpu/search/shortlist.h"
 #include "cpu/search/wide.h"
 #include "cpu/threads.h"
 
@@ -22,18 +22,7 @@ constexpr int64_t SAMPLE_STEP = 16;  // every 16th tile makes a guess at θ
 constexpr int64_t SEED_STEP = 2;  // every second makes a first real one; every tile where codes do
 constexpr int64_t PREDICT_TILES = 48;  // predict what bounds leave
 constexpr int64_t MANY = 128;          // a k-th of the rows in so many: each is scored in fp64
-constexpr int64_t PROBE_STEP = 16;     // every 16th tile tells whether rows score alike
 constexpr int64_t PANEL_BYTES = 512 << 10, PASS_BYTES = int64_t(256) << 20;  // of one pass
-
-// Queries side by side in memory.
-struct Gathered {
-    Gathered(const Problem& p, const std::vector<int64_t>& which) {
-        for (int64_t q : which) data.insert(data.end(), p.data[q], p.data[q] + p.dim);
-        queries = {data.data(), int64_t(which.size()), p.dim};
-    }
-    std::vector<float> data;
-    Queries queries;
-};
 
 Panel panel_of(const Problem& p, const std::vector<int64_t>& which) {
     if (p.rows.code_dim) {
@@ -103,82 +92,6 @@ bool run(Problem& p, const std::vector<int64_t>& which, int threads,
     return finite;
 }
 
-// Some queries' `keep` best by canonical fp32 scores among every step-th tile.
-struct Best32 {
-    Best32(const Problem& p, const Rows& rows, const std::vector<int64_t>& which, int64_t most,
-           int64_t step, int threads)
-        : keep(most), entries(new Entry[which.size() * most + 1]), counts(which.size()) {
-        const Gathered gathered(p, which);
-        const Source source = p.terms.source;
-        status = scan_all(p.kernels, rows, gathered.queries, p.metric, source, p.dim, keep, step,
-                          threads, entries.get(), counts.data());
-    }
-    const Entry* of(int64_t i) const { return entries.get() + i * keep; }
-    double score(int64_t i, int64_t rank) const { return score_of(of(i)[rank].key); }
-
-    const int64_t keep;
-    const std::unique_ptr<Entry[]> entries;
-    std::vector<int64_t> counts;
-    Status status;
-};
-
-// How many rows an fp32 scan keeps: most ties end among these.
-int64_t shortlist(const Problem& p) { return std::min(p.k + p.k / 8 + 128, p.rows.eligible()); }
-
-// Whether so many rows score alike that such a shortlist would not hold all of the k best, by a
-// sample of the rows and a group of the queries.
-Status sees_alike(const Problem& p, const Rows& rows, const std::vector<int64_t>& which,
-                  int threads, bool* alike) {
-    const std::vector<int64_t> some(which.begin(),
-                                    which.begin() + std::min<size_t>(which.size(), MAX_GROUP));
-    const int64_t kth = p.k / PROBE_STEP, last = shortlist(p) / PROBE_STEP + 8;
-    *alike = false;
-    if (rows.eligible() < 2 * PROBE_STEP * (last + TILE)) return Status::OK;
-    const Best32 best(p, rows, some, last + 1, PROBE_STEP, threads);
-    if (best.status != Status::OK) return best.status;
-    const Rounding rounding(p, rows);
-    size_t close = 0;
-    for (size_t i = 0; i < some.size(); ++i) {
-        if (best.counts[i] <= last || !rounding.holds(some[i])) continue;
-        const double high = best.score(i, kth), low = best.score(i, last);
-        close += low + rounding.of(some[i], low) >= high - rounding.of(some[i], high);
-    }
-    *alike = 2 * close > some.size();
-    return Status::OK;
-}
-
-// Scores every row in fp32 and, of the best, in fp64 those that may be among the k best. A query
-// where the others may be so too, because very many rows score alike, goes to `undecided`.
-Status scan_narrow(Problem& p, const Rows& rows, const std::vector<int64_t>& which, int threads,
-                   std::vector<int64_t>* undecided, std::vector<std::vector<Final>>* best) {
-    const int64_t n = which.size(), count = p.rows.eligible();
-    const Best32 first(p, rows, which, shortlist(p), 1, threads);
-    if (first.status != Status::OK) return first.status;
-    const Rounding rounding(p, rows);
-    std::vector<char> open(n, 0);
-    each(n, threads, [&](int64_t i) {
-        const int64_t q = which[i];
-        const double kth = first.score(i, p.k - 1), last = first.score(i, first.keep - 1);
-        const double least = kth - rounding.of(q, kth);
-        p.touched[q] = count;
-        open[i] = first.keep < count && !(rounding.holds(q) && last + rounding.of(q, last) < least);
-        if (open[i]) {
-            if (rounding.holds(q)) raise(p.theta[q], least);
-            return;
-        }
-        std::vector<float> room;
-        for (const Entry* entry = first.of(i); entry < first.of(i) + first.keep; ++entry) {
-            const double score = score_of(entry->key);
-            if (score + rounding.of(q, score) < least) break;
-            const int64_t row = row_of(entry->key);
-            (*best)[q].push_back({p.score(q, row, &room), row});
-        }
-    });
-    for (int64_t i = 0; i < n; ++i)
-        if (open[i]) undecided->push_back(which[i]);
-    return Status::OK;
-}
-
 // The k best, in order.
 void cut(std::vector<Final>* best, int64_t k) {
     if (k < int64_t(best->size())) {
@@ -190,14 +103,9 @@ void cut(std::vector<Final>* best, int64_t k) {
 
 Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<Final>>* best);
 
-// Searches rows of which many score alike: one of each vector where many are equal and there are
-// queries enough to pay for finding them, else every row in fp64.
-Status search_alike(Problem& p, const Rows& rows, const std::vector<int64_t>& which, int threads,
-                    std::vector<std::vector<Final>>* best) {
-    constexpr size_t ENOUGH = 16;
-    if (which.size() < ENOUGH) return scan_wide(p, rows, which, threads, best);
-    const EqualRows equal(p.kernels, p.rows, p.dim, threads);
-    if (2 * equal.count() > p.rows.eligible()) return scan_wide(p, rows, which, threads, best);
+// Searches rows of which there are only few different ones: one of each vector.
+Status search_firsts(Problem& p, const EqualRows& equal, const std::vector<int64_t>& which,
+                     int threads, std::vector<std::vector<Final>>* best) {
     Rows gathered = equal.firsts(p.rows), in_place = gathered;
     in_place.gathered_rows.clear();
     const Gathered queries(p, which);
@@ -214,6 +122,26 @@ Status search_alike(Problem& p, const Rows& rows, const std::vector<int64_t>& wh
     return Status::OK;
 }
 
+// Searches rows of which many score alike: one of each vector where many are equal and there are
+// queries enough to pay for finding them, else by what sets them apart, else every row in fp64.
+Status search_alike(Problem& p, const Rows& rows, const std::vector<int64_t>& which, int threads,
+                    std::vector<std::vector<Final>>* best) {
+    constexpr size_t ENOUGH = 16;
+    if (which.size() >= ENOUGH) {
+        const EqualRows equal(p.kernels, p.rows, p.dim, threads);
+        if (2 * equal.count() <= p.rows.eligible())
+            return search_firsts(p, equal, which, threads, best);
+    }
+    bool alike;
+    Status status = sees_alike(p, rows, which, shortlist_by_differences, threads, &alike);
+    if (status != Status::OK) return status;
+    if (alike) return scan_wide(p, rows, which, threads, best);
+    std::vector<int64_t> undecided;
+    status = scan_narrow(p, rows, which, shortlist_by_differences, threads, &undecided, best);
+    if (status != Status::OK) return status;
+    return scan_wide(p, rows, undecided, threads, best);
+}
+
 // Reads every row, in the way that fits k and the data. Queries that it cannot decide, because
 // more rows score alike than a sample said, go to `undecided`.
 Status search_fully(Problem& p, const Rows& rows, const std::vector<int64_t>& which, int threads,
@@ -221,10 +149,10 @@ Status search_fully(Problem& p, const Rows& rows, const std::vector<int64_t>& wh
     if (which.empty()) return Status::OK;
     if (MANY * p.k >= rows.eligible()) return scan_wide(p, rows, which, threads, best);
     bool alike;
-    const Status status = sees_alike(p, rows, which, threads, &alike);
+    const Status status = sees_alike(p, rows, which, shortlist_by_scores, threads, &alike);
     if (status != Status::OK) return status;
     return alike ? search_alike(p, rows, which, threads, best)
-                 : scan_narrow(p, rows, which, threads, undecided, best);
+                 : scan_narrow(p, rows, which, shortlist_by_scores, threads, undecided, best);
 }
 
 // Leaves in `which` the queries for which bounds cost less than reading every row does, by a sample

@@ -2,8 +2,8 @@
 // score = (product · ⟨q, x⟩ − squares · (‖q‖² + ‖x‖²)) / (normalized ? ‖q‖ · ‖x‖ : 1),
 // all of the columns of a prefix; 0 where a norm that is divided by is 0.
 // A sum of differences is −(‖q‖² + ‖x‖² − 2⟨q, x⟩): where squares count, product is 2. Read by
-// Scaling and advance_all (scan.cpp), Problem and Pass (bounds.cpp), Rounding (rounding.h),
-// scan_wide (wide.cpp).
+// Scaling and advance_all (scan.cpp), Problem and Pass (bounds.cpp), shortlists (shortlist.cpp,
+// differences.cpp), scan_wide (wide.cpp).
 #pragma once
 
 #include "cpu/simd/kernels.h"

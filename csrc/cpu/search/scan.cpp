@@ -19,32 +19,6 @@ bool beyond_float(const Entry* sorted, int64_t count) {
                           std::isfinite(score_of(sorted[count - 1].key)));
 }
 
-// The best `keep` first, in order.
-void cut(std::vector<Entry>& entries, int64_t keep) {
-    if (keep < int64_t(entries.size())) {
-        std::nth_element(entries.begin(), entries.begin() + keep, entries.end(), better);
-        entries.resize(keep);
-    }
-    std::sort(entries.begin(), entries.end(), better);
-}
-
-// Entries beyond k before a cut: as many again halve the cuts' cost, a few let the gate close soon.
-int64_t spare(int64_t k) { return std::max<int64_t>(k, 32); }
-
-// One thread's kept rows of each query.
-struct Kept {
-    Kept(const float* gates, int64_t queries, int64_t k, int64_t rows)
-        : thresholds(gates, gates + queries), topks(queries) {
-        const int64_t capacity = std::min(rows, std::min(k, rows) + spare(k)) + 1;
-        entries.reset(new Entry[queries * capacity]);
-        for (int64_t q = 0; q < queries; ++q)
-            topks[q] = {entries.get() + q * capacity, 0, capacity, std::min(k, rows)};
-    }
-    std::unique_ptr<Entry[]> entries;
-    std::vector<float> thresholds;
-    std::vector<TopK> topks;
-};
-
 // What turns a tile's sums into a metric's scores.
 class Scaling {
   public:
@@ -185,6 +159,25 @@ bool Scanner::run(int64_t tiles, const TileAt& tile_at, int64_t keep,
 }
 
 }  // namespace
+
+void cut(std::vector<Entry>& entries, int64_t keep) {
+    if (keep < int64_t(entries.size())) {
+        std::nth_element(entries.begin(), entries.begin() + keep, entries.end(), better);
+        entries.resize(keep);
+    }
+    std::sort(entries.begin(), entries.end(), better);
+}
+
+// Entries beyond k before a cut: as many again halve the cuts' cost, a few let the gate close soon.
+static int64_t spare(int64_t k) { return std::max<int64_t>(k, 32); }
+
+Kept::Kept(const float* gates, int64_t queries, int64_t k, int64_t rows)
+    : thresholds(gates, gates + queries), topks(queries) {
+    const int64_t capacity = std::min(rows, std::min(k, rows) + spare(k)) + 1;
+    entries.reset(new Entry[queries * capacity]);
+    for (int64_t q = 0; q < queries; ++q)
+        topks[q] = {entries.get() + q * capacity, 0, capacity, std::min(k, rows)};
+}
 
 float score_of(uint64_t key) {
     const uint32_t ordered = uint32_t(key >> 32);

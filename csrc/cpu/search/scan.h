@@ -110,6 +110,17 @@ class TileReader {
     int64_t local_ = 0;  // the last tile read, counted from its span's first
 };
 
+// The best `keep` first, in order.
+void cut(std::vector<Entry>& entries, int64_t keep);
+
+// One thread's kept rows of each query, of so many rows at most.
+struct Kept {
+    Kept(const float* gates, int64_t queries, int64_t k, int64_t rows);
+    std::unique_ptr<Entry[]> entries;
+    std::vector<float> thresholds;
+    std::vector<TopK> topks;
+};
+
 // The first stage: scans every `step`-th tile for the `keep` best rows of each query. Writes
 // counts[q] entries, best first, to out[q, :], of [n, keep].
 Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,

@@ -1,0 +1,110 @@
+#include "cpu/search/shortlist.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "cpu/threads.h"
+
+namespace mrl {
+namespace {
+
+constexpr int64_t PROBE_STEP = 16;  // every 16th tile tells whether rows score alike
+
+// How many rows an fp32 scan keeps: most ties end among these.
+int64_t length(const Problem& p) { return std::min(2 * p.k + 128, p.rows.eligible()); }
+
+// The least and the greatest norm of a row that is not 0.
+std::pair<double, double> norms(const Rows& rows) {
+    float least = INFINITY, greatest = 0.0f;
+    auto see = [&](const Span& span, int64_t row) {
+        const float* stats = span.stats + row;
+        const float tail = rows.levels.empty() ? 0.0f : stats[TAIL_NORM * span.stats_stride],
+                    norm = stats[PREFIX_NORM * span.stats_stride] + tail;  // within a factor √2
+        greatest = std::max(greatest, norm);
+        if (norm > 0.0f) least = std::min(least, norm);
+    };
+    if (rows.gathered_rows.empty())
+        for (const Span& span : rows.spans)
+            for (int64_t row = 0; row < span.rows; ++row) see(span, row);
+    for (int64_t row : rows.gathered_rows) {
+        const Span& span = span_of(rows, row);
+        see(span, row - span.first);
+    }
+    return {least * 0.7, greatest};
+}
+
+}  // namespace
+
+Shortlist shortlist_by_scores(const Problem& p, const Rows& rows, const std::vector<int64_t>& which,
+                              int64_t keep, int64_t step, int threads) {
+    Shortlist list(p, which, keep);
+    const auto [least, greatest] = norms(rows);
+    // Squares must stay within fp32.
+    const bool inside =
+        greatest * greatest < LARGEST && (least * least > SMALLEST || least > greatest);
+    if (p.terms.source == Source::DIFFERENCE) list.relative = 4.0 * p.margin;
+    for (size_t i = 0; i < which.size(); ++i) {
+        const double norm = p.norm[which[i]];
+        if (!inside || !ordinary(norm * norm)) continue;
+        list.base[i] = 0.0;
+        if (p.terms.source == Source::DIFFERENCE)
+            list.absolute[i] = 1e-36;
+        else
+            list.absolute[i] =
+                p.terms.normalized ? 3.0 * p.margin : p.margin * norm * greatest + 1e-36;
+    }
+    list.status = scan_all(p.kernels, rows, list.data.queries, p.metric, p.terms.source, p.dim,
+                           keep, step, threads, list.entries.get(), list.counts.data());
+    return list;
+}
+
+Status sees_alike(const Problem& p, const Rows& rows, const std::vector<int64_t>& which,
+                  MakeShortlist make, int threads, bool* alike) {
+    const std::vector<int64_t> some(which.begin(),
+                                    which.begin() + std::min<size_t>(which.size(), MAX_GROUP));
+    const int64_t kth = p.k / PROBE_STEP, last = length(p) / PROBE_STEP + 8;
+    *alike = false;
+    if (rows.eligible() < 2 * PROBE_STEP * (last + TILE)) return Status::OK;
+    const Shortlist list = make(p, rows, some, last + 1, PROBE_STEP, threads);
+    if (list.status != Status::OK) return list.status;
+    size_t close = 0;
+    for (size_t i = 0; i < some.size(); ++i) {
+        if (list.counts[i] <= last || !list.holds(i)) continue;
+        const double high = list.score(i, kth), low = list.score(i, last);
+        close += low + list.error(i, low) >= high - list.error(i, high);
+    }
+    *alike = 2 * close > some.size();
+    return Status::OK;
+}
+
+Status scan_narrow(Problem& p, const Rows& rows, const std::vector<int64_t>& which,
+                   MakeShortlist make, int threads, std::vector<int64_t>* undecided,
+                   std::vector<std::vector<Final>>* best) {
+    const int64_t n = which.size(), count = p.rows.eligible();
+    const Shortlist list = make(p, rows, which, length(p), 1, threads);
+    if (list.status != Status::OK) return list.status;
+    std::vector<char> open(n, 0);
+    each(n, threads, [&](int64_t i) {
+        const int64_t q = which[i];
+        const double kth = list.score(i, p.k - 1), last = list.score(i, list.keep - 1);
+        const double least = kth - list.error(i, kth);
+        p.touched[q] = count;
+        open[i] = list.keep < count && !(list.holds(i) && last + list.error(i, last) < least);
+        if (open[i]) {
+            if (list.holds(i)) raise(p.theta[q], list.base[i] + least);
+            return;
+        }
+        std::vector<float> room;
+        for (const Entry* entry = list.of(i); entry < list.of(i) + list.keep; ++entry) {
+            const double score = score_of(entry->key);
+            if (score + list.error(i, score) < least) break;
+            const int64_t row = row_of(entry->key);
+            (*best)[q].push_back({p.score(q, row, &room), row});
+        }
+    });
+    for (int64_t i = 0; i < n; ++i)
+        if (open[i]) undecided->push_back(which[i]);
+    return Status::OK;
+}
+
+}  // namespace mrl
