@@ -37,8 +37,8 @@ class Rounding {
     }
     double of(int64_t q, double score) const {
         if (p_.terms.source == Source::DIFFERENCE) return 4.0 * p_.margin * std::abs(score) + 1e-36;
-        if (p_.terms.normalized) return 3.0 * p_.margin;
-        return p_.margin * p_.norm[q] * greatest_ + 1e-36;
+        if (p_.terms.normalized) return 3.0 * p_.terms.product * p_.margin;
+        return p_.terms.product * p_.margin * p_.norm[q] * greatest_ + 1e-36;
     }
     // Whether that holds: not where squares leave fp32.
     bool holds(int64_t q) const {
