@@ -47,9 +47,8 @@ def search_rows(
     q = queries.float()  # [B, D]; a half-precision value is exact in fp32
     scores, ids = _results(q, stages[-1][1])
     problem = _C.search(
-        rows, address(q, F32), len(q), q.stride(0), METRICS[metric], list(stages),
-        torch.get_num_threads(), native.ISA, address(scores, F32), address(ids, I64),
-    )  # fmt: skip
+        rows, _queries(q), METRICS[metric].number, list(stages), native.run(), _to(scores, ids)
+    )
     _refuse(problem, queries[:, : stages[-1][0]], unchecked)
     return scores, ids
 
@@ -61,9 +60,8 @@ def exact_search(
     scores, ids = _results(queries, k)
     touched = empty(len(queries), dtype=I64)
     problem = _C.exact_search(
-        rows, address(queries, F32), len(queries), queries.stride(0), METRICS[metric], dim, k,
-        torch.get_num_threads(), native.ISA,
-        address(scores, F32), address(ids, I64), address(touched, I64),
+        rows, _queries(queries), METRICS[metric].number, (dim, k), native.run(), _to(scores, ids),
+        address(touched, I64),
     )  # fmt: skip
     _refuse(problem, queries)
     return scores, ids, touched
@@ -74,9 +72,8 @@ def range_search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Limits, scores and ids of every row that reaches the threshold, as exact search scores it."""
     found = _C.range_search(
-        rows, address(queries, F32), len(queries), queries.stride(0), METRICS[metric], dim,
-        threshold, torch.get_num_threads(), native.ISA,
-    )  # fmt: skip
+        rows, _queries(queries), METRICS[metric].number, dim, threshold, native.run()
+    )
     _refuse(found.problem, queries)
     limits = torch.tensor([0, *found.counts], dtype=I64, device=HOST).cumsum(0)
     total = int(limits[-1])
@@ -91,12 +88,19 @@ def rerank(
     q, candidates = queries.float(), candidates.contiguous()
     scores, ids = _results(q, k)
     problem = _C.rerank(
-        row_major(database), address(q, F32), len(q), q.stride(0), METRICS[metric],
-        address(candidates, I64), candidates.shape[1], dim, k, torch.get_num_threads(), native.ISA,
-        address(scores, F32), address(ids, I64),
+        row_major(database), _queries(q), METRICS[metric].number,
+        (address(candidates, I64), candidates.shape[1]), (dim, k), native.run(), _to(scores, ids),
     )  # fmt: skip
     _refuse(problem, queries[:, :dim], database[:, :dim])
     return scores, ids
+
+
+def _queries(q: Tensor) -> tuple[int, int, int]:
+    return address(q, F32), len(q), q.stride(0)
+
+
+def _to(scores: Tensor, ids: Tensor) -> tuple[int, int]:
+    return address(scores, F32), address(ids, I64)
 
 
 def _results(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

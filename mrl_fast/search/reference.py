@@ -21,6 +21,7 @@ def _l2(q: Tensor, x: Tensor) -> Tensor:
 
 
 SCORES = {"ip": lambda q, x: q @ x.T, "cosine": _cosine, "l2": _l2}  # [B, d], [N, d] -> [B, N]
+METRICS = tuple(SCORES)
 
 
 def scores(queries: Tensor, database: Tensor, dim: int, metric: str) -> Tensor:

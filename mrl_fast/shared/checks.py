@@ -4,7 +4,7 @@ came."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,9 +101,11 @@ def check_same_device(x: Tensor, name: str, like: Tensor) -> Tensor:
     return x
 
 
-def check_choice(value: Any, name: str, choices: Sequence[str]) -> str:
+def check_choice(value: Any, name: str, choices: Collection[str], where: str = "") -> str:
+    """``where``: what else was chosen, that leaves these choices."""
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        known = ", ".join(map(repr, choices)) + where
+        raise ValueError(f"{name}: expected one of {known}, got {value!r}")
     return value
 
 

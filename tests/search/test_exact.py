@@ -7,29 +7,19 @@ import torch
 from mrl_fast import _C, MatryoshkaIndex
 from mrl_fast.search.index import store
 from mrl_fast.shared import native
+from tests.helpers.search import METRICS, brute_force
 
-METRICS = ["ip", "cosine", "l2"]
 PREFIXES = ["float32", "int8"]
 
 
-def brute_force(q, x, k, metric):
-    """Scores and rows by fp64 sums that are the same for equal rows, ties in the order of rows."""
-    q, x = q.double(), x.double()
-    scores = torch.empty(len(q), len(x), dtype=torch.float64)
-    for i, query in enumerate(q):
-        if metric == "l2":
-            scores[i] = -(query - x).square().sum(dim=1)
-        else:
-            scores[i] = (query * x).sum(dim=1)
-        if metric == "cosine":
-            norms = query.norm() * x.square().sum(dim=1).sqrt()
-            scores[i] = torch.where(norms > 0, scores[i] / norms, 0.0)
-    order = scores.sort(dim=1, descending=True, stable=True)
+def best(q, x, k, metric):
+    """Scores and rows, ties in the order of rows."""
+    order = brute_force(q, x, metric).sort(dim=1, descending=True, stable=True)
     return order.values[:, :k], order.indices[:, :k]
 
 
 def assert_exact(index, q, x, k, metric):
-    scores, rows = brute_force(q, x, k, metric)
+    scores, rows = best(q, x, k, metric)
     result = index.search(q, k, exact=True)
     found = min(k, len(x))
     assert torch.equal(result.ids[:, :found], rows)

@@ -30,6 +30,7 @@ from tests.helpers.index_model import (  # noqa: F401
     strays,
     vectors,
 )
+from tests.helpers.search import METRICS
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("rotation", [None, "pca"])
 @pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_round_trip(metric, dtype, prefix_dtype, rotation, tmp_path):
     options = dict(metric=metric, dtype=dtype, prefix_dtype=prefix_dtype, rotation=rotation)
     index, model = build(**options)

@@ -10,6 +10,7 @@ import torch
 from mrl_fast import _C, MatryoshkaIndex, funnel_search, prefix_topk
 from mrl_fast.search.index import store
 from mrl_fast.shared import native
+from tests.helpers.search import METRICS
 
 DIMS = (16, 32, 96)
 STAGES = [(16, 100), (32, 50), (96, 20)]
@@ -19,7 +20,7 @@ def vectors(rows, seed=0):
     return torch.randn(rows, 96, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_equals_the_functional_ops(metric, dtype):
     x, q = vectors(1000), vectors(20, seed=1)
@@ -156,7 +157,7 @@ def test_values_beyond_half_precision_are_refused():
     assert len(index) == 0
 
 
-@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_int8_prefix_chooses_and_the_vectors_score(metric, dtype):
     x, q = vectors(3000), vectors(20, seed=1)
@@ -182,7 +183,7 @@ def test_int8_prefix_chooses_and_the_vectors_score(metric, dtype):
         assert torch.equal(ours.scores, theirs.scores) and torch.equal(ours.ids, theirs.ids)
 
 
-@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_codes_are_the_same_on_every_instruction_set(metric, monkeypatch):
     x, q = vectors(3000), vectors(33, seed=1)
     results = []
@@ -261,7 +262,7 @@ def decaying(rows, seed=0):
 
 
 @pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
-@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_rotation(metric, prefix_dtype):
     x, q = decaying(2000), decaying(30, seed=1)
     index = MatryoshkaIndex(DIMS, metric=metric, prefix_dtype=prefix_dtype, rotation="pca")

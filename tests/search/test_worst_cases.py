@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mrl_fast import MatryoshkaIndex, prefix_topk
-from tests.search.test_exact import METRICS, PREFIXES, brute_force
+from tests.helpers.search import METRICS
+from tests.search.test_exact import PREFIXES, best
 
 ROWS, WIDTH = 12_000, 36
 
@@ -41,7 +42,7 @@ KINDS = ["equal", "ten distinct", "few equal among many", "near-duplicates", "no
 def assert_right(index, x, queries, k, metric, alive=None):
     """Equal to brute force over the rows that may be found."""
     alive = torch.arange(len(x)) if alive is None else alive
-    scores, rows = brute_force(queries, x[alive], k, metric)
+    scores, rows = best(queries, x[alive], k, metric)
     allowed = None if len(index) == len(alive) else alive
     found = index.search(queries, k, exact=True, allowed=allowed)
     there = scores.shape[1]

@@ -50,8 +50,7 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
 }
 
 float Problem::threshold(int64_t q, double theta) const {
-    const double squares = terms.squares ? norm[q] * norm[q] * (1.0 - SLACK) : 0.0;
-    return below(theta + squares);
+    return below(theta + terms.squares * norm[q] * norm[q] * (1.0 - SLACK));
 }
 
 double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
@@ -69,7 +68,7 @@ double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
     return score_of(q, kernels.dot64(data[q], values, dim), std::sqrt(square));
 }
 
-// Terms, in order: prefix norm, tail norm, code error, the squared norm (l2).
+// Terms, in order: prefix norm, tail norm, code error, the squared norm.
 void Pass::factor(const Panel::Group& group, int64_t i) {
     const int64_t at = group.first + i, q = queries_[at];
     const double unit = p_.unit(q), room = p_.margin * p_.norm[q];
@@ -81,7 +80,7 @@ void Pass::factor(const Panel::Group& group, int64_t i) {
     factors[0 * group.size] = above(unit * (error + room));
     factors[1 * group.size] = above(unit * (room + p_.tail(q, 0)));
     factors[2 * group.size] = above(unit * (error + p_.head[q] + room));
-    factors[3 * group.size] = -1.0f;
+    factors[3 * group.size] = -p_.terms.squares;
 }
 
 void Pass::prepare(Scan* scan) {
@@ -98,7 +97,7 @@ void Pass::prepare(Scan* scan) {
         terms_[0][r] = prefix[r] * inverse;
         terms_[1][r] = rest * inverse;
         terms_[2][r] = coded ? error[r] * inverse : 0.0f;
-        terms_[3][r] = p_.terms.squares ? square * float(1.0 - SLACK) : 0.0f;
+        terms_[3][r] = square * float(1.0 - SLACK);
     }
     scan->row_scale = row_scale_;
     scan->term_values = terms_[0];
@@ -143,9 +142,11 @@ bool Pass::possible(size_t i, const Span& span, int64_t local, double sum, size_
     const double square = prefix * prefix + tail * tail, norm = std::sqrt(square);
     if (!ordinary(square) || !ordinary(p_.norm[q] * p_.norm[q])) return true;
     double bound = sum + p_.margin * p_.norm[q] * norm + p_.tail(q, level) * rest;
-    if (p_.terms.normalized) bound = norm > 0.0 ? bound * p_.unit(q) / norm + SLACK : SLACK;
-    if (p_.terms.squares)
-        bound = p_.terms.product * bound - (square + p_.norm[q] * p_.norm[q]) * (1.0 - SLACK);
+    if (p_.terms.normalized)
+        bound = (norm > 0.0 ? bound * p_.unit(q) / norm : 0.0) + p_.terms.product * SLACK;
+    else
+        bound = p_.terms.product * bound -
+                p_.terms.squares * (square + p_.norm[q] * p_.norm[q]) * (1.0 - SLACK);
     return !(bound < thetas_[i]);
 }
 

@@ -50,17 +50,19 @@ struct Problem {
     }
     // A factor that turns inner products with this query into the metric's scores.
     double unit(int64_t q) const {
-        if (terms.normalized) return norm[q] > 0.0 ? 1.0 / norm[q] : 0.0;
+        if (terms.normalized) return norm[q] > 0.0 ? terms.product / norm[q] : 0.0;
         return terms.product;
     }
     // θ as what a gate compares with: a row below it is below θ.
     float threshold(int64_t q, double theta) const;
-    double scale() const { return terms.source == Source::DIFFERENCE ? -1.0 : 1.0; }
-    // A score from Σ q·x, or Σ (q − x)², and the row's norm, which only cosine looks at.
+    // A score from Σ q·x, or Σ (q − x)², and the row's norm, where it divides.
+    double scale() const {
+        return terms.source == Source::DIFFERENCE ? -terms.squares : terms.product;
+    }
     double score_of(int64_t q, double sum, double row_norm) const {
         if (!terms.normalized) return scale() * sum + 0.0;
         const double length = norm[q] * row_norm;
-        return length > 0.0 ? sum / length + 0.0 : 0.0;
+        return length > 0.0 ? terms.product * sum / length + 0.0 : 0.0;
     }
     // The fp64 score of a row; `x` is room for its columns.
     double score(int64_t q, int64_t row, std::vector<float>* x) const;

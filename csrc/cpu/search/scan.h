@@ -121,16 +121,27 @@ struct Kept {
     std::vector<TopK> topks;
 };
 
-// The first stage: scans every `step`-th tile for the `keep` best rows of each query. Writes
-// counts[q] entries, best first, to out[q, :], of [n, keep].
-Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-                Source source, int64_t dim, int64_t keep, int64_t step, int threads, Entry* out,
-                int64_t* counts);
+// Ranks the rows of every `step`-th tile by their first columns, or by codes of these.
+struct FirstStage {
+    Metric metric;
+    Source source;
+    int64_t dim, keep, step;
+};
 
-// Continues one query's candidates from column `from` to column `to` and keeps the best `keep`, in
-// order. `tile` is scratch.
-Status advance_all(const Kernels& kernels, const Rows& rows, const float* query, Metric metric,
-                   int64_t from, int64_t to, int64_t keep, std::vector<float>& tile,
+// Scans for the `keep` best rows of each query. Writes counts[q] entries, best first, to
+// out[q, :], of [n, keep].
+Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const FirstStage& stage,
+                Entry* out, int64_t* counts);
+
+// Ranks candidates whose sums are of columns [0, from) by columns [0, to).
+struct LaterStage {
+    Metric metric;
+    int64_t from, to, keep;
+};
+
+// Continues one query's candidates and keeps the best, in order. `tile` is scratch.
+Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
+                   const LaterStage& stage, std::vector<float>& tile,
                    std::vector<Entry>& candidates);
 
 }  // namespace mrl

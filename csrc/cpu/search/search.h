@@ -93,16 +93,14 @@ struct Candidates {
 Status rerank(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
               const Candidates& candidates, Stage stage, const Results& results);
 
-// The k best by `dim` columns, ranked by scores summed in fp64. touched[q] is the number of rows
-// that were read beyond their prefix.
-Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-                    int64_t dim, int64_t k, int threads, float* scores, int64_t* ids,
-                    int64_t* touched);
+// The best, ranked by scores summed in fp64. touched[q] is the number of rows that were read beyond
+// their prefix.
+Status exact_search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
+                    Stage stage, const Results& results, int64_t* touched);
 
 // Every row whose score by `dim` columns, rounded to fp32, is at least `threshold`.
-Status range_search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-                    int64_t dim, double threshold, int threads,
-                    std::vector<std::vector<Neighbour>>* found);
+Status range_search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
+                    int64_t dim, double threshold, std::vector<std::vector<Neighbour>>* found);
 
 // Vectors to store, row-major.
 struct NewRows {

@@ -23,7 +23,7 @@ enum class Source : int { PRODUCT, DIFFERENCE, CODES };  // Σ q·x, −Σ (q �
 struct Entry {
     uint64_t key;
     float partial;  // the chain so far, which later stages continue
-    float sqnorm;   // Σ x² of the row so far; cosine only
+    float sqnorm;   // Σ x² of the row so far, where norms divide
 };
 
 // These functions are always inlined: a shared copy could have been compiled for another processor.

@@ -67,10 +67,14 @@ class Block:
         self.ids[begin : begin + len(vectors)] = ids
         dtype = self.layout.dtype
         problem = _C.store(
-            self.layout.rows([]), address(vectors, dtype), DTYPES[dtype], vectors.stride(0),
-            vectors.shape[1], begin, len(vectors), torch.get_num_threads(), native.ISA,
-            address(self.packed, F32), address(self.codes, U8), address(self.stats, F32),
-            self.capacity, address(self.suffix, dtype), self.suffix.stride(0),
+            self.layout.rows([]),
+            (address(vectors, dtype), DTYPES[dtype], vectors.stride(0), *vectors.shape),
+            begin,
+            native.run(),
+            (
+                address(self.packed, F32), address(self.codes, U8), address(self.stats, F32),
+                self.capacity, address(self.suffix, dtype), self.suffix.stride(0),
+            ),
         )  # fmt: skip
         if problem:
             check_finite(vectors, "vectors")

@@ -48,6 +48,10 @@ class IndexConfig:
         if self.rotation is not None:
             check_choice(self.rotation, "rotation", ROTATIONS)
         object.__setattr__(self, "device", inputs.device(self.device))
+        if self.device != "cpu":
+            from mrl_fast.search.index.device_metrics import DEVICE_METRICS
+
+            check_choice(self.metric, "metric", DEVICE_METRICS, f" with device={self.device!r}")
 
     def __str__(self) -> str:
         """As the index's arguments; the last three where they are not the usual."""

@@ -49,8 +49,7 @@ class MatryoshkaIndex:
     Args:
         dims: Prefix widths that stages may use, strictly ascending. The last is the vectors' width
             D; the first is laid out for scanning, so it should be the dim that searches start with.
-        metric: ``"cosine"`` (each prefix normalised on its own), ``"ip"`` or ``"l2"`` (scores are
-            −squared distance).
+        metric: As in ``prefix_topk``: ``"cosine"``, ``"ip"`` or ``"l2"``.
         dtype: What vectors are stored as: ``"float32"``, ``"float16"`` or ``"bfloat16"``. They are
             rounded to it as they are added.
         prefix_dtype: What the first prefix is scanned as: ``"float32"``, or ``"int8"``, a quarter
