@@ -34,6 +34,7 @@ class Stat(IntEnum):
     CODE_SCALE = 1
     CODE_ERROR = 2
     TAIL_NORM = 3
+    SIGN_FACTOR = 4  # of codes of all columns
 
 def use_openmp(library: str, /) -> bool: ...
 def available() -> list[str]: ...  # instruction sets of this processor, best first
@@ -41,7 +42,8 @@ def advise_huge_pages(begin: int, bytes: int, /) -> None: ...
 
 class Rows:
     """Vectors to search, as spans ``(first, rows, packed, codes, suffix, stride, stats,
-    stats_stride, ids)``; see csrc/cpu/search/search.h. Holds addresses, not the arrays."""
+    stats_stride, ids, signs, nibbles)``; see csrc/cpu/search/search.h. Holds addresses, not the
+    arrays."""
 
     eligible: int  # rows that may be found
 
@@ -52,6 +54,7 @@ class Rows:
         code_dim: int,
         dtype: int,
         levels: list[int],
+        ladder: tuple[list[int], int, int],  # dims, the centre's address, the metric's number
         /,
     ) -> None: ...
     def restricted(self, mask: int, /) -> Rows: ...
@@ -64,7 +67,7 @@ class RangeFound:
 def pack_flags(flags: int, count: int, words: int, /) -> None: ...
 
 Queries = tuple[int, int, int]  # address, rows, stride
-Stage = tuple[int, int]  # dim, keep
+Stage = tuple[int, int, int]  # dim, keep, bits
 Run = tuple[str, int]  # isa, threads
 Results = tuple[int, int]  # scores, ids
 

@@ -11,12 +11,15 @@ namespace mrl {
 namespace {
 
 // A span's fields in their order; see search.h.
-using SpanFields = std::tuple<int64_t, int64_t, Address<float>, Address<uint8_t>, Address<void>,
-                              int64_t, Address<float>, int64_t, Address<int64_t>>;
+using SpanFields =
+    std::tuple<int64_t, int64_t, Address<float>, Address<uint8_t>, Address<void>, int64_t,
+               Address<float>, int64_t, Address<int64_t>, Address<uint8_t>, Address<uint8_t>>;
+using LadderFields = std::tuple<std::vector<int64_t>, Address<float>, int>;
 
 Rows rows_of(const std::vector<SpanFields>& spans, int64_t packed_dim, int64_t code_dim, int dtype,
-             const std::vector<int64_t>& levels) {
-    Rows rows = {{}, packed_dim, code_dim, DType(dtype), levels};
+             const std::vector<int64_t>& levels, const LadderFields& ladder) {
+    const auto& [dims, centre, metric] = ladder;
+    Rows rows = {{}, packed_dim, code_dim, DType(dtype), levels, {dims, centre, Metric(metric)}};
     for (const SpanFields& fields : spans) rows.spans.push_back(made_of<Span>(fields));
     return rows;
 }
@@ -24,10 +27,10 @@ Rows rows_of(const std::vector<SpanFields>& spans, int64_t packed_dim, int64_t c
 using QueriesFields = std::tuple<Address<float>, int64_t, int64_t>;
 using ResultsFields = std::tuple<Address<float>, Address<int64_t>>;
 using CandidatesFields = std::tuple<Address<int64_t>, int64_t>;
-using StageFields = std::tuple<int64_t, int64_t>;
+using StageFields = std::tuple<int64_t, int64_t, int64_t>;
 using NewRowsFields = std::tuple<Address<void>, DType, int64_t, int64_t, int64_t>;
-using SpanArraysFields =
-    std::tuple<Address<float>, Address<uint8_t>, Address<float>, int64_t, Address<void>, int64_t>;
+using SpanArraysFields = std::tuple<Address<float>, Address<uint8_t>, Address<float>, int64_t,
+                                    Address<void>, int64_t, Address<uint8_t>, Address<uint8_t>>;
 
 // Empty where all went well, else what is wrong with the vectors.
 std::string message(Status status) {
@@ -85,6 +88,7 @@ void bind_types(py::module_& m) {
         .value("CODE_SCALE", CODE_SCALE)
         .value("CODE_ERROR", CODE_ERROR)
         .value("TAIL_NORM", TAIL_NORM)
+        .value("SIGN_FACTOR", SIGN_FACTOR)
         .finalize();
     py::class_<Rows>(m, "Rows")
         .def(py::init(&rows_of))

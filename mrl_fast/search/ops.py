@@ -25,7 +25,7 @@ from mrl_fast.shared.checks import (
     check_stages,
 )
 from mrl_fast.shared.dispatch import choose, module_of
-from mrl_fast.shared.types import ApproxResult, SearchResult
+from mrl_fast.shared.types import ApproxResult, SearchResult, Stage
 
 SEARCHED = (*FLOATS, torch.int8, torch.float8_e4m3fn)
 
@@ -172,7 +172,7 @@ def rerank(
 def funnel_search(
     queries: Any,
     database: Any,
-    stages: Sequence[tuple[int, int]],
+    stages: Sequence[Stage],
     *,
     metric: str = "ip",
     impl: str | None = None,

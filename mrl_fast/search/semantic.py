@@ -15,7 +15,7 @@ from mrl_fast.shared.arrays import as_tensor
 from mrl_fast.shared.checks import check_finite, check_int, check_matrix, check_stages
 from mrl_fast.shared.memory import HOST
 from mrl_fast.shared.native import METRICS
-from mrl_fast.shared.types import SearchResult
+from mrl_fast.shared.types import SearchResult, Stage
 
 # By the names of sentence-transformers' functions, and of its SimilarityFunction.
 SIMILARITIES = {
@@ -38,7 +38,7 @@ def semantic_search(
     score_function: str | Callable[..., Any] | None = None,
     *,
     dim: int | None = None,
-    stages: Sequence[tuple[int, int]] | None = None,
+    stages: Sequence[Stage] | None = None,
 ) -> list[list[dict[str, int | float]]]:
     """The best of a corpus for each query, as ``sentence_transformers.util.semantic_search`` gives
     them, without scores in memory; of equal scores the lower corpus_id first.

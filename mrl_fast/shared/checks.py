@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mrl_fast.shared import native
+from mrl_fast.shared.types import Stage
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 METRICS = tuple(native.METRICS)
@@ -109,21 +110,33 @@ def check_choice(value: Any, name: str, choices: Collection[str], where: str = "
     return value
 
 
-def check_stages(stages: Any) -> tuple[tuple[int, int], ...]:
-    """Stages ``(dim, keep)``: dims ascending, keeps not growing."""
+def check_stages(stages: Any, bits: Sequence[int] = ()) -> tuple[Stage, ...]:
+    """Stages ``(dim, keep)``: dims ascending, keeps not growing.
+
+    Args:
+        bits: Where codes have so many, the first of several stages may be ``(dim, bits, keep)``: it
+            ranks by them, and whatever its dim is, the next begins anew.
+    """
+    kinds = "(dim, keep) pairs" + (", the first perhaps (dim, bits, keep)" if bits else "")
     try:
-        pairs = [(dim, keep) for dim, keep in stages]
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"stages: expected a sequence of (dim, keep) pairs, got {stages!r}"
-        ) from None
-    if not pairs:
+        listed = [tuple(stage) for stage in stages]
+    except TypeError:
+        raise TypeError(f"stages: expected a sequence of {kinds}, got {stages!r}") from None
+    if not listed:
         raise ValueError("stages: expected at least one (dim, keep) pair, got none")
-    dims = check_dims([dim for dim, _ in pairs], name="stages dims")
-    keeps = [check_int(keep, f"stages[{i}] keep", 1) for i, (_, keep) in enumerate(pairs)]
+    coded = bool(bits) and len(listed) > 1 and len(listed[0]) == 3
+    if any(len(stage) != 2 for stage in listed[coded:]):
+        raise TypeError(f"stages: expected a sequence of {kinds}, got {stages!r}")
+    if coded and check_int(listed[0][1], "stages[0] bits", 1) not in bits:
+        raise ValueError(f"stages[0] bits: expected one of {tuple(bits)}, got {listed[0][1]}")
+    dims = check_dims([stage[0] for stage in listed[coded:]], name="stages dims")
+    if coded:
+        dims = *check_dims([listed[0][0]], name="stages dims"), *dims
+    keeps = [check_int(stage[-1], f"stages[{i}] keep", 1) for i, stage in enumerate(listed)]
     if any(a < b for a, b in zip(keeps, keeps[1:], strict=False)):
         raise ValueError(f"stages: expected keeps that do not grow, got {keeps}")
-    return tuple(zip(dims, keeps, strict=True))
+    middle = [stage[1:-1] for stage in listed]
+    return tuple((dim, *mid, keep) for dim, mid, keep in zip(dims, middle, keeps, strict=True))
 
 
 def check_finite(x: Tensor, name: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from mrl_fast import _C, MatryoshkaIndex, funnel_search, prefix_topk
 from mrl_fast.search.index import store
 from mrl_fast.shared import native
+from tests.helpers.coding import CODINGS, coding
 from tests.helpers.search import METRICS
 
 DIMS = (16, 32, 96)
@@ -198,8 +199,8 @@ def test_codes_are_the_same_on_every_instruction_set(metric, monkeypatch):
 def test_rows_lie_in_blocks_that_never_move(monkeypatch):
     monkeypatch.setattr(store, "BLOCK_ROWS", (192, 64))
     x, q = vectors(1000), vectors(20, seed=1)
-    for prefix_dtype in ("float32", "int8"):
-        index = MatryoshkaIndex(DIMS, metric="ip", prefix_dtype=prefix_dtype)
+    for prefix_dtype in CODINGS:
+        index = MatryoshkaIndex(DIMS, metric="ip", **coding(prefix_dtype))
         places = []
         for part in x.split(70):
             index.add(part)
@@ -214,11 +215,12 @@ def test_rows_lie_in_blocks_that_never_move(monkeypatch):
 
 
 def test_memory_beyond_the_vectors():
-    for prefix_dtype in ("float32", "int8"):
-        index = MatryoshkaIndex((64, 768), prefix_dtype=prefix_dtype)
+    for prefix_dtype in CODINGS:
+        index = MatryoshkaIndex((64, 768), **coding(prefix_dtype))
         x = torch.randn(5000, 768)
         index.add(x)
-        assert index.nbytes < 1.1 * x.numel() * 4
+        most = 1.3 if prefix_dtype == "bits" else 1.1
+        assert index.nbytes < most * x.numel() * 4
 
 
 PEAK = """
@@ -261,11 +263,11 @@ def decaying(rows, seed=0):
     return (torch.randn(rows, 96, generator=generator) * spread) @ axes
 
 
-@pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("prefix_dtype", CODINGS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_rotation(metric, prefix_dtype):
     x, q = decaying(2000), decaying(30, seed=1)
-    index = MatryoshkaIndex(DIMS, metric=metric, prefix_dtype=prefix_dtype, rotation="pca")
+    index = MatryoshkaIndex(DIMS, metric=metric, **coding(prefix_dtype), rotation="pca")
     assert index.search(q, 3).ids.tolist() == [[-1] * 3] * 30 and index.rotation is None
     index.add(x[:1500])
     axes = index.rotation
@@ -282,7 +284,7 @@ def test_rotation(metric, prefix_dtype):
         ids = index.search(q, 10, stages=[(16, 60), (96, 10)]).ids
         return (ids[:, :, None] == exact.ids[:, None]).any(dim=2).float().mean()
 
-    plain = MatryoshkaIndex(DIMS, metric=metric, prefix_dtype=prefix_dtype)
+    plain = MatryoshkaIndex(DIMS, metric=metric, **coding(prefix_dtype))
     plain.add(x)
     assert recall(index) > 0.99 > 0.95 > recall(plain)
     single = index.search(q[4:5], 10, stages=[(16, 60), (96, 10)])

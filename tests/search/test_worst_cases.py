@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mrl_fast import MatryoshkaIndex, prefix_topk
+from tests.helpers.coding import CODINGS, coding
 from tests.helpers.search import METRICS
-from tests.search.test_exact import PREFIXES, best
+from tests.search.test_exact import best
 
 ROWS, WIDTH = 12_000, 36
 
@@ -52,14 +53,14 @@ def assert_right(index, x, queries, k, metric, alive=None):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("prefix_dtype", PREFIXES)
+@pytest.mark.parametrize("prefix_dtype", CODINGS)
 @pytest.mark.parametrize("kind", [*KINDS, *NEAR, "opposite zeros"])
 def test_rows_that_score_alike(kind, prefix_dtype, metric):
     x = rows_of(kind, ROWS, WIDTH)
     queries = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(2))
     queries[0] = x[0]
     for dims in [(9, WIDTH), (WIDTH,)]:
-        index = MatryoshkaIndex(dims, metric=metric, prefix_dtype=prefix_dtype)
+        index = MatryoshkaIndex(dims, metric=metric, **coding(prefix_dtype))
         index.add(x)
         for count in (20, 3):  # equal rows are looked for where queries are many
             assert_right(index, x, queries[:count], 10, metric)

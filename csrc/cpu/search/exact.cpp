@@ -25,10 +25,10 @@ constexpr int64_t MANY = 128;          // a k-th of the rows in so many: each is
 constexpr int64_t PANEL_BYTES = 512 << 10, PASS_BYTES = int64_t(256) << 20;  // of one pass
 
 Panel panel_of(const Problem& p, const std::vector<int64_t>& which) {
-    if (p.rows.code_dim) {
-        std::vector<Codes> coded;
+    if (p.coded()) {
+        std::vector<CodedQuery> coded;
         for (int64_t q : which) coded.push_back(p.codes[q]);
-        return Panel(p.kernels, coded);
+        return Panel(coded);
     }
     return Panel(Gathered(p, which).queries, p.prefix());
 }
@@ -40,7 +40,7 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
     const int64_t n = which.size();
     if (n == 0) return Status::OK;
     const Gathered gathered(p, which);
-    const Source source = p.rows.code_dim ? Source::CODES : p.terms.source;
+    const Source source = p.laddered() ? Source::SIGNS : p.coded() ? Source::CODES : p.terms.source;
     const int64_t dim = p.prefix(), keep = std::min(2 * p.k + 32, p.rows.eligible());
     std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
     std::vector<int64_t> counts(n);
@@ -52,10 +52,10 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
         const Entry* mine = entries.get() + i * keep;
         std::vector<Entry> candidates(mine, mine + counts[i]);
         std::vector<float> room;
-        if (source == Source::CODES)
+        if (p.coded())
             for (Entry& entry : candidates) entry.partial = entry.sqnorm = 0.0f;
         // An overflow shows again in the scores of the end.
-        const int64_t from = source == Source::CODES ? 0 : dim;
+        const int64_t from = p.coded() ? 0 : dim;
         advance_all(p.kernels, p.rows, p.data[q], {p.metric, from, p.dim, p.k}, room, candidates);
         std::vector<double> scores;
         for (const Entry& entry : candidates)
@@ -165,10 +165,10 @@ void split(Problem& p, const std::vector<double>& guess, int threads, std::vecto
     const Panel panel = panel_of(p, all);
     const int64_t tiles = TileReader::count(p.rows, p.source()),
                   sampled = std::min(tiles, PREDICT_TILES);
-    // In columns: what a scan of the rows costs, less that of the prefix, of a quarter of the bytes
-    // where it is of codes.
+    // In columns: what a scan of the rows costs, less that of the prefix, of fewer bytes where it
+    // is of codes.
     const double row = double(p.rows.eligible()) / tiles * p.dim,
-                 tile = double(TILE) * p.prefix() / (p.rows.code_dim ? 4 : 1);
+                 tile = double(TILE) * p.prefix() * p.column_bytes() / 4.0;
     // A gathered column costs as much as several of a scan for so many queries: of memory at a few,
     // of arithmetic at many.
     auto budget = [&](int64_t queries) {
@@ -213,7 +213,7 @@ Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<
         Status status = seed(p, bounded, step, threads, &guess);
         if (status != Status::OK) return status;
         split(p, guess, threads, &bounded, &full);
-        const int64_t seed_step = p.rows.code_dim ? 1 : SEED_STEP;
+        const int64_t seed_step = p.coded() ? 1 : SEED_STEP;
         if (step > seed_step) {
             // The first guess was a rough one: where it serves most, it may be what the others
             // lack.

@@ -22,23 +22,49 @@ bool beyond_float(const Entry* sorted, int64_t count) {
 // What turns a tile's sums into a metric's scores.
 class Scaling {
   public:
-    Scaling(const Kernels& kernels, const Queries& queries, const FirstStage& stage,
-            const std::vector<Codes>& coded)
+    Scaling(const Kernels& kernels, const Rows& rows, const Queries& queries,
+            const FirstStage& stage, const std::vector<CodedQuery>& coded)
         : kernels_(kernels),
+          ladder_(rows.ladder),
           metric_(terms_of(stage.metric)),
           source_(stage.source),
-          query_scale_(queries.n, 1.0f) {
+          place_(ladder_.place(stage.dim)),
+          query_scale_(queries.n, 1.0f),
+          factors_(queries.n * 2) {
+        // What is of the query alone changes no order.
+        const float* centre = of_codes(source_) ? ladder_.centre : nullptr;
         for (int64_t q = 0; q < queries.n; ++q) {
-            if (metric_.normalized)
-                query_scale_[q] = query_scale(queries.data + q * queries.stride, stage.dim);
+            const float* query = queries.data + q * queries.stride;
+            if (metric_.normalized) query_scale_[q] = query_scale(query, stage.dim);
             query_scale_[q] *= metric_.factor(source_);
-            if (source_ == Source::CODES) query_scale_[q] *= coded[q].scale;
+            factors_[2 * q] = metric_.squares > 0.0f ? -metric_.squares : query_scale_[q];
+            if (metric_.normalized && centre)
+                factors_[2 * q + 1] =
+                    float(query_scale_[q] * (kernels.dot64(query, centre, stage.dim) -
+                                             kernels.dot64(centre, centre, stage.dim)));
+            if (of_codes(source_)) query_scale_[q] *= coded[q].scale;
         }
         std::fill(row_scale_, row_scale_ + TILE, 1.0f);
     }
     // For the tile that was read last.
     void prepare(const TileReader& tiles, Scan* scan) {
-        if (source_ == Source::CODES) {
+        if (source_ == Source::SIGNS || source_ == Source::NIBBLES) {
+            const int64_t dims = ladder_.dims.size(), first = SIGN_FACTOR + place_;
+            if (source_ == Source::SIGNS) {
+                scan->row_scale = whole(tiles.stat(first), scan->rows, row_scale_);
+            } else {
+                const float* unit = tiles.stat(CODE_SCALE);
+                const float* inverse = tiles.stat(first + (metric_.normalized ? 2 * dims : 0));
+                for (int r = 0; r < scan->rows; ++r)
+                    row_scale_[r] = metric_.normalized ? unit[r] * inverse[r] : unit[r];
+                scan->row_scale = row_scale_;
+            }
+            if (!ladder_.has_terms()) return;
+            std::copy_n(tiles.stat(first + dims), scan->rows, terms_);
+            if (metric_.normalized)
+                std::copy_n(tiles.stat(first + 2 * dims), scan->rows, terms_ + TILE);
+            scan->term_values = terms_;
+        } else if (source_ == Source::CODES) {
             const float *unit = tiles.stat(CODE_SCALE), *norm = tiles.stat(PREFIX_NORM);
             for (int r = 0; r < scan->rows; ++r) {
                 row_scale_[r] = unit[r];
@@ -59,17 +85,26 @@ class Scaling {
     }
     void of_group(const Panel::Group& group, Scan* scan) {
         scan->query_scale = query_scale_.data() + group.first;
-        scan->term_factors = factors_;
-        std::fill(factors_, factors_ + TERMS * MAX_GROUP, 0.0f);
-        std::fill(factors_, factors_ + group.size, -metric_.squares);
+        scan->term_factors = of_group_;
+        std::fill(of_group_, of_group_ + TERMS * MAX_GROUP, 0.0f);
+        for (int64_t i = 0; i < group.size; ++i)
+            for (int j = 0; j < 2; ++j)
+                of_group_[j * group.size + i] = factors_[2 * (group.first + i) + j];
     }
 
   private:
+    // [TILE] values, of which others may be writing those past the rows.
+    static const float* whole(const float* values, int rows, float* copy) {
+        return rows == TILE ? values : (std::copy_n(values, rows, copy), copy);
+    }
+
     const Kernels& kernels_;
+    const Ladder& ladder_;
     const MetricTerms metric_;
     const Source source_;
-    std::vector<float> query_scale_;
-    float row_scale_[TILE], sqnorm_[TILE], terms_[TERMS * TILE] = {}, factors_[TERMS * MAX_GROUP];
+    const int64_t place_;                       // of the stage's dim on the ladder
+    std::vector<float> query_scale_, factors_;  // factors: [queries, 2], of the first terms
+    float row_scale_[TILE], sqnorm_[TILE], terms_[TERMS * TILE] = {}, of_group_[TERMS * MAX_GROUP];
 };
 
 // Scans tiles for all queries and keeps each one's best.
@@ -80,8 +115,8 @@ class Scanner {
           rows_(rows),
           queries_(queries),
           stage_(stage),
-          coded_(codes() ? encode_all(queries, stage.dim) : std::vector<Codes>()),
-          panel_(codes() ? Panel(run.kernels, coded_) : Panel(queries, stage.dim)) {}
+          coded_(code_all(run.kernels, rows.ladder, queries, stage)),
+          panel_(of_codes(stage.source) ? Panel(coded_) : Panel(queries, stage.dim)) {}
 
     // Appends to `best` at least the `keep` best of tiles tile_at(0), ..., tile_at(tiles - 1) that
     // beat their query's gate: a sample keeps less than the stage. tile_at ascends. False if a
@@ -91,18 +126,22 @@ class Scanner {
              std::vector<std::vector<Entry>>* best) const;
 
   private:
-    bool codes() const { return stage_.source == Source::CODES; }
-    static std::vector<Codes> encode_all(const Queries& queries, int64_t dim) {
-        std::vector<Codes> coded;
-        for (int64_t q = 0; q < queries.n; ++q)
-            coded.push_back(encode(queries.data + q * queries.stride, dim));
+    static std::vector<CodedQuery> code_all(const Kernels& kernels, const Ladder& ladder,
+                                            const Queries& queries, const FirstStage& stage) {
+        std::vector<CodedQuery> coded;
+        std::vector<float> less(stage.dim);
+        const float* centre = stage.source == Source::CODES ? nullptr : ladder.centre;
+        for (int64_t q = 0; q < queries.n && of_codes(stage.source); ++q) {
+            centred(queries.data + q * queries.stride, centre, stage.dim, less.data());
+            coded.push_back(code_query(kernels, stage.source, less.data(), stage.dim));
+        }
         return coded;
     }
     const Run run_;
     const Rows& rows_;
     const Queries queries_;
     const FirstStage stage_;
-    const std::vector<Codes> coded_;
+    const std::vector<CodedQuery> coded_;
     const Panel panel_;
 };
 
@@ -129,7 +168,7 @@ bool Scanner::run(int64_t tiles, const TileAt& tile_at, int64_t keep,
         Kept mine(gates.data() + offset, first_query(part + 1) - offset, keep, rows_.count());
         TileReader reader(run_.kernels, rows_, stage_.source, stage_.dim,
                           first_group(part + 1) - first_group(part));
-        Scaling scaling(run_.kernels, queries_, stage_, coded_);
+        Scaling scaling(run_.kernels, rows_, queries_, stage_, coded_);
         Scan scan = {};
         for (int64_t i, last; ranges[part].next(&i, &last);) {
             for (; i < last; ++i) {
@@ -138,8 +177,7 @@ bool Scanner::run(int64_t tiles, const TileAt& tile_at, int64_t keep,
                 scaling.prepare(reader, &scan);
                 for (int64_t g = first_group(part); g < first_group(part + 1); ++g) {
                     const Panel::Group& group = groups[g];
-                    scan.panel = group.data;
-                    scan.offsets = panel_.offsets() + group.first;
+                    panel_.put(group, &scan);
                     scaling.of_group(group, &scan);
                     scan.topk = mine.topks.data() + group.first - offset;
                     scan.thresholds = mine.thresholds.data() + group.first - offset;

@@ -55,16 +55,22 @@ class Panel {
     };
     Panel(const Queries& queries, int64_t dim);
     // Of codes instead of columns.
-    Panel(const Kernels& kernels, const std::vector<Codes>& coded);
+    explicit Panel(const std::vector<CodedQuery>& coded);
 
     const std::vector<Group>& groups() const { return groups_; }
-    const int32_t* offsets() const { return offsets_.data(); }
+    // What a scan needs of a group.
+    void put(const Group& group, Scan* scan) const {
+        scan->panel = group.data;
+        scan->offsets = offsets_.data() + group.first;
+        scan->shifts = shifts_.data() + group.first;
+    }
 
   private:
     template <class Fn>
     void group(int64_t count, int64_t bytes_a_query, const Fn& fill);
     std::unique_ptr<char[]> data_;
     std::vector<int32_t> offsets_;
+    std::vector<float> shifts_;
     std::vector<Group> groups_;
 };
 
@@ -77,7 +83,7 @@ class TileReader {
     TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
                int64_t groups);
     static bool gathers(const Rows& rows, Source source) {
-        return source != Source::CODES && !rows.gathered_rows.empty();
+        return !of_codes(source) && !rows.gathered_rows.empty();
     }
     static int64_t count(const Rows& rows, Source source);
     // Fills the columns, first_row, rows and wanted; false if a value is not finite.
@@ -96,12 +102,14 @@ class TileReader {
     Place place(int64_t i);
     bool gather(int64_t tile, Scan* scan);
     void ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const;
+    const uint8_t* codes(const Place& at) const;
 
     const Kernels& kernels_;
     const Rows& rows_;
     const Source source_;
     const int64_t dim_, groups_;
     const int64_t head_, suffix_;  // columns read from tiles, and from the suffix
+    const int64_t code_bytes_;     // of a tile of the source's codes
     const int64_t count_;          // of tiles to read
     std::vector<int64_t> starts_;  // [spans + 1]: tiles before each span
     size_t at_ = 0;                // the span of the last place

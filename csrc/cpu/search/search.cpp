@@ -54,9 +54,12 @@ Status search(const Run& run, const Rows& rows, const Queries& queries, Metric m
     if (!finite(queries, stages.back().dim)) return Status::QUERY_NOT_FINITE;
     // Codes choose a shortlist only: scores that are returned come from the columns, and so do
     // those of gathered rows.
-    const bool coded =
-        first.dim == rows.code_dim && stages.size() > 1 && rows.gathered_rows.empty();
-    const Source source = coded ? Source::CODES : terms_of(metric).source;
+    const bool bits = first.bits > 0 || first.dim == rows.code_dim,
+               coded = bits && stages.size() > 1 && rows.gathered_rows.empty();
+    const Source source = !coded            ? terms_of(metric).source
+                          : first.bits == 1 ? Source::SIGNS
+                          : first.bits == 4 ? Source::NIBBLES
+                                            : Source::CODES;
     const int64_t keep = std::min(first.keep, rows.eligible());
     const int64_t per_query = sizeof(Entry) * (run.threads + 1) * 2 * std::max<int64_t>(keep, 32);
     const int64_t pass =
