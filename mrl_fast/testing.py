@@ -130,9 +130,6 @@ class _Rounded(TorchDispatchMode):
             size = out.abs()
             if kind is aten._log_softmax_backward_data:  # p − 1 at a target
                 size = size + args[0].abs()
-            elif kind is aten._softmax_backward_data:  # p · (g − Σ p·g)
-                grad, p, axis = args[0].abs(), args[1], args[2]
-                size = p * (grad + (p * grad).sum(axis, keepdim=True))
         sign = torch.randint(0, 2, out.shape, generator=self.generator).mul(2).sub(1)
         return (2.0**-24 * size * sign.to(out.device)).nan_to_num(0.0, 0.0, 0.0)  # of −∞: none
 

@@ -81,7 +81,7 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
 
 // Bounds every row of some of the queries; appends each thread's best to theirs.
 bool scan_bounded(Problem& p, const std::vector<int64_t>& which, int threads,
-         std::vector<std::vector<Final>>* best) {
+                  std::vector<std::vector<Final>>* best) {
     if (which.empty()) return true;
     const Panel panel = panel_of(p, which);
     const int64_t tiles = TileReader::count(p.rows, p.source());
