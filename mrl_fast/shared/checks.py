@@ -3,8 +3,10 @@ came."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,19 @@ def check_int(value: Any, name: str, low: int, high: int | None = None) -> int:
     if number < low or (high is not None and number > high):
         bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name}: expected an integer {bounds}, got {number}")
+    return number
+
+
+def check_number(
+    value: Any, name: str, low: float = 0.0, high: float = math.inf, *, above: bool = False
+) -> float:
+    """``value`` as a finite float in [low, high], or ``above`` low."""
+    bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"{'>' if above else '>='} {low:g}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number {bounds}, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number) or not low <= number <= high or (above and number == low):
+        raise ValueError(f"{name}: expected a number {bounds}, got {value}")
     return number
 
 

@@ -36,11 +36,14 @@ constexpr Metric metric_named(std::string_view name) {
     return Metric(metric);
 }
 constexpr Metric IP = metric_named("ip"), COSINE = metric_named("cosine"), L2 = metric_named("l2");
-constexpr auto METRICS = [] {
-    std::array<Metric, std::size(METRIC_TERMS)> all = {};
-    for (size_t i = 0; i < all.size(); ++i) all[i] = Metric(i);
-    return all;
-}();
+template <int N>
+constexpr std::array<Metric, N> first_metrics() {
+    std::array<Metric, N> metrics = {};
+    for (int i = 0; i < N; ++i) metrics[i] = Metric(i);
+    return metrics;
+}
+constexpr auto EVERY_METRIC = first_metrics<int(std::size(METRIC_TERMS))>();
+constexpr auto METRICS = first_metrics<int(metric_named("test ip"))>();  // without the tests' own
 constexpr DType DTYPES[] = {DType::F32, DType::F16, DType::BF16};
 
 inline std::vector<const Kernels*> tested_kernels() { return available_kernels(); }

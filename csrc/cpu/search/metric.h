@@ -25,6 +25,11 @@ constexpr MetricTerms METRIC_TERMS[] = {
     {"ip", Source::PRODUCT, 1.0f, 0.0f, false},
     {"cosine", Source::PRODUCT, 1.0f, 0.0f, true},
     {"l2", Source::DIFFERENCE, 2.0f, 1.0f, false},  // −‖q − x‖²
+#ifdef MRL_TEST_METRICS  // in tests/cpp: no coefficient is 1 where those above are
+    {"test ip", Source::PRODUCT, 0.75f, 0.0f, false},
+    {"test cosine", Source::PRODUCT, 3.0f, 0.0f, true},
+    {"test l2", Source::DIFFERENCE, 1.0f, 0.5f, false},
+#endif
 };
 
 constexpr float LARGEST_PRODUCT = 16.0f;  // bounds have room for what denormal sums lose, so often

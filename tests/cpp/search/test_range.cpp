@@ -38,7 +38,7 @@ void check_table(const Table& table, const QueryRows& queries, int64_t prefix,
                  std::mt19937& random) {
     const int64_t n = table.n, count = queries.queries.n;
     const std::string name = scenario;
-    for (Metric metric : METRICS) {
+    for (Metric metric : EVERY_METRIC) {
         const std::vector<double> scores = scores64(table, queries, metric);
         for (bool coded : {false, true}) {
             const Database database(table, {prefix, coded}, split(n), 77, *tested_kernels().front(),
