@@ -113,7 +113,7 @@ build/cpp/$(1)/%.o: %.cpp
 	@mkdir -p $$(@D)
 	$$(CXX) $$(flags_of_$(1)) $$(if $$(filter csrc/%,$$<),$$(csrc_flags_of_$(1))) \
 		-fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS -std=c++17 -O1 -fno-omit-frame-pointer \
-		-Wall -Wextra -Wno-maybe-uninitialized -Icsrc -Itests/cpp -pthread -MMD -MP -c $$< -o $$@
+		-Wall -Wextra -Wno-maybe-uninitialized -DMRL_TEST_METRICS -Icsrc -Itests/cpp -pthread -MMD -MP -c $$< -o $$@
 
 -include $(patsubst %.o,%.d,$(call objects_of,$(1)))
 endef

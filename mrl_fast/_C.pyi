@@ -16,7 +16,16 @@ class DType(IntEnum):
     F16 = 1
     BF16 = 2
 
-METRICS: dict[str, int]  # a metric's number by its name; see csrc/cpu/search/metric.h
+class MetricTerms:
+    """What a metric's scores are made of; see csrc/cpu/search/metric.h."""
+
+    number: int
+    differences: bool  # scores are −squares · ‖q − x‖²
+    product: float
+    squares: float
+    normalized: bool
+
+METRICS: dict[str, MetricTerms]  # by name
 
 class Stat(IntEnum):
     """Statistics of each stored row; TAIL_NORM is the first of one a level."""
@@ -25,6 +34,7 @@ class Stat(IntEnum):
     CODE_SCALE = 1
     CODE_ERROR = 2
     TAIL_NORM = 3
+    SIGN_FACTOR = 4  # of codes of all columns
 
 def use_openmp(library: str, /) -> bool: ...
 def available() -> list[str]: ...  # instruction sets of this processor, best first
@@ -32,7 +42,8 @@ def advise_huge_pages(begin: int, bytes: int, /) -> None: ...
 
 class Rows:
     """Vectors to search, as spans ``(first, rows, packed, codes, suffix, stride, stats,
-    stats_stride, ids)``; see csrc/cpu/search/search.h. Holds addresses, not the arrays."""
+    stats_stride, ids, signs, nibbles)``; see csrc/cpu/search/search.h. Holds addresses, not the
+    arrays."""
 
     eligible: int  # rows that may be found
 
@@ -43,6 +54,7 @@ class Rows:
         code_dim: int,
         dtype: int,
         levels: list[int],
+        ladder: tuple[list[int], int, int],  # dims, the centre's address, the metric's number
         /,
     ) -> None: ...
     def restricted(self, mask: int, /) -> Rows: ...
@@ -54,79 +66,44 @@ class RangeFound:
 
 def pack_flags(flags: int, count: int, words: int, /) -> None: ...
 
+Queries = tuple[int, int, int]  # address, rows, stride
+Stage = tuple[int, int, int]  # dim, keep, bits
+Run = tuple[str, int]  # isa, threads
+Results = tuple[int, int]  # scores, ids
+
 # These return what is wrong with the vectors, an empty string where nothing is.
 def search(
-    rows: Rows,
-    queries: int,
-    num_queries: int,
-    query_stride: int,
-    metric: int,
-    stages: list[tuple[int, int]],
-    threads: int,
-    isa: str,
-    scores: int,
-    ids: int,
-    /,
+    rows: Rows, queries: Queries, metric: int, stages: list[Stage], run: Run, results: Results, /
 ) -> str: ...
 def exact_search(
     rows: Rows,
-    queries: int,
-    num_queries: int,
-    query_stride: int,
+    queries: Queries,
     metric: int,
-    dim: int,
-    k: int,
-    threads: int,
-    isa: str,
-    scores: int,
-    ids: int,
+    stage: Stage,
+    run: Run,
+    results: Results,
     touched: int,
     /,
 ) -> str: ...
 def range_search(
-    rows: Rows,
-    queries: int,
-    num_queries: int,
-    query_stride: int,
-    metric: int,
-    dim: int,
-    threshold: float,
-    threads: int,
-    isa: str,
-    /,
+    rows: Rows, queries: Queries, metric: int, dim: int, threshold: float, run: Run, /
 ) -> RangeFound: ...
 def rerank(
     rows: Rows,
-    queries: int,
-    num_queries: int,
-    query_stride: int,
+    queries: Queries,
     metric: int,
-    candidates: int,
-    count: int,
-    dim: int,
-    k: int,
-    threads: int,
-    isa: str,
-    scores: int,
-    ids: int,
+    candidates: tuple[int, int],  # address, how many a query
+    stage: Stage,
+    run: Run,
+    results: Results,
     /,
 ) -> str: ...
 def store(
     rows: Rows,
-    data: int,
-    dtype: int,
-    stride: int,
-    dim: int,
+    vectors: tuple[int, ...],  # NewRows and SpanArrays of search.h
     begin: int,
-    n: int,
-    threads: int,
-    isa: str,
-    packed: int,
-    codes: int,
-    stats: int,
-    stats_stride: int,
-    suffix: int,
-    suffix_stride: int,
+    run: Run,
+    to: tuple[int, ...],
     /,
 ) -> str: ...
 
@@ -135,34 +112,11 @@ class Scores:
 
     def __init__(self, **fields: object) -> None: ...
 
-def fold(
-    scores: Scores,
-    threads: int,
-    isa: str,
-    row_max: int,
-    row_sum: int,
-    labels: int,
-    soft_sum: int,
-    hit: int,
-    col_max: int,
-    col_sum: int,
-    /,
-) -> None: ...
+# Outputs are fields of nested.h's structs by name; one that is not named is not written.
+def fold(scores: Scores, run: Run, out: dict[str, int], /) -> None: ...
 def store_scores(
-    scores: Scores, threads: int, isa: str, out: int, out_apart: int, out_stride: int, /
+    scores: Scores, run: Run, out: int, out_apart: int, out_stride: int, /
 ) -> None: ...
 def gradients(
-    scores: Scores,
-    threads: int,
-    isa: str,
-    given: dict[str, int],
-    workspace_bytes: int,
-    dx: int,
-    dx_stride: int,
-    dw: int,
-    dw_stride: int,
-    d_row_scale: int,
-    d_col_scale: int,
-    db: int,
-    /,
+    scores: Scores, run: Run, given: dict[str, int], workspace_bytes: int, out: dict[str, int], /
 ) -> None: ...

@@ -13,12 +13,10 @@ from mrl_fast.shared.types import (
 )
 from mrl_fast.training.cascade import AdaptiveClassifier
 from mrl_fast.training.heads import MRLLinear, matryoshka_logits, matryoshka_predict
-from mrl_fast.training.losses import (
-    matryoshka_cross_entropy,
-    matryoshka_distill,
-    matryoshka_info_nce,
-    matryoshka_sigmoid_loss,
-)
+from mrl_fast.training.losses.cross_entropy import matryoshka_cross_entropy
+from mrl_fast.training.losses.distill import matryoshka_distill
+from mrl_fast.training.losses.info_nce import matryoshka_info_nce
+from mrl_fast.training.losses.sigmoid import matryoshka_sigmoid_loss
 from mrl_fast.training.modules import (
     MatryoshkaCrossEntropyLoss,
     MatryoshkaInfoNCELoss,

@@ -14,12 +14,19 @@ aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.mv, aten.dot}
 SUMS = {aten.sum, aten.mean, aten.linalg_vector_norm}
 LOG_SUMS = {aten.logsumexp, aten._log_softmax}
+# Of the others those round that PyTorch calls pointwise, and these, which it does not.
 ELEMENTWISE = {
-    aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.exp, aten.log, aten.sigmoid,
-    aten._softmax, aten.log_sigmoid_forward, aten.log_sigmoid_backward, aten.xlogy,
-    aten._log_softmax_backward_data,
+    aten.rsub, aten._softmax, aten.log_sigmoid_forward, aten.log_sigmoid_backward,
+    aten._log_softmax_backward_data, aten._softmax_backward_data, aten.softplus_backward,
+    aten.elu_backward, aten.prelu,
 }  # fmt: skip
-ROUNDING = PRODUCTS | SUMS | LOG_SUMS | ELEMENTWISE
+# Their results are inputs, their negatives, or whole numbers.
+EXACT = {
+    aten.abs, aten.neg, aten.positive, aten.sign, aten.sgn, aten.clone, aten.where,
+    aten.masked_fill, aten.clamp, aten.clamp_min, aten.clamp_max, aten.maximum, aten.minimum,
+    aten.relu, aten.hardtanh, aten.threshold_backward, aten.nan_to_num, aten.copysign, aten.floor,
+    aten.ceil, aten.round, aten.trunc,
+}  # fmt: skip
 LANES = 16  # sums over an axis are at least so many shorter ones, as those of vector registers
 
 
@@ -47,6 +54,11 @@ def assert_within_budget(
     assert actual.shape == exact.shape, f"{name}: {list(actual.shape)}, not {list(exact.shape)}"
     if not exact.numel():
         return
+    lost = ~torch.isfinite(native) & torch.isfinite(exact)
+    assert not lost.any(), (
+        f"{name}: PyTorch's own result has NaN or infinity at {int(lost.sum())} of {lost.numel()} "
+        "places where the exact one has none, which is no budget"
+    )
     eps = torch.finfo(native.dtype).eps * exact.abs().max().item()
     error = (actual.double() - exact).abs()
     budget = factor * ((native.double() - exact).abs().max().item() + eps)
@@ -78,6 +90,13 @@ def rounding_bounds(run: Callable[[], Sequence[Tensor]], samples: int = 8) -> li
     return [3 * square.sqrt() for square in squares]
 
 
+def _rounds(func: Any) -> bool:
+    kind = func.overloadpacket
+    pointwise = torch.Tag.pointwise in func.tags and kind not in EXACT
+    known = pointwise or kind in PRODUCTS | SUMS | LOG_SUMS | ELEMENTWISE
+    return known and not func._schema.is_mutable
+
+
 class _Rounded(TorchDispatchMode):
     """Results of fp64 operations off by what fp32 might make of them."""
 
@@ -90,8 +109,7 @@ class _Rounded(TorchDispatchMode):
         out = func(*args, **kwargs)
         first = out[0] if isinstance(out, tuple) else out
         # views stay views, and memory that is written in place stays what it is
-        rounds = func.overloadpacket in ROUNDING and not func._schema.is_mutable
-        if not rounds or first.dtype != torch.float64 or not first.numel():
+        if not _rounds(func) or first.dtype != torch.float64 or not first.numel():
             return out
         moved = first + self._error(func, first, args, kwargs)
         return (moved, *out[1:]) if isinstance(out, tuple) else moved

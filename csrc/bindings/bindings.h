@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 
 #include "cpu/simd/kernels.h"
 
@@ -24,6 +25,18 @@ inline const Kernels& kernels_named(const std::string& name) {
     for (const Kernels* kernels : available)
         if (name == kernels->name) return *kernels;
     throw std::invalid_argument("isa: this processor has no " + name);
+}
+
+// How a call runs, as Python says it: the instruction set and the number of threads.
+using RunFields = std::tuple<std::string, int>;
+inline Run run_of(const RunFields& fields) {
+    return {kernels_named(std::get<0>(fields)), std::get<1>(fields)};
+}
+
+// A struct of fields that Python gives as a tuple, in their order.
+template <class Struct, class... Fields>
+Struct made_of(const std::tuple<Fields...>& fields) {
+    return std::apply([](const auto&... values) { return Struct{values...}; }, fields);
 }
 
 void bind_search(pybind11::module_& m);

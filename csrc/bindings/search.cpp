@@ -3,8 +3,6 @@
 
 #include <pybind11/native_enum.h>
 
-#include <tuple>
-
 #include "bindings/bindings.h"
 
 namespace py = pybind11;
@@ -13,17 +11,26 @@ namespace mrl {
 namespace {
 
 // A span's fields in their order; see search.h.
-using SpanFields = std::tuple<int64_t, int64_t, Address<float>, Address<uint8_t>, Address<void>,
-                              int64_t, Address<float>, int64_t, Address<int64_t>>;
+using SpanFields =
+    std::tuple<int64_t, int64_t, Address<float>, Address<uint8_t>, Address<void>, int64_t,
+               Address<float>, int64_t, Address<int64_t>, Address<uint8_t>, Address<uint8_t>>;
+using LadderFields = std::tuple<std::vector<int64_t>, Address<float>, int>;
 
 Rows rows_of(const std::vector<SpanFields>& spans, int64_t packed_dim, int64_t code_dim, int dtype,
-             const std::vector<int64_t>& levels) {
-    Rows rows = {{}, packed_dim, code_dim, DType(dtype), levels};
-    for (const SpanFields& fields : spans)
-        rows.spans.push_back(
-            std::apply([](const auto&... values) { return Span{values...}; }, fields));
+             const std::vector<int64_t>& levels, const LadderFields& ladder) {
+    const auto& [dims, centre, metric] = ladder;
+    Rows rows = {{}, packed_dim, code_dim, DType(dtype), levels, {dims, centre, Metric(metric)}};
+    for (const SpanFields& fields : spans) rows.spans.push_back(made_of<Span>(fields));
     return rows;
 }
+
+using QueriesFields = std::tuple<Address<float>, int64_t, int64_t>;
+using ResultsFields = std::tuple<Address<float>, Address<int64_t>>;
+using CandidatesFields = std::tuple<Address<int64_t>, int64_t>;
+using StageFields = std::tuple<int64_t, int64_t, int64_t>;
+using NewRowsFields = std::tuple<Address<void>, DType, int64_t, int64_t, int64_t>;
+using SpanArraysFields = std::tuple<Address<float>, Address<uint8_t>, Address<float>, int64_t,
+                                    Address<void>, int64_t, Address<uint8_t>, Address<uint8_t>>;
 
 // Empty where all went well, else what is wrong with the vectors.
 std::string message(Status status) {
@@ -63,14 +70,25 @@ void bind_types(py::module_& m) {
         .value("F16", DType::F16)
         .value("BF16", DType::BF16)
         .finalize();
-    py::dict metrics;  // a metric's number by its name
-    for (const MetricTerms& terms : METRIC_TERMS) metrics[terms.name] = int(&terms - METRIC_TERMS);
+    py::class_<MetricTerms>(m, "MetricTerms")
+        .def_property_readonly("number",
+                               [](const MetricTerms& terms) { return int(&terms - METRIC_TERMS); })
+        .def_property_readonly(
+            "differences",
+            [](const MetricTerms& terms) { return terms.source == Source::DIFFERENCE; })
+        .def_readonly("product", &MetricTerms::product)
+        .def_readonly("squares", &MetricTerms::squares)
+        .def_readonly("normalized", &MetricTerms::normalized);
+    py::dict metrics;  // by name
+    for (const MetricTerms& terms : METRIC_TERMS)
+        metrics[terms.name] = py::cast(&terms, py::return_value_policy::reference);
     m.attr("METRICS") = metrics;
     py::native_enum<Stat>(m, "Stat", "enum.IntEnum")
         .value("PREFIX_NORM", PREFIX_NORM)
         .value("CODE_SCALE", CODE_SCALE)
         .value("CODE_ERROR", CODE_ERROR)
         .value("TAIL_NORM", TAIL_NORM)
+        .value("SIGN_FACTOR", SIGN_FACTOR)
         .finalize();
     py::class_<Rows>(m, "Rows")
         .def(py::init(&rows_of))
@@ -84,48 +102,45 @@ void bind_types(py::module_& m) {
 }
 
 void bind_funnel(py::module_& m) {
-    m.def("search",
-          [](const Rows& rows, Address<float> queries, int64_t num_queries, int64_t query_stride,
-             int metric, const std::vector<std::pair<int64_t, int64_t>>& stages, int threads,
-             const std::string& isa, Address<float> scores, Address<int64_t> ids) {
-              const Run run = {kernels_named(isa), threads};
-              std::vector<Stage> list;
-              for (const auto& [dim, keep] : stages) list.push_back({dim, keep});
-              py::gil_scoped_release unlocked;
-              return message(search(run, rows, {queries, num_queries, query_stride}, Metric(metric),
-                                    list, {scores, ids}));
-          });
-    m.def("rerank",
-          [](const Rows& rows, Address<float> queries, int64_t num_queries, int64_t query_stride,
-             int metric, Address<int64_t> candidates, int64_t count, int64_t dim, int64_t k,
-             int threads, const std::string& isa, Address<float> scores, Address<int64_t> ids) {
-              const Run run = {kernels_named(isa), threads};
-              py::gil_scoped_release unlocked;
-              return message(rerank(run, rows, {queries, num_queries, query_stride}, Metric(metric),
-                                    {candidates, count}, {dim, k}, {scores, ids}));
-          });
+    m.def("search", [](const Rows& rows, const QueriesFields& queries, int metric,
+                       const std::vector<StageFields>& stages, const RunFields& how,
+                       const ResultsFields& results) {
+        const Run run = run_of(how);
+        std::vector<Stage> list;
+        for (const StageFields& stage : stages) list.push_back(made_of<Stage>(stage));
+        py::gil_scoped_release unlocked;
+        return message(search(run, rows, made_of<Queries>(queries), Metric(metric), list,
+                              made_of<Results>(results)));
+    });
+    m.def("rerank", [](const Rows& rows, const QueriesFields& queries, int metric,
+                       const CandidatesFields& candidates, const StageFields& stage,
+                       const RunFields& how, const ResultsFields& results) {
+        const Run run = run_of(how);
+        py::gil_scoped_release unlocked;
+        return message(rerank(run, rows, made_of<Queries>(queries), Metric(metric),
+                              made_of<Candidates>(candidates), made_of<Stage>(stage),
+                              made_of<Results>(results)));
+    });
 }
 
 void bind_exact(py::module_& m) {
-    m.def("exact_search",
-          [](const Rows& rows, Address<float> queries, int64_t num_queries, int64_t query_stride,
-             int metric, int64_t dim, int64_t k, int threads, const std::string& isa,
-             Address<float> scores, Address<int64_t> ids, Address<int64_t> touched) {
-              const Kernels& kernels = kernels_named(isa);
-              py::gil_scoped_release unlocked;
-              return message(exact_search(kernels, rows, {queries, num_queries, query_stride},
-                                          Metric(metric), dim, k, threads, scores, ids, touched));
-          });
-    m.def("range_search", [](const Rows& rows, Address<float> queries, int64_t num_queries,
-                             int64_t query_stride, int metric, int64_t dim, double threshold,
-                             int threads, const std::string& isa) {
-        const Kernels& kernels = kernels_named(isa);
+    m.def("exact_search", [](const Rows& rows, const QueriesFields& queries, int metric,
+                             const StageFields& stage, const RunFields& how,
+                             const ResultsFields& results, Address<int64_t> touched) {
+        const Run run = run_of(how);
+        py::gil_scoped_release unlocked;
+        return message(exact_search(run, rows, made_of<Queries>(queries), Metric(metric),
+                                    made_of<Stage>(stage), made_of<Results>(results), touched));
+    });
+    m.def("range_search", [](const Rows& rows, const QueriesFields& queries, int metric,
+                             int64_t dim, double threshold, const RunFields& how) {
+        const Run run = run_of(how);
         std::unique_ptr<RangeFound> found(new RangeFound);
         {
             py::gil_scoped_release unlocked;
             found->problem =
-                message(range_search(kernels, rows, {queries, num_queries, query_stride},
-                                     Metric(metric), dim, threshold, threads, &found->neighbours));
+                message(range_search(run, rows, made_of<Queries>(queries), Metric(metric), dim,
+                                     threshold, &found->neighbours));
         }
         return found;
     });
@@ -135,14 +150,11 @@ void bind_store(py::module_& m) {
     m.def("pack_flags", [](Address<uint8_t> flags, int64_t count, Address<uint64_t> words) {
         pack_flags(flags, count, words);
     });
-    m.def("store", [](const Rows& rows, Address<void> data, int dtype, int64_t stride, int64_t dim,
-                      int64_t begin, int64_t n, int threads, const std::string& isa,
-                      Address<float> packed, Address<uint8_t> codes, Address<float> stats,
-                      int64_t stats_stride, Address<void> suffix, int64_t suffix_stride) {
-        const Run run = {kernels_named(isa), threads};
+    m.def("store", [](const Rows& rows, const NewRowsFields& vectors, int64_t begin,
+                      const RunFields& how, const SpanArraysFields& to) {
+        const Run run = run_of(how);
         py::gil_scoped_release unlocked;
-        return message(store(run, rows, {data, DType(dtype), stride, n, dim}, begin,
-                             {packed, codes, stats, stats_stride, suffix, suffix_stride}));
+        return message(store(run, rows, made_of<NewRows>(vectors), begin, made_of<SpanArrays>(to)));
     });
 }
 

@@ -68,6 +68,32 @@ Given given_of(const py::dict& named) {
     return given;
 }
 
+FoldOutput fold_output_of(const py::dict& named) {
+    const Fields fields(named);
+    FoldOutput out = {};
+    out.row_max = fields.at<float>("row_max");
+    out.row_sum = fields.at<double>("row_sum");
+    out.labels = fields.at<int64_t>("labels");
+    out.soft_sum = fields.at<double>("soft_sum");
+    out.hit = fields.at<float>("hit");
+    out.col_max = fields.at<float>("col_max");
+    out.col_sum = fields.at<double>("col_sum");
+    return out;
+}
+
+GradientOutput gradient_output_of(const py::dict& named) {
+    const Fields fields(named);
+    GradientOutput out = {};
+    out.dx = fields.at<float>("dx");
+    out.dx_stride = fields.get<int64_t>("dx_stride");
+    out.dw = fields.at<float>("dw");
+    out.dw_stride = fields.get<int64_t>("dw_stride");
+    out.d_row_scale = fields.at<float>("d_row_scale");
+    out.d_col_scale = fields.at<float>("d_col_scale");
+    out.db = fields.at<float>("db");
+    return out;
+}
+
 }  // namespace
 
 void bind_training(py::module_& m) {
@@ -75,31 +101,26 @@ void bind_training(py::module_& m) {
     m.attr("GROUP_ROWS") = GROUP_ROWS;
     // Fields as in nested.h; a factor that is not named is 1.
     py::class_<Scores>(m, "Scores").def(py::init(&scores_of));
-    m.def("fold",
-          [](const Scores& scores, int threads, const std::string& isa, Address<float> row_max,
-             Address<double> row_sum, Address<int64_t> labels, Address<double> soft_sum,
-             Address<float> hit, Address<float> col_max, Address<double> col_sum) {
-              const Run run = {kernels_named(isa), threads};
-              py::gil_scoped_release unlocked;
-              fold(run, scores, {row_max, row_sum, labels, soft_sum, hit, col_max, col_sum});
-          });
-    m.def("store_scores", [](const Scores& scores, int threads, const std::string& isa,
-                             Address<float> out, int64_t out_apart, int64_t out_stride) {
-        const Run run = {kernels_named(isa), threads};
+    m.def("fold", [](const Scores& scores, const RunFields& how, const py::dict& out) {
+        const Run run = run_of(how);
+        const FoldOutput to = fold_output_of(out);
+        py::gil_scoped_release unlocked;
+        fold(run, scores, to);
+    });
+    m.def("store_scores", [](const Scores& scores, const RunFields& how, Address<float> out,
+                             int64_t out_apart, int64_t out_stride) {
+        const Run run = run_of(how);
         py::gil_scoped_release unlocked;
         store_scores(run, scores, out, out_apart, out_stride);
     });
-    m.def("gradients",
-          [](const Scores& scores, int threads, const std::string& isa, const py::dict& given,
-             int64_t workspace_bytes, Address<float> dx, int64_t dx_stride, Address<float> dw,
-             int64_t dw_stride, Address<float> d_row_scale, Address<float> d_col_scale,
-             Address<float> db) {
-              const Run run = {kernels_named(isa), threads};
-              const Given from = given_of(given);
-              py::gil_scoped_release unlocked;
-              gradients(run, scores, from, workspace_bytes,
-                        {dx, dx_stride, dw, dw_stride, d_row_scale, d_col_scale, db});
-          });
+    m.def("gradients", [](const Scores& scores, const RunFields& how, const py::dict& given,
+                          int64_t workspace_bytes, const py::dict& out) {
+        const Run run = run_of(how);
+        const Given from = given_of(given);
+        const GradientOutput to = gradient_output_of(out);
+        py::gil_scoped_release unlocked;
+        gradients(run, scores, from, workspace_bytes, to);
+    });
 }
 
 }  // namespace mrl

@@ -14,6 +14,7 @@ from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.readers import open_vectors, read_ids
 from mrl_fast.shared import memory
 from mrl_fast.shared.arrays import as_tensor
+from mrl_fast.shared.types import Stage
 
 CHUNK_BYTES = 1 << 25  # of vectors as fp32, read and added at a time
 
@@ -103,16 +104,17 @@ def numbers_of(text: str, option: str) -> list[int]:
     return [pair[0] for pair in _split(text, option, "numbers such as 64,256,768", 1)]
 
 
-def stages_of(text: str) -> list[tuple[int, int]]:
-    """``64:200,768:10``."""
-    return [(a, b) for a, b in _split(text, "--stages", "dim:keep such as 64:200,768:10", 2)]
+def stages_of(text: str) -> list[Stage]:
+    """``64:200,768:10``, or ``64:1:200,768:10`` by one bit of 64 columns first."""
+    expected = "dim:keep such as 64:200,768:10, or dim:bits:keep"
+    return [tuple(stage) for stage in _split(text, "--stages", expected, 2, 3)]
 
 
-def _split(text: str, option: str, expected: str, size: int) -> list[list[int]]:
+def _split(text: str, option: str, expected: str, *sizes: int) -> list[list[int]]:
     try:
         parts = [[int(n) for n in part.split(":")] for part in text.replace(",", " ").split()]
     except ValueError:
         parts = []
-    if not parts or any(len(part) != size for part in parts):
+    if not parts or any(len(part) not in sizes for part in parts):
         raise ValueError(f"{option}: expected {expected}, got {text!r}")
     return parts

@@ -126,4 +126,4 @@ def show_rows(header: list[str], rows: list[list[str]]) -> None:
 
 
 def shown_stages(stages: Any) -> str:
-    return " ".join(f"{dim}:{keep}" for dim, keep in stages) if stages else "exact search"
+    return " ".join(":".join(map(str, stage)) for stage in stages) if stages else "exact search"

@@ -19,7 +19,7 @@ from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.readers import read_neighbours
 from mrl_fast.shared.arrays import as_tensor
 from mrl_fast.shared.recall import count_found
-from mrl_fast.shared.types import ExactResult, SearchResult
+from mrl_fast.shared.types import ExactResult, SearchResult, Stage
 
 BATCH = 1024  # queries a call
 MANY = 1 << 24  # neighbours a call
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
     """What ``MatryoshkaIndex.search`` is asked for each query."""
 
     k: int
-    stages: list[tuple[int, int]] | None
+    stages: list[Stage] | None
     exact: bool
     allowed: np.ndarray | None  # ids
 

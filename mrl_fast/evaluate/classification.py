@@ -36,7 +36,7 @@ def nearest_neighbour_accuracy(
         test: ``[M, D]``; test_labels: ``[M]`` int64.
         dims: Prefix widths, strictly ascending, each in ``[1, D]``.
         k: Neighbours that vote, in ``[1, N]``.
-        metric: ``"cosine"``, ``"ip"`` or ``"l2"``.
+        metric: As in ``prefix_topk``.
 
     Returns:
         One accuracy in ``[0, 1]`` a dim.

@@ -76,7 +76,7 @@ def retrieval(
         dims: Prefix widths, strictly ascending, each in ``[1, D]``.
         k: Neighbours a query, at least 1.
         exclude_self, divisor: As in ``retrieval_of``.
-        metric: ``"cosine"``, ``"ip"`` or ``"l2"``.
+        metric: As in ``prefix_topk``.
 
     Returns:
         One Retrieval a dim.
@@ -204,7 +204,7 @@ def recall_at_k(
         ids: Rows found, ``[B, k]`` int64, −1 where none.
         exact: The k best at full width, by ``prefix_topk`` with this metric.
         queries: ``[B, D]``. database: ``[N, D]``, of at least k rows.
-        metric: ``"ip"``, ``"cosine"`` or ``"l2"``.
+        metric: As in ``prefix_topk``.
 
     Returns:
         A number in ``[0, 1]``.
@@ -239,7 +239,7 @@ def recall_by_dim(
         queries: ``[B, D]``. database: ``[N, D]``.
         dims: Prefix widths, strictly ascending, each in ``[1, D]``.
         k: Neighbours, in ``[1, N]``.
-        metric: ``"cosine"``, ``"ip"`` or ``"l2"``.
+        metric: As in ``prefix_topk``.
 
     Returns:
         One recall in ``[0, 1]`` a dim.

@@ -13,6 +13,7 @@ from mrl_fast.integrations.stores.metadata import names_of, plain_metadata
 from mrl_fast.integrations.stores.records import Codec, Records
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.index.validate import number
+from mrl_fast.shared.native import METRICS
 
 try:
     from langchain_core.documents import Document
@@ -287,21 +288,22 @@ class MatryoshkaVectorStore(VectorStore):
         if threshold is None:
             return None
         threshold = number(threshold, "score_threshold")
-        if self._records.metric == "l2" and threshold > 0:
+        if METRICS[self._records.metric].differences and threshold > 0:
             raise ValueError(
-                "score_threshold: expected at most 0, as scores are −squared distances, got "
-                f"{threshold}"
+                f"score_threshold: expected at most 0, as scores by {self._records.metric!r} are, "
+                f"got {threshold}"
             )
         return threshold
 
     def _select_relevance_score_fn(self) -> Callable[[float], float]:
         """Scores as relevance in [0, 1]: cosines, negative ones as 0; of distances what LangChain
         makes of them for unit vectors; inner products as they are."""
-        return {
-            "cosine": lambda score: min(max(score, 0.0), 1.0),
-            "l2": lambda score: max(1 - math.sqrt(-score) / math.sqrt(2), 0.0),
-            "ip": lambda score: score,
-        }[self._records.metric]
+        terms = METRICS[self._records.metric]
+        if terms.normalized:
+            return lambda score: min(max(score / terms.product, 0.0), 1.0)
+        if terms.differences:
+            return lambda score: max(1 - math.sqrt(-score / terms.squares) / math.sqrt(2), 0.0)
+        return lambda score: score
 
 
 def _copy(document: Document) -> Document:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mrl_fast.shared.checks import check_dims, check_int, check_matrix
 from mrl_fast.shared.dispatch import exporting
 from mrl_fast.training.heads import all_plain, call_heads, matryoshka_logits, plain_linears
-from mrl_fast.training.losses import matryoshka_cross_entropy
+from mrl_fast.training.losses.cross_entropy import matryoshka_cross_entropy
 from mrl_fast.training.losses.reductions import weighted_sum
 
 

@@ -11,6 +11,7 @@ from mrl_fast.shared import native
 from mrl_fast.shared.checks import check_finite
 from mrl_fast.shared.memory import HOST, address, empty
 from mrl_fast.shared.native import _C, DTYPES, METRICS
+from mrl_fast.shared.types import Stage
 
 F32, I64 = torch.float32, torch.int64
 
@@ -22,21 +23,21 @@ def prefix_topk(
 
 
 def funnel_search(
-    queries: Tensor, database: Tensor, stages: Sequence[tuple[int, int]], metric: str
+    queries: Tensor, database: Tensor, stages: Sequence[Stage], metric: str
 ) -> tuple[Tensor, Tensor]:
     return search_rows(queries, row_major(database), stages, metric, database[:, : stages[-1][0]])
 
 
 def row_major(database: Tensor) -> _C.Rows:
     begin = address(database, database.dtype)
-    span = (0, len(database), 0, 0, begin, database.stride(0), 0, 0, 0)
-    return _C.Rows([span], 0, 0, DTYPES[database.dtype], [])
+    span = (0, len(database), 0, 0, begin, database.stride(0), 0, 0, 0, 0, 0)
+    return _C.Rows([span], 0, 0, DTYPES[database.dtype], [], ([], 0, 0))
 
 
 def search_rows(
     queries: Tensor,
     rows: _C.Rows,
-    stages: Sequence[tuple[int, int]],
+    stages: Sequence[Stage],
     metric: str,
     unchecked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -47,9 +48,8 @@ def search_rows(
     q = queries.float()  # [B, D]; a half-precision value is exact in fp32
     scores, ids = _results(q, stages[-1][1])
     problem = _C.search(
-        rows, address(q, F32), len(q), q.stride(0), METRICS[metric], list(stages),
-        torch.get_num_threads(), native.ISA, address(scores, F32), address(ids, I64),
-    )  # fmt: skip
+        rows, _queries(q), METRICS[metric].number, _stages(stages), native.run(), _to(scores, ids)
+    )
     _refuse(problem, queries[:, : stages[-1][0]], unchecked)
     return scores, ids
 
@@ -61,9 +61,8 @@ def exact_search(
     scores, ids = _results(queries, k)
     touched = empty(len(queries), dtype=I64)
     problem = _C.exact_search(
-        rows, address(queries, F32), len(queries), queries.stride(0), METRICS[metric], dim, k,
-        torch.get_num_threads(), native.ISA,
-        address(scores, F32), address(ids, I64), address(touched, I64),
+        rows, _queries(queries), METRICS[metric].number, (dim, k, 0), native.run(),
+        _to(scores, ids), address(touched, I64),
     )  # fmt: skip
     _refuse(problem, queries)
     return scores, ids, touched
@@ -74,9 +73,8 @@ def range_search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Limits, scores and ids of every row that reaches the threshold, as exact search scores it."""
     found = _C.range_search(
-        rows, address(queries, F32), len(queries), queries.stride(0), METRICS[metric], dim,
-        threshold, torch.get_num_threads(), native.ISA,
-    )  # fmt: skip
+        rows, _queries(queries), METRICS[metric].number, dim, threshold, native.run()
+    )
     _refuse(found.problem, queries)
     limits = torch.tensor([0, *found.counts], dtype=I64, device=HOST).cumsum(0)
     total = int(limits[-1])
@@ -91,12 +89,25 @@ def rerank(
     q, candidates = queries.float(), candidates.contiguous()
     scores, ids = _results(q, k)
     problem = _C.rerank(
-        row_major(database), address(q, F32), len(q), q.stride(0), METRICS[metric],
-        address(candidates, I64), candidates.shape[1], dim, k, torch.get_num_threads(), native.ISA,
-        address(scores, F32), address(ids, I64),
+        row_major(database), _queries(q), METRICS[metric].number,
+        (address(candidates, I64), candidates.shape[1]), (dim, k, 0), native.run(),
+        _to(scores, ids),
     )  # fmt: skip
     _refuse(problem, queries[:, :dim], database[:, :dim])
     return scores, ids
+
+
+def _stages(stages: Sequence[Stage]) -> list[tuple[int, int, int]]:
+    """As (dim, keep, bits)."""
+    return [(stage[0], stage[-1], stage[1] if len(stage) == 3 else 0) for stage in stages]
+
+
+def _queries(q: Tensor) -> tuple[int, int, int]:
+    return address(q, F32), len(q), q.stride(0)
+
+
+def _to(scores: Tensor, ids: Tensor) -> tuple[int, int]:
+    return address(scores, F32), address(ids, I64)
 
 
 def _results(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ batch nor on threads or blocks, and equal scores are ordered by row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from mrl_fast.shared.checks import (
     check_stages,
 )
 from mrl_fast.shared.dispatch import choose, module_of
-from mrl_fast.shared.types import ApproxResult, SearchResult
+from mrl_fast.shared.types import ApproxResult, SearchResult, Stage
 
 SEARCHED = (*FLOATS, torch.int8, torch.float8_e4m3fn)
 
@@ -53,8 +54,8 @@ def prefix_topk(
         database: ``[N, D]``, any row stride, on the same device.
         k: Neighbours a query, at least 1; beyond N they are missing.
         dim: Prefix width in ``[1, D]``; None is the full width.
-        metric: ``"ip"``, ``"cosine"`` (each prefix normalised on its own; 0 where its norm is 0) or
-            ``"l2"`` (scores are −squared distance).
+        metric: ``"ip"``, ``"cosine"`` (each prefix normalised on its own; 0 where its norm is 0),
+            ``"l2"`` (scores are −squared distance), or another of ``mrl_fast.search.reference``.
         out: A SearchResult of contiguous ``[B, k]`` fp32 and int64 tensors or arrays to write to.
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
 
@@ -68,8 +69,7 @@ def prefix_topk(
     """
     k = check_int(k, "k", 1)
     q, x, dim = _check_vectors(queries, database, dim)
-    check_choice(metric, "metric", METRICS)
-    ops = module_of(choose(impl, q, x), "search")
+    ops = _implementation(impl, metric, q, x)
     result = SearchResult(*ops.prefix_topk(q, x, k, dim, metric))
     return result_like(queries, result, out)
 
@@ -106,10 +106,9 @@ def approx_topk(
     """
     k = check_int(k, "k", 1)
     q, x, dim = _check_vectors(queries, database, dim)
-    check_choice(metric, "metric", METRICS)
     if not 0 < recall <= 1:
         raise ValueError(f"recall: expected a number in (0, 1], got {recall}")
-    ops, expected = module_of(choose(impl, q, x), "search"), 1.0
+    ops, expected = _implementation(impl, metric, q, x), 1.0
     if recall < 1 and hasattr(ops, "approx_topk"):
         found, expected = ops.approx_topk(q, x, k, dim, metric, recall)
     else:
@@ -142,7 +141,7 @@ def rerank(
             given twice counts twice.
         k: Neighbours a query, at least 1; beyond the candidates they are missing.
         dim: Prefix width in ``[1, D]``; None is the full width.
-        metric: ``"ip"``, ``"cosine"`` or ``"l2"``, as in ``prefix_topk``.
+        metric: As in ``prefix_topk``.
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
 
     Returns:
@@ -166,15 +165,14 @@ def rerank(
             wrong = int(low if low < -1 else high)
             raise ValueError(f"candidates: expected rows in [0, {len(x)}) or -1, got {wrong}")
     k = check_int(k, "k", 1)
-    check_choice(metric, "metric", METRICS)
-    ops = module_of(choose(impl, q, x), "search")
+    ops = _implementation(impl, metric, q, x)
     return result_like(queries, SearchResult(*ops.rerank(q, x, rows, k, dim, metric)))
 
 
 def funnel_search(
     queries: Any,
     database: Any,
-    stages: Sequence[tuple[int, int]],
+    stages: Sequence[Stage],
     *,
     metric: str = "ip",
     impl: str | None = None,
@@ -190,7 +188,7 @@ def funnel_search(
         database: ``[N, D]``, any row stride, on the same device.
         stages: ``(dim, keep)`` pairs, dims strictly ascending, keeps not growing: ``[(16, 200),
             (64, 50), (768, 10)]``.
-        metric: ``"ip"``, ``"cosine"`` or ``"l2"``, as in ``prefix_topk``.
+        metric: As in ``prefix_topk``.
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
 
     Returns:
@@ -203,9 +201,17 @@ def funnel_search(
     """
     checked = check_stages(stages)
     q, x, _ = _check_vectors(queries, database, checked[-1][0], "stages")
-    check_choice(metric, "metric", METRICS)
-    ops = module_of(choose(impl, q, x), "search")
+    ops = _implementation(impl, metric, q, x)
     return result_like(queries, SearchResult(*ops.funnel_search(q, x, checked, metric)))
+
+
+def _implementation(impl: str | None, metric: str, *tensors: Tensor) -> ModuleType:
+    """The functions that run: one that is named, or the device's, may lack a metric."""
+    check_choice(metric, "metric", METRICS)
+    name = choose(impl, *tensors)
+    ops = module_of(name, "search")
+    check_choice(metric, "metric", ops.METRICS, f" with impl={name!r}")
+    return ops
 
 
 def _has_eight_bits(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrl_fast.shared.types import SearchResult
+from mrl_fast.shared.types import SearchResult, Stage
 
 
 def _cosine(q: Tensor, x: Tensor) -> Tensor:
@@ -21,6 +21,7 @@ def _l2(q: Tensor, x: Tensor) -> Tensor:
 
 
 SCORES = {"ip": lambda q, x: q @ x.T, "cosine": _cosine, "l2": _l2}  # [B, d], [N, d] -> [B, N]
+METRICS = tuple(SCORES)
 
 
 def scores(queries: Tensor, database: Tensor, dim: int, metric: str) -> Tensor:
@@ -58,7 +59,7 @@ def rerank(
 
 
 def funnel_search(
-    queries: Tensor, database: Tensor, stages: Sequence[tuple[int, int]], metric: str
+    queries: Tensor, database: Tensor, stages: Sequence[Stage], metric: str
 ) -> SearchResult:
     (dim, keep), *later = stages
     result = prefix_topk(queries, database, keep, dim, metric)

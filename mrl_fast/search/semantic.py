@@ -14,10 +14,11 @@ from mrl_fast.search.ops import funnel_search, prefix_topk
 from mrl_fast.shared.arrays import as_tensor
 from mrl_fast.shared.checks import check_finite, check_int, check_matrix, check_stages
 from mrl_fast.shared.memory import HOST
-from mrl_fast.shared.types import SearchResult
+from mrl_fast.shared.native import METRICS
+from mrl_fast.shared.types import SearchResult, Stage
 
 # By the names of sentence-transformers' functions, and of its SimilarityFunction.
-METRICS = {
+SIMILARITIES = {
     "cos_sim": "cosine",
     "pytorch_cos_sim": "cosine",
     "cosine": "cosine",
@@ -37,7 +38,7 @@ def semantic_search(
     score_function: str | Callable[..., Any] | None = None,
     *,
     dim: int | None = None,
-    stages: Sequence[tuple[int, int]] | None = None,
+    stages: Sequence[Stage] | None = None,
 ) -> list[list[dict[str, int | float]]]:
     """The best of a corpus for each query, as ``sentence_transformers.util.semantic_search`` gives
     them, without scores in memory; of equal scores the lower corpus_id first.
@@ -83,7 +84,9 @@ def semantic_search(
         metric = metric or "cosine"
         corpus = _matrix(corpus_embeddings, "corpus_embeddings")
         result = _search_matrix(queries, corpus, k, metric, dim, stages)
-    scores = -(-result.scores).sqrt() if metric == "l2" else result.scores
+    scores, terms = result.scores, METRICS[metric]
+    if terms.differences:
+        scores = -(-scores / terms.squares).sqrt()  # −distance
     return [
         [{"corpus_id": i, "score": score} for i, score in zip(*row, strict=True) if i >= 0]
         for row in zip(result.ids.tolist(), scores.tolist(), strict=True)
@@ -122,12 +125,12 @@ def _metric(score_function: Any) -> str:
     if callable(score_function):
         known = str(getattr(score_function, "__module__", "")).startswith("sentence_transformers.")
         name = getattr(score_function, "__name__", None) if known else None
-    if name not in METRICS:
+    if name not in SIMILARITIES:
         raise ValueError(
-            f"score_function: expected one of {', '.join(METRICS)}, by name or as "
+            f"score_function: expected one of {', '.join(SIMILARITIES)}, by name or as "
             f"sentence-transformers' function, got {score_function!r}"
         )
-    return METRICS[name]
+    return SIMILARITIES[name]
 
 
 def _matrix(x: Any, name: str, *, one: bool = False) -> Tensor:

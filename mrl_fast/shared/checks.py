@@ -3,8 +3,10 @@ came."""
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mrl_fast.shared import native
+from mrl_fast.shared.types import Stage
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 METRICS = tuple(native.METRICS)
@@ -28,6 +31,19 @@ def check_int(value: Any, name: str, low: int, high: int | None = None) -> int:
     if number < low or (high is not None and number > high):
         bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name}: expected an integer {bounds}, got {number}")
+    return number
+
+
+def check_number(
+    value: Any, name: str, low: float = 0.0, high: float = math.inf, *, above: bool = False
+) -> float:
+    """``value`` as a finite float in [low, high], or ``above`` low."""
+    bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"{'>' if above else '>='} {low:g}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number {bounds}, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number) or not low <= number <= high or (above and number == low):
+        raise ValueError(f"{name}: expected a number {bounds}, got {value}")
     return number
 
 
@@ -101,27 +117,41 @@ def check_same_device(x: Tensor, name: str, like: Tensor) -> Tensor:
     return x
 
 
-def check_choice(value: Any, name: str, choices: Sequence[str]) -> str:
+def check_choice(value: Any, name: str, choices: Collection[str], where: str = "") -> str:
+    """``where``: what else was chosen, that leaves these choices."""
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        known = ", ".join(map(repr, choices)) + where
+        raise ValueError(f"{name}: expected one of {known}, got {value!r}")
     return value
 
 
-def check_stages(stages: Any) -> tuple[tuple[int, int], ...]:
-    """Stages ``(dim, keep)``: dims ascending, keeps not growing."""
+def check_stages(stages: Any, bits: Sequence[int] = ()) -> tuple[Stage, ...]:
+    """Stages ``(dim, keep)``: dims ascending, keeps not growing.
+
+    Args:
+        bits: Where codes have so many, the first of several stages may be ``(dim, bits, keep)``: it
+            ranks by them, and whatever its dim is, the next begins anew.
+    """
+    kinds = "(dim, keep) pairs" + (", the first perhaps (dim, bits, keep)" if bits else "")
     try:
-        pairs = [(dim, keep) for dim, keep in stages]
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"stages: expected a sequence of (dim, keep) pairs, got {stages!r}"
-        ) from None
-    if not pairs:
+        listed = [tuple(stage) for stage in stages]
+    except TypeError:
+        raise TypeError(f"stages: expected a sequence of {kinds}, got {stages!r}") from None
+    if not listed:
         raise ValueError("stages: expected at least one (dim, keep) pair, got none")
-    dims = check_dims([dim for dim, _ in pairs], name="stages dims")
-    keeps = [check_int(keep, f"stages[{i}] keep", 1) for i, (_, keep) in enumerate(pairs)]
+    coded = bool(bits) and len(listed) > 1 and len(listed[0]) == 3
+    if any(len(stage) != 2 for stage in listed[coded:]):
+        raise TypeError(f"stages: expected a sequence of {kinds}, got {stages!r}")
+    if coded and check_int(listed[0][1], "stages[0] bits", 1) not in bits:
+        raise ValueError(f"stages[0] bits: expected one of {tuple(bits)}, got {listed[0][1]}")
+    dims = check_dims([stage[0] for stage in listed[coded:]], name="stages dims")
+    if coded:
+        dims = *check_dims([listed[0][0]], name="stages dims"), *dims
+    keeps = [check_int(stage[-1], f"stages[{i}] keep", 1) for i, stage in enumerate(listed)]
     if any(a < b for a, b in zip(keeps, keeps[1:], strict=False)):
         raise ValueError(f"stages: expected keeps that do not grow, got {keeps}")
-    return tuple(zip(dims, keeps, strict=True))
+    middle = [stage[1:-1] for stage in listed]
+    return tuple((dim, *mid, keep) for dim, mid, keep in zip(dims, middle, keeps, strict=True))
 
 
 def check_finite(x: Tensor, name: str) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "pack_flags",
     "product",
     "rows_of",
+    "run",
 ]
 
 DTYPES = {torch.float32: DType.F32, torch.float16: DType.F16, torch.bfloat16: DType.BF16}
@@ -33,6 +34,11 @@ ISA = ""  # the instruction set; empty is the best this processor has. Tests set
 # PyTorch's own thread team, where it is GNU OpenMP's; else the kernels start threads of their own.
 OPENMP = any(map(_C.use_openmp, map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*"))))
 PACKED_BYTES = 8 << 20  # of columns packed at a time: they stay in the last cache
+
+
+def run() -> tuple[str, int]:
+    """How a call runs: by which kernels, on how many threads at most."""
+    return ISA, torch.get_num_threads()
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -60,5 +66,5 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
             rows=len(x), cols=len(w), dims=[depth], first_col=part.start, cols_apart=len(weight),
         )  # fmt: skip
         to = memory.address(out[:, part], torch.float32)
-        _C.store_scores(scores, torch.get_num_threads(), ISA, to, 0, out.stride(0))
+        _C.store_scores(scores, run(), to, 0, out.stride(0))
     return out

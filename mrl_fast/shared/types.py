@@ -45,11 +45,14 @@ class SearchResult(NamedTuple):
     ids: Any
 
 
+Stage = tuple[int, ...]  # (dim, keep) or (dim, bits, keep)
+
+
 class Tuned(NamedTuple):
     """The stages that ``tune`` chose for up to k neighbours, None for exact search; and how many
     vectors the index held."""
 
-    stages: list[tuple[int, int]] | None
+    stages: list[Stage] | None
     k: int
     rows: int
 

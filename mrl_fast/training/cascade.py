@@ -9,7 +9,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mrl_fast.shared.checks import check_dims, check_finite, check_int, check_matrix, check_vector
+from mrl_fast.shared.checks import (
+    check_dims,
+    check_finite,
+    check_int,
+    check_matrix,
+    check_number,
+    check_vector,
+)
 from mrl_fast.shared.dispatch import exporting
 from mrl_fast.shared.types import Prediction
 from mrl_fast.training.heads import Biases, MRLLinear, Weights, is_fusible, matryoshka_predict
@@ -125,10 +132,8 @@ class AdaptiveClassifier(nn.Module):
             ValueError, TypeError: An argument of the wrong shape, dtype, device or range.
         """
         check_int(grid, "grid", 2)
-        if tolerance is not None and not isinstance(tolerance, int | float):
-            raise TypeError(f"tolerance: expected a number in [0, 1], got {tolerance!r}")
-        if tolerance is not None and not 0 <= tolerance <= 1:
-            raise ValueError(f"tolerance: expected a number in [0, 1], got {tolerance!r}")
+        if tolerance is not None:
+            check_number(tolerance, "tolerance", high=1.0)
         check_finite(check_matrix(x, "x"), "x")
         if not len(x):
             raise ValueError("x: expected at least one row, got none")

@@ -97,13 +97,15 @@ def fold_forward(
     col_sum = memory.empty(G, V, dtype=torch.float64) if spec.columns else None
     for part in forward_chunks(B, V, spec.dims[-1], G, spec.columns):
         scores, inputs = problem.chunk(part)
-        _C.fold(
-            scores, torch.get_num_threads(), native.ISA,
-            memory.address(row_max, torch.float32), memory.address(row_sum, torch.float64), 0,
-            memory.address(soft_sum, torch.float64), memory.address(hit, torch.float32),
-            memory.address(None if col_max is None else col_max[:, part], torch.float32),
-            memory.address(None if col_sum is None else col_sum[:, part], torch.float64),
-        )  # fmt: skip
+        out = {
+            "row_max": memory.address(row_max, torch.float32),
+            "row_sum": memory.address(row_sum, torch.float64),
+            "soft_sum": memory.address(soft_sum, torch.float64),
+            "hit": memory.address(hit, torch.float32),
+            "col_max": memory.address(None if col_max is None else col_max[:, part], torch.float32),
+            "col_sum": memory.address(None if col_sum is None else col_sum[:, part], torch.float64),
+        }
+        _C.fold(scores, native.run(), out)
         del inputs
     if spec.link == "sigmoid":
         hit = None if hit is None else F.logsigmoid(hit)
@@ -167,14 +169,19 @@ def _backward(
         if "grad" in given:
             grad = cut["grad"] = rows_of(given["grad"][:, :, part].float())
             strides = dict(grad_apart=grad.stride(0), grad_stride=grad.stride(1))
-        _C.gradients(
-            scores, torch.get_num_threads(), native.ISA,
-            {name: memory.address(t, fp32) for name, t in cut.items()} | strides,
-            WORKSPACE_BYTES, memory.address(dx, fp32), dx.stride(0),
-            memory.address(dw_part, fp32), dw_part.stride(0), memory.address(d_row_scale, fp32),
-            memory.address(None if d_col_scale is None else d_col_scale[:, part], fp32),
-            memory.address(None if db is None else db[part], fp32),
-        )  # fmt: skip
+        addresses = {name: memory.address(t, fp32) for name, t in cut.items()}
+        out = {
+            "dx": memory.address(dx, fp32),
+            "dx_stride": dx.stride(0),
+            "dw": memory.address(dw_part, fp32),
+            "dw_stride": dw_part.stride(0),
+            "d_row_scale": memory.address(d_row_scale, fp32),
+            "d_col_scale": memory.address(
+                None if d_col_scale is None else d_col_scale[:, part], fp32
+            ),
+            "db": memory.address(None if db is None else db[part], fp32),
+        }
+        _C.gradients(scores, native.run(), addresses | strides, WORKSPACE_BYTES, out)
         if not whole:
             dw[part, :depth] = dw_part.to(dw.dtype)
         del inputs
@@ -192,10 +199,8 @@ def logits_forward(
         to = out[:, :, part]
         if out.dtype != torch.float32:
             to = memory.empty(*to.shape)
-        _C.store_scores(
-            scores, torch.get_num_threads(), native.ISA, memory.address(to, torch.float32),
-            to.stride(0), to.stride(1),
-        )  # fmt: skip
+        address = memory.address(to, torch.float32)
+        _C.store_scores(scores, native.run(), address, to.stride(0), to.stride(1))
         if out.dtype != torch.float32:
             out[:, :, part] = to
         del inputs
@@ -220,11 +225,12 @@ def predict_forward(
     labels = memory.zeros(G, B, dtype=torch.int64)
     for part in forward_chunks(B, len(weight), dims[-1], G):
         scores, inputs = problem.chunk(part)
-        _C.fold(
-            scores, torch.get_num_threads(), native.ISA,
-            memory.address(row_max, torch.float32), memory.address(row_sum, torch.float64),
-            memory.address(labels, torch.int64), 0, 0, 0, 0,
-        )  # fmt: skip
+        out = {
+            "row_max": memory.address(row_max, torch.float32),
+            "row_sum": memory.address(row_sum, torch.float64),
+            "labels": memory.address(labels, torch.int64),
+        }
+        _C.fold(scores, native.run(), out)
         del inputs
     # beside NaN softmax is NaN all over, and its maximum the first
     return labels.masked_fill_(row_sum.isnan(), 0), (1.0 / row_sum).float()

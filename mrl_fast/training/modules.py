@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mrl_fast.shared.checks import check_dims, check_vector
+from mrl_fast.shared.checks import check_dims, check_number, check_vector
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training.heads import is_fusible
-from mrl_fast.training.losses import matryoshka_cross_entropy, matryoshka_info_nce
+from mrl_fast.training.losses.cross_entropy import matryoshka_cross_entropy
+from mrl_fast.training.losses.info_nce import matryoshka_info_nce
 from mrl_fast.training.losses.reductions import check_classes, check_dim_weights, weighted_sum
 
 
@@ -133,8 +134,7 @@ class MatryoshkaInfoNCELoss(nn.Module):
                 f"{sorted(unknown)[0]}: expected one of {', '.join(sorted(known))} as an option"
             )
         self.dims = check_dims(dims)
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale: expected a positive number, got {scale!r}")
+        check_number(scale, "scale", above=True)
         self.dim_weights: Tensor | None
         self.register_buffer("dim_weights", _numbers(dim_weights))
         self.log_scale: nn.Parameter | None

@@ -26,6 +26,7 @@ from tests.helpers.cli_index import (
     run_json,
     saved,
 )
+from tests.helpers.search import METRICS
 
 COMMANDS = ("build", "add", "search", "tune", "info", "verify")
 
@@ -121,7 +122,7 @@ def copies(tmp_path, metric="cosine"):
     return tmp_path / metric, rows
 
 
-@pytest.mark.parametrize("metric", ["cosine", "l2", "ip"])
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("stages", [[], ["--stages", "8:20,32:3"], ["--stages", "8:3"]])
 def test_what_ties_with_the_true_ones_is_found(tmp_path, metric, stages):
     folder, rows = copies(tmp_path, metric)

@@ -3,11 +3,13 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <deque>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <string_view>
 #include <vector>
 
 #include "check.h"
@@ -28,7 +30,20 @@ constexpr int THREADS[] = {4};
 constexpr bool RACES_ONLY = false;
 constexpr int THREADS[] = {1, 4};
 #endif
-constexpr Metric METRICS[] = {Metric::IP, Metric::COSINE, Metric::L2};
+constexpr Metric metric_named(std::string_view name) {
+    int metric = 0;
+    while (METRIC_TERMS[metric].name != name) ++metric;
+    return Metric(metric);
+}
+constexpr Metric IP = metric_named("ip"), COSINE = metric_named("cosine"), L2 = metric_named("l2");
+template <int N>
+constexpr std::array<Metric, N> first_metrics() {
+    std::array<Metric, N> metrics = {};
+    for (int i = 0; i < N; ++i) metrics[i] = Metric(i);
+    return metrics;
+}
+constexpr auto EVERY_METRIC = first_metrics<int(std::size(METRIC_TERMS))>();
+constexpr auto METRICS = first_metrics<int(metric_named("test ip"))>();  // without the tests' own
 constexpr DType DTYPES[] = {DType::F32, DType::F16, DType::BF16};
 
 inline std::vector<const Kernels*> tested_kernels() { return available_kernels(); }

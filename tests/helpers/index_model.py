@@ -15,6 +15,7 @@ from mrl_fast import MatryoshkaIndex
 from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.index.config import DTYPES
 from mrl_fast.testing import assert_same_topk
+from tests.helpers.search import brute_force
 
 # How many times as long as in the test suite random tests run; `make fuzz` sets it.
 TIMES = int(os.environ.get("MRL_FAST_FUZZ", "1"))
@@ -69,21 +70,6 @@ class Model:
     def remove(self, ids: list[int]) -> None:
         for i in set(ids):
             del self.vectors[i]
-
-
-def brute_force(q: Tensor, x: Tensor, metric: str) -> Tensor:
-    """Scores ``[B, N]`` by fp64 sums that are the same for equal rows."""
-    q, x = q.double(), x.double()
-    scores = torch.empty(len(q), len(x), dtype=torch.float64)
-    for row, query in zip(scores, q, strict=True):
-        if metric == "l2":
-            row[:] = -(query - x).square().sum(dim=1)
-            continue
-        row[:] = (query * x).sum(dim=1)
-        if metric == "cosine":
-            norms = query.norm() * x.square().sum(dim=1).sqrt()
-            row[:] = torch.where(norms > 0, row / norms, 0.0)
-    return scores
 
 
 class Answers:

@@ -1,8 +1,9 @@
 """Vectors for the tests of kernels."""
 
 import torch
+from mrl_fast.kernels.search import METRICS
 
-METRICS = ["ip", "cosine", "l2"]
+__all__ = ["DTYPES", "METRICS", "make_vectors"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
 
 

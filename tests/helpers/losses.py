@@ -1,6 +1,7 @@
-"""One call of each loss, for properties that all of them share."""
+"""One call of each loss, for properties that all of them share; and a judge of a loss's numbers."""
 
 import os
+from functools import cache, partial
 
 import torch
 
@@ -11,6 +12,7 @@ from mrl_fast import (
     matryoshka_logits,
     matryoshka_sigmoid_loss,
 )
+from mrl_fast.testing import assert_within_budget, rounding_bounds
 
 DIMS = (8, 12, 48)
 SEED = int(os.environ.get("MRL_FAST_SEED", 0))  # other random problems than the usual ones
@@ -54,3 +56,39 @@ LOSSES = {
     ).loss,
     "logits": lambda x, w, impl=None: matryoshka_logits(x, w, DIMS, impl=impl).square().mean(),
 }  # fmt: skip
+
+
+def judge(fused, plain, make, dtype=torch.float32):
+    """A loss, each prefix's and the gradients within the budget; in fp64, where only the reference
+    runs, close. Four problems as one: PyTorch's own error on a few numbers says little.
+
+    Args:
+        fused: Gives the NestedLoss under test, of the inputs.
+        plain: Gives each prefix's loss, ``[G]``, by PyTorch's own ops, in the inputs' dtype.
+        make: Gives the inputs of a seed, all of them to be differentiated by; or a pair of these
+            and of a list of tensors that both functions take as ``given``.
+        dtype: Of the inputs under test.
+    """
+
+    def run(loss, dtype, seed):
+        made, extra = make(seed), {}
+        if isinstance(made[0], list):
+            made, given = made
+            extra["given"] = [t.to(dtype) for t in given]
+        leaves = [t.to(dtype).requires_grad_() for t in made]
+        out = loss(*leaves, **extra)
+        total, per_dim = (out.sum(), out) if isinstance(out, torch.Tensor) else out
+        values = torch.cat([total.detach().reshape(1), per_dim.detach()])
+        return [values, *torch.autograd.grad(total, leaves)]
+
+    def joined(loss, dtype):
+        runs = [run(loss, dtype, seed) for seed in range(4)]
+        return [torch.cat([r.reshape(-1) for r in rs]) for rs in zip(*runs, strict=True)]
+
+    exact, actual = joined(plain, torch.float64), joined(fused, dtype)
+    if dtype == torch.float64:
+        return torch.testing.assert_close(actual, exact)
+    bounds = cache(lambda: rounding_bounds(lambda: joined(plain, torch.float64)))
+    for i, (a, e, n) in enumerate(zip(actual, exact, joined(plain, dtype), strict=True)):
+        bound = partial(lambda i: bounds()[i], i)
+        assert_within_budget(a, e, n, name=f"result {i}", bound=bound)

@@ -1,6 +1,7 @@
 """Files, functions and signatures keep the sizes that one reads at a sitting."""
 
 import ast
+import re
 import statistics
 import subprocess
 from collections.abc import Iterator
@@ -64,6 +65,24 @@ def parameters(node: Function) -> int:
     return len([a for a in given if a.arg not in ("self", "cls")])
 
 
+CPP_TEXT = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'', re.S)
+CPP_NAME = re.compile(r"(?:\w|\])\(")
+CPP_BODY = re.compile(r"\)\s*(?:const\s*)?(?:->[\s\w:*&<>]+)?(?:\{|:\s*\w+[({])")  # or initialisers
+
+
+def cpp_signatures(text: str) -> Iterator[tuple[int, int]]:
+    """The line and the number of parameters of each function and lambda that has a body."""
+    text = CPP_TEXT.sub(lambda match: "\n" * match[0].count("\n"), text)
+    for found in CPP_NAME.finditer(text):
+        at, depth, given = found.end(), 1, 0
+        while depth and at < len(text):
+            depth += (text[at] in "([{<") - (text[at] in ")]}>" and text[at - 1] != "-")
+            given += depth == 1 and text[at] == ","
+            at += 1
+        if CPP_BODY.match(text, at - 1):
+            yield text.count("\n", 0, found.start()) + 1, given + bool(text[found.end() : at - 1])
+
+
 def is_contract(place: Place) -> bool:
     name = place.node.name
     if place.owner:  # a public class is one of the contract, or an integration's
@@ -103,3 +122,22 @@ def test_signatures_are_short():
         and not is_contract(place)
     }
     assert not wide, "\n".join(f"{n:3d} {place}" for place, n in wide.items())
+
+
+def test_signatures_in_cpp_are_short():
+    text = """f(int a, /* ( */ std::map<int, int> b) const { g(1, 2, 3); }
+        X::X(int a) : a_(a) {}  // h(a, b, c) {
+        auto l = [&](int a, const F<A, B>& b,
+                     int c) { return "(,"; };
+        void none() {}"""
+    # An initialiser before a body looks like a function.
+    assert list(cpp_signatures(text)) == [(1, 2), (2, 1), (2, 1), (3, 3), (5, 0)]
+    wide, seen = {}, 0
+    for name, text in FILES.items():
+        if name.endswith((".cpp", ".h")) and not name.startswith("csrc/cpu/simd/"):
+            for line, n in cpp_signatures(text):
+                seen += 1
+                if n > PARAMETERS:
+                    wide[f"{name}:{line}"] = n
+    assert seen > 400
+    assert not wide, wide

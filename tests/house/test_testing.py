@@ -14,6 +14,9 @@ def test_budget_accepts_the_native_error_and_rejects_more():
     for wrong in ([1.0, 2.0 + 4e-6], [1.0, torch.nan], [torch.inf, 2.0]):
         with pytest.raises(AssertionError, match="wrong: error"):
             assert_within_budget(torch.tensor(wrong), exact, native, name="wrong")
+    for useless in ([1.0, torch.nan], [torch.inf, 2.0]):
+        with pytest.raises(AssertionError, match="own result has NaN or infinity at 1 of 2"):
+            assert_within_budget(native, exact, torch.tensor(useless), name="native")
     with pytest.raises(AssertionError, match=r"wrong: \[1\], not \[2\]"):
         assert_within_budget(native[:1], exact, native, name="wrong")
 
@@ -67,6 +70,34 @@ def test_bounds_leave_infinite_scores_and_integers_alone():
     x = torch.tensor([[0.0, -torch.inf, 1.0]], dtype=torch.float64)
     (bound,) = rounding_bounds(lambda: [x.logsumexp(1)])
     assert 2.0**-24 < bound < 2.0**-18
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        torch.exp, torch.log1p, torch.sqrt, torch.sigmoid, torch.tanh, torch.rsqrt,
+        lambda x: x**1.5, torch.nn.functional.softplus, torch.nn.functional.gelu,
+        lambda x: torch.addcmul(x, x, x), lambda x: x.softmax(0),
+    ],
+)  # fmt: skip
+def test_bounds_know_what_rounds(run):
+    x = torch.rand(500, generator=torch.Generator().manual_seed(1)) + 0.1
+
+    def results(dtype):
+        leaf = x.to(dtype).requires_grad_()
+        out = run(leaf)
+        return [out.detach(), *torch.autograd.grad(out.pow(3).sum(), leaf)]
+
+    exact, bounds = results(torch.float64), rounding_bounds(lambda: results(torch.float64))
+    for a, e, b in zip(results(torch.float32), exact, bounds, strict=True):
+        error = (a - e).abs()
+        assert (b > 0).all() and (error <= 2 * b).all() and b.max() < 20 * error.max()
+
+
+def test_bounds_leave_what_does_not_round_alone():
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    (bound,) = rounding_bounds(lambda: [torch.where(x > 0, x.abs(), -x).clamp(max=1.5).relu()])
+    assert not bound.any()
 
 
 EXACT = torch.tensor([[0.5, 1.0, 1.0, -torch.inf]], dtype=torch.float64)

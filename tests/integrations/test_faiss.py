@@ -11,8 +11,7 @@ from mrl_fast import MatryoshkaIndex
 faiss = pytest.importorskip("faiss")
 from mrl_fast.integrations.faiss import from_faiss, to_faiss  # noqa: E402
 from mrl_fast.search.index import faiss_flat as convert  # noqa: E402
-
-FLAT = {"ip": faiss.IndexFlatIP, "l2": faiss.IndexFlatL2}
+from mrl_fast.shared import native  # noqa: E402
 
 
 def vectors(rows, seed=0, width=96):
@@ -24,7 +23,7 @@ def assert_same_results(index, other, queries, k, *, tolerance=1e-4):
     scores, ids = index.search(queries, k)
     theirs, their_ids = other.search(queries, k)
     if other.metric_type == faiss.METRIC_L2:
-        theirs = np.where(their_ids < 0, -np.inf, -theirs)
+        theirs = -theirs * native.METRICS[index.metric].squares
     theirs = np.where(their_ids < 0, -np.inf, theirs)
     np.testing.assert_allclose(scores, theirs, atol=tolerance, rtol=tolerance)
     for b in range(len(queries)):
@@ -129,7 +128,7 @@ def test_refused_ids_and_dims():
         from_faiss(faiss.IndexFlatIP(8), (2, 4))
 
 
-@pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
+@pytest.mark.parametrize("metric", native.METRICS)
 def test_out(metric, monkeypatch):
     monkeypatch.setattr(convert, "CHUNK_BYTES", 96 * 4 * 70)
     x, q = vectors(300), vectors(20, seed=1)
@@ -137,13 +136,14 @@ def test_out(metric, monkeypatch):
     index = MatryoshkaIndex((16, 96), metric=metric)
     index.add(x)
     plain = to_faiss(index)
-    assert type(plain) is FLAT["l2" if metric == "l2" else "ip"]
+    terms = native.METRICS[metric]
+    assert type(plain) is (faiss.IndexFlatL2 if terms.differences else faiss.IndexFlatIP)
     index.remove(np.array([3, 299]))
     index.update(np.array([5]), x[3:4])
     mapped = index.to_faiss()
     assert type(mapped) is faiss.IndexIDMap2 and mapped.ntotal == 298
     assert faiss.vector_to_array(mapped.id_map).tolist() == index.ids.tolist()
-    if metric == "cosine":
+    if terms.normalized:
         norms = np.linalg.norm(mapped.index.reconstruct_n(0, 298), axis=1)
         zero = index.ids.tolist().index(7)
         assert norms[zero] == 0 and np.allclose(np.delete(norms, zero), 1, atol=1e-6)

@@ -141,7 +141,8 @@ def test_relevance():
     )
     opposite = store()._select_relevance_score_fn()
     assert opposite(-0.5) == 0 and opposite(1.0000001) == 1
-    assert store(metric="l2")._select_relevance_score_fn()(-2.0) == pytest.approx(0)
+    distance = store(metric="l2")._select_relevance_score_fn()
+    assert distance(-2.0) == pytest.approx(0) and distance(-0.5) == pytest.approx(0.5)
     assert store(metric="ip")._select_relevance_score_fn()(0.25) == 0.25
     kept = store().similarity_search_with_relevance_scores("a", 5, score_threshold=0.4)
     assert names(document for document, _ in kept) == ["id0", "id1"]

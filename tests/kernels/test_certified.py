@@ -9,8 +9,8 @@ from mrl_fast.kernels.search.plan import KnownRows
 
 from mrl_fast.search import reference
 from mrl_fast.testing import assert_same_topk
+from tests.helpers.kernels import METRICS
 
-METRICS = ["ip", "cosine", "l2"]
 PREFIX, WIDTH = 8, 40
 
 

@@ -10,6 +10,7 @@ from mrl_fast.kernels.search import certified, funnel, plan, topk
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mrl_fast import MatryoshkaIndex, SearchResult, prefix_topk, rerank
+from tests.helpers.kernels import METRICS
 
 DIMS = (8, 24)
 STAGES = [(8, 60), (24, 5)]
@@ -55,7 +56,7 @@ def in_a_gap(scores):
     return float(ordered[widest : widest + 2].mean()), 21 + widest
 
 
-@pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -177,7 +178,7 @@ def test_a_failed_add_leaves_what_there_was(call, monkeypatch):
 def test_a_query_that_is_zero_where_the_codes_are():
     x, q = vectors(200), vectors(2, seed=1)
     q[:, : DIMS[0]] = 0
-    for metric in ("cosine", "ip", "l2"):
+    for metric in METRICS:
         found = []
         for device in ("cpu", "cuda"):
             index = MatryoshkaIndex(DIMS, metric=metric, prefix_dtype="int8", device=device)
@@ -249,7 +250,7 @@ def test_a_search_does_not_wait(prefix_dtype, monkeypatch):
         torch.ones(1).item()
 
 
-@pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_ops_do_not_wait(metric, triton_device):
     x = vectors(400).to(triton_device)
     ties = torch.cat([x[:1].repeat(320, 1), x])
@@ -303,7 +304,7 @@ def test_streams():
 def test_ops_on_a_device_equal_the_cpu():
     x, q = vectors(100_000), vectors(300, seed=1)
     rows = torch.randint(0, len(x), (300, 50), generator=torch.Generator().manual_seed(2))
-    for metric in ("cosine", "ip", "l2"):
+    for metric in METRICS:
         for found, expected in (
             (
                 prefix_topk(q.cuda(), x.cuda(), 10, metric=metric),

@@ -16,9 +16,10 @@ from mrl_fast import MatryoshkaIndex, approx_topk, funnel_search, prefix_topk, r
 from mrl_fast.search.index import tuning
 from tests.helpers import torch_states
 from tests.helpers.index_model import one_thread  # noqa: F401
+from tests.helpers.search import metrics_of
 from tests.search.test_device_index import small_buffers  # noqa: F401
 
-DIMS, METRICS = (5, 9, 20), ("ip", "cosine", "l2")
+DIMS = 5, 9, 20
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(300, 20, generator=GENERATOR, dtype=torch.float32)
 Q = torch.randn(4, 20, generator=GENERATOR, dtype=torch.float32)
@@ -63,7 +64,7 @@ def answers(index):
 
 def ops(impl):
     found = []
-    for metric in METRICS:
+    for metric in metrics_of(impl):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             q, x = Q.to(dtype), X.to(dtype)
             found += prefix_topk(q, x, 7, dim=9, metric=metric, impl=impl)

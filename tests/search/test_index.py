@@ -10,6 +10,8 @@ import torch
 from mrl_fast import _C, MatryoshkaIndex, funnel_search, prefix_topk
 from mrl_fast.search.index import store
 from mrl_fast.shared import native
+from tests.helpers.coding import CODINGS, coding
+from tests.helpers.search import METRICS
 
 DIMS = (16, 32, 96)
 STAGES = [(16, 100), (32, 50), (96, 20)]
@@ -19,7 +21,7 @@ def vectors(rows, seed=0):
     return torch.randn(rows, 96, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_equals_the_functional_ops(metric, dtype):
     x, q = vectors(1000), vectors(20, seed=1)
@@ -156,7 +158,7 @@ def test_values_beyond_half_precision_are_refused():
     assert len(index) == 0
 
 
-@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_int8_prefix_chooses_and_the_vectors_score(metric, dtype):
     x, q = vectors(3000), vectors(20, seed=1)
@@ -182,7 +184,7 @@ def test_int8_prefix_chooses_and_the_vectors_score(metric, dtype):
         assert torch.equal(ours.scores, theirs.scores) and torch.equal(ours.ids, theirs.ids)
 
 
-@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_codes_are_the_same_on_every_instruction_set(metric, monkeypatch):
     x, q = vectors(3000), vectors(33, seed=1)
     results = []
@@ -197,8 +199,8 @@ def test_codes_are_the_same_on_every_instruction_set(metric, monkeypatch):
 def test_rows_lie_in_blocks_that_never_move(monkeypatch):
     monkeypatch.setattr(store, "BLOCK_ROWS", (192, 64))
     x, q = vectors(1000), vectors(20, seed=1)
-    for prefix_dtype in ("float32", "int8"):
-        index = MatryoshkaIndex(DIMS, metric="ip", prefix_dtype=prefix_dtype)
+    for prefix_dtype in CODINGS:
+        index = MatryoshkaIndex(DIMS, metric="ip", **coding(prefix_dtype))
         places = []
         for part in x.split(70):
             index.add(part)
@@ -213,11 +215,12 @@ def test_rows_lie_in_blocks_that_never_move(monkeypatch):
 
 
 def test_memory_beyond_the_vectors():
-    for prefix_dtype in ("float32", "int8"):
-        index = MatryoshkaIndex((64, 768), prefix_dtype=prefix_dtype)
+    for prefix_dtype in CODINGS:
+        index = MatryoshkaIndex((64, 768), **coding(prefix_dtype))
         x = torch.randn(5000, 768)
         index.add(x)
-        assert index.nbytes < 1.1 * x.numel() * 4
+        most = 1.3 if prefix_dtype == "bits" else 1.1
+        assert index.nbytes < most * x.numel() * 4
 
 
 PEAK = """
@@ -260,11 +263,11 @@ def decaying(rows, seed=0):
     return (torch.randn(rows, 96, generator=generator) * spread) @ axes
 
 
-@pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
-@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("prefix_dtype", CODINGS)
+@pytest.mark.parametrize("metric", METRICS)
 def test_rotation(metric, prefix_dtype):
     x, q = decaying(2000), decaying(30, seed=1)
-    index = MatryoshkaIndex(DIMS, metric=metric, prefix_dtype=prefix_dtype, rotation="pca")
+    index = MatryoshkaIndex(DIMS, metric=metric, **coding(prefix_dtype), rotation="pca")
     assert index.search(q, 3).ids.tolist() == [[-1] * 3] * 30 and index.rotation is None
     index.add(x[:1500])
     axes = index.rotation
@@ -281,7 +284,7 @@ def test_rotation(metric, prefix_dtype):
         ids = index.search(q, 10, stages=[(16, 60), (96, 10)]).ids
         return (ids[:, :, None] == exact.ids[:, None]).any(dim=2).float().mean()
 
-    plain = MatryoshkaIndex(DIMS, metric=metric, prefix_dtype=prefix_dtype)
+    plain = MatryoshkaIndex(DIMS, metric=metric, **coding(prefix_dtype))
     plain.add(x)
     assert recall(index) > 0.99 > 0.95 > recall(plain)
     single = index.search(q[4:5], 10, stages=[(16, 60), (96, 10)])

@@ -1,16 +1,28 @@
 """prefix_topk, rerank and funnel_search: tables, ties, edges, exactness, bad input."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from mrl_fast.kernels import search as kernels
 
-from mrl_fast import _C, SearchResult, approx_topk, funnel_search, prefix_topk, rerank
+from mrl_fast import (
+    _C,
+    MatryoshkaIndex,
+    SearchResult,
+    approx_topk,
+    funnel_search,
+    prefix_topk,
+    rerank,
+)
 from mrl_fast.search import reference
+from mrl_fast.search.index.device_metrics import DEVICE_METRICS
 from mrl_fast.shared import native
 from mrl_fast.testing import assert_same_topk
+from tests.helpers.search import METRICS, RUNS, metrics_of
 
 IMPLS = ["cpp", "triton"]  # without a GPU, Triton runs in its interpreter
-METRICS = ["ip", "cosine", "l2"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -42,10 +54,9 @@ SHAPES = [(8, 256, 32, 10), (7, 1001, 33, 10), (1, 300, 5, 3), (29, 200, 7, 70),
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_against_float64(impl, dtype, metric, shape):
+@pytest.mark.parametrize(("impl", "metric"), RUNS)
+def test_against_float64(impl, metric, dtype, shape):
     B, N, width, k = shape
     if impl == "triton" and (dtype == torch.float16 or N > 300):
         N = min(N, 140)  # the interpreter is slow
@@ -107,9 +118,9 @@ def test_results_depend_on_nothing_but_the_pair(metric):
     assert torch.equal(funnel.scores, whole.scores) and torch.equal(funnel.ids, whole.ids)
 
 
-@pytest.mark.parametrize(("impl", "rows"), [("cpp", 1_000_000), ("triton", 700)])
-@pytest.mark.parametrize("metric", METRICS)
-def test_equal_rows_come_in_order(impl, rows, metric):
+@pytest.mark.parametrize(("impl", "metric"), RUNS)
+def test_equal_rows_come_in_order(impl, metric):
+    rows = {"cpp": 1_000_000, "triton": 700}[impl]
     x = torch.ones(rows, 3)
     x[rows // 2] = 2.0  # one better row, by the inner product
     k = 7
@@ -141,8 +152,7 @@ def test_empty(impl, B, N):
         assert (result.ids == -1).all() and (result.scores == -torch.inf).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("impl", "metric"), RUNS)
 def test_funnel_is_its_stages(impl, metric):
     q, x = vectors(5, 48, seed=3), vectors(150, 48, seed=4)
     stages = [(8, 60), (16, 30), (48, 10)]
@@ -248,7 +258,11 @@ BAD[4, 2] = torch.nan
         (dict(k=True), TypeError, "k: expected an integer, got bool"),
         (dict(dim=9), ValueError, r"dim: expected an integer in \[1, 8\], got 9"),
         (dict(dim=0), ValueError, r"dim: expected an integer in \[1, 8\], got 0"),
-        (dict(metric="dot"), ValueError, "metric: expected one of 'ip', 'cosine', 'l2', got 'dot'"),
+        (
+            dict(metric="dot"),
+            ValueError,
+            "metric: expected one of 'ip', 'cosine', .* got 'dot'",
+        ),
         (dict(impl="cuda"), ValueError, "impl: expected None or one of .* got 'cuda'"),
         (dict(queries=Q * 1e30, database=X * 1e30), ValueError, "database: .* beyond"),
     ],
@@ -256,6 +270,23 @@ BAD[4, 2] = torch.nan
 def test_bad_input(kwargs, error, message):
     with pytest.raises(error, match=message):
         prefix_topk(**(dict(queries=Q, database=X, k=3) | kwargs))
+
+
+def test_a_metric_that_an_implementation_lacks(monkeypatch):
+    assert set(METRICS) == {*metrics_of("cpp")} <= {*metrics_of("reference")}
+    assert {*metrics_of("triton")} == {*DEVICE_METRICS} <= {*METRICS}
+    monkeypatch.setattr(kernels, "METRICS", ("ip", "l2"))
+    monkeypatch.delitem(DEVICE_METRICS, "cosine")
+    expected = "metric: expected one of 'ip', 'l2' with {}, got 'cosine'"
+    for run in (
+        partial(prefix_topk, k=3), partial(approx_topk, k=3),
+        partial(funnel_search, stages=[(8, 3)]),
+        partial(rerank, candidates=torch.zeros(len(Q), 1, dtype=torch.int64), k=3),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=expected.format("impl='triton'")):
+            run(Q, X, metric="cosine", impl="triton")
+    with pytest.raises(ValueError, match=expected.format("device='cuda'")):
+        MatryoshkaIndex((4, 8), metric="cosine", device="cuda")
 
 
 @pytest.mark.parametrize(
@@ -298,7 +329,7 @@ def test_eight_bits(impl, dtype):
     g = torch.Generator().manual_seed(5)
     q, x = ((40 * torch.randn(n, 12, generator=g)).round().clamp(-127, 127) for n in (2, 60))
     q, x = q.to(dtype), x.to(dtype)
-    for metric in ("ip", "cosine", "l2"):
+    for metric in metrics_of(impl):
         found = prefix_topk(q, x, 5, dim=9, metric=metric, impl=impl)
         expected = prefix_topk(q.double(), x.double(), 5, dim=9, metric=metric, impl="reference")
         assert torch.equal(found.ids, expected.ids)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mrl_fast import MatryoshkaIndex
-from tests.helpers.index_model import brute_force
+from tests.helpers.search import brute_force
 
 RELEASED = Path(__file__).parents[1] / "data"
 ROWS = [row for row in range(75) if row not in (0, 63, 66)]

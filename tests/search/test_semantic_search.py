@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mrl_fast import MatryoshkaIndex, funnel_search, semantic_search
+from mrl_fast.search.semantic import SIMILARITIES
 
 
 def vectors(rows, seed=0, width=96):
@@ -75,12 +76,11 @@ def test_ties():
     assert torch.equal(scores, split(theirs)[1])
 
 
-@pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
-def test_an_index_is_a_corpus(metric):
+@pytest.mark.parametrize(("metric", "name"), {m: name for name, m in SIMILARITIES.items()}.items())
+def test_an_index_is_a_corpus(metric, name):
     queries, corpus = vectors(5, seed=1), vectors(300)
     index = MatryoshkaIndex((16, 96), metric=metric)
     index.add(corpus, ids=torch.arange(300) * 7)
-    name = {"cosine": "cosine", "ip": "dot", "l2": "euclidean"}[metric]
     expected = semantic_search(queries, corpus, score_function=name)
     for results in (
         semantic_search(queries, index),

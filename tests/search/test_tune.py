@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mrl_fast import MatryoshkaIndex, SearchResult
+from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.search.index.cost import explain
 from mrl_fast.search.index.tuning import _chains, _losses, _lower_bound, _walk, tune
 
@@ -19,7 +20,8 @@ class Shape:
     """What counting asks of an index."""
 
     def __init__(self, rows, dims, dtype="float32", prefix_dtype="float32"):
-        self.rows, self.dims, self.dtype, self.prefix_dtype = rows, dims, dtype, prefix_dtype
+        self.rows, self.dims, self.device = rows, dims, "cpu"
+        self.config = IndexConfig(dims, "ip", dtype, prefix_dtype)
 
     def __len__(self):
         return self.rows
@@ -301,7 +303,7 @@ def test_losses_count_ties_and_nothing_else():
 def test_explain_by_hand(prefix_dtype, dtype, stages, batch, expected):
     result = explain(Shape(1000, (4, 8, 32), dtype, prefix_dtype), stages, batch)
     assert [row[:2] for row in result.rows] == stages
-    assert [row[2:] for row in result.rows] == expected
+    assert [row[2:5] for row in result.rows] == expected
     assert result.macs == sum(macs for _, macs, _ in expected)
     assert result.read_bytes == sum(read for *_, read in expected)
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from mrl_fast import MatryoshkaIndex, prefix_topk
-from tests.search.test_exact import METRICS, PREFIXES, brute_force
+from tests.helpers.coding import CODINGS, coding
+from tests.helpers.search import METRICS
+from tests.search.test_exact import best
 
 ROWS, WIDTH = 12_000, 36
 
@@ -41,7 +43,7 @@ KINDS = ["equal", "ten distinct", "few equal among many", "near-duplicates", "no
 def assert_right(index, x, queries, k, metric, alive=None):
     """Equal to brute force over the rows that may be found."""
     alive = torch.arange(len(x)) if alive is None else alive
-    scores, rows = brute_force(queries, x[alive], k, metric)
+    scores, rows = best(queries, x[alive], k, metric)
     allowed = None if len(index) == len(alive) else alive
     found = index.search(queries, k, exact=True, allowed=allowed)
     there = scores.shape[1]
@@ -51,14 +53,14 @@ def assert_right(index, x, queries, k, metric, alive=None):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("prefix_dtype", PREFIXES)
+@pytest.mark.parametrize("prefix_dtype", CODINGS)
 @pytest.mark.parametrize("kind", [*KINDS, *NEAR, "opposite zeros"])
 def test_rows_that_score_alike(kind, prefix_dtype, metric):
     x = rows_of(kind, ROWS, WIDTH)
     queries = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(2))
     queries[0] = x[0]
     for dims in [(9, WIDTH), (WIDTH,)]:
-        index = MatryoshkaIndex(dims, metric=metric, prefix_dtype=prefix_dtype)
+        index = MatryoshkaIndex(dims, metric=metric, **coding(prefix_dtype))
         index.add(x)
         for count in (20, 3):  # equal rows are looked for where queries are many
             assert_right(index, x, queries[:count], 10, metric)

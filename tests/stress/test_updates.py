@@ -21,6 +21,7 @@ from mrl_fast import MatryoshkaIndex
 from mrl_fast.search.disk import folder
 from mrl_fast.search.index import store
 from tests.helpers.index_model import TIMES, Answers, Model, assert_same, one_thread, vectors  # noqa: F401
+from tests.helpers.search import METRICS
 
 DIMS = (5, 8, 20)
 SIZES = st.sampled_from([0, 1, 2, 63, 64, 130])  # about tiles of 64 rows
@@ -168,7 +169,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
-@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_any_order(metric, prefix_dtype, tmp_path, small):
     run_state_machine_as_test(
         lambda: Machine(tmp_path, metric, prefix_dtype),

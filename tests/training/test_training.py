@@ -21,33 +21,7 @@ from mrl_fast import (
 )
 from mrl_fast.training import ops
 from mrl_fast.training.spec import FoldSpec
-
-DIMS = (8, 12, 48)
-
-
-def tensors(*shapes, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=g).to(dtype).requires_grad_() for shape in shapes]
-
-
-TARGET = torch.arange(19)
-TEACHER = tuple(t.detach() for t in tensors((19, 60), (30, 60), seed=1))
-LOSSES = {
-    "cross_entropy": lambda x, w: matryoshka_cross_entropy(
-        x, w, TARGET, DIMS, label_smoothing=0.1
-    ).loss,
-    "info_nce": lambda x, w: matryoshka_info_nce(x, w, DIMS).loss,
-    "clip": lambda x, w: matryoshka_info_nce(
-        x, w, DIMS, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
-    ).loss,
-    "all": lambda x, w: matryoshka_info_nce(
-        x, [w[:19], w[:19].flip(0)], DIMS, hardness_mode="all_negatives", hardness_strength=5.0,
-        directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
-    ).loss,
-    "sigmoid": lambda x, w: matryoshka_sigmoid_loss(x, w, DIMS, scale=10.0, bias=-10.0).loss,
-    "distill": lambda x, w: matryoshka_distill((x, w), TEACHER, DIMS, temperature=0.1).loss,
-    "logits": lambda x, w: matryoshka_logits(x, w, DIMS).square().mean(),
-}  # fmt: skip
+from tests.helpers.losses import DIMS, LOSSES, TARGET, tensors
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -35,23 +35,32 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
       theta(queries.n),
       touched(queries.n) {
     if (!rows.levels.empty()) stops.assign(rows.levels.begin() + 1, rows.levels.end());
-    stops.push_back(dim);
+    if (!laddered()) stops.push_back(dim);  // few rows are left by so close a bound
+    const float* centre = laddered() ? rows.ladder.centre : nullptr;
+    const double centre_square = centre ? kernels.dot64(centre, centre, dim) : 0.0;
+    centre_norm = std::sqrt(centre_square);
+    std::vector<float> less(dim);
     for (int64_t q = 0; q < queries.n; ++q) {
         const float* query = queries.data + q * queries.stride;
+        centred(query, centre, prefix(), less.data());
         data.push_back(query);
         norm.push_back(std::sqrt(kernels.dot64(query, query, dim)));
-        head.push_back(std::sqrt(kernels.dot64(query, query, prefix())));
+        head.push_back(std::sqrt(kernels.dot64(less.data(), less.data(), prefix())));
         theta[q] = -INFINITY;
         touched[q] = 0;
         for (int64_t level : rows.levels)
             tails.push_back(std::sqrt(kernels.dot64(query + level, query + level, dim - level)));
-        if (rows.code_dim) codes.push_back(encode(query, rows.code_dim));
+        if (coded()) codes.push_back(code_query(kernels, source(), less.data(), prefix()));
+        base.push_back(centre ? kernels.dot64(query, centre, dim) - centre_square : 0.0);
     }
 }
 
 float Problem::threshold(int64_t q, double theta) const {
-    const double squares = terms.squares ? norm[q] * norm[q] * (1.0 - SLACK) : 0.0;
-    return below(theta + squares);
+    // What is of the query alone: a term of each row where norms divide.
+    if (terms.normalized) return below(theta);
+    const double size = laddered() ? head[q] : norm[q],
+                 squares = terms.squares * size * size * (1.0 - SLACK);
+    return below(theta + squares - (squares > 0.0 ? 0.0 : terms.product * base[q]));
 }
 
 double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
@@ -69,36 +78,43 @@ double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
     return score_of(q, kernels.dot64(data[q], values, dim), std::sqrt(square));
 }
 
-// Terms, in order: prefix norm, tail norm, code error, the squared norm (l2).
+// Terms, in order: prefix norm, tail norm, code error, the squared norm. Of a ladder: norms of the
+// row and of what its codes stand for, the latter, code error, the row's own term, its inverse.
 void Pass::factor(const Panel::Group& group, int64_t i) {
     const int64_t at = group.first + i, q = queries_[at];
-    const double unit = p_.unit(q), room = p_.margin * p_.norm[q];
+    const double unit = p_.unit(q), room = p_.margin * (p_.norm[q] + p_.centre_norm);
     float* factors = factors_.data() + group.first * TERMS + i;
-    const bool coded = source_ == Source::CODES;
+    const bool coded = p_.coded(), laddered = p_.laddered();
     const double error = coded ? p_.codes[q].error : 0.0;
     scales_[at] = float(unit * (coded ? p_.codes[q].scale : 1.0));
     if (!ordinary(p_.norm[q] * p_.norm[q])) scales_[at] = NAN;
-    factors[0 * group.size] = above(unit * (error + room));
-    factors[1 * group.size] = above(unit * (room + p_.tail(q, 0)));
+    factors[0 * group.size] = above(unit * (laddered ? room : error + room));
+    factors[1 * group.size] = above(unit * (laddered ? error : room + p_.tail(q, 0)));
     factors[2 * group.size] = above(unit * (error + p_.head[q] + room));
-    factors[3 * group.size] = -1.0f;
+    const bool squares = !laddered || p_.terms.squares > 0.0f;
+    factors[3 * group.size] = squares ? -p_.terms.squares : float(unit);
+    factors[4 * group.size] = p_.terms.normalized ? float(unit * p_.base[q]) : 0.0f;
 }
 
 void Pass::prepare(Scan* scan) {
     scan->row_scale = nullptr;
-    const bool coded = source_ == Source::CODES, tails = !p_.rows.levels.empty();
+    const bool coded = p_.coded(), laddered = p_.laddered(), tails = !p_.rows.levels.empty();
     const float *prefix = reader_.stat(PREFIX_NORM), *unit = reader_.stat(CODE_SCALE),
                 *error = reader_.stat(CODE_ERROR), *tail = reader_.stat(TAIL_NORM);
+    const int64_t dims = p_.rows.ladder.dims.size(), own = SIGN_FACTOR + 2 * dims - 1;
     for (int r = 0; r < scan->rows; ++r) {
         const float rest = tails ? tail[r] : 0.0f, square = prefix[r] * prefix[r] + rest * rest;
         float inverse = 1.0f;
         if (p_.terms.normalized) inverse = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f;
         row_scale_[r] = coded ? unit[r] * inverse : inverse;
         if (!ordinary(square) || (square == 0.0f && prefix[r] + rest > 0.0f)) row_scale_[r] = NAN;
-        terms_[0][r] = prefix[r] * inverse;
-        terms_[1][r] = rest * inverse;
+        const float of_codes = laddered ? reader_.stat(CODE_NORM)[r] : rest;
+        terms_[0][r] = (laddered ? prefix[r] + of_codes : prefix[r]) * inverse;
+        terms_[1][r] = of_codes * inverse;
         terms_[2][r] = coded ? error[r] * inverse : 0.0f;
-        terms_[3][r] = p_.terms.squares ? square * float(1.0 - SLACK) : 0.0f;
+        terms_[3][r] = laddered ? reader_.stat(own)[r] : square;
+        if (p_.terms.squares > 0.0f) terms_[3][r] *= float(1.0 - SLACK);
+        terms_[4][r] = inverse;
     }
     scan->row_scale = row_scale_;
     scan->term_values = terms_[0];
@@ -116,8 +132,7 @@ bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
         finite &= reader_.read(tile, &scan);
         prepare(&scan);
         for (const Panel::Group& group : panel_.groups()) {
-            scan.panel = group.data;
-            scan.offsets = panel_.offsets() + group.first;
+            panel_.put(group, &scan);
             scan.query_scale = scales_.data() + group.first;
             scan.term_factors = factors_.data() + group.first * TERMS;
             scan.topk = topks_.data() + group.first;
@@ -143,9 +158,11 @@ bool Pass::possible(size_t i, const Span& span, int64_t local, double sum, size_
     const double square = prefix * prefix + tail * tail, norm = std::sqrt(square);
     if (!ordinary(square) || !ordinary(p_.norm[q] * p_.norm[q])) return true;
     double bound = sum + p_.margin * p_.norm[q] * norm + p_.tail(q, level) * rest;
-    if (p_.terms.normalized) bound = norm > 0.0 ? bound * p_.unit(q) / norm + SLACK : SLACK;
-    if (p_.terms.squares)
-        bound = p_.terms.product * bound - (square + p_.norm[q] * p_.norm[q]) * (1.0 - SLACK);
+    if (p_.terms.normalized)
+        bound = (norm > 0.0 ? bound * p_.unit(q) / norm : 0.0) + p_.terms.product * SLACK;
+    else
+        bound = p_.terms.product * bound -
+                p_.terms.squares * (square + p_.norm[q] * p_.norm[q]) * (1.0 - SLACK);
     return !(bound < thetas_[i]);
 }
 
@@ -162,7 +179,7 @@ void Pass::finish(size_t i, bool counting) {
         const int64_t row = row_of(kept.entries[e].key);
         spans_[e] = &span_of(p_.rows, row);
         local_[e] = row - spans_[e]->first;
-        sums_[e] = source_ == Source::CODES ? 0.0f : kept.entries[e].partial;
+        sums_[e] = p_.coded() ? 0.0f : kept.entries[e].partial;
     }
     int64_t count = kept.count;
     int64_t from = p_.rows.packed_dim;

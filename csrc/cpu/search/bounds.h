@@ -1,9 +1,10 @@
 // Bounds on scores from what is known of rows' prefixes and tails, for certified exact search.
 //
 // After the columns before a level, ⟨q, x⟩ <= S + ‖q_tail‖·‖x_tail‖; where S is of int8 codes,
-// ⟨q, x⟩ <= ⟨q̂, x̂⟩ + ‖q − q̂‖·‖x̂‖ + ‖q‖·‖x − x̂‖ + ‖q_tail‖·‖x_tail‖. Each bound has room for the
-// rounding of what it is computed from. A row is dropped where its bound is below θ, the k-th best
-// fp64 score of rows seen so far.
+// ⟨q, x⟩ <= ⟨q̂, x̂⟩ + ‖q − q̂‖·‖x̂‖ + ‖q‖·‖x − x̂‖ + ‖q_tail‖·‖x_tail‖; a ladder's codes are of all
+// columns, and of rows and queries less a centre: see Ladder for what is added. Each bound has room
+// for the rounding of what it is computed from. A row is dropped where its bound is below θ, the
+// k-th best fp64 score of rows seen so far.
 #pragma once
 
 #include <atomic>
@@ -41,26 +42,35 @@ inline void raise(std::atomic<double>& value, double to) {
 struct Problem {
     Problem(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
             int64_t dim, int64_t k);
-    int64_t prefix() const { return rows.code_dim ? rows.code_dim : rows.packed_dim; }
-    Source source() const { return rows.code_dim ? Source::CODES : Source::PRODUCT; }
+    Source source() const {
+        return laddered() ? Source::NIBBLES : rows.code_dim ? Source::CODES : Source::PRODUCT;
+    }
+    bool laddered() const { return !rows.ladder.dims.empty() && rows.ladder.dims.back() == dim; }
+    bool coded() const { return of_codes(source()); }
+    // Columns that the first bound is of.
+    int64_t prefix() const { return laddered() ? dim : coded() ? rows.code_dim : rows.packed_dim; }
+    // Bytes that a scan reads of such a column.
+    double column_bytes() const { return laddered() ? 0.5 : coded() ? 1.0 : 4.0; }
     // Whether a bound costs less than a score.
-    bool prunes() const { return rows.code_dim > 0 || !rows.levels.empty(); }
+    bool prunes() const { return coded() || !rows.levels.empty(); }
     double tail(int64_t q, size_t level) const {
         return level < rows.levels.size() ? tails[q * rows.levels.size() + level] : 0.0;
     }
     // A factor that turns inner products with this query into the metric's scores.
     double unit(int64_t q) const {
-        if (terms.normalized) return norm[q] > 0.0 ? 1.0 / norm[q] : 0.0;
+        if (terms.normalized) return norm[q] > 0.0 ? terms.product / norm[q] : 0.0;
         return terms.product;
     }
     // θ as what a gate compares with: a row below it is below θ.
     float threshold(int64_t q, double theta) const;
-    double scale() const { return terms.source == Source::DIFFERENCE ? -1.0 : 1.0; }
-    // A score from Σ q·x, or Σ (q − x)², and the row's norm, which only cosine looks at.
+    // A score from Σ q·x, or Σ (q − x)², and the row's norm, where it divides.
+    double scale() const {
+        return terms.source == Source::DIFFERENCE ? -terms.squares : terms.product;
+    }
     double score_of(int64_t q, double sum, double row_norm) const {
         if (!terms.normalized) return scale() * sum + 0.0;
         const double length = norm[q] * row_norm;
-        return length > 0.0 ? sum / length + 0.0 : 0.0;
+        return length > 0.0 ? terms.product * sum / length + 0.0 : 0.0;
     }
     // The fp64 score of a row; `x` is room for its columns.
     double score(int64_t q, int64_t row, std::vector<float>* x) const;
@@ -74,7 +84,9 @@ struct Problem {
     std::vector<int64_t> stops;  // columns up to which sums go on after the first bound
     std::vector<const float*> data;
     std::vector<double> norm, head, tails;  // of all columns, of the prefix; [n, levels]
-    std::vector<Codes> codes;
+    std::vector<double> base;               // of a ladder: what of ⟨q, x⟩ is of the query alone
+    double centre_norm;                     // ‖c‖
+    std::vector<CodedQuery> codes;
     std::vector<std::atomic<double>> theta;
     std::vector<std::atomic<int64_t>> touched;
 };

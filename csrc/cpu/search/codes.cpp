@@ -5,9 +5,52 @@
 #include <cstring>
 
 namespace mrl {
+namespace {
+
+// Four columns as a kernel reads them.
+void put_quad(const int8_t* codes, int64_t bytes, char* quad) {
+    const int16_t wide[4] = {codes[0], codes[2], codes[1], codes[3]};
+    if (bytes == 4)
+        std::memcpy(quad, codes, 4);
+    else
+        std::memcpy(quad, wide, 8);
+}
+
+// Tables of the sums ±q of four columns each, in units so that all fit 6 bits, and their sum 16.
+CodedQuery signs_of(const float* x, int64_t dim) {
+    const int64_t steps = code_steps(Source::SIGNS, dim), tables = 2 * steps;
+    const double most = std::min<double>(63, 65535 / tables);
+    double largest = 0.0, total = 0.0;
+    auto at = [&](int64_t c) { return c < dim ? double(x[c]) : 0.0; };
+    auto reach = [&](int64_t t) {  // the greatest sum; the least is less than 0 by as much
+        double sum = 0.0;
+        for (int64_t j = 0; j < 4; ++j) sum += std::abs(at(4 * t + j));
+        return sum;
+    };
+    for (int64_t t = 0; t < tables; ++t) {
+        largest = std::max(largest, reach(t));
+        total += reach(t);
+    }
+    const double unit = largest > 0.0 ? 2.0 * largest / most : 1.0;
+    CodedQuery query = {std::vector<char>(steps * SIGN_TABLES),
+                        SIGN_TABLES,
+                        0,
+                        float(-total / unit),
+                        float(unit),
+                        0.0};
+    for (int64_t t = 0; t < tables; ++t)
+        for (int64_t mask = 0; mask < 16; ++mask) {
+            double sum = reach(t);
+            for (int64_t j = 0; j < 4; ++j) sum += mask >> j & 1 ? at(4 * t + j) : -at(4 * t + j);
+            query.steps[t * 16 + mask] = char(std::lrint(std::min(sum / unit, most)));
+        }
+    return query;
+}
+
+}  // namespace
 
 Codes encode(const float* x, int64_t dim) {
-    Codes coded = {std::vector<int8_t>(quads_of(dim) * 4), 0.0f, 0.0};
+    Codes coded = {std::vector<int8_t>((dim + 3) / 4 * 4), 0.0f, 0.0};
     float largest = 0.0f;
     for (int64_t c = 0; c < dim; ++c) largest = std::max(largest, std::abs(x[c]));
     if (largest < TINY) largest = 0.0f;  // the error says so
@@ -24,25 +67,112 @@ Codes encode(const float* x, int64_t dim) {
     return coded;
 }
 
+CodedQuery code_query(const Kernels& kernels, Source source, const float* x, int64_t dim) {
+    if (source == Source::SIGNS) return signs_of(x, dim);
+    Codes coded = encode(x, dim);
+    int32_t sum = 0;
+    for (int8_t code : coded.codes) sum += code;
+    const int64_t quads = source == Source::CODES ? 1 : 2, steps = code_steps(source, dim);
+    const int64_t bytes = source == Source::CODES ? kernels.quad_bytes : 4;
+    coded.codes.resize(steps * quads * 4);
+    CodedQuery query = {std::vector<char>(steps * quads * bytes),
+                        quads * bytes,
+                        -128 * sum,
+                        -7.5f * float(sum),
+                        coded.scale,
+                        coded.error};
+    for (int64_t i = 0; i < steps * quads; ++i)
+        put_quad(coded.codes.data() + 4 * i, bytes, query.steps.data() + i * bytes);
+    return query;
+}
+
 void put_codes(const Codes& codes, int64_t row, uint8_t* tiles) {
     const int64_t count = int64_t(codes.codes.size());
-    uint8_t* first = tiles + row / TILE * code_tile_bytes(count) + row % TILE * 4;
+    uint8_t* first = tiles + row / TILE * code_tile_bytes(Source::CODES, count) + row % TILE * 4;
     for (int64_t c = 0; c < count; ++c)
         first[c / 4 * TILE * 4 + c % 4] = uint8_t(codes.codes[c] + 128);
 }
 
-void put_quad(const int8_t* codes, int64_t bytes, char* quad) {
-    const int16_t wide[4] = {codes[0], codes[2], codes[1], codes[3]};
-    if (bytes == 4)
-        std::memcpy(quad, codes, 4);
-    else
-        std::memcpy(quad, wide, 8);
+void centred(const float* x, const float* centre, int64_t dim, float* y) {
+    for (int64_t c = 0; c < dim; ++c) y[c] = centre ? x[c] - centre[c] : x[c];
 }
 
-int32_t offset_of(const Codes& query) {
-    int32_t sum = 0;
-    for (int8_t code : query.codes) sum += code;
-    return -128 * sum;
+LadderCoder::LadderCoder(const Kernels& kernels, const Ladder& ladder)
+    : kernels_(kernels), ladder_(ladder) {
+    if (ladder.dims.empty()) return;
+    const int64_t columns = code_steps(Source::NIBBLES, ladder.dims.back()) * 8;
+    codes_.assign(columns, 8);
+    for (std::vector<float>* each : {&beside_, &levels_, &signs_}) each->assign(columns, 0.0f);
+    for (std::vector<float>* each : {&stats_.factors, &stats_.terms, &stats_.inverses})
+        each->resize(ladder.dims.size());
+}
+
+// Loops of one simple operation each: compilers make vectors of them.
+const LadderStats& LadderCoder::code(const float* x) {
+    const int64_t width = ladder_.dims.back();
+    float *y = beside_.data(), *level = levels_.data(), *sign = signs_.data();
+    centred(x, ladder_.centre, width, y);
+    constexpr int LANES = 8;
+    float most[LANES] = {};
+    for (int64_t c = 0; c < int64_t(beside_.size()); c += LANES)
+        for (int i = 0; i < LANES; ++i) {
+            const float size = std::abs(y[c + i]);
+            most[i] = most[i] > size ? most[i] : size;
+        }
+    float largest = *std::max_element(most, most + LANES);
+    if (largest < TINY) largest = 0.0f;  // the error says so
+    const float scale = largest / 8.0f, inverse = largest > 0.0f ? 8.0f / largest : 0.0f;
+    for (int64_t c = 0; c < width; ++c) {
+        const float at = y[c] * inverse + 8.0f;
+        codes_[c] = uint8_t(int(at < 15.0f ? at : 15.0f));
+    }
+    for (int64_t c = 0; c < width; ++c) level[c] = float(codes_[c]) - 7.5f;
+    for (int64_t c = 0; c < width; ++c) sign[c] = level[c] > 0.0f ? 1.0f : -1.0f;
+    describe(x);
+    stats_.scale = scale;
+    stats_.code_norm = std::sqrt(kernels_.dot64(level, level, width)) * scale;
+    const double size = std::sqrt(kernels_.dot64(y, y, width));
+    for (int64_t c = 0; c < width; ++c) level[c] = y[c] - level[c] * scale;
+    // With room for the rounding of y, of what the codes stand for and of their difference.
+    stats_.error = std::sqrt(kernels_.dot64(level, level, width)) +
+                   std::ldexp(3.0, -24) * (size + stats_.code_norm);
+    return stats_;
+}
+
+// The statistics of each prefix; y and its signs are known.
+void LadderCoder::describe(const float* x) {
+    const MetricTerms& terms = terms_of(ladder_.metric);
+    const float *y = beside_.data(), *sign = signs_.data(), *centre = ladder_.centre;
+    double square = 0.0, beside = 0.0, along = 0.0, of_centre = 0.0;  // ‖x‖², ‖y‖², ‖y‖₁, ⟨c, x⟩
+    for (int64_t i = 0, from = 0; i < int64_t(ladder_.dims.size()); from = ladder_.dims[i++]) {
+        const int64_t cols = ladder_.dims[i] - from;
+        square += kernels_.dot64(x + from, x + from, cols);
+        beside += kernels_.dot64(y + from, y + from, cols);
+        along += kernels_.dot64(y + from, sign + from, cols);
+        if (centre) of_centre += kernels_.dot64(centre + from, x + from, cols);
+        const double norm = std::sqrt(square), inverse = norm > 0.0 ? 1.0 / norm : 0.0,
+                     factor = along > 0.0 ? beside / along : 0.0;
+        stats_.factors[i] = float(terms.normalized ? factor * inverse : factor);
+        stats_.terms[i] = float(terms.normalized       ? of_centre * inverse
+                                : terms.squares > 0.0f ? beside
+                                                       : of_centre);
+        stats_.inverses[i] = float(inverse);
+    }
+    stats_.norm = std::sqrt(square);
+}
+
+void LadderCoder::put(int64_t row, uint8_t* signs, uint8_t* nibbles) const {
+    const int64_t steps = codes_.size() / 8, lane = row % TILE;
+    signs += row / TILE * steps * TILE + lane;
+    nibbles += (row / TILE * steps * TILE + lane) * 4;
+    for (int64_t i = 0; i < steps; ++i, signs += TILE, nibbles += TILE * 4) {
+        uint64_t codes = 0;  // the first in the lowest byte
+        for (int j = 0; j < 8; ++j) codes |= uint64_t(codes_[8 * i + j]) << 8 * j;
+        const uint32_t bytes = uint32_t(codes) | uint32_t(codes >> 32) << 4;
+        for (int j = 0; j < 4; ++j) nibbles[j] = uint8_t(bytes >> 8 * j);
+        // The product gathers the bytes' bits in its last byte.
+        *signs = uint8_t((codes >> 3 & 0x0101010101010101u) * 0x0102040810204080u >> 56);
+    }
 }
 
 }  // namespace mrl

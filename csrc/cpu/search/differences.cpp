@@ -57,7 +57,7 @@ class Differences {
             const float square = squares[__builtin_ctzll(lanes)];
             if (!(square <= largest)) largest = square;  // NaN too, and it stays
         }
-        if (!p_.terms.normalized && !p_.terms.squares) return;
+        if (!p_.terms.normalized && p_.terms.squares == 0.0f) return;
         p_.kernels.advance(Source::PRODUCT, scan->segments[0], centre_.data(), products);
         for (int r = 0; r < TILE; ++r) {
             const double beyond = 2.0 * products[r] + squares[r],
@@ -93,8 +93,7 @@ struct Factors {
                 const double along = p.kernels.dot64(p.data[q], centre.data(), p.dim);
                 scales[i] = float(p.unit(q));
                 terms[TERMS * group.first + i - group.first] =
-                    float(p.terms.normalized ? -along * p.unit(q) / centre_norm
-                                             : -double(p.terms.squares));
+                    float(p.terms.normalized ? -along * p.unit(q) / centre_norm : -p.terms.squares);
             }
     }
     std::vector<float> scales, terms;  // terms: [groups, TERMS, size]
@@ -162,7 +161,7 @@ Shortlist shortlist_by_differences(const Problem& p, const Rows& rows,
             list.absolute[i] =
                 room * (p.terms.product * norm * far + p.terms.squares * beyond) + 1e-36;
         else if (norm > 0.0 && length > 0.0 && least * least > SMALLEST)
-            list.absolute[i] = room * (far + beyond / length) / least + 1e-36;
+            list.absolute[i] = room * p.terms.product * (far + beyond / length) / least + 1e-36;
     });
     return list;
 }

@@ -25,10 +25,10 @@ constexpr int64_t MANY = 128;          // a k-th of the rows in so many: each is
 constexpr int64_t PANEL_BYTES = 512 << 10, PASS_BYTES = int64_t(256) << 20;  // of one pass
 
 Panel panel_of(const Problem& p, const std::vector<int64_t>& which) {
-    if (p.rows.code_dim) {
-        std::vector<Codes> coded;
+    if (p.coded()) {
+        std::vector<CodedQuery> coded;
         for (int64_t q : which) coded.push_back(p.codes[q]);
-        return Panel(p.kernels, coded);
+        return Panel(coded);
     }
     return Panel(Gathered(p, which).queries, p.prefix());
 }
@@ -40,23 +40,23 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
     const int64_t n = which.size();
     if (n == 0) return Status::OK;
     const Gathered gathered(p, which);
-    const Source source = p.rows.code_dim ? Source::CODES : p.terms.source;
+    const Source source = p.laddered() ? Source::SIGNS : p.coded() ? Source::CODES : p.terms.source;
     const int64_t dim = p.prefix(), keep = std::min(2 * p.k + 32, p.rows.eligible());
     std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
     std::vector<int64_t> counts(n);
-    Status status = scan_all(p.kernels, p.rows, gathered.queries, p.metric, source, dim, keep, step,
-                             threads, entries.get(), counts.data());
+    Status status = scan_all({p.kernels, threads}, p.rows, gathered.queries,
+                             {p.metric, source, dim, keep, step}, entries.get(), counts.data());
     if (status != Status::OK) return status;
     each(n, threads, [&](int64_t i) {
         const int64_t q = which[i];
         const Entry* mine = entries.get() + i * keep;
         std::vector<Entry> candidates(mine, mine + counts[i]);
         std::vector<float> room;
-        if (source == Source::CODES)
+        if (p.coded())
             for (Entry& entry : candidates) entry.partial = entry.sqnorm = 0.0f;
         // An overflow shows again in the scores of the end.
-        advance_all(p.kernels, p.rows, p.data[q], p.metric, source == Source::CODES ? 0 : dim,
-                    p.dim, p.k, room, candidates);
+        const int64_t from = p.coded() ? 0 : dim;
+        advance_all(p.kernels, p.rows, p.data[q], {p.metric, from, p.dim, p.k}, room, candidates);
         std::vector<double> scores;
         for (const Entry& entry : candidates)
             scores.push_back(p.score(q, row_of(entry.key), &room));
@@ -69,8 +69,8 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
 }
 
 // Bounds every row of some of the queries; appends each thread's best to theirs.
-bool run(Problem& p, const std::vector<int64_t>& which, int threads,
-         std::vector<std::vector<Final>>* best) {
+bool scan_bounded(Problem& p, const std::vector<int64_t>& which, int threads,
+                  std::vector<std::vector<Final>>* best) {
     if (which.empty()) return true;
     const Panel panel = panel_of(p, which);
     const int64_t tiles = TileReader::count(p.rows, p.source());
@@ -165,10 +165,10 @@ void split(Problem& p, const std::vector<double>& guess, int threads, std::vecto
     const Panel panel = panel_of(p, all);
     const int64_t tiles = TileReader::count(p.rows, p.source()),
                   sampled = std::min(tiles, PREDICT_TILES);
-    // In columns: what a scan of the rows costs, less that of the prefix, of a quarter of the bytes
-    // where it is of codes.
+    // In columns: what a scan of the rows costs, less that of the prefix, of fewer bytes where it
+    // is of codes.
     const double row = double(p.rows.eligible()) / tiles * p.dim,
-                 tile = double(TILE) * p.prefix() / (p.rows.code_dim ? 4 : 1);
+                 tile = double(TILE) * p.prefix() * p.column_bytes() / 4.0;
     // A gathered column costs as much as several of a scan for so many queries: of memory at a few,
     // of arithmetic at many.
     auto budget = [&](int64_t queries) {
@@ -213,7 +213,7 @@ Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<
         Status status = seed(p, bounded, step, threads, &guess);
         if (status != Status::OK) return status;
         split(p, guess, threads, &bounded, &full);
-        const int64_t seed_step = p.rows.code_dim ? 1 : SEED_STEP;
+        const int64_t seed_step = p.coded() ? 1 : SEED_STEP;
         if (step > seed_step) {
             // The first guess was a rough one: where it serves most, it may be what the others
             // lack.
@@ -246,15 +246,16 @@ Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<
     } else {
         wide.swap(undecided);
     }
-    if (!run(p, bounded, threads, best)) return Status::NOT_FINITE;
+    if (!scan_bounded(p, bounded, threads, best)) return Status::NOT_FINITE;
     return scan_wide(p, rows, wide, threads, best);
 }
 
 }  // namespace
 
-Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-                    int64_t dim, int64_t k, int threads, float* scores, int64_t* ids,
-                    int64_t* touched) {
+Status exact_search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
+                    Stage stage, const Results& results, int64_t* touched) {
+    const int64_t dim = stage.dim, k = stage.keep;
+    const int threads = run.threads;
     rows.check();
     if (!finite(queries, dim)) return Status::QUERY_NOT_FINITE;
     std::atomic<bool> overflow{false};
@@ -269,7 +270,8 @@ Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& que
         const int64_t n = std::min(pass, queries.n - begin);
         const Queries part = {queries.data + begin * queries.stride, n, queries.stride};
         std::vector<std::vector<Final>> best(n);
-        std::unique_ptr<Problem> problem(new Problem(kernels, in_place, part, metric, dim, keep));
+        std::unique_ptr<Problem> problem(
+            new Problem(run.kernels, in_place, part, metric, dim, keep));
         if (rows.eligible() > 0) {
             const Status status = search_pass(*problem, gathered, threads, &best);
             if (status != Status::OK) return status;
@@ -279,9 +281,9 @@ Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& que
             for (int64_t i = 0; i < k; ++i) {
                 const bool found = i < int64_t(best[q].size());
                 const int64_t at = (begin + q) * k + i;
-                scores[at] = found ? float(best[q][i].score) : -INFINITY;
-                ids[at] = found ? id_of(rows, best[q][i].row) : -1;
-                if (found && std::isinf(scores[at])) overflow = true;
+                results.scores[at] = found ? float(best[q][i].score) : -INFINITY;
+                results.ids[at] = found ? id_of(rows, best[q][i].row) : -1;
+                if (found && std::isinf(results.scores[at])) overflow = true;
             }
             touched[begin + q] = std::min<int64_t>(problem->touched[q], rows.eligible());
         });
@@ -289,9 +291,8 @@ Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& que
     return overflow ? Status::OVERFLOW_ : Status::OK;
 }
 
-Status range_search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-                    int64_t dim, double threshold, int threads,
-                    std::vector<std::vector<Neighbour>>* found) {
+Status range_search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
+                    int64_t dim, double threshold, std::vector<std::vector<Neighbour>>* found) {
     rows.check();
     found->assign(queries.n, {});
     if (!finite(queries, dim)) return Status::QUERY_NOT_FINITE;
@@ -304,15 +305,15 @@ Status range_search(const Kernels& kernels, const Rows& rows, const Queries& que
         const Queries part = {queries.data + begin * queries.stride, n, queries.stride};
         // More than there are, so that every row that reaches θ is kept.
         std::unique_ptr<Problem> problem(
-            new Problem(kernels, in_place, part, metric, dim, rows.count() + 1));
+            new Problem(run.kernels, in_place, part, metric, dim, rows.count() + 1));
         // Some scores a little below round to the threshold.
         const double theta = threshold - 1e-7 * std::abs(threshold) - 1e-36;
         for (std::atomic<double>& each_theta : problem->theta) each_theta = theta;
         std::vector<int64_t> all(n);
         std::iota(all.begin(), all.end(), 0);
         std::vector<std::vector<Final>> best(n);
-        if (!run(*problem, all, threads, &best)) return Status::NOT_FINITE;
-        each(n, threads, [&](int64_t q) {
+        if (!scan_bounded(*problem, all, run.threads, &best)) return Status::NOT_FINITE;
+        each(n, run.threads, [&](int64_t q) {
             std::sort(best[q].begin(), best[q].end());
             for (const Final& final : best[q]) {
                 const float score = float(final.score);

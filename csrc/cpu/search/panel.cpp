@@ -1,5 +1,6 @@
 // Queries side by side, as a scan broadcasts them.
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/search/scan.h"
 
@@ -34,13 +35,16 @@ Panel::Panel(const Queries& queries, int64_t dim) {
     });
 }
 
-Panel::Panel(const Kernels& kernels, const std::vector<Codes>& coded) {
-    const int64_t quads = coded.empty() ? 0 : int64_t(coded[0].codes.size()) / 4;
-    const int64_t bytes = kernels.quad_bytes;
-    for (const Codes& query : coded) offsets_.push_back(offset_of(query));
-    group(coded.size(), quads * bytes, [&](int64_t q, char* data, int64_t size, int64_t at) {
-        for (int64_t i = 0; i < quads; ++i)
-            put_quad(coded[q].codes.data() + 4 * i, bytes, data + (i * size + at) * bytes);
+Panel::Panel(const std::vector<CodedQuery>& coded) {
+    const int64_t bytes = coded.empty() ? 1 : coded[0].step_bytes;
+    const int64_t steps = coded.empty() ? 0 : int64_t(coded[0].steps.size()) / bytes;
+    for (const CodedQuery& query : coded) {
+        offsets_.push_back(query.offset);
+        shifts_.push_back(query.shift);
+    }
+    group(coded.size(), steps * bytes, [&](int64_t q, char* data, int64_t size, int64_t at) {
+        for (int64_t i = 0; i < steps; ++i)
+            std::memcpy(data + (i * size + at) * bytes, coded[q].steps.data() + i * bytes, bytes);
     });
 }
 

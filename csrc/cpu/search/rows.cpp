@@ -68,7 +68,10 @@ TileReader::TileReader(const Kernels& kernels, const Rows& rows, Source source, 
       dim_(dim),
       groups_(std::max<int64_t>(groups, 1)),
       head_(std::min(dim, rows.packed_dim)),
-      suffix_(source == Source::CODES ? 0 : dim - head_),
+      suffix_(of_codes(source) ? 0 : dim - head_),
+      code_bytes_(code_tile_bytes(source, source == Source::CODES || !of_codes(source)
+                                              ? rows.code_dim
+                                              : rows.ladder.dims.back())),
       count_(count(rows, source)),
       unpacked_((gathers(rows, source) ? dim : suffix_) * TILE) {
     int64_t tiles = 0;
@@ -91,6 +94,14 @@ TileReader::Place TileReader::place(int64_t i) {
     return {&rows_.spans[at_], number - starts_[at_], number};
 }
 
+const uint8_t* TileReader::codes(const Place& at) const {
+    const Span& span = *at.span;
+    const uint8_t* tiles = source_ == Source::SIGNS     ? span.signs
+                           : source_ == Source::NIBBLES ? span.nibbles
+                                                        : span.codes;
+    return tiles + at.tile * code_bytes_;
+}
+
 // Spreads the prefetching of a tile over the scans of all groups.
 void TileReader::ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const {
     const char* begin = static_cast<const char*>(tile);
@@ -110,15 +121,17 @@ bool TileReader::read(int64_t tile, Scan* scan) {
     if (rows_.mask) scan->wanted &= rows_.mask[here.number];
     // Prefetches the tile that is so far ahead that memory answers in time.
     constexpr int64_t FAR = 16 << 10;
-    const int64_t quads = quads_of(rows_.code_dim), code_bytes = code_tile_bytes(rows_.code_dim),
-                  head_bytes = head_ * TILE * int64_t(sizeof(float)),
-                  bytes = source_ == Source::CODES ? code_bytes : head_bytes,
+    const int64_t steps = code_steps(source_, dim_), step_bytes = source_ == Source::SIGNS ? 1 : 4,
+                  bytes = TILE *
+                          (of_codes(source_) ? steps * step_bytes : head_ * int64_t(sizeof(float))),
                   distance = std::max<int64_t>(1, FAR / std::max<int64_t>(bytes, 1));
     const Place later = place(std::min(tile + distance, count_ - 1));
-    if (source_ == Source::CODES) {
-        scan->quads = quads;
-        scan->codes = span_->codes + local_ * code_bytes;
-        ahead(scan, later.span->codes + later.tile * code_bytes, quads, 4 * TILE);
+    if (of_codes(source_)) {
+        scan->steps = steps;
+        scan->codes = codes(here);
+        // A step of signs, a line, is read together with the next.
+        ahead(scan, codes(later), source_ == Source::SIGNS ? steps / 2 : steps,
+              TILE * std::max<int64_t>(step_bytes, 2));
         return true;
     }
     const auto packed = [&](const Place& at) {

@@ -22,96 +22,134 @@ bool beyond_float(const Entry* sorted, int64_t count) {
 // What turns a tile's sums into a metric's scores.
 class Scaling {
   public:
-    Scaling(const Kernels& kernels, const Queries& queries, Metric metric, Source source,
-            int64_t dim, const std::vector<Codes>& coded)
+    Scaling(const Kernels& kernels, const Rows& rows, const Queries& queries,
+            const FirstStage& stage, const std::vector<CodedQuery>& coded)
         : kernels_(kernels),
-          metric_(terms_of(metric)),
-          source_(source),
-          query_scale_(queries.n, 1.0f) {
+          ladder_(rows.ladder),
+          metric_(terms_of(stage.metric)),
+          source_(stage.source),
+          place_(ladder_.place(stage.dim)),
+          query_scale_(queries.n, 1.0f),
+          factors_(queries.n * 2) {
+        // What is of the query alone changes no order.
+        const float* centre = of_codes(source_) ? ladder_.centre : nullptr;
         for (int64_t q = 0; q < queries.n; ++q) {
-            if (terms_of(metric).normalized)
-                query_scale_[q] = query_scale(queries.data + q * queries.stride, dim);
-            if (source == Source::CODES)
-                query_scale_[q] *= terms_of(metric).product * coded[q].scale;
+            const float* query = queries.data + q * queries.stride;
+            if (metric_.normalized) query_scale_[q] = query_scale(query, stage.dim);
+            query_scale_[q] *= metric_.factor(source_);
+            factors_[2 * q] = metric_.squares > 0.0f ? -metric_.squares : query_scale_[q];
+            if (metric_.normalized && centre)
+                factors_[2 * q + 1] =
+                    float(query_scale_[q] * (kernels.dot64(query, centre, stage.dim) -
+                                             kernels.dot64(centre, centre, stage.dim)));
+            if (of_codes(source_)) query_scale_[q] *= coded[q].scale;
         }
+        std::fill(row_scale_, row_scale_ + TILE, 1.0f);
     }
     // For the tile that was read last.
     void prepare(const TileReader& tiles, Scan* scan) {
-        if (source_ == Source::CODES) {
+        if (source_ == Source::SIGNS || source_ == Source::NIBBLES) {
+            const int64_t dims = ladder_.dims.size(), first = SIGN_FACTOR + place_;
+            if (source_ == Source::SIGNS) {
+                scan->row_scale = whole(tiles.stat(first), scan->rows, row_scale_);
+            } else {
+                const float* unit = tiles.stat(CODE_SCALE);
+                const float* inverse = tiles.stat(first + (metric_.normalized ? 2 * dims : 0));
+                for (int r = 0; r < scan->rows; ++r)
+                    row_scale_[r] = metric_.normalized ? unit[r] * inverse[r] : unit[r];
+                scan->row_scale = row_scale_;
+            }
+            if (!ladder_.has_terms()) return;
+            std::copy_n(tiles.stat(first + dims), scan->rows, terms_);
+            if (metric_.normalized)
+                std::copy_n(tiles.stat(first + 2 * dims), scan->rows, terms_ + TILE);
+            scan->term_values = terms_;
+        } else if (source_ == Source::CODES) {
             const float *unit = tiles.stat(CODE_SCALE), *norm = tiles.stat(PREFIX_NORM);
             for (int r = 0; r < scan->rows; ++r) {
                 row_scale_[r] = unit[r];
                 if (metric_.normalized) row_scale_[r] = norm[r] > 0 ? unit[r] / norm[r] : 0;
-                terms_[r] = norm[r] * norm[r];  // 2⟨q, x⟩ − ‖x‖² orders as −‖q − x‖² does
+                terms_[r] = norm[r] * norm[r];  // ‖q‖² changes no order
             }
             scan->row_scale = row_scale_;
-            if (metric_.squares) scan->term_values = terms_;
+            if (metric_.squares > 0.0f) scan->term_values = terms_;
         } else if (metric_.normalized) {
             std::fill(sqnorm_, sqnorm_ + TILE, 0.0f);
             for (const Segment& segment : scan->segments) kernels_.sqnorms(segment, sqnorm_);
             for (int r = 0; r < TILE; ++r) row_scale_[r] = inverse_norm(sqnorm_[r]);
             scan->row_scale = row_scale_;
             scan->row_sqnorm = sqnorm_;
+        } else if (metric_.factor(source_) != 1.0f) {
+            scan->row_scale = row_scale_;  // ones
         }
     }
     void of_group(const Panel::Group& group, Scan* scan) {
         scan->query_scale = query_scale_.data() + group.first;
-        scan->term_factors = factors_;
-        std::fill(factors_, factors_ + TERMS * MAX_GROUP, 0.0f);
-        std::fill(factors_, factors_ + group.size, -1.0f);
+        scan->term_factors = of_group_;
+        std::fill(of_group_, of_group_ + TERMS * MAX_GROUP, 0.0f);
+        for (int64_t i = 0; i < group.size; ++i)
+            for (int j = 0; j < 2; ++j)
+                of_group_[j * group.size + i] = factors_[2 * (group.first + i) + j];
     }
 
   private:
+    // [TILE] values, of which others may be writing those past the rows.
+    static const float* whole(const float* values, int rows, float* copy) {
+        return rows == TILE ? values : (std::copy_n(values, rows, copy), copy);
+    }
+
     const Kernels& kernels_;
+    const Ladder& ladder_;
     const MetricTerms metric_;
     const Source source_;
-    std::vector<float> query_scale_;
-    float row_scale_[TILE], sqnorm_[TILE], terms_[TERMS * TILE] = {}, factors_[TERMS * MAX_GROUP];
+    const int64_t place_;                       // of the stage's dim on the ladder
+    std::vector<float> query_scale_, factors_;  // factors: [queries, 2], of the first terms
+    float row_scale_[TILE], sqnorm_[TILE], terms_[TERMS * TILE] = {}, of_group_[TERMS * MAX_GROUP];
 };
 
 // Scans tiles for all queries and keeps each one's best.
 class Scanner {
   public:
-    Scanner(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-            Source source, int64_t dim, int threads)
-        : kernels_(kernels),
+    Scanner(const Run& run, const Rows& rows, const Queries& queries, const FirstStage& stage)
+        : run_(run),
           rows_(rows),
           queries_(queries),
-          metric_(metric),
-          source_(source),
-          dim_(dim),
-          threads_(threads),
-          coded_(source == Source::CODES ? encode_all(queries, dim) : std::vector<Codes>()),
-          panel_(source == Source::CODES ? Panel(kernels, coded_) : Panel(queries, dim)) {}
+          stage_(stage),
+          coded_(code_all(run.kernels, rows.ladder, queries, stage)),
+          panel_(of_codes(stage.source) ? Panel(coded_) : Panel(queries, stage.dim)) {}
 
     // Appends to `best` at least the `keep` best of tiles tile_at(0), ..., tile_at(tiles - 1) that
-    // beat their query's gate. tile_at ascends. False if a value is not finite.
+    // beat their query's gate: a sample keeps less than the stage. tile_at ascends. False if a
+    // value is not finite.
     template <class TileAt>
     bool run(int64_t tiles, const TileAt& tile_at, int64_t keep, const std::vector<float>& gates,
              std::vector<std::vector<Entry>>* best) const;
 
   private:
-    static std::vector<Codes> encode_all(const Queries& queries, int64_t dim) {
-        std::vector<Codes> coded;
-        for (int64_t q = 0; q < queries.n; ++q)
-            coded.push_back(encode(queries.data + q * queries.stride, dim));
+    static std::vector<CodedQuery> code_all(const Kernels& kernels, const Ladder& ladder,
+                                            const Queries& queries, const FirstStage& stage) {
+        std::vector<CodedQuery> coded;
+        std::vector<float> less(stage.dim);
+        const float* centre = stage.source == Source::CODES ? nullptr : ladder.centre;
+        for (int64_t q = 0; q < queries.n && of_codes(stage.source); ++q) {
+            centred(queries.data + q * queries.stride, centre, stage.dim, less.data());
+            coded.push_back(code_query(kernels, stage.source, less.data(), stage.dim));
+        }
         return coded;
     }
-    const Kernels& kernels_;
+    const Run run_;
     const Rows& rows_;
     const Queries queries_;
-    const Metric metric_;
-    const Source source_;
-    const int64_t dim_;
-    const int threads_;
-    const std::vector<Codes> coded_;
+    const FirstStage stage_;
+    const std::vector<CodedQuery> coded_;
     const Panel panel_;
 };
 
 template <class TileAt>
 bool Scanner::run(int64_t tiles, const TileAt& tile_at, int64_t keep,
                   const std::vector<float>& gates, std::vector<std::vector<Entry>>* best) const {
-    const int threads = threads_for(double(tiles) * TILE * dim_ * (queries_.n + 1), threads_);
+    const int threads =
+        threads_for(double(tiles) * TILE * stage_.dim * (queries_.n + 1), run_.threads);
     // Many queries are shared out, each thread seeing every row: its gates close sooner than those
     // of two threads that see half the rows each. Few queries: the rows are shared out.
     const std::vector<Panel::Group>& groups = panel_.groups();
@@ -128,9 +166,9 @@ bool Scanner::run(int64_t tiles, const TileAt& tile_at, int64_t keep,
     parallel(threads, [&](int thread) {
         const int64_t part = thread % parts, offset = first_query(part);
         Kept mine(gates.data() + offset, first_query(part + 1) - offset, keep, rows_.count());
-        TileReader reader(kernels_, rows_, source_, dim_,
+        TileReader reader(run_.kernels, rows_, stage_.source, stage_.dim,
                           first_group(part + 1) - first_group(part));
-        Scaling scaling(kernels_, queries_, metric_, source_, dim_, coded_);
+        Scaling scaling(run_.kernels, rows_, queries_, stage_, coded_);
         Scan scan = {};
         for (int64_t i, last; ranges[part].next(&i, &last);) {
             for (; i < last; ++i) {
@@ -139,12 +177,11 @@ bool Scanner::run(int64_t tiles, const TileAt& tile_at, int64_t keep,
                 scaling.prepare(reader, &scan);
                 for (int64_t g = first_group(part); g < first_group(part + 1); ++g) {
                     const Panel::Group& group = groups[g];
-                    scan.panel = group.data;
-                    scan.offsets = panel_.offsets() + group.first;
+                    panel_.put(group, &scan);
                     scaling.of_group(group, &scan);
                     scan.topk = mine.topks.data() + group.first - offset;
                     scan.thresholds = mine.thresholds.data() + group.first - offset;
-                    kernels_.scan[int(source_)][group.size - 1](scan);
+                    run_.kernels.scan[int(stage_.source)][group.size - 1](scan);
                 }
             }
         }
@@ -204,13 +241,14 @@ float shrink(TopK& topk) {
     return score_of(kth->key);
 }
 
-Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-                Source source, int64_t dim, int64_t keep, int64_t step, int threads, Entry* out,
-                int64_t* counts) {
+Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const FirstStage& stage,
+                Entry* out, int64_t* counts) {
     constexpr int64_t SAMPLE = 8;  // every eighth tile
-    const Scanner scanner(kernels, rows, queries, metric, source, dim, threads);
-    const int64_t tiles = (TileReader::count(rows, source) + step - 1) / step;
-    const bool gathers = TileReader::gathers(rows, source);
+    const int64_t dim = stage.dim, keep = stage.keep, step = stage.step;
+    const int threads = run.threads;
+    const Scanner scanner(run, rows, queries, stage);
+    const int64_t tiles = (TileReader::count(rows, stage.source) + step - 1) / step;
+    const bool gathers = TileReader::gathers(rows, stage.source);
     std::vector<std::vector<Entry>> best(queries.n);
     std::vector<float> gates(queries.n, NAN);  // NaN: nothing is below it
     std::atomic<bool> overflow{false};
@@ -259,7 +297,7 @@ Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries
     if (!again.empty()) {
         const Queries part = {data.data(), int64_t(again.size()), dim};
         std::vector<std::vector<Entry>> found(again.size());
-        Scanner(kernels, rows, part, metric, source, dim, threads)
+        Scanner(run, rows, part, stage)
             .run(tiles, every, keep, std::vector<float>(again.size(), NAN), &found);
         each(again.size(), threads, [&](int64_t i) {
             cut(found[i], keep);
@@ -269,12 +307,14 @@ Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries
     return overflow ? Status::OVERFLOW_ : Status::OK;
 }
 
-Status advance_all(const Kernels& kernels, const Rows& rows, const float* query, Metric metric,
-                   int64_t from, int64_t to, int64_t keep, std::vector<float>& tile,
+Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
+                   const LaterStage& stage, std::vector<float>& tile,
                    std::vector<Entry>& candidates) {
     constexpr int64_t COLUMN_BLOCK = 256;  // columns a gathered tile advances by
-    const MetricTerms& terms = terms_of(metric);
-    const float scale = terms.normalized ? query_scale(query, to) : 1.0f;
+    const int64_t from = stage.from, to = stage.to;
+    const MetricTerms& terms = terms_of(stage.metric);
+    const float scale =
+        (terms.normalized ? query_scale(query, to) : 1.0f) * terms.factor(terms.source);
     const int64_t count = candidates.size();
     tile.resize(COLUMN_BLOCK * TILE);
     // Where row i of the candidates begins; the last stands for those beyond.
@@ -308,12 +348,12 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
             std::swap(now, next);
         }
         for (int r = 0; r < n; ++r) {
-            const float score =
-                terms.normalized ? sums[r] * (inverse_norm(sqnorm[r]) * scale) : sums[r];
-            group[r] = {make_key(score, row_of(group[r].key)), sums[r], sqnorm[r]};
+            const float row_scale = terms.normalized ? inverse_norm(sqnorm[r]) : 1.0f;
+            group[r] = {make_key(sums[r] * (row_scale * scale), row_of(group[r].key)), sums[r],
+                        sqnorm[r]};
         }
     }
-    cut(candidates, keep);
+    cut(candidates, stage.keep);
     return beyond_float(candidates.data(), candidates.size()) ? Status::OVERFLOW_ : Status::OK;
 }
 

@@ -55,16 +55,22 @@ class Panel {
     };
     Panel(const Queries& queries, int64_t dim);
     // Of codes instead of columns.
-    Panel(const Kernels& kernels, const std::vector<Codes>& coded);
+    explicit Panel(const std::vector<CodedQuery>& coded);
 
     const std::vector<Group>& groups() const { return groups_; }
-    const int32_t* offsets() const { return offsets_.data(); }
+    // What a scan needs of a group.
+    void put(const Group& group, Scan* scan) const {
+        scan->panel = group.data;
+        scan->offsets = offsets_.data() + group.first;
+        scan->shifts = shifts_.data() + group.first;
+    }
 
   private:
     template <class Fn>
     void group(int64_t count, int64_t bytes_a_query, const Fn& fill);
     std::unique_ptr<char[]> data_;
     std::vector<int32_t> offsets_;
+    std::vector<float> shifts_;
     std::vector<Group> groups_;
 };
 
@@ -77,7 +83,7 @@ class TileReader {
     TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
                int64_t groups);
     static bool gathers(const Rows& rows, Source source) {
-        return source != Source::CODES && !rows.gathered_rows.empty();
+        return !of_codes(source) && !rows.gathered_rows.empty();
     }
     static int64_t count(const Rows& rows, Source source);
     // Fills the columns, first_row, rows and wanted; false if a value is not finite.
@@ -96,12 +102,14 @@ class TileReader {
     Place place(int64_t i);
     bool gather(int64_t tile, Scan* scan);
     void ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const;
+    const uint8_t* codes(const Place& at) const;
 
     const Kernels& kernels_;
     const Rows& rows_;
     const Source source_;
     const int64_t dim_, groups_;
     const int64_t head_, suffix_;  // columns read from tiles, and from the suffix
+    const int64_t code_bytes_;     // of a tile of the source's codes
     const int64_t count_;          // of tiles to read
     std::vector<int64_t> starts_;  // [spans + 1]: tiles before each span
     size_t at_ = 0;                // the span of the last place
@@ -121,16 +129,27 @@ struct Kept {
     std::vector<TopK> topks;
 };
 
-// The first stage: scans every `step`-th tile for the `keep` best rows of each query. Writes
-// counts[q] entries, best first, to out[q, :], of [n, keep].
-Status scan_all(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-                Source source, int64_t dim, int64_t keep, int64_t step, int threads, Entry* out,
-                int64_t* counts);
+// Ranks the rows of every `step`-th tile by their first columns, or by codes of these.
+struct FirstStage {
+    Metric metric;
+    Source source;
+    int64_t dim, keep, step;
+};
 
-// Continues one query's candidates from column `from` to column `to` and keeps the best `keep`, in
-// order. `tile` is scratch.
-Status advance_all(const Kernels& kernels, const Rows& rows, const float* query, Metric metric,
-                   int64_t from, int64_t to, int64_t keep, std::vector<float>& tile,
+// Scans for the `keep` best rows of each query. Writes counts[q] entries, best first, to
+// out[q, :], of [n, keep].
+Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const FirstStage& stage,
+                Entry* out, int64_t* counts);
+
+// Ranks candidates whose sums are of columns [0, from) by columns [0, to).
+struct LaterStage {
+    Metric metric;
+    int64_t from, to, keep;
+};
+
+// Continues one query's candidates and keeps the best, in order. `tile` is scratch.
+Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
+                   const LaterStage& stage, std::vector<float>& tile,
                    std::vector<Entry>& candidates);
 
 }  // namespace mrl

@@ -50,16 +50,18 @@ Status each_query(int64_t count, double multiplies, int threads, const Fn& fn) {
 Status search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
               const std::vector<Stage>& stages, const Results& results) {
     rows.check();
-    const auto& [kernels, threads] = run;
     const Stage first = stages.front();
     if (!finite(queries, stages.back().dim)) return Status::QUERY_NOT_FINITE;
     // Codes choose a shortlist only: scores that are returned come from the columns, and so do
     // those of gathered rows.
-    const bool coded =
-        first.dim == rows.code_dim && stages.size() > 1 && rows.gathered_rows.empty();
-    const Source source = coded ? Source::CODES : terms_of(metric).source;
+    const bool bits = first.bits > 0 || first.dim == rows.code_dim,
+               coded = bits && stages.size() > 1 && rows.gathered_rows.empty();
+    const Source source = !coded            ? terms_of(metric).source
+                          : first.bits == 1 ? Source::SIGNS
+                          : first.bits == 4 ? Source::NIBBLES
+                                            : Source::CODES;
     const int64_t keep = std::min(first.keep, rows.eligible());
-    const int64_t per_query = sizeof(Entry) * (threads + 1) * 2 * std::max<int64_t>(keep, 32);
+    const int64_t per_query = sizeof(Entry) * (run.threads + 1) * 2 * std::max<int64_t>(keep, 32);
     const int64_t pass =
         std::max<int64_t>(1, std::min(std::max<int64_t>(96, PANEL_BYTES / (4 * first.dim)),
                                       CANDIDATE_BYTES / per_query));
@@ -68,7 +70,7 @@ Status search(const Run& run, const Rows& rows, const Queries& queries, Metric m
         std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
         std::vector<int64_t> counts(n);
         const Queries part = {queries.data + begin * queries.stride, n, queries.stride};
-        Status status = scan_all(kernels, rows, part, metric, source, first.dim, keep, 1, threads,
+        Status status = scan_all(run, rows, part, {metric, source, first.dim, keep, 1},
                                  entries.get(), counts.data());
         if (status != Status::OK) return status;
         const double multiplies =
@@ -81,14 +83,15 @@ Status search(const Run& run, const Rows& rows, const Queries& queries, Metric m
                 for (Entry& entry : candidates) entry.partial = entry.sqnorm = 0.0f;
             for (size_t s = 1; s < stages.size(); ++s) {
                 const int64_t from = coded && s == 1 ? 0 : stages[s - 1].dim;
-                const Status mine = advance_all(run.kernels, rows, query, metric, from,
-                                                stages[s].dim, stages[s].keep, tile, candidates);
+                const Status mine =
+                    advance_all(run.kernels, rows, query,
+                                {metric, from, stages[s].dim, stages[s].keep}, tile, candidates);
                 if (mine != Status::OK) return mine;
             }
             write(rows, candidates, begin + q, stages.back().keep, results);
             return Status::OK;
         };
-        status = each_query(n, multiplies, threads, later_stages);
+        status = each_query(n, multiplies, run.threads, later_stages);
         if (status != Status::OK) return status;
     }
     return Status::OK;
@@ -107,7 +110,7 @@ Status rerank(const Run& run, const Rows& rows, const Queries& queries, Metric m
                               if (*row >= 0) mine.push_back({make_key(0.0f, *row), 0.0f, 0.0f});
                           const Status status =
                               advance_all(run.kernels, rows, queries.data + q * queries.stride,
-                                          metric, 0, stage.dim, stage.keep, tile, mine);
+                                          {metric, 0, stage.dim, stage.keep}, tile, mine);
                           if (status == Status::OK) write(rows, mine, q, stage.keep, results);
                           return status;
                       });

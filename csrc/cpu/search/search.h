@@ -1,6 +1,7 @@
 // Search on the CPU: the funnel, rerank, certified exact search, and the rows that they read.
 #pragma once
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "cpu/search/metric.h"
@@ -14,6 +15,26 @@ enum Stat : int {
     CODE_SCALE,   // the value of a code of 1
     CODE_ERROR,   // norm of the prefix less what its codes stand for
     TAIL_NORM,    // [levels]: norm of the suffix from a level on
+    // Of a ladder, which has no levels, and whose PREFIX_NORM is the whole row's:
+    CODE_NORM = TAIL_NORM,  // norm of what the codes stand for
+    SIGN_FACTOR,  // [dims], then terms [dims] and, where norms divide, inverses [dims]; see Ladder
+};
+
+// Codes of all columns, of which a first stage may read the signs of a prefix or all bits; see
+// codes.h. With y the row and p the query less the centre c, S = Σ ±p by the signs of y estimates
+// ⟨p, y⟩ as S · ‖y‖² / ‖y‖₁, and what else there is of a score is known of each row:
+//   ⟨q, x⟩ = ⟨q, c⟩ + ⟨p, y⟩ + ⟨c, y⟩,  −‖q − x‖² = 2⟨p, y⟩ − ‖y‖² − ‖p‖².
+// Of each prefix a row has a factor, ‖y‖² / ‖y‖₁, and a term: ⟨c, x⟩, or ‖y‖² where squares count;
+// where norms divide, factor and term are over ‖x‖, and there is an inverse, 1 / ‖x‖.
+struct Ladder {
+    std::vector<int64_t> dims;  // ascending; the last is all columns; none: there are no such codes
+    const float* centre;        // [width]; null is 0
+    Metric metric;
+    // Whether there is anything else than ⟨p, y⟩ of a row.
+    bool has_terms() const { return terms_of(metric).squares > 0.0f || centre; }
+    int64_t place(int64_t dim) const {
+        return std::find(dims.begin(), dims.end(), dim) - dims.begin();
+    }
 };
 
 // Consecutive rows of the database.
@@ -25,7 +46,9 @@ struct Span {
     int64_t stride;        // of the suffix, in elements
     const float* stats;    // [Stat, stats_stride]
     int64_t stats_stride;
-    const int64_t* ids;  // [rows], named in results; null: the row's number
+    const int64_t* ids;      // [rows], named in results; null: the row's number
+    const uint8_t* signs;    // of a ladder
+    const uint8_t* nibbles;  // likewise
     int64_t tiles() const { return (rows + TILE - 1) / TILE; }
 };
 
@@ -34,6 +57,7 @@ struct Rows {
     int64_t packed_dim, code_dim;
     DType dtype;                  // of the suffix
     std::vector<int64_t> levels;  // columns from which TAIL_NORM is known; first the prefix's end
+    Ladder ladder = {};
 
     // The rows that may be found; without a mask all of them.
     const uint64_t* mask = nullptr;           // live mask: [tiles of the spans], bit r is row r
@@ -62,6 +86,7 @@ struct Queries {
 
 struct Stage {
     int64_t dim, keep;
+    int64_t bits = 0;  // that it ranks by, of a ladder: 1 or 4; 0: by columns
 };
 
 // Where a search writes the `keep` best of each query: [queries, keep], best first; id −1 and score
@@ -93,16 +118,14 @@ struct Candidates {
 Status rerank(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
               const Candidates& candidates, Stage stage, const Results& results);
 
-// The k best by `dim` columns, ranked by scores summed in fp64. touched[q] is the number of rows
-// that were read beyond their prefix.
-Status exact_search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-                    int64_t dim, int64_t k, int threads, float* scores, int64_t* ids,
-                    int64_t* touched);
+// The best, ranked by scores summed in fp64. touched[q] is the number of rows that were read beyond
+// their prefix.
+Status exact_search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
+                    Stage stage, const Results& results, int64_t* touched);
 
 // Every row whose score by `dim` columns, rounded to fp32, is at least `threshold`.
-Status range_search(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-                    int64_t dim, double threshold, int threads,
-                    std::vector<std::vector<Neighbour>>* found);
+Status range_search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
+                    int64_t dim, double threshold, std::vector<std::vector<Neighbour>>* found);
 
 // Vectors to store, row-major.
 struct NewRows {
@@ -120,6 +143,8 @@ struct SpanArrays {
     int64_t stats_stride;
     void* suffix;  // of the vectors' dtype
     int64_t suffix_stride;
+    uint8_t* signs;
+    uint8_t* nibbles;
 };
 
 // Writes rows [begin, begin + n) of a span: columns [0, packed_dim) to tiles, the others to the

@@ -42,19 +42,20 @@ Shortlist shortlist_by_scores(const Problem& p, const Rows& rows, const std::vec
     // Squares must stay within fp32.
     const bool inside =
         greatest * greatest < LARGEST && (least * least > SMALLEST || least > greatest);
-    if (p.terms.source == Source::DIFFERENCE) list.relative = 4.0 * p.margin;
+    const bool differences = p.terms.source == Source::DIFFERENCE;
+    const double product = p.terms.product;
+    if (differences) list.relative = 4.0 * p.margin;
     for (size_t i = 0; i < which.size(); ++i) {
         const double norm = p.norm[which[i]];
         if (!inside || !ordinary(norm * norm)) continue;
         list.base[i] = 0.0;
-        if (p.terms.source == Source::DIFFERENCE)
-            list.absolute[i] = 1e-36;
-        else
-            list.absolute[i] =
-                p.terms.normalized ? 3.0 * p.margin : p.margin * norm * greatest + 1e-36;
+        list.absolute[i] = 1e-36;
+        if (!differences)
+            list.absolute[i] += product * p.margin * (p.terms.normalized ? 3.0 : norm * greatest);
     }
-    list.status = scan_all(p.kernels, rows, list.data.queries, p.metric, p.terms.source, p.dim,
-                           keep, step, threads, list.entries.get(), list.counts.data());
+    list.status = scan_all({p.kernels, threads}, rows, list.data.queries,
+                           {p.metric, p.terms.source, p.dim, keep, step}, list.entries.get(),
+                           list.counts.data());
     return list;
 }
 

@@ -26,6 +26,7 @@ class Writer {
           end_(begin + vectors.n),
           size_(element_size(vectors.dtype)),
           to_(to),
+          coder_(kernels, layout.ladder),
           widened_(vectors.dim),
           lanes_(layout.packed_dim * TILE) {}
 
@@ -33,10 +34,10 @@ class Writer {
     bool write(int64_t tile) {
         const int64_t first = std::max(tile * TILE, begin_);
         const int count = int(std::min((tile + 1) * TILE, end_) - first);
-        const bool finite = !to_.packed || pack(tile, first, count);
+        bool finite = !to_.packed || pack(tile, first, count);
         for (int64_t row = first; row < first + count; ++row) {
             if (to_.suffix) copy_suffix(row);
-            if (to_.stats) describe(row);
+            if (to_.stats && !describe(row)) finite = false;
         }
         return finite;
     }
@@ -69,8 +70,8 @@ class Writer {
                     (vectors_.dim - layout_.packed_dim) * size_);
     }
 
-    // Writes a row's codes and statistics.
-    void describe(int64_t row) {
+    // Writes a row's codes and statistics; false if a value that a ladder codes is not finite.
+    bool describe(int64_t row) {
         const float* x = static_cast<const float*>(static_cast<const void*>(at(row)));
         if (vectors_.dtype != DType::F32) {
             kernels_.widen_row(at(row), vectors_.dtype, vectors_.dim, widened_.data());
@@ -87,11 +88,33 @@ class Writer {
             square += kernels_.dot64(x + levels[l], x + levels[l], end - levels[l]);
             stat(TAIL_NORM + l) = above(std::sqrt(square), vectors_.dim);
         }
-        if (!to_.codes) return;
+        if (to_.signs) return describe_ladder(row, x);
+        if (!to_.codes) return true;
         const Codes codes = encode(x, layout_.code_dim);
         stat(CODE_SCALE) = codes.scale;
         stat(CODE_ERROR) = above(codes.error, layout_.code_dim);
         put_codes(codes, row, to_.codes);
+        return true;
+    }
+
+    bool describe_ladder(int64_t row, const float* x) {
+        const LadderStats& stats = coder_.code(x);
+        const auto stat = [&](int64_t which) -> float& {
+            return to_.stats[which * to_.stats_stride + row];
+        };
+        const int64_t width = vectors_.dim, dims = layout_.ladder.dims.size();
+        stat(PREFIX_NORM) = above(stats.norm, width);
+        stat(CODE_SCALE) = stats.scale;
+        stat(CODE_ERROR) = above(stats.error, width);
+        stat(CODE_NORM) = above(stats.code_norm, width);
+        for (int64_t i = 0; i < dims; ++i) {
+            stat(SIGN_FACTOR + i) = stats.factors[i];
+            stat(SIGN_FACTOR + dims + i) = stats.terms[i];
+            if (terms_of(layout_.ladder.metric).normalized)
+                stat(SIGN_FACTOR + 2 * dims + i) = stats.inverses[i];
+        }
+        coder_.put(row, to_.signs, to_.nibbles);
+        return std::isfinite(stats.norm);
     }
 
     const Kernels& kernels_;
@@ -99,6 +122,7 @@ class Writer {
     const NewRows& vectors_;
     const int64_t begin_, end_, size_;
     const SpanArrays& to_;
+    LadderCoder coder_;
     std::vector<float> widened_, lanes_;
 };
 

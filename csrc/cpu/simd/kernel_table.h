@@ -50,6 +50,8 @@ Kernels make_kernels(const char* name) {
     fill_scans<Source::PRODUCT>(kernels);
     fill_scans<Source::DIFFERENCE>(kernels);
     fill_scans<Source::CODES>(kernels);
+    fill_scans<Source::SIGNS>(kernels);
+    fill_scans<Source::NIBBLES>(kernels);
     fill_wide<Source::PRODUCT>(kernels);
     fill_wide<Source::DIFFERENCE>(kernels);
     return kernels;

@@ -14,16 +14,22 @@ namespace mrl {
 
 constexpr int TILE = 64;      // rows of a tile
 constexpr int MAX_GROUP = 6;  // queries scored together
-constexpr int TERMS = 4;      // that a score may have besides its sum; see Scan
+constexpr int TERMS = 5;      // that a score may have besides its sum; see Scan
 
 enum class DType : int { F32, F16, BF16 };
-enum class Source : int { PRODUCT, DIFFERENCE, CODES };  // Σ q·x, −Σ (q − x)², Σ code·code
+// What a scan sums: Σ q·x, −Σ (q − x)²; of codes Σ code·code of 8 bits, Σ ±q by signs, and
+// Σ code·code of 4 bits. See codes.h.
+enum class Source : int { PRODUCT, DIFFERENCE, CODES, SIGNS, NIBBLES };
+constexpr int SOURCES = 5;
+constexpr bool of_codes(Source source) { return int(source) >= int(Source::CODES); }
+
+constexpr int64_t SIGN_TABLES = 32, NIBBLE_BYTES = 8;  // of a query, for eight columns
 
 // A kept row. Keys sorted descending are scores descending, then rows ascending; key 0 is no row.
 struct Entry {
     uint64_t key;
     float partial;  // the chain so far, which later stages continue
-    float sqnorm;   // Σ x² of the row so far; cosine only
+    float sqnorm;   // Σ x² of the row so far, where norms divide
 };
 
 // These functions are always inlined: a shared copy could have been compiled for another processor.
@@ -126,10 +132,11 @@ struct Segment {
 // sum · row_scale · query_scale + Σ_j term_factors[j] · term_values[j].
 struct Scan {
     Segment segments[2];        // fp32 columns
-    const uint8_t* codes;       // [quads, TILE, 4], a code plus 128
-    int64_t quads;              // groups of four columns
-    const void* panel;          // [cols, group] fp32; of codes [quads, group, Kernels::quad_bytes]
-    const int32_t* offsets;     // [group], −128 · Σ of a query's codes
+    const uint8_t* codes;       // [steps, TILE, bytes of a step]
+    int64_t steps;              // groups of four columns, of eight where codes have fewer bits
+    const void* panel;          // [cols, group] fp32; of codes [steps, group, bytes of a step]
+    const int32_t* offsets;     // [group], −128 · Σ of a query's codes of 8 bits
+    const float* shifts;        // [group], added to sums of fewer bits
     const float* row_scale;     // [TILE]; null: scores are the bare sums and have no terms
     const float* query_scale;   // [group]
     const float* row_sqnorm;    // [TILE], kept in the entries
@@ -164,7 +171,7 @@ struct Kernels {
     void (*sqnorms)(Segment segment, float* sums);
     // sums[r] continues the chain of one query with the tile's rows; no codes.
     void (*advance)(Source source, Segment segment, const float* query, float* sums);
-    void (*scan[3][MAX_GROUP])(Scan&);  // [source][group - 1]
+    void (*scan[SOURCES][MAX_GROUP])(Scan&);  // [source][group - 1]
     // sums[i] += Σ_c query[c] · rows[i][c], in no particular order of columns.
     void (*dots)(const float* query, const void* const* rows, DType dtype, int n, int64_t cols,
                  float* sums);

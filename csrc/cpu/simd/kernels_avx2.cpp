@@ -65,6 +65,40 @@ struct Simd {
         return sum + Int(_mm256_madd_epi16(row.even, _mm256_set1_epi32(even))) +
                Int(_mm256_madd_epi16(row.odd, _mm256_set1_epi32(odd)));
     }
+
+    typedef __m256i U8;
+    typedef __m256i U16;
+    static constexpr int SIGN_QUERIES = 3;
+    static U8 load_u8(const uint8_t* x) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    }
+    static U8 low(U8 x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+    static U8 high(U8 x) { return low(_mm256_srli_epi16(x, 4)); }
+    static U8 lookup(const uint8_t* table, U8 index) {
+        const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), index);
+    }
+    static U8 add_u8(U8 a, U8 b) { return _mm256_add_epi8(a, b); }
+    static U16 add_u16(U16 a, U16 b) { return _mm256_add_epi16(a, b); }
+    static U16 as_u16(U8 x) { return x; }
+    static U16 seconds(U8 x) { return _mm256_srli_epi16(x, 8); }
+    static void store_u16(U16 all, U16 odd, float* out) {
+        const U16 even = _mm256_sub_epi16(all, _mm256_slli_epi16(odd, 8));
+        const __m256i low = _mm256_unpacklo_epi16(even, odd),  // rows 0–7 and 16–23
+            high = _mm256_unpackhi_epi16(even, odd);
+        const __m128i rows[4] = {_mm256_castsi256_si128(low), _mm256_castsi256_si128(high),
+                                 _mm256_extracti128_si256(low, 1),
+                                 _mm256_extracti128_si256(high, 1)};
+        for (int i = 0; i < 4; ++i)
+            store(out + 8 * i, _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(rows[i])));
+    }
+    // A sum of two products is at most 15 · 256.
+    static Int dot4_nibbles(U8 row, const char* query, Int sum) {
+        int32_t quad;
+        __builtin_memcpy(&quad, query, 4);
+        const __m256i pairs = _mm256_maddubs_epi16(row, _mm256_set1_epi32(quad));
+        return sum + Int(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
 };
 
 #include "cpu/simd/kernel_table.h"

@@ -92,6 +92,44 @@ struct Simd {
                Int(_mm512_madd_epi16(row.odd, _mm512_set1_epi32(odd)));
     }
 #endif
+
+    typedef __m512i U8;
+    typedef __m512i U16;
+    static constexpr int SIGN_QUERIES = 6;
+    static U8 load_u8(const uint8_t* x) { return _mm512_loadu_si512(x); }
+    static U8 low(U8 x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+    static U8 high(U8 x) { return low(_mm512_srli_epi16(x, 4)); }
+    static U8 lookup(const uint8_t* table, U8 index) {
+        const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+        return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), index);
+    }
+    static U8 add_u8(U8 a, U8 b) { return _mm512_add_epi8(a, b); }
+    static U16 add_u16(U16 a, U16 b) { return _mm512_add_epi16(a, b); }
+    static U16 as_u16(U8 x) { return x; }
+    static U16 seconds(U8 x) { return _mm512_srli_epi16(x, 8); }
+    static void store_u16(U16 all, U16 odd, float* out) {
+        const U16 even = _mm512_sub_epi16(all, _mm512_slli_epi16(odd, 8));
+        const __m512i low = _mm512_unpacklo_epi16(even, odd),  // rows 0–7, 16–23, …
+            high = _mm512_unpackhi_epi16(even, odd);
+        const auto put = [&](int lane, __m128i first, __m128i second) {
+            const __m256i rows = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+            store(out + 16 * lane, _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(rows)));
+        };
+        put(0, _mm512_castsi512_si128(low), _mm512_castsi512_si128(high));
+        put(1, _mm512_extracti32x4_epi32(low, 1), _mm512_extracti32x4_epi32(high, 1));
+        put(2, _mm512_extracti32x4_epi32(low, 2), _mm512_extracti32x4_epi32(high, 2));
+        put(3, _mm512_extracti32x4_epi32(low, 3), _mm512_extracti32x4_epi32(high, 3));
+    }
+    static Int dot4_nibbles(U8 row, const char* query, Int sum) {
+        int32_t quad;
+        __builtin_memcpy(&quad, query, 4);
+#if defined(MRL_VNNI)
+        return Int(_mm512_dpbusd_epi32(__m512i(sum), row, _mm512_set1_epi32(quad)));
+#else  // a sum of two products is at most 15 · 256
+        const __m512i pairs = _mm512_maddubs_epi16(row, _mm512_set1_epi32(quad));
+        return sum + Int(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+    }
 };
 
 #include "cpu/simd/kernel_table.h"

@@ -98,6 +98,30 @@ struct Simd {
         sum = vpadalq_s16(sum, vmulq_s16(row.even, vreinterpretq_s16_s32(vdupq_n_s32(even))));
         return vpadalq_s16(sum, vmulq_s16(row.odd, vreinterpretq_s16_s32(vdupq_n_s32(odd))));
     }
+
+    typedef uint8x16_t U8;
+    typedef uint16x8_t U16;
+    static constexpr int SIGN_QUERIES = 6;
+    static U8 load_u8(const uint8_t* x) { return vld1q_u8(x); }
+    static U8 low(U8 x) { return vandq_u8(x, vdupq_n_u8(15)); }
+    static U8 high(U8 x) { return vshrq_n_u8(x, 4); }
+    static U8 lookup(const uint8_t* table, U8 index) { return vqtbl1q_u8(vld1q_u8(table), index); }
+    static U8 add_u8(U8 a, U8 b) { return vaddq_u8(a, b); }
+    static U16 add_u16(U16 a, U16 b) { return vaddq_u16(a, b); }
+    static U16 as_u16(U8 x) { return vreinterpretq_u16_u8(x); }
+    static U16 seconds(U8 x) { return vshrq_n_u16(as_u16(x), 8); }
+    static void store_u16(U16 all, U16 odd, float* out) {
+        const U16 even = all - (odd << 8);
+        for (int i = 0; i < 8; ++i) out[2 * i] = even[i], out[2 * i + 1] = odd[i];
+    }
+    // A product is at most 15 · 128, and so is a sum of two of them below 2^15.
+    static Int dot4_nibbles(U8 row, const char* query, Int sum) {
+        int32_t quad;
+        __builtin_memcpy(&quad, query, 4);
+        const int8x16_t x = vreinterpretq_s8_u8(row), q = vreinterpretq_s8_s32(vdupq_n_s32(quad));
+        return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(q)),
+                                           vmull_s8(vget_high_s8(x), vget_high_s8(q))));
+    }
 };
 
 #include "cpu/simd/kernel_table.h"

@@ -53,6 +53,40 @@ struct Simd {
             for (int i = 0; i < 4; ++i) sum[lane] += int32_t(row.at[lane * 4 + i]) * q[i];
         return sum;
     }
+
+    typedef uint8_t U8 __attribute__((vector_size(16)));
+    typedef uint16_t U16 __attribute__((vector_size(16)));
+    static constexpr int SIGN_QUERIES = 1;
+    static U8 load_u8(const uint8_t* x) {
+        U8 bytes;
+        __builtin_memcpy(&bytes, x, sizeof bytes);
+        return bytes;
+    }
+    static U8 low(U8 x) { return x & 15; }
+    static U8 high(U8 x) { return x >> 4; }
+    static U8 lookup(const uint8_t* table, U8 index) {
+        for (int i = 0; i < 16; ++i) index[i] = table[index[i]];
+        return index;
+    }
+    static U8 add_u8(U8 a, U8 b) { return a + b; }
+    static U16 add_u16(U16 a, U16 b) { return a + b; }
+    static U16 as_u16(U8 x) {
+        U16 pairs;  // the first byte of a pair is the lower one
+        for (int i = 0; i < 8; ++i) pairs[i] = uint16_t(x[2 * i] | x[2 * i + 1] << 8);
+        return pairs;
+    }
+    static U16 seconds(U8 x) { return as_u16(x) >> 8; }
+    static void store_u16(U16 all, U16 odd, float* out) {
+        const U16 even = all - (odd << 8);
+        for (int i = 0; i < 8; ++i) out[2 * i] = even[i], out[2 * i + 1] = odd[i];
+    }
+    static Int dot4_nibbles(U8 row, const char* query, Int sum) {
+        int8_t q[4];
+        __builtin_memcpy(q, query, sizeof q);
+        for (int lane = 0; lane < 4; ++lane)
+            for (int i = 0; i < 4; ++i) sum[lane] += int32_t(row[lane * 4 + i]) * q[i];
+        return sum;
+    }
 };
 
 #include "cpu/simd/kernel_table.h"

@@ -194,7 +194,7 @@ inline void sum_codes(Scan& s, int r, Vec (&sum)[Q][V]) {
         for (int v = 0; v < V; ++v) dot[q][v] = Simd::broadcast_int(s.offsets[q]);
     const char* query = static_cast<const char*>(s.panel);
     const uint8_t* x = s.codes + r * 4;
-    for (int64_t i = 0; i < s.quads; ++i, x += TILE * 4) {
+    for (int64_t i = 0; i < s.steps; ++i, x += TILE * 4) {
         s.ahead.prefetch();
         Simd::Bytes row[V];
         for (int v = 0; v < V; ++v) row[v] = Simd::load_bytes(x + v * W * 4);
@@ -205,14 +205,23 @@ inline void sum_codes(Scan& s, int r, Vec (&sum)[Q][V]) {
         for (int v = 0; v < V; ++v) sum[q][v] = Simd::to_float(dot[q][v]);
 }
 
+#include "cpu/simd/code_kernels.h"
+
 template <Source S, int Q, int V>
 void scan_as(Scan& s) {
+    float of_signs[S == Source::SIGNS ? Q * TILE : 1];
+    if constexpr (S == Source::SIGNS) sum_signs<Q>(s, of_signs);
     for (int r = 0; r < s.rows; r += V * W) {
         const uint64_t wanted = s.wanted >> r & (~uint64_t(0) >> (64 - V * W));
         if (!wanted) continue;
         Vec sum[Q][V];
         if constexpr (S == Source::CODES)
             sum_codes<Q, V>(s, r, sum);
+        else if constexpr (S == Source::NIBBLES)
+            sum_nibbles<Q, V>(s, r, sum);
+        else if constexpr (S == Source::SIGNS)
+            for (int q = 0; q < Q; ++q)
+                for (int v = 0; v < V; ++v) sum[q][v] = Simd::load(of_signs + q * TILE + r + v * W);
         else
             sum_columns<S, Q, V>(s, r, sum);
         const bool bare = s.row_scale == nullptr;

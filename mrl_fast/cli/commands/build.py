@@ -10,6 +10,7 @@ from mrl_fast.cli.inputs import Vectors, numbers_of
 from mrl_fast.cli.options import Column, IdColumn, Ids, Json, Key, Limit, Quiet, Source
 from mrl_fast.cli.output import failing, show_written
 from mrl_fast.search.index.validate import default_dims
+from mrl_fast.shared.checks import METRICS, check_choice
 
 Out = Annotated[
     Path, typer.Option(metavar="DIR", help="Folder for the index; made if there is none.")
@@ -24,8 +25,11 @@ Dims = Annotated[
     ),
 ]
 Metric = Annotated[
-    Literal["cosine", "ip", "l2"],
-    typer.Option(help="Scores: cosine, inner product, or −squared distance."),
+    str,
+    typer.Option(
+        metavar="|".join(METRICS),
+        help="Scores: cosine, inner product (ip), or −squared distance (l2).",
+    ),
 ]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"],
@@ -93,6 +97,7 @@ def build(
       mrl-fast index build docs.parquet --id-column id --out my-index
     """
     with failing():
+        check_choice(metric, "--metric", METRICS)
         vectors = Vectors(
             source, column=column, key=key, id_column=id_column, ids=ids, limit=limit
         )  # fmt: skip

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from mrl_fast.shared.dispatch import choose
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training import reference
-from mrl_fast.training.losses import matryoshka_info_nce
 from mrl_fast.training.losses.embeddings import Side, check_ranks, gather_rows, rank_of
+from mrl_fast.training.losses.info_nce import matryoshka_info_nce
 from mrl_fast.training.losses.reductions import check_dim_weights, nested_loss
 from mrl_fast.training.ops import fold
 from mrl_fast.training.spec import FoldSpec

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mrl_fast.search.disk.tensorfile import Parts, TensorFile
 from mrl_fast.search.index.blocks import Block, Layout
+from mrl_fast.search.index.codes import TILED
 from mrl_fast.shared import memory
 from mrl_fast.shared.native import TILE
 
@@ -23,7 +24,7 @@ class Contents(NamedTuple):
         fields: The index's own in the manifest, as JSON.
         blocks, counts: Blocks of rows and how many rows each has: whole tiles in all but the last.
         alive: ``[tiles]`` int64, the live mask; None: no row was removed.
-        axes: ``[D, D]`` fp32, the rotation's.
+        axes: ``[n, D]`` fp32, what vectors are given in: the rotation's, then codes' centre.
     """
 
     fields: dict[str, Any]
@@ -54,7 +55,7 @@ def _pieces(
         for stat in range(shape[0]):
             yield from (array[stat, first:last] for array, first, last in arrays)
             yield memory.zeros(padding)
-    elif name in ("packed", "codes"):  # [tiles, columns, TILE, ...]
+    elif name in TILED:  # [tiles, columns, TILE, ...]
         for array, first, last in arrays:
             yield array[first // TILE : last // TILE]
             if last % TILE:
@@ -88,9 +89,9 @@ def alive_file(count: int) -> IndexFile:
     return IndexFile("alive", {"alive": (torch.int64, (-(-count // TILE),))})
 
 
-def axes_file(width: int) -> IndexFile:
-    """The rotation's axes."""
-    return IndexFile("axes", {"axes": (torch.float32, (width, width))})
+def axes_file(layout: Layout) -> IndexFile:
+    """The rotation's axes and codes' centre."""
+    return IndexFile("axes", {"axes": (torch.float32, (layout.axes, layout.width))})
 
 
 class Files(NamedTuple):
@@ -112,7 +113,7 @@ class Files(NamedTuple):
         return cls(
             [rows_file(layout, segment["rows"]).open(folder, segment) for segment in segments],
             alive and alive_file(count).open(folder, alive),
-            axes and axes_file(layout.width).open(folder, axes),
+            axes and axes_file(layout).open(folder, axes),
         )
 
     def verify(self) -> None:

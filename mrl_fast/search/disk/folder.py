@@ -183,7 +183,7 @@ class _NewFiles:
             generation=self.generation,
             segments=segments,
             alive=put(alive_file(count), contents.alive),
-            axes=put(axes_file(layout.width), contents.axes),
+            axes=put(axes_file(layout), contents.axes),
         )
 
     def _put(self, file: IndexFile, pieces: Any) -> Entry:

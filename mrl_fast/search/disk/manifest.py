@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 
 from mrl_fast.shared.native import TILE
 
-FORMAT, VERSION = "mrl_fast index", 1
+FORMAT, VERSION = "mrl_fast index", 2
+VERSIONS = 1, VERSION  # that are read
 FILE = "manifest.json"
 NAME = re.compile(r"(rows|alive|axes)-(\d{8})\.safetensors")
 MANIFEST_BYTES = 1 << 20  # at most; parsed, it may take 25 times that
 ROWS = (1 << 32) - 1  # at most
-INDEX_FIELDS = ("dims", "metric", "dtype", "prefix_dtype", "rotation", "next_id", "tuned")
+INDEX_FIELDS = ("dims", "metric", "dtype", "prefix_dtype", "codes", "rotation", "next_id", "tuned")
 FIELDS = ("format", "version", "generation", *INDEX_FIELDS, "segments", "alive", "axes", "sha256")
 PATIENCE_S = 20.0  # for a folder that is saved to again and again
 
@@ -67,7 +68,12 @@ def parse(file: Path, text: bytes) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(manifest).__name__}")
     _check(file, manifest, digest)
-    return manifest
+    return completed(manifest)
+
+
+def completed(fields: dict[str, Any]) -> dict[str, Any]:
+    """An index's fields of any version with those that its version did not have."""
+    return {"codes": None, **fields}
 
 
 def read_or_none(path: Path) -> dict[str, Any] | None:
@@ -125,9 +131,11 @@ def _check(file: Path, manifest: dict[str, Any], digest: str | None) -> None:
 
     get = manifest.get
     need(get("format") == FORMAT, "format", repr(FORMAT), get("format"))
-    need(whole(get("version"), VERSION, VERSION), "version", f"{VERSION}", get("version"))
+    known = get("version") in VERSIONS and type(get("version")) is int
+    need(known, "version", " or ".join(map(str, VERSIONS)), get("version"))
     need(get("sha256") == digest, "sha256", f"{digest}", get("sha256"))
-    need(set(manifest) == set(FIELDS), "fields", ", ".join(FIELDS), sorted(map(str, manifest)))
+    fields = set(FIELDS).difference(["codes"] if get("version") == 1 else [])
+    need(set(manifest) == fields, "fields", ", ".join(FIELDS), sorted(map(str, manifest)))
     need(whole(get("generation"), 1, 10**8 - 1), "generation", "a number", get("generation"))
     need(whole(get("next_id"), 0, 2**63 - 1), "next_id", "an id", get("next_id"))
     segments = manifest["segments"]
@@ -146,9 +154,9 @@ def _check(file: Path, manifest: dict[str, Any], digest: str | None) -> None:
     if manifest["alive"] is not None:
         need(segments, "alive", "none without rows", manifest["alive"])
         names_file(manifest["alive"], "alive", "alive", {"file", "sha256"})
-    rotates = manifest["rotation"] is not None
+    has_axes = manifest["rotation"] is not None or manifest.get("codes") is not None
     if manifest["axes"] is not None:
         names_file(manifest["axes"], "axes", "axes", {"file", "sha256"})
-        need(rotates, "axes", "none without a rotation", manifest["axes"])
+        need(has_axes, "axes", "none without a rotation or codes", manifest["axes"])
     else:
-        need(not (rotates and segments), "axes", "a file where rows are rotated", None)
+        need(not (has_axes and segments), "axes", "a file where rows are rotated or coded", None)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from mrl_fast.search.index.codes import PrefixCode
+from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.shared import memory, native
 from mrl_fast.shared.checks import check_finite
 from mrl_fast.shared.memory import address
-from mrl_fast.shared.native import _C, DTYPES, TILE, Stat
+from mrl_fast.shared.native import _C, DTYPES, METRICS, TILE, Stat
 
 F32, U8, I64 = torch.float32, torch.uint8, torch.int64
 
@@ -19,30 +21,50 @@ Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape, by an
 class Layout:
     """Which of a vector's columns lie where.
 
-    The prefix lies in tiles as its code says. The columns that it does not hold exactly, the
+    What is coded lies in tiles as its code says. The columns that these do not hold exactly, the
     suffix, lie row-major.
+
+    Attributes:
+        centre: ``[D]`` fp32, what codes of all columns are less; None is 0, or there are none.
+        axes: How many vectors say what rows are given in: the rotation's, and the centre.
     """
 
-    def __init__(self, prefix: int, width: int, dtype: torch.dtype, code: PrefixCode):
-        self.prefix, self.width, self.dtype, self.code = prefix, width, dtype, code
-        self.packed = prefix if code.exact else 0  # the suffix's first column
+    def __init__(self, config: IndexConfig):
+        self.coded, self.width, self.code = config.coded, config.width, config.code
+        self.dtype, self.metric = config.stored_dtype, METRICS[config.metric]
+        self.centre: Tensor | None = None
+        self.axes = config.width * (config.rotation is not None) + self.code.whole
+        self.packed = self.coded if self.code.exact else 0  # the suffix's first column
+        self.ladder = list(config.dims) if self.code.whole else []
         self.levels = []  # columns where a suffix's norm is known: the prefix, doubled and doubled
-        while prefix < width:
-            self.levels.append(prefix)
-            prefix *= 2
+        level = self.coded
+        while level < self.width:
+            self.levels.append(level)
+            level *= 2
+
+    @property
+    def stats(self) -> int:
+        if not self.ladder:
+            return Stat.TAIL_NORM + len(self.levels)
+        return Stat.SIGN_FACTOR + len(self.ladder) * (3 if self.metric.normalized else 2)
 
     def parts(self, rows: int) -> Parts:
         """The arrays that hold so many rows, whole tiles, in the order of a file."""
+        tiles = {
+            name: (dtype, (rows // TILE, *tile(self.coded)))
+            for name, (dtype, tile) in self.code.arrays.items()
+        }
         return {
             "ids": (I64, (rows,)),
-            "stats": (F32, (Stat.TAIL_NORM + len(self.levels), rows)),
-            self.code.array: (self.code.dtype, (rows // TILE, *self.code.tile(self.prefix))),
+            "stats": (F32, (self.stats, rows)),
+            **tiles,
             "tail": (self.dtype, (rows, self.width - self.packed)),
         }
 
     def rows(self, spans: list[tuple[int, ...]]) -> _C.Rows:
-        code_dim = 0 if self.code.exact else self.prefix
-        return _C.Rows(spans, self.packed, code_dim, DTYPES[self.dtype], self.levels)
+        code_dim = 0 if self.code.exact or self.code.whole else self.coded
+        ladder = (self.ladder, address(self.centre, F32), self.metric.number)
+        return _C.Rows(spans, self.packed, code_dim, DTYPES[self.dtype], self.levels, ladder)
 
 
 class Block:
@@ -60,20 +82,31 @@ class Block:
             arrays["stats"].zero_()  # the statistics of codes stay 0 where there are none
         self.arrays = arrays
         self.ids, self.stats, self.suffix = arrays["ids"], arrays["stats"], arrays["tail"]
-        self.codes, self.packed = arrays.get("codes"), arrays.get("packed")
+        self.tiles = {name: arrays[name] for name in layout.code.arrays}
 
     def store(self, vectors: Tensor, ids: Tensor, begin: int) -> None:
         """Writes rows from ``begin`` on; ``vectors`` are of the layout's dtype."""
         self.ids[begin : begin + len(vectors)] = ids
         dtype = self.layout.dtype
         problem = _C.store(
-            self.layout.rows([]), address(vectors, dtype), DTYPES[dtype], vectors.stride(0),
-            vectors.shape[1], begin, len(vectors), torch.get_num_threads(), native.ISA,
-            address(self.packed, F32), address(self.codes, U8), address(self.stats, F32),
-            self.capacity, address(self.suffix, dtype), self.suffix.stride(0),
+            self.layout.rows([]),
+            (address(vectors, dtype), DTYPES[dtype], vectors.stride(0), *vectors.shape),
+            begin,
+            native.run(),
+            (
+                *self._addresses(self.tiles, "packed", "codes"), address(self.stats, F32),
+                self.capacity, address(self.suffix, dtype), self.suffix.stride(0),
+                *self._addresses(self.tiles, "signs", "nibbles"),
+            ),
         )  # fmt: skip
         if problem:
             check_finite(vectors, "vectors")
+
+    @staticmethod
+    def _addresses(tiles: dict[str, Tensor], *names: str) -> Iterator[int]:
+        for name in names:
+            array = tiles.get(name)
+            yield address(array, F32 if name == "packed" else U8)
 
     def spans(self, first: int, rows: int) -> tuple[list[tuple[int, ...]], list[Tensor]]:
         """The block's first ``rows`` rows, numbered from ``first`` on, as the kernels read them.
@@ -87,15 +120,15 @@ class Block:
             if begin == end:
                 continue
             tiles = slice(begin // TILE, -(-end // TILE))
-            packed, codes = (None if x is None else x[tiles] for x in (self.packed, self.codes))
+            arrays = {name: x[tiles] for name, x in self.tiles.items()}
             if end % TILE and not self.fixed:
-                packed, codes = (None if x is None else x.clone() for x in (packed, codes))
-                copies += [x for x in (packed, codes) if x is not None]
+                arrays = {name: x.clone() for name, x in arrays.items()}
+                copies += arrays.values()
             spans.append((
-                first + begin, end - begin, address(packed, F32), address(codes, U8),
+                first + begin, end - begin, *self._addresses(arrays, "packed", "codes"),
                 address(self.suffix[begin:], self.layout.dtype), self.suffix.stride(0),
                 address(self.stats[:, begin:], F32), self.stats.stride(0),
-                address(self.ids[begin:], I64),
+                address(self.ids[begin:], I64), *self._addresses(arrays, "signs", "nibbles"),
             ))  # fmt: skip
         return spans, copies
 
@@ -106,9 +139,9 @@ class Block:
         parts = [(whole, self._cut(0, whole))] if whole else []
         if rows > whole:
             last = {name: x.clone() for name, x in self._cut(whole, whole + TILE).items()}
-            ids, stats, tiles, suffix = last.values()
             used = rows - whole
-            for padding in (ids[used:], stats[:, used:], tiles[0, :, used:], suffix[used:]):
+            paddings = [last["ids"][used:], last["stats"][:, used:], last["tail"][used:]]
+            for padding in (*paddings, *(last[name][0, :, used:] for name in self.tiles)):
                 padding.zero_()  # nothing else of our memory goes out
             parts.append((used, last))
         return parts
@@ -119,16 +152,16 @@ class Block:
         return {
             "ids": self.ids[begin:end],
             "stats": self.stats[:, begin:end],
-            self.layout.code.array: self.arrays[self.layout.code.array][tiles],
+            **{name: x[tiles] for name, x in self.tiles.items()},
             "tail": self.suffix[begin:end],
         }
 
     def vectors(self, rows: Tensor) -> Tensor:
         """Rows of the block, ``[n, D]``, of the layout's dtype."""
         suffix = self.suffix[rows]
-        if self.packed is None:
+        if "packed" not in self.tiles:
             return suffix
-        head = self.packed[rows // TILE, :, rows % TILE].to(suffix.dtype)
+        head = self.tiles["packed"][rows // TILE, :, rows % TILE].to(suffix.dtype)
         return torch.cat([head, suffix], dim=1)
 
     def nbytes(self, rows: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mrl_fast.search.index import validate as inputs
-from mrl_fast.search.index.codes import CODES, PrefixCode
+from mrl_fast.search.index.codes import CODES, Code
 from mrl_fast.shared.checks import METRICS, check_choice, check_dims
 from mrl_fast.shared.dispatch import triton_is_interpreted
 
@@ -30,6 +30,7 @@ class IndexConfig:
     metric: str = "cosine"
     dtype: str = "float32"
     prefix_dtype: str = "float32"
+    codes: str | None = None
     rotation: str | None = None
     device: str = "cpu"
 
@@ -39,22 +40,35 @@ class IndexConfig:
             raise ValueError(f"dims: expected widths of at most {WIDTH}, got {self.width}")
         check_choice(self.metric, "metric", METRICS)
         check_choice(self.dtype, "dtype", tuple(DTYPES))
-        check_choice(self.prefix_dtype, "prefix_dtype", tuple(CODES))
-        if self.dims[0] > self.code.widest:
+        prefixes = tuple(name for name, code in CODES.items() if not code.whole)
+        check_choice(self.prefix_dtype, "prefix_dtype", prefixes)
+        if self.codes is not None:
+            check_choice(self.codes, "codes", tuple(set(CODES).difference(prefixes)))
+            if self.prefix_dtype != "float32":
+                raise ValueError(
+                    f"prefix_dtype: expected 'float32' with codes={self.codes!r}, which are of "
+                    f"every column, got {self.prefix_dtype!r}"
+                )
+        if self.coded > self.code.widest:
+            name, option = "dims[0]", f"prefix_dtype={self.prefix_dtype!r}"
+            if self.code.whole:
+                name, option = "dims", f"codes={self.codes!r}"
             raise ValueError(
-                f"dims[0]: expected at most {self.code.widest} with "
-                f"prefix_dtype={self.prefix_dtype!r}, got {self.dims[0]}"
+                f"{name}: expected at most {self.code.widest} with {option}, got {self.coded}"
             )
         if self.rotation is not None:
             check_choice(self.rotation, "rotation", ROTATIONS)
         object.__setattr__(self, "device", inputs.device(self.device))
+        if self.device != "cpu":
+            from mrl_fast.search.index.device_metrics import DEVICE_METRICS
+
+            check_choice(self.metric, "metric", DEVICE_METRICS, f" with device={self.device!r}")
 
     def __str__(self) -> str:
-        """As the index's arguments; the last three where they are not the usual."""
-        options = [("metric", None), ("dtype", None), ("prefix_dtype", "float32")]
-        options += [("rotation", None), ("device", "cpu")]
-        given = [(name, getattr(self, name), usual) for name, usual in options]
-        shown = [f"{name}={value!r}" for name, value, usual in given if value != usual]
+        """As the index's arguments; those after dtype where they are not the usual."""
+        usual = {"prefix_dtype": "float32", "codes": None, "rotation": None, "device": "cpu"}
+        names = ["metric", "dtype", *(n for n in usual if getattr(self, n) != usual[n])]
+        shown = [f"{name}={getattr(self, name)!r}" for name in names]
         return ", ".join([f"dims={self.dims}", *shown])
 
     @property
@@ -67,8 +81,13 @@ class IndexConfig:
         return DTYPES[self.dtype]
 
     @property
-    def code(self) -> PrefixCode:
-        return CODES[self.prefix_dtype]
+    def code(self) -> Code:
+        return CODES[self.codes or self.prefix_dtype]
+
+    @property
+    def coded(self) -> int:
+        """How many columns are coded."""
+        return self.width if self.code.whole else self.dims[0]
 
     @property
     def place(self) -> torch.device:
@@ -81,10 +100,10 @@ class IndexConfig:
         """What a manifest holds of it, as JSON: all but the device."""
         return {
             "dims": list(self.dims), "metric": self.metric, "dtype": self.dtype,
-            "prefix_dtype": self.prefix_dtype, "rotation": self.rotation,
+            "prefix_dtype": self.prefix_dtype, "codes": self.codes, "rotation": self.rotation,
         }  # fmt: skip
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any], device: str) -> IndexConfig:
-        names = ("dims", "metric", "dtype", "prefix_dtype", "rotation")
+        names = ("dims", "metric", "dtype", "prefix_dtype", "codes", "rotation")
         return cls(*(fields[name] for name in names), device=device)

@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mrl_fast.search.index.codes import CODES
-from mrl_fast.search.index.config import DTYPES
-from mrl_fast.shared.checks import check_int, check_stages
+from mrl_fast.search.index import validate as inputs
+from mrl_fast.shared.checks import check_int
+from mrl_fast.shared.types import Stage
 
 
 class StageCost(NamedTuple):
-    """What one stage does for one query: rows scored, multiply-adds, bytes read of the vectors."""
+    """What one stage does for one query: rows scored, multiply-adds, bytes read of the vectors, or
+    of codes of so many bits a column (0: of the vectors)."""
 
     dim: int
     keep: int
     rows: int
     macs: int
     read_bytes: int
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -32,46 +34,51 @@ class Explanation:
     read_share: float
 
     def __str__(self) -> str:
-        lines = [f"{'dim':>7} {'keep':>9} {'rows':>12} {'MACs a query':>15} {'bytes a query':>15}"]
-        lines += [f"{r[0]:7,} {r[1]:9,} {r[2]:12,} {r[3]:15,} {r[4]:15,}" for r in self.rows]
-        lines.append(f"{'total':>7} {self.macs:38,} {self.read_bytes:15,}")
-        lines.append(f"{'of full':>7} {self.macs_share:38.2%} {self.read_share:15.2%}")
+        lines = [
+            f"{'dim':>7} {'bits':>4} {'keep':>9} {'rows':>12} {'MACs a query':>15} "
+            f"{'bytes a query':>15}"
+        ]
+        lines += [
+            f"{r.dim:7,} {r.bits or '':4} {r.keep:9,} {r.rows:12,} {r.macs:15,} {r.read_bytes:15,}"
+            for r in self.rows
+        ]
+        lines.append(f"{'total':>7} {self.macs:43,} {self.read_bytes:15,}")
+        lines.append(f"{'of full':>7} {self.macs_share:43.2%} {self.read_share:15.2%}")
         return "\n".join(lines)
 
 
-def explain(index: Any, stages: Sequence[tuple[int, int]], batch: int = 1) -> Explanation:
+def explain(index: Any, stages: Sequence[Stage], batch: int = 1) -> Explanation:
     """What each stage costs a query, counted and not measured.
 
     Args:
         index: A MatryoshkaIndex.
-        stages: ``(dim, keep)`` pairs as in its ``search``.
+        stages: As in its ``search``.
         batch: Queries a call, at least 1; they share one read of what the first stage scans.
 
     Raises:
         ValueError, TypeError: Stages that do not fit the index.
     """
-    checked = check_stages(stages)
+    config = index.config
+    checked = inputs.stages(stages, config)
     batch = check_int(batch, "batch", 1)
-    for i, (dim, _) in enumerate(checked):
-        if dim not in index.dims:
-            raise ValueError(f"stages[{i}] dim: expected one of {index.dims}, got {dim}")
-    first, width = index.dims[0], index.dims[-1]
-    code, item = CODES[index.prefix_dtype], DTYPES[index.dtype].itemsize
-    exact = first if code.exact else 0  # columns that lie in the code's array only
-    by_codes = not code.exact and checked[0][0] == first and len(checked) > 1
+    code, width, item = config.code, config.width, config.stored_dtype.itemsize
+    exact = config.coded if code.exact else 0  # columns that lie in the code's array only
 
     def row_bytes(begin: int, end: int) -> int:
         of_code = max(0, min(end, exact) - begin)
-        return of_code * code.bits // 8 + item * (end - begin - of_code)
+        return of_code * code.bits[0] // 8 + item * (end - begin - of_code)
 
     rows: list[StageCost] = []
     count, begin = len(index), 0
-    for dim, keep in checked:
-        read = count * row_bytes(begin, dim)
-        if not rows:
-            read = -(-(count * dim * code.bits // 8 if by_codes else read) // batch)
-        rows.append(StageCost(dim, keep, count, count * (dim - begin), read))
-        begin = 0 if by_codes and len(rows) == 1 else dim  # a code's score is not carried on
+    for dim, *named, keep in checked:
+        bits = named[0] if named else 0
+        if not rows and len(checked) > 1 and not (code.exact or code.whole) and dim == config.coded:
+            bits = code.bits[0]  # of a first prefix
+        by_codes = bits > 0
+        read = count * dim * bits // 8 if by_codes else count * row_bytes(begin, dim)
+        read = read if rows else -(-read // batch)
+        rows.append(StageCost(dim, keep, count, count * (dim - begin), read, bits))
+        begin = 0 if by_codes else dim  # a code's score is not carried on
         count = min(count, keep)
     macs, read = sum(row.macs for row in rows), sum(row.read_bytes for row in rows)
     scan = max(1, len(index))

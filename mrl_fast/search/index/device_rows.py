@@ -125,8 +125,8 @@ class DeviceCopy:
         x, head = arrays["vectors"][to], self.dims[0]
         suffix = block.suffix[low:high].to(self.device)
         x[:, self.dims[-1] - suffix.shape[1] :] = suffix
-        if block.packed is not None:  # [tiles, head, TILE]
-            x[:, :head] = self._of_tiles(block.packed, low, high).to(x.dtype)
+        if "packed" in block.tiles:  # [tiles, head, TILE]
+            x[:, :head] = self._of_tiles(block.tiles["packed"], low, high).to(x.dtype)
         arrays["ids"][to] = block.ids[low:high].to(self.device)
         norms = []
         for g, dim in enumerate(self.dims):
@@ -141,7 +141,7 @@ class DeviceCopy:
         norm, unit = upper(norm, self.dims[-1]), self.metric.unit
         arrays["suffixes"][to] = norm * inverse(norms[-1]) * (1 + 1e-6) if unit else norm
         if self.code.signed is not None:
-            tiles = block.arrays[self.code.array]  # [tiles, groups, TILE, columns]
+            tiles = block.tiles["codes"]  # [tiles, groups, TILE, columns]
             arrays["codes"][to] = self.code.signed(self._of_tiles(tiles, low, high)[:, :head])
             scales = block.stats[Stat.CODE_SCALE, low:high].to(self.device)
             arrays["scales"][to] = scales * inverse(norms[0]) if unit else scales

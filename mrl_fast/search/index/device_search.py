@@ -24,6 +24,7 @@ from mrl_fast.search.index.rotation import Rotation
 from mrl_fast.search.index.snapshot import Snapshot
 from mrl_fast.search.index.store import RowStore
 from mrl_fast.shared.checks import check_finite
+from mrl_fast.shared.types import Stage
 
 Result = tuple[Tensor, Tensor]
 LEAST_SCALE = 2.0**-100  # of a query's codes
@@ -64,9 +65,7 @@ def rotated(queries: Tensor, rotation: Rotation) -> Tensor:
 
 
 @on_its_device
-def search_rows(
-    q: Tensor, rows: DeviceRows, stages: Sequence[tuple[int, int]], metric: str
-) -> Result:
+def search_rows(q: Tensor, rows: DeviceRows, stages: Sequence[Stage], metric: str) -> Result:
     """Runs the stages. Where there are codes, a first stage of their width ranks by them unless it
     is the last, and the next stage begins at the first column."""
     (dim, keep), *later = stages

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mrl_fast.search.index.validate import default_dims
 from mrl_fast.shared import memory
+from mrl_fast.shared.native import METRICS
 
 try:
     import faiss
@@ -47,13 +48,15 @@ def from_faiss(make: Callable[..., Any], index: Any, dims: Sequence[int] | None)
 def to_faiss(index: Any) -> Any:
     """A flat index of a MatryoshkaIndex's vectors, in the order of its rows; see its method."""
     ids = index.ids
-    flat, prepared = FLAT[index.metric]
-    made: Any = flat(index.width)
+    terms = METRICS[index.metric]
+    made: Any = (faiss.IndexFlatL2 if terms.differences else faiss.IndexFlatIP)(index.width)
     mapped = not torch.equal(ids, memory.arange(0, len(ids)))
     if mapped:
         made = faiss.IndexIDMap2(made)
     for begin, end in _chunks(len(ids), index.width):
-        x = prepared(index.reconstruct(ids[begin:end]))
+        x = index.reconstruct(ids[begin:end])
+        if terms.normalized:
+            x = _unit(x)
         if mapped:
             made.add_with_ids(x.numpy(), ids[begin:end].numpy())
         else:
@@ -64,14 +67,6 @@ def to_faiss(index: Any) -> Any:
 def _unit(x: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
     return (x / norms.where(norms > 0, 1)).float()
-
-
-# FAISS's index for a metric, and what becomes of vectors in it.
-FLAT = {
-    "ip": (faiss.IndexFlatIP, lambda x: x),
-    "cosine": (faiss.IndexFlatIP, _unit),
-    "l2": (faiss.IndexFlatL2, lambda x: x),
-}
 
 
 def _opened(index: Any) -> tuple[Any, np.ndarray]:

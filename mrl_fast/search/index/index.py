@@ -21,7 +21,7 @@ from mrl_fast.search.index.rows import IndexRows
 from mrl_fast.search.index.snapshot import Snapshot
 from mrl_fast.shared.arrays import result_like
 from mrl_fast.shared.checks import check_dims, check_int
-from mrl_fast.shared.types import ExactResult, RangeResult, SearchResult, Tuned
+from mrl_fast.shared.types import ExactResult, RangeResult, SearchResult, Stage, Tuned
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,13 +49,16 @@ class MatryoshkaIndex:
     Args:
         dims: Prefix widths that stages may use, strictly ascending. The last is the vectors' width
             D; the first is laid out for scanning, so it should be the dim that searches start with.
-        metric: ``"cosine"`` (each prefix normalised on its own), ``"ip"`` or ``"l2"`` (scores are
-            −squared distance).
+        metric: As in ``prefix_topk``: ``"cosine"``, ``"ip"`` or ``"l2"``.
         dtype: What vectors are stored as: ``"float32"``, ``"float16"`` or ``"bfloat16"``. They are
             rounded to it as they are added.
         prefix_dtype: What the first prefix is scanned as: ``"float32"``, or ``"int8"``, a quarter
             of the bytes: a code with one scale a row, for shortlists and bounds only. Scores are
             those of the vectors as stored.
+        codes: ``"bits"`` codes every column in four bits, of which the first, the sign, lies apart
+            too; both are less the mean of the first vectors, where it is a large part of them. A
+            stage may then rank by one or four bits, and exact search reads four bits of all rows
+            and the vectors of a few. It takes 5 bits a column more, and 4 or 8 bytes a dim.
         rotation: ``"pca"`` for vectors that were not trained to be cut: an orthogonal rotation that
             puts their energy first, fitted by ``fit`` or else on the first vectors that are added.
             Inner products, distances and full-width cosines keep their values up to rounding.
@@ -75,10 +78,12 @@ class MatryoshkaIndex:
         metric: str = "cosine",
         dtype: str = "float32",
         prefix_dtype: str = "float32",
+        codes: str | None = None,
         rotation: str | None = None,
         device: str = "cpu",
     ):
-        self._make(IndexConfig(check_dims(dims), metric, dtype, prefix_dtype, rotation, device))
+        options = metric, dtype, prefix_dtype, codes, rotation, device
+        self._make(IndexConfig(check_dims(dims), *options))
 
     def _make(self, config: IndexConfig) -> None:
         self.config, self._rows = config, IndexRows(config)
@@ -90,6 +95,7 @@ class MatryoshkaIndex:
     metric = property(lambda self: self.config.metric)
     dtype = property(lambda self: self.config.dtype)
     prefix_dtype = property(lambda self: self.config.prefix_dtype)
+    codes = property(lambda self: self.config.codes)
     device = property(lambda self: self.config.device)
     tuned = property(lambda self: self._tuned, doc="What ``tune`` chose, a Tuned; None before.")
     place = property(lambda self: self.config.place, doc="Where kernels run.")
@@ -141,7 +147,7 @@ class MatryoshkaIndex:
         queries: Any,
         k: int = 10,
         *,
-        stages: Sequence[tuple[int, int]] | None = None,
+        stages: Sequence[Stage] | None = None,
         exact: bool = False,
         allowed: Any = None,
         out: SearchResult | None = None,
@@ -153,8 +159,10 @@ class MatryoshkaIndex:
             k: Neighbours a query, at least 1; beyond the vectors there are they are missing.
             stages: ``(dim, keep)`` pairs, dims of the index ascending, keeps not growing, the last
                 at least k: search all rows by the first dim and rerank what each stage keeps by the
-                next. None: the stages that ``tune`` chose, where it did, for at least this k, and
-                at most a tenth of the vectors were added since; else exact.
+                next. With codes the first may be ``(dim, 1, keep)``, by the signs of any prefix, or
+                ``(D, 4, keep)``, by four bits of every column. None: the stages that ``tune``
+                chose, where it did, for at least this k, and at most a tenth of the vectors were
+                added since; else exact.
             exact: The k best at width D by fp64 scores, provably: a row is dropped only where a
                 bound on its score excludes it. On a device scores that are equal in fp32 are
                 equal. An error together with stages.
@@ -180,7 +188,7 @@ class MatryoshkaIndex:
             raise ValueError("exact: expected False where stages are given, got True")
         now = self._rows.snapshot
         checked = (
-            self._tuned_stages(k, now) if stages is None else inputs.stages(stages, self.dims, k)
+            self._tuned_stages(k, now) if stages is None else inputs.stages(stages, self.config, k)
         )
         rows, q, _keepalive = self._searched(now, allowed, q)
         if exact or checked is None:
@@ -250,7 +258,7 @@ class MatryoshkaIndex:
         self._tuned = Tuned(report.stages, report.k, len(self))
         return report
 
-    def explain(self, stages: Sequence[tuple[int, int]], *, batch: int = 1) -> cost.Explanation:
+    def explain(self, stages: Sequence[Stage], *, batch: int = 1) -> cost.Explanation:
         """What ``stages``, as in ``search``, cost a query: rows visited, multiply-adds, bytes read.
         A ``batch`` of queries shares what the first stage reads."""
         return cost.explain(self, stages, batch=batch)
@@ -278,7 +286,12 @@ class MatryoshkaIndex:
                 self._saved, store.saved_prefix_rows = saved, now.count
 
             contents = folder.Contents(
-                self._fields(), self._rows.layout, now.blocks, now.counts, now.live, self.rotation
+                self._fields(),
+                self._rows.layout,
+                now.blocks,
+                now.counts,
+                now.live,
+                self._rows.frame,
             )
             folder.save(Path(path), contents, self._saved, store.saved_prefix_rows, replaced)
 
@@ -365,7 +378,7 @@ class MatryoshkaIndex:
 
     def _marks(self) -> tuple[Any, ...]:
         """The objects that a change of anything that ``save`` writes replaces."""
-        return self._rows.snapshot, self.rotation, self._tuned
+        return self._rows.snapshot, self._rows.frame, self._tuned
 
     def _is_as_loaded(self) -> bool:
         marks = self._loaded_marks
@@ -381,10 +394,10 @@ class MatryoshkaIndex:
         index = cls.__new__(cls)
         index._make(IndexConfig.from_fields(fields, device))
         if fields["tuned"] is not None:
-            index._tuned = inputs.tuned(fields["tuned"], index.dims)
+            index._tuned = inputs.tuned(fields["tuned"], index.config)
         return index, index._rows.layout
 
-    def _tuned_stages(self, k: int, now: Snapshot) -> list[tuple[int, int]] | None:
+    def _tuned_stages(self, k: int, now: Snapshot) -> list[Stage] | None:
         stages, tuned_k, rows = self._tuned or (None, 0, 0)
         if stages is None or k > tuned_k or now.size > 1.1 * rows:
             return None

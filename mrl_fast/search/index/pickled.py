@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrl_fast.search.disk.manifest import VERSION
+from mrl_fast.search.disk.manifest import VERSION, VERSIONS, completed
 from mrl_fast.search.index.rows import Frozen
 from mrl_fast.shared import memory
 from mrl_fast.shared.arrays import as_tensor
@@ -31,7 +31,7 @@ def state_of(index: Any) -> dict[str, Any]:
                 for used, arrays in frozen.segments
             ],
             "live": _bytes(frozen.live),
-            "axes": _bytes(frozen.axes),
+            "axes": _bytes(frozen.frame),
         }
 
 
@@ -42,8 +42,9 @@ def restore(index: Any, state: dict[str, Any]) -> None:
         ValueError: The state is another version's; or the folder has been saved to since.
         FileNotFoundError: The folder is gone.
     """
-    if state["version"] != VERSION:
-        raise ValueError(f"version: expected {VERSION}, got a pickle of {state['version']}")
+    if state["version"] not in VERSIONS:
+        versions = " or ".join(map(str, VERSIONS))
+        raise ValueError(f"version: expected {versions}, got a pickle of {state['version']}")
     if "path" in state:
         loaded = type(index).load(state["path"], device=state["device"])
         there = loaded._saved.manifest
@@ -54,7 +55,7 @@ def restore(index: Any, state: dict[str, Any]) -> None:
             )
         index.__dict__.update(loaded.__dict__)
         return
-    fields = state["fields"]
+    fields = completed(state["fields"])
     made, layout = type(index)._from_fields(state["device"], fields)
     segments = []
     for used, data in state["segments"]:
@@ -64,7 +65,7 @@ def restore(index: Any, state: dict[str, Any]) -> None:
     if live is not None:
         live = _tensor(live, torch.int64, (live.nbytes // 8,))
     if axes is not None:
-        axes = _tensor(axes, torch.float32, (layout.width, layout.width))
+        axes = _tensor(axes, torch.float32, (layout.axes, layout.width))
     made._rows.thaw(Frozen(segments, live, axes, fields["next_id"]))
     index.__dict__.update(made.__dict__)
 

@@ -26,6 +26,7 @@ from mrl_fast.shared.checks import check_finite
 from mrl_fast.shared.locks import Lock
 
 LARGEST_ID = (1 << 63) - 2  # one more is an int64 too
+MEAN_ROWS, LEAST_MEAN = 1 << 14, 0.05  # of a centre: vectors read, share of their squares
 
 
 class Frozen(NamedTuple):
@@ -34,13 +35,13 @@ class Frozen(NamedTuple):
     Attributes:
         segments: Rows used and arrays of each read-only block.
         live: The live mask, as of a Snapshot.
-        axes: The rotation's.
+        frame: What the vectors are given in, as of ``IndexRows.frame``.
         next_id: One more than the largest id so far.
     """
 
     segments: list[tuple[int, dict[str, Tensor]]]
     live: Tensor | None
-    axes: Tensor | None
+    frame: Tensor | None
     next_id: int
 
 
@@ -50,8 +51,9 @@ class IndexRows:
     def __init__(self, config: IndexConfig):
         self._lock = Lock()
         self.config, self.backend, self.next_id = config, backend_of(config), 0
-        self.layout = Layout(config.dims[0], config.width, config.stored_dtype, config.code)
+        self.layout = Layout(config)
         self.rotation = None if config.rotation is None else Rotation(config.width)
+        self.frame: Tensor | None = None  # [n, D] fp32: the rotation's axes, then codes' centre
         with self.changing():
             self.store: RowStore = self.backend.new_store(self.layout, config)
             # For a chunk that is converted: a new one each time would leave holes among the blocks.
@@ -69,24 +71,27 @@ class IndexRows:
         return self.store.snapshot
 
     def fit(self, samples: Any) -> None:
-        """Fits the rotation to samples, instead of to the first vectors that are added.
+        """Fits the rotation and codes' centre to samples, instead of to the first vectors that are
+        added.
 
         Args:
             samples: ``[n, D]`` floating point; a few times D of them are enough.
 
         Raises:
-            ValueError, TypeError: An index without rotation, or one that held vectors already;
-                samples of a wrong shape or dtype, NaN or infinite values, or none.
+            ValueError, TypeError: An index without rotation and codes, or one that held vectors
+                already; samples of a wrong shape or dtype, NaN or infinite values, or none.
         """
-        if self.rotation is None:
-            raise ValueError("rotation: expected 'pca' where samples are given, got None")
+        if not self.layout.axes:
+            raise ValueError("rotation: expected 'pca' or codes where samples are given, got None")
         x = inputs.vectors(samples, "samples", self.config.width)
         if not len(x):
             raise ValueError("samples: expected at least one vector, got none")
         with self.changing():
             if count := self.snapshot.count:
                 raise ValueError(f"samples: expected an empty index, got {count} vectors in it")
-            self.rotation = Rotation(self.config.width).fit(x)
+            if self.rotation is not None:
+                self.rotation = Rotation(self.config.width).fit(x)
+            self._set_frame(x)
 
     def add(self, vectors: Any, ids: Any = None) -> None:
         """Appends vectors; all of them or, where anything is wrong, none.
@@ -179,28 +184,29 @@ class IndexRows:
 
     def frozen(self) -> Frozen:
         with self.changing():
-            now, rotation = self.snapshot, self.rotation
+            now = self.snapshot
             blocks = zip(now.blocks, now.counts, strict=True)
             segments = [part for block, count in blocks for part in block.frozen(count)]
-            axes = None if rotation is None else rotation.axes
-            return Frozen(segments, now.live, axes, self.next_id)
+            return Frozen(segments, now.live, self.frame, self.next_id)
 
     def adopt(
         self, blocks: Sequence[Block], counts: Sequence[int], live: Tensor | None,
-        axes: Tensor | None, next_id: int,
+        frame: Tensor | None, next_id: int,
     ) -> None:  # fmt: skip
         """Takes over read-only blocks, all but the last of whole tiles, where there are no rows."""
         with self.changing():
-            if self.rotation is not None:
-                self.rotation.axes = axes
-            self.next_id = next_id
+            if frame is not None and self.rotation is not None:
+                self.rotation.axes = frame[: self.config.width]
+            if frame is not None and self.layout.ladder and bool(frame[-1].any()):
+                self.layout.centre = frame[-1]
+            self.frame, self.next_id = frame, next_id
             self.store.adopt(blocks, counts, live)
 
     def thaw(self, frozen: Frozen) -> None:
         """As ``adopt``."""
         counts = [used for used, _ in frozen.segments]
         blocks = [Block(self.layout, len(its["ids"]), its) for _, its in frozen.segments]
-        self.adopt(blocks, counts, frozen.live, frozen.axes, frozen.next_id)
+        self.adopt(blocks, counts, frozen.live, frozen.frame, frozen.next_id)
 
     def _known(self, ids: Tensor, now: Snapshot) -> Tensor:
         """The rows of these ids, all of which there must be."""
@@ -215,17 +221,35 @@ class IndexRows:
         last = int(ids.max())
         _check_last(last)
         next_id, before = max(self.next_id, last + 1), self.snapshot
-        rotation = self.rotation
+        rotation, frame = self.rotation, self.frame
         if rotation is not None and rotation.axes is None:
             # Before a search can find what it rotated.
             self.rotation = Rotation(self.config.width).fit(x)
+        if frame is None:
+            self._set_frame(x)
         try:
             self.store.append(x, ids, self._convert, replacing)
         finally:  # an interrupt may come when it is done; none comes where nothing is called
             if self.store.snapshot is before:
-                self.rotation = rotation
+                self.rotation, self.frame = rotation, frame
             else:
                 self.next_id = next_id
+
+    def _set_frame(self, x: Tensor) -> None:
+        """Of the first vectors: their mean, where it is a large part of them, is what codes are
+        less."""
+        axes = None if self.rotation is None else self.rotation.axes
+        frame = [] if axes is None else [axes]
+        if self.layout.ladder:
+            samples = x[:: -(-len(x) // MEAN_ROWS)].float()
+            if self.rotation is not None:
+                samples = self.rotation.apply(samples)
+            mean = samples.double().mean(dim=0)
+            least = LEAST_MEAN * samples.double().square().sum(dim=1).mean()
+            centre = (mean * (mean.square().sum() > least)).float()
+            self.layout.centre = centre if bool(centre.any()) else None
+            frame.append(centre[None])
+        self.frame = torch.cat(frame) if frame else None
 
     def _convert(self, part: Tensor) -> Tensor:
         """Vectors as they are to be stored, until it is called again."""

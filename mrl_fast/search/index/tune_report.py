@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import NamedTuple
 
-Stages = list[tuple[int, int]]  # (dim, keep)
+from mrl_fast.shared.types import Stage
+
+Stages = list[Stage]
 
 
 class TuneRow(NamedTuple):
@@ -37,7 +39,10 @@ class TuneReport:
     rows: tuple[TuneRow, ...]  # the fastest first
 
     def __str__(self) -> str:
-        head = f"  {'dim:keep':36} {'recall':6} {'at least':8} {'ms':>9} {'MMAC':>9} {'MiB':>9}"
+        head = (
+            f"  {'dim:keep, dim:bits:keep':36} {'recall':6} {'at least':8} {'ms':>9} {'MMAC':>9} "
+            f"{'MiB':>9}"
+        )
         lines = [self.note, "", head]
         for row in self.rows:
             mark = ">" if row.stages == self.stages else "*" if row.pareto else " "
@@ -80,4 +85,4 @@ class TuneReport:
 
 
 def shown(stages: Stages | None) -> str:
-    return " ".join(f"{dim}:{keep}" for dim, keep in stages) if stages else "exact search"
+    return " ".join(":".join(map(str, stage)) for stage in stages) if stages else "exact search"

@@ -180,11 +180,14 @@ def _rows(
 
 
 def _chains(index: Any, k: int) -> list[list[Stages]]:
-    """Each dim below the width and then the width; the first, the middle one and the width."""
+    """Each dim below the width and then the width; the first, the middle one and the width. With
+    codes the signs of each dim, and then the width."""
     keeps = [max(k, min(max(64 * k, 4096), len(index)))]
     while keeps[-1] > k:
         keeps.append(max(k, keeps[-1] // 2))
     *shorter, width = index.dims
+    if index.config.code.whole and index.device == "cpu":
+        return [[[(dim, 1, keep), (width, k)] for keep in keeps] for dim in index.dims]
     paths: list[tuple[int, ...]] = [(dim,) for dim in shorter]
     if shorter[1:]:
         middle = min(shorter[1:], key=lambda d: abs(math.log(d * d / shorter[0] / width)))

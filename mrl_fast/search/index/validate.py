@@ -7,7 +7,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,10 @@ from mrl_fast.shared.checks import (
 )
 from mrl_fast.shared.dispatch import triton_is_interpreted
 from mrl_fast.shared.memory import HOST
-from mrl_fast.shared.types import Tuned
+from mrl_fast.shared.types import Stage, Tuned
+
+if TYPE_CHECKING:
+    from mrl_fast.search.index.config import IndexConfig
 
 NARROWEST = 64  # of dims that nobody named
 MANY = 1 << 62  # more than there are rows, and yet an int64
@@ -147,25 +150,33 @@ def allowed(x: Any, size: int) -> Tensor | None:
     return numbers
 
 
-def stages(x: Any, dims: Sequence[int], k: int) -> list[tuple[int, int]]:
-    """Stages by dims of the index, the last of which keeps k."""
-    checked = list(check_stages(x))
-    for i, (dim, _) in enumerate(checked):
+def stages(x: Any, config: IndexConfig, k: int | None = None) -> list[Stage]:
+    """Stages by dims, and codes, of the index, the last of which keeps k where that is given."""
+    dims, code = config.dims, config.code
+    checked = list(check_stages(x, code.bits if code.whole and config.device == "cpu" else ()))
+    for i, (dim, *_) in enumerate(checked):
         if dim not in dims:
             raise ValueError(f"stages[{i}] dim: expected one of {tuple(dims)}, got {dim}")
+    dim, *bits = checked[0][:-1]
+    if bits and bits[0] > 1 and dim < config.width:
+        raise ValueError(
+            f"stages[0] dim: expected {config.width} where {bits[0]} bits rank, got {dim}"
+        )
+    if k is None:
+        return checked
     if checked[-1][1] < k:
         raise ValueError(f"stages: expected a last keep of at least k={k}, got {checked[-1][1]}")
     return [*checked[:-1], (checked[-1][0], k)]
 
 
-def tuned(x: Any, dims: Sequence[int]) -> Tuned:
+def tuned(x: Any, config: IndexConfig) -> Tuned:
     """The fields of a Tuned, as a manifest holds them."""
     if not isinstance(x, dict) or set(x) != set(Tuned._fields):
         raise ValueError(f"tuned: expected {', '.join(Tuned._fields)}, got {x!r:.80}")
     k, chosen = check_int(x["k"], "tuned k", 1, MANY), x["stages"]
     if chosen is not None:
-        chosen = stages(chosen, dims, k)
-        check_int(chosen[0][1], "tuned keep", 1, MANY)
+        chosen = stages(chosen, config, k)
+        check_int(chosen[0][-1], "tuned keep", 1, MANY)
     return Tuned(chosen, k, check_int(x["rows"], "tuned rows", 0, MANY))
 
 

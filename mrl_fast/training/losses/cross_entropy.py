@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from mrl_fast.shared.checks import check_choice, check_vector
+from mrl_fast.shared.checks import check_choice, check_number, check_vector
 from mrl_fast.shared.dispatch import choose
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training import reference
@@ -70,8 +69,7 @@ def matryoshka_cross_entropy(
     """
     x, heads = check_heads(x, weight, dims, bias)
     check_choice(reduction, "reduction", REDUCTIONS)
-    if not isinstance(label_smoothing, Real) or not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
+    label_smoothing = check_number(label_smoothing, "label_smoothing", high=1.0)
     num_classes = len(heads[0].weight)
     check_vector(target, "target", len(x), x, dtype=torch.int64)
     keep = target != ignore_index

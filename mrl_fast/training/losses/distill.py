@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from mrl_fast.shared.checks import check_choice, check_matrix, check_same_device
+from mrl_fast.shared.checks import check_choice, check_matrix, check_number, check_same_device
 from mrl_fast.shared.dispatch import choose, module_of
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training import reference
@@ -72,8 +71,7 @@ def matryoshka_distill(
     single = isinstance(student, Tensor)
     first, second = _check_sides(student, "student")
     queries, (documents,), dims = check_pairs(first, second, dims, "student[0]", "student[1]")
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
+    temperature = check_number(temperature, "temperature", above=True)
     dim_weights = check_dim_weights(dim_weights, len(dims), queries)
     rows, cols = _check_teacher(teacher, teacher_kind, queries, documents, single)
 
@@ -87,7 +85,7 @@ def matryoshka_distill(
             rows, cols = F.normalize(rows.float()), F.normalize(cols.float())
         spec = DistillSpec(
             q.x, d.x, list(dims), q.scaled(1 / temperature), d.inverse, rows.detach(),
-            None if cols is None else cols.detach(), float(temperature), q.compute_dtype,
+            None if cols is None else cols.detach(), temperature, q.compute_dtype,
         )  # fmt: skip
         kl, _, _ = _distill_once(*spec, impl)
     return nested_loss(kl * temperature**2, dim_weights, "mean", len(queries))

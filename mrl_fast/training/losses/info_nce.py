@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrl_fast.shared.checks import check_choice, check_vector
+from mrl_fast.shared.checks import check_choice, check_number, check_vector
 from mrl_fast.shared.dispatch import choose
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training import reference
@@ -202,8 +202,7 @@ def _boosts(spec: InfoNCESpec) -> dict[str, float]:
 def _check_hardness(mode: str | None, strength: float) -> None:
     if mode not in HARDNESS:
         raise ValueError(f"hardness_mode: expected one of {HARDNESS}, got {mode!r}")
-    if not 0.0 <= strength < float("inf"):
-        raise ValueError(f"hardness_strength: expected >= 0, got {strength!r}")
+    check_number(strength, "hardness_strength")
 
 
 def _check_directions(directions: Sequence[str], partition_mode: str) -> None:

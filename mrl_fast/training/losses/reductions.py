@@ -9,6 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from mrl_fast.shared.checks import check_number
 from mrl_fast.shared.types import NestedLoss
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -77,6 +78,4 @@ def check_scalar(value: Tensor | float, name: str, like: Tensor) -> Tensor | flo
 def check_scale(value: Tensor | float, name: str, like: Tensor) -> Tensor | float:
     """A positive scale; the value of a tensor is not asked for."""
     value = check_scalar(value, name, like)
-    if isinstance(value, float) and not value > 0:
-        raise ValueError(f"{name}: expected a positive number, got {value}")
-    return value
+    return check_number(value, name, above=True) if isinstance(value, float) else value

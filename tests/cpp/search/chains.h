@@ -16,7 +16,7 @@ inline bool fuses(const Kernels& kernels) {
 class Chains {
   public:
     Chains(const Kernels& kernels, const Table& table, const QueryRows& queries, Metric metric)
-        : fused_(fuses(kernels)), table_(table), queries_(queries), metric_(metric) {}
+        : fused_(fuses(kernels)), table_(table), queries_(queries), terms_(terms_of(metric)) {}
 
     // Of the first columns: [queries, n].
     const std::vector<float>& columns(int64_t dim) {
@@ -34,8 +34,8 @@ class Chains {
         for (int64_t q = 0; q < queries_.queries.n; ++q) {
             const Codes query = encode(queries_.row(q), rows.code_dim);
             float scale = query.scale;
-            if (metric_ == Metric::COSINE) scale *= query_scale(queries_.row(q), rows.code_dim);
-            if (metric_ == Metric::L2) scale *= 2.0f;
+            if (terms_.normalized) scale *= query_scale(queries_.row(q), rows.code_dim);
+            scale *= terms_.product;
             for (const Span& span : rows.spans)
                 for (int64_t row = 0; row < span.rows; ++row)
                     codes_.push_back(code_score(query, scale, span, row));
@@ -75,12 +75,14 @@ class Chains {
         float sum = 0.0f, square = 0.0f;
         for (int64_t c = 0; c < dim; ++c) {
             const float difference = query[c] - x[c];
-            sum = metric_ == Metric::L2 ? step(-difference, difference, sum)
-                                        : step(query[c], x[c], sum);
+            sum = terms_.source == Source::DIFFERENCE ? step(-difference, difference, sum)
+                                                      : step(query[c], x[c], sum);
             square = step(x[c], x[c], square);
         }
-        if (metric_ == Metric::COSINE) sum *= inverse_norm(square) * query_scale(query, dim);
-        return sum + 0.0f;
+        float scale = terms_.normalized ? query_scale(query, dim) : 1.0f;
+        scale *= terms_.factor(terms_.source);
+        if (terms_.normalized) scale *= inverse_norm(square);
+        return sum * scale + 0.0f;
     }
     UNWATCHED float code_score(const Codes& query, float query_scale, const Span& span,
                                int64_t row) const {
@@ -92,16 +94,16 @@ class Chains {
         }
         const float *stats = span.stats + row, norm = stats[PREFIX_NORM * span.stats_stride];
         float scale = stats[CODE_SCALE * span.stats_stride];
-        if (metric_ == Metric::COSINE) scale = norm > 0.0f ? scale / norm : 0.0f;
+        if (terms_.normalized) scale = norm > 0.0f ? scale / norm : 0.0f;
         const float score = float(sum) * (scale * query_scale);
         const volatile float square = norm * norm;
-        return (metric_ == Metric::L2 ? score - square : score) + 0.0f;
+        return score - terms_.squares * square + 0.0f;
     }
 
     const bool fused_;
     const Table& table_;
     const QueryRows& queries_;
-    const Metric metric_;
+    const MetricTerms terms_;
     std::map<int64_t, std::vector<float>> columns_;
     std::vector<float> codes_;
 };

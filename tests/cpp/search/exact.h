@@ -12,10 +12,10 @@ UNWATCHED inline double score64(const float* query, const float* row, int64_t di
         qq += q * q;
         xx += x * x;
     }
-    if (metric == Metric::L2) return -square;
-    if (metric == Metric::IP) return dot;
-    const double norms = std::sqrt(qq) * std::sqrt(xx);
-    return norms > 0.0 ? dot / norms : 0.0;
+    const MetricTerms& terms = terms_of(metric);
+    if (terms.source == Source::DIFFERENCE) return -terms.squares * square;
+    const double norms = terms.normalized ? std::sqrt(qq) * std::sqrt(xx) : 1.0;
+    return norms > 0.0 ? terms.product * dot / norms : 0.0;
 }
 
 // [queries, n]
@@ -60,8 +60,8 @@ inline Found find_exact(const Kernels& kernels, const Rows& rows, const QueryRow
     const int64_t count = queries.queries.n;
     Found found = room_for(count, k);
     std::vector<int64_t> touched(count, -7);
-    CHECK(exact_search(kernels, rows, queries.queries, metric, queries.width, k, threads,
-                       found.scores.data(), found.ids.data(), touched.data()) == Status::OK);
+    CHECK(exact_search({kernels, threads}, rows, queries.queries, metric, {queries.width, k},
+                       {found.scores.data(), found.ids.data()}, touched.data()) == Status::OK);
     for (int64_t some : touched) {
         CHECK(some >= 0 && some <= rows.eligible());
         ++(some < rows.eligible() ? visits->pruned : visits->full);

@@ -39,7 +39,7 @@ void check(const std::string& name, const std::vector<std::vector<float>>& good,
            const std::vector<float>& query, int64_t prefix, bool coded, std::mt19937& random) {
     const Table table = among_others(good, query, random);
     const QueryRows queries(table.width, query);
-    for (Metric metric : METRICS) {
+    for (Metric metric : EVERY_METRIC) {
         const std::vector<double> scores = scores64(table, queries, metric);
         const Database database(table, {prefix, coded}, split(table.n), table.n,
                                 *tested_kernels().front(), 1);
@@ -70,7 +70,7 @@ void check_close(int64_t close, int64_t prefix, bool coded, std::mt19937& random
         }
     const Database database(table, {prefix, coded}, split(table.n), table.n,
                             *tested_kernels().front(), 1);
-    for (Metric metric : METRICS) {
+    for (Metric metric : EVERY_METRIC) {
         const Found right =
             brute_force(scores64(table, queries, metric), 7, table.n, all_rows(table.n), 10);
         for (const Kernels* kernels : tested_kernels()) {

@@ -39,12 +39,11 @@ void check_passes(const Kernels& kernels, std::mt19937& random) {
     const Table table = make_table(130, 1400, DType::BF16, random);
     const QueryRows queries(table, 100, random);
     const Found right =
-        brute_force(scores64(table, queries, Metric::COSINE), 100, table.n, all_rows(table.n), 10);
+        brute_force(scores64(table, queries, COSINE), 100, table.n, all_rows(table.n), 10);
     Visits visits;
     for (bool coded : {false, true}) {
         const Database database(table, {100, coded}, split(table.n), table.n, kernels, 1);
-        check_found(find_exact(kernels, database.rows, queries, Metric::COSINE, 10, 2, &visits),
-                    right);
+        check_found(find_exact(kernels, database.rows, queries, COSINE, 10, 2, &visits), right);
     }
 }
 
@@ -54,16 +53,15 @@ void check_threads(std::mt19937& random) {
     const QueryRows queries(table, 24, random);
     const Kernels& kernels = *tested_kernels().front();
     const Found right =
-        brute_force(scores64(table, queries, Metric::IP), 24, table.n, all_rows(table.n), 10);
+        brute_force(scores64(table, queries, IP), 24, table.n, all_rows(table.n), 10);
     for (bool coded : {false, true}) {
         const Database database(table, {24, coded}, split(table.n), table.n, kernels, 2);
         for (int threads : {2, 4}) {
             scenario = std::string("exact, ") + (coded ? "coded, " : "") + std::to_string(threads) +
                        " threads";
             Visits visits;
-            check_found(
-                find_exact(kernels, database.rows, queries, Metric::IP, 10, threads, &visits),
-                right);
+            check_found(find_exact(kernels, database.rows, queries, IP, 10, threads, &visits),
+                        right);
             CHECK(visits.pruned > 12);
         }
     }
@@ -76,8 +74,9 @@ void check_results(const Kernels& kernels, std::mt19937& random) {
     const Database database(huge, {8, false}, split(200), 200, kernels, 1);
     Found found = room_for(2, 5);
     std::vector<int64_t> touched(2);
-    CHECK(exact_search(kernels, database.rows, queries.queries, Metric::L2, 24, 5, 1,
-                       found.scores.data(), found.ids.data(), touched.data()) == Status::OVERFLOW_);
+    CHECK(exact_search({kernels, 1}, database.rows, queries.queries, L2, {24, 5},
+                       {found.scores.data(), found.ids.data()},
+                       touched.data()) == Status::OVERFLOW_);
 }
 
 }  // namespace
@@ -130,14 +129,14 @@ void test_shared() {
         const Database database(table, {12, coded}, split(table.n), table.n, kernels, 1);
         const auto funnel = [&] {
             Found found = room_for(24, 10);
-            CHECK(search({kernels, 2}, database.rows, queries.queries, Metric::COSINE,
+            CHECK(search({kernels, 2}, database.rows, queries.queries, COSINE,
                          {{12, 400}, {48, 10}},
                          {found.scores.data(), found.ids.data()}) == Status::OK);
             return found;
         };
         const auto exact = [&] {
             Visits visits;
-            return find_exact(kernels, database.rows, queries, Metric::COSINE, 10, 2, &visits);
+            return find_exact(kernels, database.rows, queries, COSINE, 10, 2, &visits);
         };
         const Found found = funnel(), best = exact();
         std::vector<std::thread> threads;

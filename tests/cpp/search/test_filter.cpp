@@ -81,8 +81,8 @@ void check_threads(std::mt19937& random) {
                            std::to_string(count) + " rows, " + std::to_string(threads) + " threads";
                 const Filtered filtered(databases[layout]->rows, rows, random);
                 const Found found =
-                    find(kernels, filtered.rows, queries.some(0, count == few ? 400 : 30),
-                         Metric::L2, {{100, 9}, {110, 9}}, threads);
+                    find(kernels, filtered.rows, queries.some(0, count == few ? 400 : 30), L2,
+                         {{100, 9}, {110, 9}}, threads);
                 for (int64_t id : found.ids) CHECK(filtered.chosen.has(id));
                 if (threads == 1 && (layout == 0 || (layout == 2 && count > few))) first = found;
                 CHECK_EQUAL(found, first);
@@ -97,8 +97,9 @@ void test_filter() {
     const int64_t sizes[] = {1, 130, 2100}, widths[] = {10, 33, 40};
     for (int size = 0; size < 3 && !RACES_ONLY; ++size)
         for (int layout = 0; layout < 3; ++layout)
-            for (int metric = 0; metric < 3; ++metric)
-                check_table(sizes[size], widths[size], layout, DTYPES[(size + layout + metric) % 3],
-                            METRICS[metric], size == 2 ? 7 : 4, random);
+            for (Metric metric : EVERY_METRIC)
+                check_table(sizes[size], widths[size], layout,
+                            DTYPES[(size + layout + int(metric)) % 3], metric, size == 2 ? 7 : 4,
+                            random);
     check_threads(random);
 }

@@ -38,7 +38,7 @@ void check_passes(std::mt19937& random) {
     const Kernels& kernels = *tested_kernels().front();
     const Table table = make_table(300, 1400, DType::BF16, random);
     const QueryRows queries(table, 100, random);
-    const std::vector<double> scores = scores64(table, queries, Metric::COSINE);
+    const std::vector<double> scores = scores64(table, queries, COSINE);
     for (bool coded : {false, true})
         for (int64_t some : {3, 150, 290}) {
             scenario = "exact of masks, passes, " + std::to_string(some) + " rows";
@@ -46,10 +46,9 @@ void check_passes(std::mt19937& random) {
             const Filtered filtered(database.rows, some_rows(table.n, some, random), random);
             const Found right = brute_force(scores, 100, table.n, filtered.chosen.rows, 5);
             Visits visits;
-            check_found(find_exact(kernels, filtered.rows, queries, Metric::COSINE, 5, 2, &visits),
-                        right);
+            check_found(find_exact(kernels, filtered.rows, queries, COSINE, 5, 2, &visits), right);
             const QueryRows one(table.width, {queries.row(99), queries.row(99) + table.width});
-            check_found(find_exact(kernels, filtered.rows, one, Metric::COSINE, 5, 1, &visits),
+            check_found(find_exact(kernels, filtered.rows, one, COSINE, 5, 1, &visits),
                         {{right.scores.end() - 5, right.scores.end()},
                          {right.ids.end() - 5, right.ids.end()}});
         }

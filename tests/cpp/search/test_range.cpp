@@ -17,12 +17,11 @@ std::vector<double> thresholds(const std::vector<double>& scores, int64_t n) {
     return out;
 }
 
-void check_range(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
-                 int64_t dim, double threshold, int threads, const std::vector<double>& scores,
+void check_range(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
+                 int64_t dim, double threshold, const std::vector<double>& scores,
                  const InRange& right) {
     std::vector<std::vector<Neighbour>> found(1);
-    CHECK(range_search(kernels, rows, queries, metric, dim, threshold, threads, &found) ==
-          Status::OK);
+    CHECK(range_search(run, rows, queries, metric, dim, threshold, &found) == Status::OK);
     CHECK_EQUAL(found.size(), right.size());
     for (size_t q = 0; q < right.size(); ++q) {
         CHECK_EQUAL(found[q].size(), right[q].size());
@@ -39,7 +38,7 @@ void check_table(const Table& table, const QueryRows& queries, int64_t prefix,
                  std::mt19937& random) {
     const int64_t n = table.n, count = queries.queries.n;
     const std::string name = scenario;
-    for (Metric metric : METRICS) {
+    for (Metric metric : EVERY_METRIC) {
         const std::vector<double> scores = scores64(table, queries, metric);
         for (bool coded : {false, true}) {
             const Database database(table, {prefix, coded}, split(n), 77, *tested_kernels().front(),
@@ -54,8 +53,8 @@ void check_table(const Table& table, const QueryRows& queries, int64_t prefix,
                         scenario = name + ", metric " + std::to_string(int(metric)) + ", " +
                                    std::to_string(some) + " rows" + (coded ? ", coded, " : ", ") +
                                    kernels->name + ", threshold " + std::to_string(threshold);
-                        check_range(*kernels, rows, queries.queries, metric, table.width, threshold,
-                                    1, scores, right);
+                        check_range({*kernels, 1}, rows, queries.queries, metric, table.width,
+                                    threshold, scores, right);
                     }
                 }
             }
@@ -68,14 +67,14 @@ void check_passes(std::mt19937& random) {
     const Kernels& kernels = *tested_kernels().front();
     const Table table = make_table(3000, 24, DType::F16, random);
     const QueryRows queries(table, 150, random);
-    const std::vector<double> scores = scores64(table, queries, Metric::COSINE);
+    const std::vector<double> scores = scores64(table, queries, COSINE);
     for (bool coded : {false, true}) {
         const Database database(table, {16, coded}, split(table.n), table.n, kernels, 1);
         const InRange right = rows_in_range(scores, 150, table.n, all_rows(table.n), 0.9);
         for (int threads : {2, 4}) {
             scenario = "range, " + std::to_string(threads) + " threads";
-            check_range(kernels, database.rows, queries.queries, Metric::COSINE, 24, 0.9, threads,
-                        scores, right);
+            check_range({kernels, threads}, database.rows, queries.queries, COSINE, 24, 0.9, scores,
+                        right);
         }
     }
 }
@@ -91,7 +90,7 @@ void check_refusals(std::mt19937& random) {
     const Database database(table, {8, false}, split(200), 200, kernels, 1);
     std::vector<std::vector<Neighbour>> found;
     const auto status = [&](const Rows& rows, const Queries& some) {
-        return range_search(kernels, rows, some, Metric::L2, 24, -1.0, 1, &found);
+        return range_search({kernels, 1}, rows, some, L2, 24, -1.0, &found);
     };
     CHECK(status(database.rows, queries.queries) == Status::OVERFLOW_);
     std::vector<int64_t> others = all_rows(200);

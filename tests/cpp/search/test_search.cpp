@@ -27,6 +27,7 @@ struct Exact {
 
 UNWATCHED Exact exact_scores(const Case& c, int64_t dim) {
     const int64_t n = c.table.n, count = c.queries.queries.n;
+    const MetricTerms& terms = terms_of(c.metric);
     Exact out = {std::vector<double>(count * n), std::vector<double>(count * n)};
     for (int64_t q = 0; q < count; ++q)
         for (int64_t row = 0; row < n; ++row) {
@@ -41,17 +42,18 @@ UNWATCHED Exact exact_scores(const Case& c, int64_t dim) {
                 square += (x - y) * (x - y);
             }
             const double norms = std::sqrt(aa) * std::sqrt(bb), steps = double(dim) * ROUNDING;
-            double score = dot, budget = size * (steps + 2 * ROUNDING);
-            if (c.metric == Metric::L2) {
+            double score = dot, budget = size * (steps + 3 * ROUNDING);
+            if (terms.source == Source::DIFFERENCE) {
                 score = -square;
-                budget = square * (steps + 4 * ROUNDING);
-            } else if (c.metric == Metric::COSINE) {
+                budget = square * (steps + 5 * ROUNDING);
+            } else if (terms.normalized) {
                 score = norms > 0.0 ? dot / norms : 0.0;
                 budget =
-                    norms > 0.0 ? (size / norms + std::abs(score)) * (steps + 12 * ROUNDING) : 0.0;
+                    norms > 0.0 ? (size / norms + std::abs(score)) * (steps + 13 * ROUNDING) : 0.0;
             }
-            out.score[q * n + row] = score;
-            out.budget[q * n + row] = 1.01 * budget + 1e-37;
+            const double factor = terms.factor(terms.source);
+            out.score[q * n + row] = factor * score;
+            out.budget[q * n + row] = factor * (1.01 * budget + 1e-37);
         }
     return out;
 }
@@ -119,6 +121,7 @@ Found expected(const Case& c, const Rankings& rankings, const std::vector<Stage>
 std::vector<double> code_scores(const Case& c, int64_t q) {
     const Rows& rows = c.database.rows;
     const float* query = c.queries.row(q);
+    const MetricTerms& terms = terms_of(c.metric);
     const int64_t quads = (rows.code_dim + 3) / 4;
     float largest = 0.0f;
     for (int64_t i = 0; i < rows.code_dim; ++i) largest = std::max(largest, std::abs(query[i]));
@@ -134,9 +137,8 @@ std::vector<double> code_scores(const Case& c, int64_t q) {
             const float* stats = span.stats + row;
             const double norm = stats[PREFIX_NORM * span.stats_stride];
             double score = double(sum) * stats[CODE_SCALE * span.stats_stride] * largest / 127.0;
-            if (c.metric == Metric::COSINE) score = norm > 0.0 ? score / norm : 0.0;
-            if (c.metric == Metric::L2) score = 2.0 * score - norm * norm;
-            scores.push_back(score);
+            if (terms.normalized) score = norm > 0.0 ? score / norm : 0.0;
+            scores.push_back(terms.product * score - terms.squares * norm * norm);
         }
     return scores;
 }
@@ -281,12 +283,11 @@ void check_ids(const Kernels& kernels, std::mt19937& random) {
     const Database database(table, {0, false}, split(table.n), table.n, kernels, 1);
     std::vector<int64_t> ids(table.n);
     for (int64_t row = 0; row < table.n; ++row) ids[row] = (row * 7 + 1) % table.n + (1ll << 40);
-    const Case c = {table, queries, database, Metric::L2};
+    const Case c = {table, queries, database, L2};
     Database named(table, {0, false}, split(table.n), table.n, kernels, 1);
     for (Span& span : named.rows.spans) span.ids = ids.data() + span.first;
     Found found = find(c, kernels, {{10, 50}, {20, 310}}, 1);
-    const Found renamed =
-        find({table, queries, named, Metric::L2}, kernels, {{10, 50}, {20, 310}}, 1);
+    const Found renamed = find({table, queries, named, L2}, kernels, {{10, 50}, {20, 310}}, 1);
     for (int64_t& id : found.ids) id = id < 0 ? id : ids[id];
     CHECK_EQUAL(renamed, found);
 }
@@ -297,11 +298,11 @@ void check_passes(const Kernels& kernels, std::mt19937& random) {
     const QueryRows queries(table, 100, random);
     const Database database(table, {600, false}, split(table.n), table.n, kernels, 1);
     const std::vector<Stage> stages = {{1300, 20}, {1400, 10}};
-    const Found whole = find({table, queries, database, Metric::COSINE}, kernels, stages, 2);
+    const Found whole = find({table, queries, database, COSINE}, kernels, stages, 2);
     Found halves = room_for(100, 10);
     for (int64_t half = 0; half < 2; ++half)
-        CHECK(search({kernels, 1}, database.rows, queries.some(half * 50, 50), Metric::COSINE,
-                     stages, {halves.scores.data() + half * 500, halves.ids.data() + half * 500}) ==
+        CHECK(search({kernels, 1}, database.rows, queries.some(half * 50, 50), COSINE, stages,
+                     {halves.scores.data() + half * 500, halves.ids.data() + half * 500}) ==
               Status::OK);
     CHECK_EQUAL(whole, halves);
 }
@@ -334,13 +335,12 @@ void check_refusals(const Kernels& kernels, std::mt19937& random) {
     for (int64_t c = 0; c < 31; ++c) table.set(64, c, 3e38f);
     const Database database(table, {0, false}, {table.n}, table.n, kernels, 1);
     Found found = room_for(7, 130);
-    CHECK(search({kernels, 1}, database.rows, queries.queries, Metric::L2, {{31, 130}},
+    CHECK(search({kernels, 1}, database.rows, queries.queries, L2, {{31, 130}},
                  {found.scores.data(), found.ids.data()}) == Status::OVERFLOW_);
     for (float bad : {NAN, INFINITY, -INFINITY}) {
         std::vector<float> query(2 * 31);
         query[61] = bad;
-        CHECK(search({kernels, 1}, database.rows, {query.data(), 2, 31}, Metric::IP,
-                     {{5, 9}, {31, 3}},
+        CHECK(search({kernels, 1}, database.rows, {query.data(), 2, 31}, IP, {{5, 9}, {31, 3}},
                      {found.scores.data(), found.ids.data()}) == Status::QUERY_NOT_FINITE);
     }
 }
@@ -369,12 +369,13 @@ void test_search() {
                   counts[] = {130, 29, 7, 6, 5, 29};
     for (int size = RACES_ONLY ? 5 : 0; size < 6; ++size)  // 5000 rows are worth several threads
         for (int layout = 0; layout < 3; ++layout)
-            for (int metric = RACES_ONLY ? layout : 0; metric < (RACES_ONLY ? layout + 1 : 3);
-                 ++metric)
+            for (Metric metric : METRICS) {
+                if (RACES_ONLY && int(metric) % 3 != layout) continue;
                 check_table(sizes[size], widths[(size + layout) % 6], layout,
-                            DTYPES[(size + layout + metric) % 3], METRICS[metric],
+                            DTYPES[(size + layout + int(metric)) % 3], metric,
                             {0, 1, std::min(counts[(size + layout) % 6], 350000 / sizes[size])},
                             random);
+            }
     for (const Kernels* kernels : tested_kernels()) {
         if (RACES_ONLY) break;
         scenario = std::string("search, ") + kernels->name;

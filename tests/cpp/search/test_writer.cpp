@@ -50,7 +50,7 @@ class Reader {
 
   private:
     void check(const Rows& rows, const std::vector<int64_t>& found) {
-        const int metric = int(random_() % 3);
+        const int metric = int(random_() % METRICS.size());
         Known& known = known_[metric];
         switch (random_() % 3) {
             case 0:
@@ -86,7 +86,7 @@ class Reader {
         const double threshold = float(known.scores[random_() % known.scores.size()]);
         const InRange right = rows_in_range(known.scores, QUERIES, ROWS_IN_ALL, among, threshold);
         std::vector<std::vector<Neighbour>> found;
-        CHECK(range_search(kernels_, rows, queries_.queries, metric, WIDE, threshold, threads(),
+        CHECK(range_search({kernels_, threads()}, rows, queries_.queries, metric, WIDE, threshold,
                            &found) == Status::OK);
         for (int64_t q = 0; q < QUERIES; ++q) {
             CHECK_EQUAL(found[q].size(), right[q].size());
@@ -111,7 +111,7 @@ void check_layout(bool coded, DType dtype) {
     const Table table = make_table(ROWS_IN_ALL, WIDE, dtype, random);
     const QueryRows queries(table, QUERIES, random);
     std::vector<Known> known;
-    known.reserve(3);
+    known.reserve(METRICS.size());
     for (Metric metric : METRICS) known.emplace_back(kernels, table, queries, metric);
     Growing growing(table, {PREFIX, coded}, kernels);
     std::atomic<bool> over{false};

@@ -1,0 +1,71 @@
+// Sums of a tile's codes of 1 and of 4 bits with a group of queries. Included like tile_kernels.h.
+
+// A query's table of four columns has a value below 64 for each of the 16 signs that these can
+// have, so that four such values fit a byte.
+template <int Q>
+inline void sum_signs(Scan& s, const uint8_t* tables, int64_t apart, int block, float* sums) {
+    typename Simd::U16 all[Q] = {}, odd[Q] = {};  // of bytes in pairs; of each pair's second
+    const uint8_t* x = s.codes + block;
+    for (int64_t i = 0; i < s.steps; i += 2, x += 2 * TILE) {
+        s.ahead.prefetch();
+        const Simd::U8 first = Simd::load_u8(x), second = Simd::load_u8(x + TILE);
+        const Simd::U8 index[4] = {Simd::low(first), Simd::high(first), Simd::low(second),
+                                   Simd::high(second)};
+        for (int q = 0; q < Q; ++q) {
+            const uint8_t *table = tables + i * apart + q * SIGN_TABLES, *next = table + apart;
+            const Simd::U8 sum = Simd::add_u8(
+                Simd::add_u8(Simd::lookup(table, index[0]), Simd::lookup(table + 16, index[1])),
+                Simd::add_u8(Simd::lookup(next, index[2]), Simd::lookup(next + 16, index[3])));
+            all[q] = Simd::add_u16(all[q], Simd::as_u16(sum));
+            odd[q] = Simd::add_u16(odd[q], Simd::seconds(sum));
+        }
+    }
+    for (int q = 0; q < Q; ++q) Simd::store_u16(all[q], odd[q], sums + q * TILE + block);
+}
+
+// sums[q][r] of the whole tile.
+template <int Q>
+void sum_signs(Scan& s, float* sums) {
+    constexpr int BYTES = sizeof(Simd::U8),
+                  AT_ONCE = Q < Simd::SIGN_QUERIES ? Q : Simd::SIGN_QUERIES, REST = Q % AT_ONCE;
+    const uint8_t* tables = static_cast<const uint8_t*>(s.panel);
+    for (int block = 0; block < s.rows; block += BYTES) {
+        int q = 0;
+        for (; q + AT_ONCE <= Q; q += AT_ONCE)
+            sum_signs<AT_ONCE>(s, tables + q * SIGN_TABLES, Q * SIGN_TABLES, block,
+                               sums + q * TILE);
+        if constexpr (REST > 0)
+            sum_signs<REST>(s, tables + q * SIGN_TABLES, Q * SIGN_TABLES, block, sums + q * TILE);
+    }
+    for (int q = 0; q < Q; ++q) {
+        const Vec shift = Simd::broadcast(s.shifts[q]);
+        for (int r = 0; r < TILE; r += W)
+            Simd::store(sums + q * TILE + r, Simd::load(sums + q * TILE + r) + shift);
+    }
+}
+
+template <int Q, int V>
+inline void sum_nibbles(Scan& s, int r, Vec (&sum)[Q][V]) {
+    Simd::Int dot[Q][V];
+    for (int q = 0; q < Q; ++q)
+        for (int v = 0; v < V; ++v) dot[q][v] = Simd::broadcast_int(0);
+    const char* query = static_cast<const char*>(s.panel);
+    const uint8_t* x = s.codes + r * 4;
+    for (int64_t i = 0; i < s.steps; ++i, x += TILE * 4) {
+        s.ahead.prefetch();
+        Simd::U8 low[V], high[V];
+        for (int v = 0; v < V; ++v) {
+            const Simd::U8 both = Simd::load_u8(x + v * W * 4);
+            low[v] = Simd::low(both);
+            high[v] = Simd::high(both);
+        }
+        for (int q = 0; q < Q; ++q, query += NIBBLE_BYTES)
+            for (int v = 0; v < V; ++v) {
+                dot[q][v] = Simd::dot4_nibbles(low[v], query, dot[q][v]);
+                dot[q][v] = Simd::dot4_nibbles(high[v], query + 4, dot[q][v]);
+            }
+    }
+    for (int q = 0; q < Q; ++q)
+        for (int v = 0; v < V; ++v)
+            sum[q][v] = Simd::to_float(dot[q][v]) + Simd::broadcast(s.shifts[q]);
+}

@@ -1,0 +1,23 @@
+"""The metrics that there are, and search by brute force, as the specification scores it."""
+
+import torch
+
+from mrl_fast.search.reference import SCORES
+from mrl_fast.shared.checks import METRICS
+from mrl_fast.shared.dispatch import module_of
+
+__all__ = ["METRICS", "RUNS", "brute_force", "metrics_of"]
+
+
+def metrics_of(impl):
+    return module_of(impl, "search").METRICS
+
+
+# Without a GPU, Triton runs in its interpreter.
+RUNS = [(impl, metric) for impl in ("cpp", "triton") for metric in metrics_of(impl)]
+
+
+def brute_force(q, x, metric):
+    """Scores ``[B, N]`` in fp64. Equal rows have equal ones to the bit, wherever they stand."""
+    distinct, which = torch.unique(x.double(), dim=0, return_inverse=True)
+    return SCORES[metric](q.double(), distinct)[:, which]
