@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.padding import Padding
 
 from mrl_fast.experiments.corpus import Entry
 from mrl_fast.experiments.demo.encoder import split_words
@@ -43,13 +44,9 @@ def ask(library: Library, question: str) -> Answer:
 
 
 def show(console: Console, answer: Answer, seconds: float) -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("score", justify="right")
-    for name in ("package", "name", "sentence"):
-        table.add_column(name, overflow="fold")
     for score, entry in zip(answer.scores, answer.entries, strict=False):
-        table.add_row(f"{score:.3f}", *entry)
-    console.print(table)
+        console.print(f"{score:.3f}  [bold]{entry.package}  {entry.name}[/bold]", highlight=False)
+        console.print(Padding(escape(entry.sentence), (0, 0, 0, 7)), highlight=False)
     unknown = f"; unknown words: {', '.join(answer.unknown)}" if answer.unknown else ""
     console.print(f"{1e3 * seconds:.1f} ms{unknown}", highlight=False)
 

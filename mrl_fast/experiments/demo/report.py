@@ -69,7 +69,7 @@ def search_table(rows: Sequence[Row], count: int) -> Cells:
 
 def print_table(console: Console, table: Cells) -> None:
     title, header, rows = table
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
     for name in header:
         shown.add_column(name, justify="left" if name in LEFT else "right")
     for row in rows:

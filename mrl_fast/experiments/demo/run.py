@@ -18,7 +18,7 @@ from mrl_fast.experiments.demo import encoder, report, saved
 from mrl_fast.experiments.demo.data import DIMS, Pairs, split
 from mrl_fast.experiments.demo.encoder import TextEncoder
 from mrl_fast.experiments.demo.evaluate import Quality, quality
-from mrl_fast.experiments.demo.search import GRAPH_ROWS, Queries, Searched, compare
+from mrl_fast.experiments.demo.search import BATCH, GRAPH_ROWS, Queries, Searched, compare
 
 Step = Callable[[str], object]  # takes a note on what is done
 SHOWN = 8  # files and packages that are named where many were left out
@@ -35,8 +35,9 @@ class Settings(NamedTuple):
         return encoder.STEPS // 10 if self.quick else encoder.STEPS
 
     @property
-    def repetitions(self) -> int:
-        return 5 if self.quick else 21
+    def repetitions(self) -> dict[int, int]:
+        """By the number of queries a call."""
+        return {1: 5, BATCH: 3} if self.quick else {1: 41, BATCH: 7}
 
 
 class Done(NamedTuple):
@@ -88,9 +89,9 @@ def work(settings: Settings, progress: Progress) -> Done:
     entries = [*corpus.names, *corpus.others]
     documents, asked = nested.encode(e.sentence for e in entries), nested.encode(pairs.asked)
     queries = Queries(asked[: pairs.reported], asked[pairs.reported :])
-    steps = 3 + (len(entries) <= GRAPH_ROWS) + 2 * (settings.repetitions + 1)
+    steps = 2 + (len(entries) <= GRAPH_ROWS) + sum(n + 1 for n in settings.repetitions.values())
     on_step = task("index and search", steps)
-    searched = compare(documents, queries, DIMS, settings.repetitions, on_step)
+    searched = compare(documents, queries, DIMS[2:], settings.repetitions, on_step)
     return Done(corpus, pairs, nested, found, entries, searched)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,10 @@ BATCH = 256
 RECALL = 0.99
 GRAPH_ROWS = 100_000  # above these HNSW, whose building takes minutes, is left out
 FLAT = ("FAISS flat", "FAISS flat, BLAS", "torch")  # BLAS from 4 queries on
-EFFORTS = (10, 20, 40, 80, 160, 320, 640, 1280)
-KEEPS = (20, 50, 100, 200, 400, 800, 1600)
+EFFORTS = (20, 40, 80, 160, 320, 640)
+KEEPS = (20, 50, 100, 200, 400)
 Search = Callable[[Tensor], Tensor]  # queries [B, D] → ids [B, K]
-Stages = list[tuple[int, int]]
+Stages = list[tuple[int, ...]]  # (dim, keep), or (dim, bits, keep)
 
 
 class Entrant(NamedTuple):
@@ -65,10 +66,14 @@ def compare(
     database: Tensor,
     queries: Queries,
     dims: Sequence[int],
-    repetitions: int,
+    repetitions: dict[int, int],
     on_step: Callable[[str], object],
 ) -> Searched:
-    """Indexes the rows, chooses settings, and has all take turns on the same queries."""
+    """Indexes the rows, chooses settings, and has all take turns on the same queries.
+
+    Args:
+        repetitions: By the number of queries a call.
+    """
     unit = F.normalize(database)
     exact = {q: prefix_topk(q, database, K, metric="cosine") for q in queries}
 
@@ -87,8 +92,8 @@ def compare(
         curve += graphs
     everything = entrants + curve
     times = {
-        batch: measure(everything, queries.reported, batch, repetitions, on_step)
-        for batch in (1, BATCH)
+        batch: measure(everything, queries.reported, batch, count, on_step)
+        for batch, count in repetitions.items()
     }
     rows = [
         Row(
@@ -104,27 +109,25 @@ def compare(
 def our_entrants(
     database: Tensor, held_out: Tensor, dims: Sequence[int], on_step: Callable[[str], object]
 ) -> tuple[MatryoshkaIndex, list[Entrant], list[Entrant]]:
-    """Indexes that scan 64 or 128 columns first: the faster of the two by ``tune``, exact and
-    adaptive, and both with other shortlists."""
-    tuned, curve = [], []
-    for first in (2, 3):
-        begin = time.perf_counter()
-        index = MatryoshkaIndex(dims[first:], metric="cosine", prefix_dtype="int8")
-        index.add(database)
-        build_s = time.perf_counter() - begin
-        on_step(f"tune {dims[first]} columns first")
-        report = index.tune(held_out, K, RECALL, batch=BATCH, progress=False)
-        tuned.append((report.time_ms, first, index, report.stages, build_s))
-        for keep in KEEPS:
-            stages = [(dims[first], keep), (dims[-1], K)]
-            name = f"mrl_fast, {dims[first]} columns first"
-            search = adaptive(index, stages)
-            curve.append(Entrant(name, written(stages), search, build_s))
-    _, _, index, stages, build_s = min(tuned)
-    return index, [
+    """An index, searched exactly and by the stages that ``tune`` chose, and by stages that rank by
+    the signs of half of the columns and of all."""
+    begin = time.perf_counter()
+    index = MatryoshkaIndex(dims, metric="cosine", codes="bits")
+    index.add(database)
+    build_s = time.perf_counter() - begin
+    on_step("tune")
+    stages = index.tune(held_out, K, RECALL, batch=BATCH, progress=False).stages
+    entrants = [
         Entrant("mrl_fast exact", f"{dims[-1]}", adaptive(index, None), build_s),
         Entrant("mrl_fast adaptive", written(stages), adaptive(index, stages), build_s),
-    ], curve  # fmt: skip
+    ]
+    curve = []
+    for dim in dims[-2:]:
+        for keep in KEEPS:
+            tried = [(dim, 1, keep), (dims[-1], K)]
+            name = f"mrl_fast, signs of {dim} columns"
+            curve.append(Entrant(name, written(tried), adaptive(index, tried), build_s))
+    return index, entrants, curve
 
 
 def adaptive(index: MatryoshkaIndex, stages: Stages | None) -> Search:
@@ -180,16 +183,18 @@ def measure(
     repetitions: int,
     on_step: Callable[[str], object],
 ) -> list[list[float]]:
-    """Seconds a call of each, all taking turns on the same queries."""
+    """Seconds a call of each, all taking turns on the same queries, in another order every time."""
     times: list[list[float]] = [[] for _ in entrants]
+    order = list(range(len(entrants)))
     for repetition in range(-1, repetitions):  # the first is not counted
         first = (repetition + 1) * batch % max(1, len(queries) - batch)
         q = queries[first : first + batch].contiguous()
-        for entrant, mine in zip(entrants, times, strict=True):
+        random.Random(repetition).shuffle(order)
+        for i in order:
             begin = time.perf_counter()
-            entrant.search(q)
+            entrants[i].search(q)
             if repetition >= 0:
-                mine.append(time.perf_counter() - begin)
+                times[i].append(time.perf_counter() - begin)
         on_step(f"{batch} {'query' if batch == 1 else 'queries'} a call")
     return times
 
@@ -201,7 +206,7 @@ def speedup(times: Sequence[list[float]], entrant: int) -> float:
 
 
 def written(stages: Stages | None) -> str:
-    return " → ".join(f"{dim}:{keep}" for dim, keep in stages) if stages else "exact"
+    return " → ".join(":".join(map(str, stage)) for stage in stages) if stages else "exact"
 
 
 @contextmanager
