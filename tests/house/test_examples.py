@@ -12,6 +12,15 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 ROW = re.compile(r" +(\d+)((?: +-?[\d.]+)+)")
 
 
+def test_readme(capsys, recwarn):
+    """Its first lines run as they stand, and find what they ask for."""
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    torch.manual_seed(0)
+    exec(re.findall(r"```python\n(.*?)```", readme, re.S)[0], {})
+    found = capsys.readouterr().out.split("\n")[:3]
+    assert any("name='inv'" in line for line in found), found
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs an example: its table's dims and columns, and all that it printed."""

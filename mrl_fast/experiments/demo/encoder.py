@@ -110,7 +110,7 @@ def train(
     steps: int = STEPS,
     batch: int = BATCH,
     seed: int = 0,
-    on_step: Callable[[str], object] = lambda note: None,
+    on_step: Callable[[TextEncoder, Tensor], object] = lambda encoder, per_dim: None,
 ) -> TextEncoder:
     """An encoder whose every prefix of ``dims`` finds a query's document among a batch's others.
 
@@ -118,6 +118,7 @@ def train(
 
     Args:
         queries, documents: ``n`` texts each, in pairs.
+        on_step: Called with the encoder and the loss of every dim.
     """
     torch.manual_seed(seed)
     encoder = TextEncoder(vocabulary([*queries, *documents]), dims[-1])
@@ -137,6 +138,5 @@ def train(
         loss.loss.backward()
         optimizer.step()
         schedule.step()
-        at = loss.per_dim
-        on_step(f"loss at {dims[0]}: {at[0]:.2f}, at {dims[-1]}: {at[-1]:.2f}")
+        on_step(encoder, loss.per_dim)
     return encoder.eval()

@@ -113,7 +113,7 @@ def plot_search(path: Path, searched: Searched, count: int) -> None:
             xs, ys = [p.time_ms[batch] / batch for p in good], [p.recall for p in good]
             axis.plot(xs, ys, "o-", ms=4, color=colour, label=name)
         single = [row for row in searched.rows if row.name not in curves]
-        for row, marker in zip(single, "^v<X*", strict=True):
+        for row, marker in zip(single, "^<X*", strict=True):
             size, shade = (9, "#999999") if row.name in FLAT else (13, "#F0E442")
             style = {"ms": size, "mfc": shade, "mec": "black", "mew": 0.8, "ls": ""}
             axis.plot(row.time_ms[batch] / batch, row.recall, marker, label=row.name, **style)

@@ -113,8 +113,12 @@ def read(settings: Settings, progress: Progress) -> Corpus:
 
 
 def train(pairs: Pairs, dims: Sequence[int], settings: Settings, on_step: Step) -> TextEncoder:
+    def show(_: TextEncoder, per_dim: Tensor) -> None:
+        losses = zip((dims[0], dims[-1]), (per_dim[0], per_dim[-1]), strict=True)
+        on_step("loss " + ", ".join(f"{loss:.2f} at {d}" for d, loss in dict(losses).items()))
+
     return encoder.train(
-        *pairs.trained(), dims, steps=settings.steps, seed=settings.seed, on_step=on_step
+        *pairs.trained(), dims, steps=settings.steps, seed=settings.seed, on_step=show
     )
 
 
