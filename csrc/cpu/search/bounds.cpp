@@ -35,7 +35,7 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
       theta(queries.n),
       touched(queries.n) {
     if (!rows.levels.empty()) stops.assign(rows.levels.begin() + 1, rows.levels.end());
-    if (!laddered()) stops.push_back(dim);  // few rows are left by so close a bound
+    stops.push_back(dim);
     const float* centre = laddered() ? rows.ladder.centre : nullptr;
     const double centre_square = centre ? kernels.dot64(centre, centre, dim) : 0.0;
     centre_norm = std::sqrt(centre_square);
@@ -118,6 +118,14 @@ void Pass::prepare(Scan* scan) {
     }
     scan->row_scale = row_scale_;
     scan->term_values = terms_[0];
+    if (!laddered) return;
+    const float* low_error = reader_.stat(LOW_ERROR);
+    for (int r = 0; r < scan->rows; ++r) {
+        low_scale_[r] = row_scale_[r] / 16.0f;
+        low_gain_[r] = terms_[2][r] - low_error[r] * terms_[4][r] * float(1.0 + SLACK);
+    }
+    scan->low_scale = low_scale_;
+    scan->low_gain = low_gain_;
 }
 
 bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
@@ -135,6 +143,7 @@ bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
             panel_.put(group, &scan);
             scan.query_scale = scales_.data() + group.first;
             scan.term_factors = factors_.data() + group.first * TERMS;
+            scan.low_factors = scan.term_factors + 2 * group.size;
             scan.topk = topks_.data() + group.first;
             scan.thresholds = thresholds_.data() + group.first;
             p_.kernels.scan[int(source_)][group.size - 1](scan);

@@ -140,7 +140,7 @@ class Pass {
     std::vector<float> thresholds_, scales_, factors_;  // factors: [groups, TERMS, size]
     std::unique_ptr<Entry[]> entries_;
     std::vector<TopK> topks_;
-    float row_scale_[TILE], terms_[TERMS][TILE];
+    float row_scale_[TILE], terms_[TERMS][TILE], low_scale_[TILE], low_gain_[TILE];
     std::vector<float> vector_, sums_;
     std::vector<int64_t> local_;
     std::vector<const Span*> spans_;

@@ -106,6 +106,7 @@ class Writer {
         stat(PREFIX_NORM) = above(stats.norm, width);
         stat(CODE_SCALE) = stats.scale;
         stat(CODE_ERROR) = above(stats.error, width);
+        stat(LOW_ERROR) = above(stats.low_error, width);
         stat(CODE_NORM) = above(stats.code_norm, width);
         for (int64_t i = 0; i < dims; ++i) {
             stat(SIGN_FACTOR + i) = stats.factors[i];
@@ -113,7 +114,7 @@ class Writer {
             if (terms_of(layout_.ladder.metric).normalized)
                 stat(SIGN_FACTOR + 2 * dims + i) = stats.inverses[i];
         }
-        coder_.put(row, to_.signs, to_.nibbles);
+        coder_.put(row, to_);
         return std::isfinite(stats.norm);
     }
 
