@@ -102,7 +102,7 @@ LadderCoder::LadderCoder(const Kernels& kernels, const Ladder& ladder)
     if (ladder.dims.empty()) return;
     const int64_t columns = code_steps(Source::NIBBLES, ladder.dims.back()) * 8;
     codes_.assign(columns, 128);
-    for (std::vector<float>* each : {&beside_, &levels_, &signs_}) each->assign(columns, 0.0f);
+    for (std::vector<float>* each : {&beside_, &rest_, &signs_}) each->assign(columns, 0.0f);
     for (std::vector<float>* each : {&stats_.factors, &stats_.terms, &stats_.inverses})
         each->resize(ladder.dims.size());
 }
@@ -129,23 +129,20 @@ const LadderStats& LadderCoder::code(const float* x) {
     for (int64_t c = 0; c < width; ++c) sign[c] = codes_[c] >= 128 ? 1.0f : -1.0f;
     describe(x);
     stats_.scale = largest / 8.0f;
-    stats_.code_norm = 0.0;
     stats_.error = error_of(stats_.scale, 4, 7.5f);
     stats_.low_error = error_of(stats_.scale / 16.0f, 0, 127.5f);
     return stats_;
 }
 
-// The error of codes without their last bits, and their norm.
+// The error of codes without their last bits.
 double LadderCoder::error_of(float unit, int shift, float zero) {
     const int64_t width = ladder_.dims.back();
-    float *y = beside_.data(), *level = levels_.data();
-    for (int64_t c = 0; c < width; ++c) level[c] = float(codes_[c] >> shift) - zero;
-    const double norm = std::sqrt(kernels_.dot64(level, level, width)) * unit,
-                 size = std::sqrt(kernels_.dot64(y, y, width));
-    stats_.code_norm = std::max(stats_.code_norm, norm);
-    for (int64_t c = 0; c < width; ++c) level[c] = y[c] - level[c] * unit;
+    const float* y = beside_.data();
+    float* rest = rest_.data();
+    for (int64_t c = 0; c < width; ++c) rest[c] = y[c] - (float(codes_[c] >> shift) - zero) * unit;
+    const double error = std::sqrt(kernels_.dot64(rest, rest, width));
     // With room for the rounding of y, of what the codes stand for and of their difference.
-    return std::sqrt(kernels_.dot64(level, level, width)) + std::ldexp(3.0, -24) * (size + norm);
+    return error + std::ldexp(4.0, -24) * (2.0 * stats_.size + error);
 }
 
 // The statistics of each prefix; y and its signs are known.
@@ -168,6 +165,7 @@ void LadderCoder::describe(const float* x) {
         stats_.inverses[i] = float(inverse);
     }
     stats_.norm = std::sqrt(square);
+    stats_.size = std::sqrt(beside);
 }
 
 void LadderCoder::put(int64_t row, const SpanArrays& to) const {

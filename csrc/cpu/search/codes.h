@@ -51,7 +51,7 @@ void centred(const float* x, const float* centre, int64_t dim, float* y);
 // What is known of a row beside its codes; norms are not rounded up.
 struct LadderStats {
     double norm;       // of the row
-    double code_norm;  // of what the codes stand for, the larger of four bits' and of eight bits'
+    double size;       // of the row less the centre
     double error;      // of the row less the centre and what four bits stand for, or more
     double low_error;  // the same of eight bits
     float scale;       // of four bits' codes
@@ -71,8 +71,8 @@ class LadderCoder {
     double error_of(float unit, int shift, float zero);
     const Kernels& kernels_;
     const Ladder& ladder_;
-    std::vector<uint8_t> codes_;                  // [steps, 8], eight bits
-    std::vector<float> beside_, levels_, signs_;  // [steps, 8]: y, what codes stand for, ±1
+    std::vector<uint8_t> codes_;                // [steps, 8], eight bits
+    std::vector<float> beside_, rest_, signs_;  // [steps, 8]: y, y less what codes stand for, ±1
     LadderStats stats_;
 };
 
