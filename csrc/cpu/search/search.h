@@ -47,10 +47,8 @@ struct Span {
     int64_t stride;        // of the suffix, in elements
     const float* stats;    // [Stat, stats_stride]
     int64_t stats_stride;
-    const int64_t* ids;    // [rows], named in results; null: the row's number
-    const uint8_t* signs;  // of a ladder
-    const uint8_t* nibbles;
-    const uint8_t* lows;
+    const int64_t* ids;  // [rows], named in results; null: the row's number
+    const uint8_t *signs = nullptr, *nibbles = nullptr, *lows = nullptr;  // of a ladder
     int64_t tiles() const { return (rows + TILE - 1) / TILE; }
 };
 
@@ -145,9 +143,7 @@ struct SpanArrays {
     int64_t stats_stride;
     void* suffix;  // of the vectors' dtype
     int64_t suffix_stride;
-    uint8_t* signs;
-    uint8_t* nibbles;
-    uint8_t* lows;
+    uint8_t *signs = nullptr, *nibbles = nullptr, *lows = nullptr;  // of a ladder
 };
 
 // Writes rows [begin, begin + n) of a span: columns [0, packed_dim) to tiles, the others to the
