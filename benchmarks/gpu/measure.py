@@ -273,7 +273,7 @@ def ideal_seconds(work: Work, ceilings: Mapping[str, float]) -> float:
 
 def generator(seed: int) -> torch.Generator:
     """Its own, for a failed graph capture leaves the default one unusable."""
-    return torch.Generator(DEVICE).manual_seed(seed)
+    return torch.Generator(DEVICE if torch.version.cuda else "cpu").manual_seed(seed)
 
 
 def measure_ceilings(*, tiny: bool) -> dict[str, float]:
