@@ -84,12 +84,13 @@ STAGES = (
     Stage("compiled rivals", 530, (rows("compiled rivals", "main", "--provider", "compiled"),)),
 )  # fmt: skip
 TINY = (
-    Stage("everything", 120, (
-        CEILINGS, kernels("kernels", *("low", "fp32", "int8", "fp8"), "--size", "tiny"),
-        tests("tests", "tests/kernels/test_tiling.py"),
+    Stage("ceilings", 60, (CEILINGS,)),
+    Stage("everything", 240, (
+        kernels("kernels", *("low", "fp32", "int8", "fp8"), "--size", "least"),
+        rows("rows", "main", "--tiny"), rows("index", "index", "--tiny"),
+        PROFILE._replace(args=("--tiny",)),
+        tests("tests", "tests/kernels/test_tiling.py", "-k", "chunks"),
     )),
-    Stage("rows", 240, (rows("rows", "main", "--tiny"), rows("index", "index", "--tiny"))),
-    Stage("profile", 300, (PROFILE._replace(args=("--tiny",)),)),
 )  # fmt: skip
 
 
