@@ -7,6 +7,8 @@ from mrl_fast.kernels.search import metrics, plan, scan, scan_shape
 from mrl_fast.kernels.shared.tiling import operand
 from torch import Tensor
 
+NOTHING = 0xFFFFFFFF  # where a bucket has no rows
+
 
 def scan_error(q: Tensor, x: Tensor) -> Tensor:
     """The largest of |a bucket's best sum − the exact one| / margin, a scalar: at most 1.
@@ -24,13 +26,13 @@ def scan_error(q: Tensor, x: Tensor) -> Tensor:
     one(hits, count, theta, 0, tiles, window=1)
     best = (hits >> 32).int().view(torch.float32).double()
     bucket, i = hits & 0xFFFFFFFF, torch.arange(scan_shape.BUCKET, device=q.device)
-    some = bucket[0] != 0xFFFFFFFF
-    whole = some.sum() * scan_shape.BUCKET >= N
-    once = (bucket[0].sort().values.diff() > 0)[some[1:] & some[:-1]].all()
+    some, ordered = bucket[0] != NOTHING, bucket[0].sort().values
+    once = ((ordered.diff() > 0) | (ordered[1:] == NOTHING)).all()
     bucket = bucket[0].where(some, 0)
     within = (bucket % seeds)[:, None]
     rows = (i // 2 * config.groups + within // 4) * 8 + within % 4 * 2 + i % 2
     rows = rows + (bucket // seeds * config.BLOCK_N)[:, None]
+    whole = ((rows < N) & some[:, None]).sum() == N
     exact = q.double() @ x.double().T
     exact = exact[:, rows.clamp(max=N - 1)].where(rows < N, -torch.inf).amax(2)
     margin = coarse.margin.error(coarse.norms, norm)

@@ -175,7 +175,7 @@ def test_a_cache_travels(tmp_path, modules, monkeypatch):
     cache = modules["cache"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "there"), "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "benchmarks.gpu.stub", str(tmp_path / "counts.json")]
+    words = [sys.executable, "-m", "benchmarks.gpu.stub", "compile", str(tmp_path / "counts.json")]
 
     def probe():
         done = subprocess.run(

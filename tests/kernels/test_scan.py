@@ -11,8 +11,8 @@ from mrl_fast.kernels.search import (
     scan_shape,
     topk,
 )
-from mrl_fast.kernels.shared.tiling import operand
 
+from benchmarks.gpu.margin import scan_error
 from mrl_fast.search import reference
 from mrl_fast.testing import assert_same_topk
 from tests.helpers.kernels import DTYPES, METRICS, make_vectors
@@ -60,39 +60,62 @@ def test_scan_of_eight_bits(metric, dtype, rescans, triton_device):
 ON_A_DEVICE = [(70, 1024), (200, 128), (16, 128), (16, 1024), (200, 1024), (70, 1000)]
 
 
-@pytest.mark.parametrize("shape", ON_A_DEVICE if torch.cuda.is_available() else [(70, 40)], ids=str)
-@pytest.mark.parametrize("kind", ["signs", "positive", "spike"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sums_of_a_scan_are_within_its_margin(dtype, kind, shape, triton_device):
-    """What tensor cores add up, by truncation, against fp64: on a device above all."""
-    N, (B, dim) = 100_000 if triton_device == "cuda" else 300, shape
+# Queries of two parts: two matrix products in one kernel, of every width of a block.
+IN_TWO_PARTS = [(queries, dim) for queries in (70, 200) for dim in (16, 32, 64, 256)]
+
+
+def vectors_to_add_up(kind, shape, device):
+    """Queries and rows, fp32, whose products are hard to add up."""
+    N, (B, dim) = 100_000 if device == "cuda" else 300, shape
     generator = torch.Generator().manual_seed(5)
-    q, x = (torch.randn(n, dim, generator=generator).to(triton_device) for n in (B, N))
+    q, x = (torch.randn(n, dim, generator=generator).to(device) for n in (B, N))
     if kind == "positive":  # errors of one direction
         q, x = q.abs(), x.abs()
     if kind == "spike":  # beside which the other products, of 14 bits, are nothing
         for t in (q, x):
             t.fill_(0.171875)[:, 0] = 16
+    return q, x
+
+
+@pytest.mark.parametrize("shape", ON_A_DEVICE if torch.cuda.is_available() else [(70, 40)], ids=str)
+@pytest.mark.parametrize("kind", ["signs", "positive", "spike"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_a_scan_are_within_its_margin(dtype, kind, shape, triton_device):
+    """What tensor cores add up, by truncation, against fp64: on a device above all."""
+    q, x = vectors_to_add_up(kind, shape, triton_device)
     scale = {torch.int8: 7 if kind == "spike" else 40}.get(dtype, 1)
-    q, x = (operand((scale * v).clamp(-127, 127).to(dtype)) for v in (q, x))
-    coarse, config = plan.scan_queries(q, x, "ip"), scan_shape.scan_config(len(q), x)
-    seeds, tiles = config.BLOCK_N // scan_shape.BUCKET, -(-N // config.BLOCK_N)
-    hits, count, _, theta = plan.buffers(q, tiles * seeds, tiles * seeds)
-    terms, norm = metrics.row_terms(x, "ip")
-    one = scan.Scan(config, coarse.q, x, "ip", terms, coarse.norms, norm)
-    one(hits, count, theta, 0, tiles, window=1)
-    best = (hits >> 32).int().view(torch.float32).double()
-    bucket, i = (hits & 0xFFFFFFFF)[0], torch.arange(scan_shape.BUCKET, device=q.device)
-    there = bucket != 0xFFFFFFFF
-    assert (there.sum() * scan_shape.BUCKET >= N) and len(bucket[there].unique()) == there.sum()
-    best, bucket = best[:, there], bucket[there]
-    within = (bucket % seeds)[:, None]
-    rows = (i // 2 * config.groups + within // 4) * 8 + within % 4 * 2 + i % 2
-    rows += (bucket // seeds * config.BLOCK_N)[:, None]
-    exact = q.double() @ x.double().T
-    exact = exact[:, rows.clamp(max=N - 1)].where(rows < N, -torch.inf).amax(2)
-    error = coarse.margin.error(coarse.norms, norm)[:, None]
-    assert ((best - exact).abs() <= error).all(), ((best - exact).abs() / error).max()
+    q, x = ((scale * v).clamp(-127, 127).to(dtype) for v in (q, x))
+    assert scan_error(q, x) <= 1
+
+
+@pytest.mark.parametrize(
+    "shape", IN_TWO_PARTS if torch.cuda.is_available() else [(70, 40)], ids=str
+)
+@pytest.mark.parametrize("kind", ["signs", "positive"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_of_a_scan_in_two_parts_are_within_its_margin(dtype, kind, shape, triton_device):
+    q, x = vectors_to_add_up(kind, shape, triton_device)
+    assert scan_error(q, x.to(dtype)) <= 1
+
+
+def test_an_error_of_a_scan_is_seen(triton_device, monkeypatch):
+    """A margin that is too small, a bucket that does not come, and one that comes twice."""
+    q, x = vectors_to_add_up("positive", (5, 40), triton_device)
+    assert 0 < scan_error(q, x) <= 1
+    tiny = metrics.Margin(bound=0.0, a=1e-12)
+    monkeypatch.setattr(metrics.Margin, "of", classmethod(lambda *_: tiny))
+    assert scan_error(q, x) > 1
+    monkeypatch.undo()
+    call = scan.Scan.__call__
+
+    for instead in (lambda hits: hits[:, 0], lambda hits: -1):
+
+        def wrong(self, hits, *args, instead=instead, **kwargs):
+            call(self, hits, *args, **kwargs)
+            hits[:, 1] = instead(hits)
+
+        monkeypatch.setattr(scan.Scan, "__call__", wrong)
+        assert scan_error(q, x) == torch.inf
 
 
 @pytest.mark.parametrize("dim", [256, 768])
