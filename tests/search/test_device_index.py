@@ -1,6 +1,7 @@
 """MatryoshkaIndex on a device: the answers of the index on the CPU, and no wait for the device."""
 
 import threading
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -224,14 +225,34 @@ class NoWaiting(TorchDispatchMode):
 
 @contextmanager
 def no_waiting():
-    if torch.cuda.is_available():
-        torch.cuda.set_sync_debug_mode("error")
     try:
+        set_sync_debug_mode("error")
         with NoWaiting():
             yield
     finally:
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("default")
+        set_sync_debug_mode("default")
+
+
+def set_sync_debug_mode(mode):
+    """Each of PyTorch's own calls warns that it is a prototype, after the mode is set."""
+    if torch.cuda.is_available():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+def test_what_is_refused_here_is_allowed_afterwards(monkeypatch):
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+        warnings.warn("a prototype", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with no_waiting():
+        assert modes == ["error"]
+    assert modes == ["error", "default"]
 
 
 @pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
