@@ -122,8 +122,7 @@ def test_cases_have_every_feature_that_is_launched(monkeypatch):
         return kernel, *sorted((k, v) for k, v in kept.items() if k not in FREE)
 
     monkeypatch.setattr(GridExecutor, "__call__", record)
-    monkeypatch.setattr(kernels, "check", lambda *_: None)
-    kernels.main()
+    kernels.main(["--size", "tiny"])  # where nothing is right, as nothing runs
     assert {kernel for kernel, *_ in launched} == KERNELS
     missing = launched - {features(*case) for case in gates("--list")}
     assert not missing, "\n".join(map(str, missing))
