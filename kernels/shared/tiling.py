@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from mrl_fast.kernels.shared.device import captures
 from torch import Tensor
 
 WORKSPACE_BYTES = 256 << 20  # of scores or score gradients held at a time
@@ -52,6 +53,11 @@ def operand(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(0) < 1 << 22 else x.contiguous()
 
 
+def columns(x: Tensor, dim: int) -> Tensor:
+    """The first ``dim``, as an operand."""
+    return operand(x if x.shape[1] == dim else x[:, :dim])
+
+
 def aligned(x: Tensor) -> bool:
     """Whether rows can be read 16 bytes at a time."""
     return x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
@@ -64,13 +70,6 @@ def stored(dtype: torch.dtype) -> torch.dtype:
 
 def config(x: Tensor, configs: dict[int, Config] = CONFIGS) -> Config:
     return Config(16, 16, 16, 1, 1) if interpreted() else configs[x.element_size()]
-
-
-def programs(q: Tensor) -> int:
-    """So many, that the last ones to end leave little of the device idle."""
-    if not q.is_cuda:
-        return 3
-    return 8 * torch.cuda.get_device_properties(q.device).multi_processor_count
 
 
 def precision(x: Tensor) -> str:
@@ -99,6 +98,17 @@ def whole_tiles(classes: int) -> int:
 def slabs(dims: Sequence[int]) -> list[slice]:
     """The columns that are new to each prefix."""
     return [slice(begin, end) for begin, end in zip((0, *dims), dims, strict=False)]
+
+
+_captured: dict[int, Tensor] = {}  # schedules that CUDA graphs read, by address
+
+
+def schedule_of(x: Tensor, dims: Sequence[int], block_d: int) -> Tensor:
+    """Made once, and kept as long as a graph may read it."""
+    schedule = make_schedule(tuple(dims), block_d, x.device)
+    if captures(x):
+        _captured[schedule.data_ptr()] = schedule
+    return schedule
 
 
 @functools.lru_cache(maxsize=256)

@@ -23,9 +23,9 @@ from mrl_fast.kernels.shared.tiling import (
     alignment,
     cdiv,
     config,
-    make_schedule,
     operand,
     precision,
+    schedule_of,
     score_offsets,
     whole_tiles,
 )
@@ -85,7 +85,7 @@ class Fold:
             "PRECISION": precision(self.x),
         }
         self.blocks = config(self.x, configs(self.flags))
-        self.schedule = make_schedule(tuple(spec.dims), self.blocks.BLOCK_D, x.device)
+        self.schedule = schedule_of(x, spec.dims, self.blocks.BLOCK_D)
 
     def arguments(self, rows: slice, classes: slice) -> dict[str, Any]:
         """What the forward and the backward kernel take alike, for one chunk of the scores."""

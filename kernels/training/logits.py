@@ -17,9 +17,9 @@ from mrl_fast.kernels.shared.tiling import (
     cdiv,
     chunks,
     config,
-    make_schedule,
     operand,
     precision,
+    schedule_of,
     score_offsets,
     tile_of,
 )
@@ -76,7 +76,7 @@ def logits_forward(
     bias = None if bias is None else operand(bias)
     (B, _), V = x.shape, len(weight)
     blocks = config(x, STORING_CONFIGS)
-    schedule = make_schedule(tuple(dims), blocks.BLOCK_D, x.device)
+    schedule = schedule_of(x, dims, blocks.BLOCK_D)
     out = x.new_empty(len(dims), B, V)
     for rows in chunks(B, tiling.MOST_ROWS):
         size = rows.stop - rows.start

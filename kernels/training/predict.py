@@ -16,10 +16,10 @@ from mrl_fast.kernels.shared.tiling import (
     cdiv,
     chunks,
     config,
-    make_schedule,
     operand,
     precision,
     row_step,
+    schedule_of,
     tile_of,
 )
 from torch import Tensor
@@ -80,7 +80,7 @@ def predict_forward(
     bias = None if bias is None else operand(bias)
     B, V, G = len(x), len(weight), len(dims)
     blocks = config(x, CONFIGS)
-    schedule = make_schedule(tuple(dims), blocks.BLOCK_D, x.device)
+    schedule = schedule_of(x, dims, blocks.BLOCK_D)
     tiles = cdiv(V, blocks.BLOCK_V)
     fp32 = dict(dtype=torch.float32, device=x.device)
     labels = torch.empty(G, B, dtype=torch.int64, device=x.device)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -45,6 +46,17 @@ def test_a_schedule_is_made_once():
     first = tiling.make_schedule((8, 20), 16, torch.device("cpu"))
     assert tiling.make_schedule((8, 20), 16, torch.device("cpu")) is first
     assert tiling.make_schedule((8, 24), 16, torch.device("cpu")) is not first
+
+
+def test_a_schedule_that_a_graph_reads_is_kept(monkeypatch):
+    monkeypatch.setattr(tiling, "captures", lambda x: True)
+    schedule = weakref.ref(tiling.schedule_of(torch.ones(1, 24), [3, 24], 16))
+    monkeypatch.undo()
+    tiling.make_schedule.cache_clear()  # as when there were too many
+    assert schedule() is not None
+    unread = weakref.ref(tiling.schedule_of(torch.ones(1, 24), [3, 24], 16))
+    tiling.make_schedule.cache_clear()
+    assert unread() is None
 
 
 SETTINGS = {
