@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,6 +12,7 @@ from mrl_fast.kernels.search import certified, funnel, plan, topk
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mrl_fast import MatryoshkaIndex, SearchResult, prefix_topk, rerank
+from mrl_fast.search.index import device_search
 
 DIMS = (8, 24)
 STAGES = [(8, 60), (24, 5)]
@@ -284,6 +286,23 @@ def test_ops_do_not_wait(metric, triton_device):
             funnel.funnel_search(q, rows, [(8, 8), (24, 4)], metric)
 
 
+def test_what_a_graph_reads_stays(monkeypatch):
+    """A replay reads the arrays of its time, whatever became of the index's rows since."""
+    index = MatryoshkaIndex(DIMS, device="cuda", prefix_dtype="int8")
+    index.add(vectors(100))
+    read = [weakref.ref(index._rows.store.mirror.arrays[name]) for name in ("vectors", "codes")]
+    monkeypatch.setattr(device_search, "captures", lambda x: True)
+    index.search(vectors(1), 3, stages=STAGES)
+    monkeypatch.undo()
+    stores = [array().untyped_storage().data_ptr() for array in read]
+    index.add(vectors(3000))  # more than there is room for
+    now = index._rows.store.mirror
+    kept = {x.untyped_storage().data_ptr() for x in now.captured.values()}
+    assert {*stores} <= kept and now.arrays["vectors"].data_ptr() not in stores
+    index.compact()
+    assert {*stores} <= {x.untyped_storage().data_ptr() for x in now.captured.values()}
+
+
 @on_gpu
 def test_a_captured_search():
     index = MatryoshkaIndex(DIMS, device="cuda", prefix_dtype="int8")
@@ -300,6 +319,9 @@ def test_a_captured_search():
         q.copy_(vectors(4, seed=2))
         graph.replay()
         expected = index.search(q, 5, **options)
+        assert torch.equal(out.ids, expected.ids) and torch.equal(out.scores, expected.scores)
+        index.add(vectors(100_000, seed=3))  # the arrays grow; the graph reads the old ones
+        graph.replay()
         assert torch.equal(out.ids, expected.ids) and torch.equal(out.scores, expected.scores)
 
 
