@@ -8,6 +8,7 @@ from mrl_fast.kernels.search import (
     keys,
     pair_scores,
     plan,
+    queries,
     scan_shape,
     topk,
 )
@@ -125,7 +126,7 @@ def test_queries_of_more_bits_than_the_rows(metric, rescans, triton_device):
     exact = reference.scores(q, x, 24, metric)
     assert_same_topk(found, exact, name=metric, tolerance=1e-5 * exact.abs().max().item())
     assert not rescans, "two parts of a query leave no margin to speak of"
-    coarse = plan.scan_queries(q, x, metric)
+    coarse = queries.scan_queries(q, x, metric)
     left = q.double() - coarse.q.double() - coarse.low.double()
     assert (left.norm(dim=1) <= coarse.errors).all() and (coarse.errors < 1e-5).all()
 
