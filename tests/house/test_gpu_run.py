@@ -28,7 +28,7 @@ def program(out, *options):
     done = subprocess.run(
         [*map(str, command)], env=environment, cwd=ROOT, capture_output=True, text=True
     )
-    logs = "\n".join(log.read_text()[-3000:] for log in sorted(out.glob("*.log")))
+    logs = "\n".join(log.read_text()[-3000:] for log in sorted(out.rglob("*.log")))
     return done, f"{done.stderr}\n{done.stdout}\n{logs}"
 
 
@@ -167,6 +167,34 @@ def test_a_case_that_errs_or_is_not_a_number_fails(monkeypatch, tmp_path):
     one, nan = torch.ones(2), torch.tensor([1.0, math.nan])
     assert sizes.worst([one, one], [one, 2 * one]) == 0.5
     assert math.isnan(sizes.worst([nan, one], [one, one]))
+
+
+def commands_of_the_stub():
+    stages = importlib.import_module("benchmarks.gpu.stages")
+    return {c.name: c for c in stages.compiled() if c.kind != "tests"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stub stands in for a GPU")
+@pytest.mark.parametrize("name", commands_of_the_stub())
+def test_a_command_launches_what_it_is_for(name, tmp_path):
+    """At its own shapes, by the stub: cases, rows and calls are made, their kernels launched."""
+    command = commands_of_the_stub()[name]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    words = ["-m", "benchmarks.gpu.stub", "count", str(tmp_path / "counts.json"), *command.calls]
+    done = subprocess.run(
+        [sys.executable, *words], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts["code"] in (0, None), done.stdout
+    kernels = {"_scan_kernel", "_narrow_kernel", "_decode_kernel"}
+    if name == "probe":
+        kernels = {"_keys_kernel", "_decode_kernel"}
+    elif "low" in name:
+        kernels |= {"_split_kernel"}
+    elif name in ("rows", "profile"):
+        kernels |= {"_statistics_kernel", "_score_gradients_kernel"}
+    assert kernels <= counts["kernels"].keys()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stub stands in for a GPU")
