@@ -199,7 +199,7 @@ def test_a_command_launches_what_it_is_for(name, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stub stands in for a GPU")
 def test_a_cache_travels(tmp_path, modules, monkeypatch):
-    """Made by the stub, packed, unpacked elsewhere: there nothing is compiled."""
+    """Made by the stub, packed, unpacked where libtriton differs: there nothing is compiled."""
     cache = modules["cache"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "there"), "PYTHONPATH": str(ROOT)}
@@ -222,6 +222,10 @@ def test_a_cache_travels(tmp_path, modules, monkeypatch):
     cache.unpack()
     there = [file for file in (tmp_path / "there").rglob("*") if file.is_file()]
     assert {file.suffix for file in there} <= {".cubin", ".json", ".c"}
+    (tmp_path / "sitecustomize.py").write_text(
+        "from triton.runtime import cache\ncache.triton_key = lambda: 'another libtriton'\n"
+    )
+    environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
     second = probe()
     assert (second["hits"], second["compiled"]) == (first["compiled"], 0)
 
