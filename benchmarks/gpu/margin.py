@@ -17,7 +17,9 @@ def scan_error(q: Tensor, x: Tensor) -> Tensor:
         q: ``[B, dim]``, of more bits than the rows at most.
         x: ``[N, dim]``; every bucket of it has to come back, once.
     """
-    q, x, N = operand(q), operand(x), len(x)
+    N = len(x)
+    if q.dtype == x.dtype:
+        q, x = operand(q), operand(x)
     coarse, config = queries.scan_queries(q, x, "ip"), scan_shape.scan_config(len(q), x)
     seeds, tiles = config.BLOCK_N // scan_shape.BUCKET, -(-N // config.BLOCK_N)
     to = plan.buffers(coarse.q, tiles * seeds)

@@ -65,7 +65,7 @@ def test_the_programme(tmp_path, modules):
         check_rows([*groups[group](tiny=True)], runs[name]["found"])
     cases = runs["kernels"]["found"]
     assert len(cases) > 20 and all(case["status"] == "ok" for case in cases)
-    assert any(case["name"].startswith("low fp32 on bf16") for case in cases)
+    assert any(case["name"].startswith("margin fp32 on fp16") for case in cases)
     assert all(rows and rows[0]["us"] > 0 for rows in runs["profile"]["found"].values())
     assert "passed" in runs["tests"]["last_line"]
     table = (tmp_path / "table.md").read_text()

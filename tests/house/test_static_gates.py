@@ -17,7 +17,7 @@ from benchmarks.gpu import kernels
 
 ROOT = Path(__file__).parents[2]
 FREE = {*static.BLOCKS, "TILE", "GROUPS", "WHOLE", "ALIGNMENT", "PRECISION", "MAGIC_SUMS"}
-FREE |= {"PART"}
+FREE |= {"PART", "RESCAN_BLOCKS", "RESCAN_ROWS"}
 SOURCES = "\n".join(file.read_text() for file in (ROOT / "kernels").rglob("*.py"))
 KERNELS = set(re.findall(r"^def (_\w+_kernel)\(", SOURCES, re.M))
 
