@@ -56,10 +56,6 @@ def _count(*, times: Any, cache_hit: bool, **_: Any) -> None:
     counts["seconds"] = round(counts["seconds"] + times.total / 1e6, 3)
 
 
-def pytest_configure() -> None:  # as a plugin: pytest -p benchmarks.gpu.cache
-    pin()
-
-
 def note_launcher(constants: dict, signature: dict, tensordesc_meta: Any) -> None:
     """Keeps the source of a launcher, by the stub."""
     import hashlib
@@ -133,7 +129,14 @@ def make(jobs: int, report: Path | None) -> int:
     def run(command: stages.Command) -> dict[str, Any]:
         begin = time.monotonic()
         with tempfile.NamedTemporaryFile("r", suffix=".json") as found:
-            words = [sys.executable, "-m", "benchmarks.gpu.stub", found.name, *command.calls]
+            words = [
+                sys.executable,
+                "-m",
+                "benchmarks.gpu.stub",
+                "compile",
+                found.name,
+                *command.calls,
+            ]
             done = subprocess.run(
                 words, env=environment, cwd=ROOT, capture_output=True, text=True, errors="replace"
             )

@@ -74,7 +74,7 @@ def phases(name: str, size: Sizes) -> Iterator[Case]:
     rows = max(size.rows, 600)
     q, x = (randn(n, D, seed=i, dtype=dtype) for i, n in enumerate((size.queries[0], rows)))
     tied = x[:1].expand(rows, D).contiguous()
-    tiny = size is SIZES["tiny"]
+    tiny = size.interpreted
     for metric in size.metrics if name == "fp32" or not tiny else size.metrics[:1]:
         for queries in size.queries:
             for dim in (D,) if tiny else size.dims[1:]:
@@ -95,7 +95,7 @@ def phases(name: str, size: Sizes) -> Iterator[Case]:
 def low(size: Sizes) -> Iterator[Case]:
     """Queries of two parts, and fp32 by three products: their results, then their sums."""
     for rows in ("bf16", "fp16", "fp32"):
-        if rows not in DTYPES or (size is SIZES["tiny"] and rows == "fp32"):
+        if rows not in DTYPES or (size.interpreted and rows == "fp32"):
             continue
         for queries, dim in size.low:
             q = randn(queries, dim, seed=1, dtype=torch.float32)
@@ -141,7 +141,7 @@ def small_buffers() -> Iterator[None]:
 
 
 def cases(families: list[str], size: Sizes) -> Iterator[Case]:
-    tiny = size is SIZES["tiny"]
+    tiny = size.interpreted
     for family in families:
         if family == "low":
             yield from low(size)

@@ -71,8 +71,10 @@ def distinct(specs: Iterable[Any], *, tiny: bool) -> list[tuple[Any, Any]]:
     """Each spec and what is made of it; of those that are the same when tiny, the first."""
     made: dict[Any, Any] = {}
     for spec in specs:
-        made.setdefault(spec.tiny() if tiny else spec, spec)
-    return [(spec, one) for one, spec in made.items()]
+        one = spec.tiny() if tiny else spec
+        key = one._replace(precision="highest") if tiny else one  # a CPU has one way only
+        made.setdefault(key, (spec, one))
+    return [*made.values()]
 
 
 def lazily(build: Callable[[], Call]) -> Call:

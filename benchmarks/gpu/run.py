@@ -8,8 +8,9 @@ First comes what was compiled elsewhere (``make gpu-cache``): unpacked, and if o
 hit it, made anew here by 14 processes. Then stage by stage, all commands of a stage at a time, a
 process of its own each that is ended at the stage's deadline; failures are collected and stop
 nothing. DIR/results.json holds everything, also when this is killed: how each command ended,
-kernels' errors, rows, the profile; log.txt what they printed, table.md the tables. The exit code is
-not zero if something failed. Builds mrl_fast first, without a network, where it is not installed.
+kernels' errors, rows, the profile; log.txt what they printed, table.md the tables, profile.json the
+kernels' times; parts/ the same by commands. The exit code is not zero if something failed. Builds
+mrl_fast first, without a network, where it is not installed.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ class Process:
     """A command of a stage, and the files that it writes."""
 
     def __init__(self, command: Command, out: Path, variables: Variables):
-        self.command, self.out, self.variables = command, out, variables
-        self.file = out / f"{command.name.replace(' ', '-')}.json"
+        self.command, self.variables = command, variables
+        self.folder = out / "parts"
+        self.folder.mkdir(exist_ok=True)
+        self.file = self.folder / f"{command.name.replace(' ', '-')}.json"
         self.log = self.file.with_suffix(".log")
         self.begin, self.code = time.monotonic(), 0
         self.process: subprocess.Popen | None = None
@@ -66,7 +69,7 @@ class Process:
         if command.kind in ("kernels", "rows", "profile", "ceilings"):
             extra += ["--json", str(self.file)]
         if command.kind == "rows":
-            extra += ["--ceilings", str(self.out / "ceilings.json")]
+            extra += ["--ceilings", str(self.folder / "ceilings.json")]
             extra += ["--until", f"{until - time.monotonic() - 2:.0f}"]
         words = [sys.executable, "-m", command.module, *command.args, *extra]
         more = {}
@@ -239,10 +242,11 @@ def main() -> int:
         out = out / "again"
     out.mkdir(parents=True, exist_ok=True)
     runs = program(given, out, plan)
-    logs = [
-        f"{file.name}\n{file.read_text(errors='replace')}" for file in sorted(out.glob("*.log"))
-    ]
+    parts = sorted((out / "parts").glob("*.log"))
+    logs = [f"== {part.name}\n{part.read_text(errors='replace')}" for part in parts]
     (out / "log.txt").write_text("\n".join(logs))
+    if (profile := out / "parts/profile.json").exists():
+        shutil.copy(profile, out)
     table.write(out)
     return int(any(run["failed"] for run in runs))
 

@@ -21,6 +21,7 @@ class Sizes(NamedTuple):
     k: int
     low: tuple[tuple[int, int], ...]  # queries and columns
     metrics: tuple[str, ...] = ("ip", "cosine", "l2")
+    interpreted: bool = False  # cases that differ on a device only are left out
 
 
 SIZES = {
@@ -32,7 +33,8 @@ SIZES = {
         70, 140, (5, 16, 75), (70, 1), 2_011, 7,
         tuple((b, d) for b in (70, 200) for d in (16, 32, 64, 256)), ("l2",),
     ),
-    "tiny": Sizes(18, 20, (5, 16, 21), (2,), 301, 4, ((2, 16),)),
+    "tiny": Sizes(18, 20, (5, 16, 21), (2,), 301, 4, ((2, 16),), interpreted=True),
+    "least": Sizes(18, 20, (5, 16, 21), (2,), 301, 4, ((2, 16),), ("l2",), True),
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """An H200 that is not there: what code would launch, and what would wait, seen without a GPU.
 
-    python -m benchmarks.gpu.stub FILE MODULE [ARGUMENT ...]   # runs it, and counts into FILE
+    python -m benchmarks.gpu.stub compile|count FILE MODULE [ARGUMENT ...]  # runs it; counts: FILE
 
 ``install()`` turns this process, for good, into one that has a device: tensors on it have shapes
 and addresses but no memory, torch's ops on them compute shapes only, and Triton launches nothing.
@@ -115,6 +115,9 @@ class DeviceTensor(Tensor):
     device = property(lambda self: DEVICE)  # pyright: ignore
     is_cuda = property(lambda self: True)  # pyright: ignore
     is_meta = property(lambda self: False)  # pyright: ignore
+
+    def __repr__(self, **_) -> str:
+        return f"DeviceTensor({list(self.shape)}, {self.dtype})"
 
     def data_ptr(self) -> int:
         return ADDRESS + int(self.storage_offset()) * self.element_size()
@@ -347,8 +350,8 @@ def _install_cuda() -> None:
 
 
 def main() -> int:
-    file, module, *arguments = sys.argv[1:]
-    install(compile=True)
+    how, file, module, *arguments = sys.argv[1:]
+    install(compile=how == "compile")
     cache.pin()
     sys.argv = [module, *arguments]
     code: Any = 0

@@ -12,8 +12,8 @@ from mrl_fast.kernels.search import (
     scan_shape,
     topk,
 )
-from mrl_fast.kernels.shared.tiling import operand
 
+from benchmarks.gpu.margin import scan_error
 from mrl_fast.search import reference
 from mrl_fast.testing import assert_same_topk
 from tests.helpers.kernels import DTYPES, METRICS, make_vectors
@@ -83,7 +83,7 @@ def test_sums_of_a_scan_are_within_its_margin(dtype, kind, shape, triton_device)
     N, (B, dim) = 100_000 if triton_device == "cuda" else 300, shape
     q, x = (margin_vectors(kind, n, dim, triton_device) for n in (B, N))
     scale = {torch.int8: 7 if kind == "spike" else 40}.get(dtype, 1)
-    check_margin(*(operand((scale * v).clamp(-127, 127).to(dtype)) for v in (q, x)))
+    assert scan_error(*((scale * v).clamp(-127, 127).to(dtype) for v in (q, x))) <= 1
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_sums_of_queries_in_two_parts_are_within_its_margin(dtype, kind, shape, 
     """Two products a tile, whose sum holds the bits that the rows' dtype has not."""
     N, (B, dim) = 100_000 if triton_device == "cuda" else 300, shape
     q, x = (margin_vectors(kind, n, dim, triton_device) for n in (B, N))
-    check_margin(q * 1.01, x.to(dtype))
+    assert scan_error(q * 1.01, x.to(dtype)) <= 1
 
 
 @pytest.mark.parametrize("dim", [16, 40])
@@ -104,31 +104,28 @@ def test_two_sums_are_as_good_as_one(dim, triton_device, monkeypatch):
     for module in (scan, scan_shape):
         monkeypatch.setattr(module, "one_sum_a_product", lambda x: True)
     q, x = (margin_vectors("signs", n, dim, triton_device) for n in (20, 300))
-    check_margin(q, x.half())
+    assert scan_error(q, x.half()) <= 1
     assert scan_shape.scan_precision(x) == "tf32"
 
 
-def check_margin(q, x):
-    N = len(x)
-    coarse, config = queries.scan_queries(q, x, "ip"), scan_shape.scan_config(len(q), x)
-    seeds, tiles = config.BLOCK_N // scan_shape.BUCKET, -(-N // config.BLOCK_N)
-    to = plan.buffers(q, tiles * seeds)
-    terms, norm = metrics.row_terms(x, "ip")
-    one = scan.Scan(config, coarse, x, "ip", terms, norm)
-    one(to.hits, to.count, to.theta, 0, tiles, window=1)
-    best = (to.hits >> 32).int().view(torch.float32).double()
-    bucket, i = (to.hits & 0xFFFFFFFF)[0], torch.arange(scan_shape.BUCKET, device=q.device)
-    there = bucket != 0xFFFFFFFF
-    assert (there.sum() * scan_shape.BUCKET >= N) and len(bucket[there].unique()) == there.sum()
-    best, bucket = best[:, there], bucket[there]
-    within = (bucket % seeds)[:, None]
-    rows = (i // 2 * config.groups + within // 4) * 8 + within % 4 * 2 + i % 2
-    rows += (bucket // seeds * config.BLOCK_N)[:, None]
-    exact = q.double() @ x.double().T
-    exact = exact[:, rows.clamp(max=N - 1)].where(rows < N, -torch.inf).amax(2)
-    error = coarse.margin.error(coarse.upper_norms(), norm)
-    error = (error if coarse.errors is None else error + coarse.errors * norm)[:, None]
-    assert ((best - exact).abs() <= error).all(), ((best - exact).abs() / error).max()
+def test_an_error_of_a_scan_is_seen(triton_device, monkeypatch):
+    """A margin that is too small, a bucket that does not come, and one that comes twice."""
+    q, x = (margin_vectors("positive", n, 40, triton_device) for n in (5, 300))
+    assert 0 < scan_error(q, x) <= 1
+    tiny = metrics.Margin(bound=0.0, a=1e-12)
+    monkeypatch.setattr(metrics.Margin, "of", classmethod(lambda *_: tiny))
+    assert scan_error(q, x) > 1
+    monkeypatch.undo()
+    call = scan.Scan.__call__
+
+    for instead in (lambda hits: hits[:, 0], lambda hits: -1):
+
+        def wrong(self, hits, *args, instead=instead, **kwargs):
+            call(self, hits, *args, **kwargs)
+            hits[:, 1] = instead(hits)
+
+        monkeypatch.setattr(scan.Scan, "__call__", wrong)
+        assert scan_error(q, x) == torch.inf
 
 
 @pytest.mark.parametrize("dim", [256, 768])
