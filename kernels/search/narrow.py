@@ -44,8 +44,7 @@ def _narrow_kernel(
     if HAS_AMONG:
         count = tl.where(tl.load(among_ptr + b) != 0, count, 0)
     lanes = tl.arange(0, C)
-    halves = hits_ptr.to(tl.pointer_type(tl.int32))  # the upper half of each is a score
-    bits = tl.load(halves + 2 * lanes + 1, lanes < count, other=0)
+    bits = (tl.load(hits_ptr + lanes, lanes < count, other=0) >> 32).to(tl.int32)
     bits = tl.where(lanes < count, ordered(bits.to(tl.float32, bitcast=True)), -(1 << 31))
     least = tl.full((), -(1 << 31), tl.int32)  # a number that `reached` scores reach
     reached = tl.full((), C, tl.int32)
@@ -99,9 +98,9 @@ def narrow(
     _narrow_kernel[(B,)](
         to.hits, to.count, to.flag, to.theta, among, q.norms, q.errors, norm, rank, seeds,
         *q.bound, *q.margin[1:], HAS_AMONG=among is not None, HAS_ERROR=q.errors is not None,
-        C=C, PART=min(C, 4096), num_warps=narrow_warps(C),
+        C=C, PART=min(C, 2048), num_warps=narrow_warps(C),
     )  # fmt: skip
 
 
 def narrow_warps(C: int) -> int:
-    return min(32, max(4, C // 512))  # 16 hits a thread
+    return min(16, max(4, C // 1024))  # 32 hits a thread

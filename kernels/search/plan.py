@@ -111,7 +111,7 @@ class Buffers(NamedTuple):
         count: ``[B, at least]`` int32: how many were appended, of which C are there at most.
         flag: ``[B, at least]`` int32, not 0 where a hit was dropped.
         done: ``[B, at least]`` int32: programs that a rescan is done with.
-        norm: ``[1]`` int32: the bits of the largest norm of a row.
+        norm: ``[1, at least]`` int32: the bits of the largest norm of a row.
         theta: ``[B]`` fp32: what a score must not be below.
     """
 
@@ -126,8 +126,8 @@ class Buffers(NamedTuple):
 def buffers(q: Tensor, size: int) -> Buffers:
     B, device = q.shape[0], q.device
     room = cdiv(B, 4) * 4  # so that each begins at a multiple of 16 bytes
-    zeros = torch.zeros(3 * room + 4, dtype=torch.int32, device=device)
-    count, flag, done, norm = zeros.split((room, room, room, 4))
+    zeros = torch.zeros(4, room, dtype=torch.int32, device=device)
+    count, flag, done, norm = zeros.unbind()
     hits = torch.empty(B, size, dtype=torch.int64, device=device)
     theta = torch.empty(B, dtype=torch.float32, device=device)
     return Buffers(hits, count, flag, done, norm, theta)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from mrl_fast.kernels.search.keys import EMPTY, make_key
-from mrl_fast.kernels.search.pair_scores import ROUNDED, Pairs, pair_blocks, pair_scores
+from mrl_fast.kernels.search.pair_scores import ROUNDED, Pairs, in_bytes, pair_blocks, pair_scores
 from mrl_fast.kernels.search.plan import Buffers
 from mrl_fast.kernels.search.scan_shape import BUCKET, Config
 from mrl_fast.kernels.shared.device import multiprocessors
@@ -22,7 +22,8 @@ from torch import Tensor
 RESCAN_BYTES = 64 << 20
 RESCANS = 3  # programs a multiprocessor, as many as it holds: most end at once
 TOGETHER = 1 << 17  # pairs, up to which a launch more takes longer than fewer programs at a time
-ROOMIER = dict(maxnreg=192)  # registers of a thread, for both kinds of programs
+# Registers of a thread, for programs of both kinds; and where bytes are loaded one by one.
+ROOMIER, ROOMIEST = dict(maxnreg=192), dict(maxnreg=224)
 LOOKED_AT = tl.constexpr(128)  # queries at a time
 
 
@@ -234,7 +235,7 @@ def _launch(
 ) -> None:  # fmt: skip
     splits, groups, rows_each, kept, *rescan_blocks = rescans
     (B, width), (N, dim), x, q = keys.shape, pairs.x.shape, pairs.x, pairs.q
-    blocks, parts = pair_blocks(x, B * width), None
+    blocks, parts, room = pair_blocks(x, B * width), None, ROOMIEST if in_bytes(x) else ROOMIER
     tiles = cdiv(width, blocks["ROWS"])
     programs = B * tiles if pairs_too else 0
     if kept:
@@ -246,5 +247,5 @@ def _launch(
         **pairs.flags, KEPT=kept, TILE=config.BLOCK_N, GROUPS=config.groups,
         ROWS=blocks["ROWS"], BLOCKS=blocks["BLOCKS"],
         RESCAN_ROWS=rescan_blocks[0], RESCAN_BLOCKS=rescan_blocks[1],
-        num_warps=8 if kept > 512 else 4, **(ROOMIER if kept else pairs.room), **ROUNDED,
+        num_warps=8 if kept > 512 else 4, **(room if kept else pairs.room), **ROUNDED,
     )  # fmt: skip

@@ -283,7 +283,7 @@ class Scan:
         self.terms = terms = terms or SumTerms()
         self.factor = q.norms if terms.factor is None else terms.factor
         low = q.low is not None
-        self.kind = (
+        self.kind, self.flags = options(
             config, x.dtype, x.shape[1], norms, terms.scale is not None, terms.term is not None,
             terms.outer is not None, among is not None, low, low and one_sum_a_product(x),
             scan_precision(x), promoted(x),
@@ -299,7 +299,7 @@ class Scan:
         q, x, v, config = self.q.q, self.x, self.terms, self.config
         (B, dim), dense, step = q.shape, min(window, 2), max(1, window)
         query_tiles = cdiv(B, config.BLOCK_B)
-        slots = programs(x, (self.kind, dense))
+        slots = programs(x, self.kind[dense])
         each = cdiv(last - first, splits_of(query_tiles, slots) * step) * step
         splits = cdiv(last - first, each)
         binary = _scan_kernel[(query_tiles * splits,)](
@@ -307,18 +307,18 @@ class Scan:
             hits, count, self.norm, B, x.shape[0], dim, hits.shape[1],
             self.tiles, tile_step(self.tiles), first, last, each, step,
             each * cdiv(dim, config.BLOCK_D), self.bound, q.stride(0), x.stride(0),
-            DENSE=dense, **options(*self.kind),
+            DENSE=dense, **self.flags,
         )  # fmt: skip
-        remember((self.kind, dense), x, binary)
+        remember(self.kind[dense], x, binary)
 
 
 @functools.lru_cache(maxsize=4096)
 def options(
     config: Config, dtype: torch.dtype, dim: int, norms: int, scale: bool, term: bool, outer: bool,
     among: bool, low: bool, two_sums: bool, precision: str, promoted: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Of the kernel, all but the way that hits are kept."""
-    return {
+) -> tuple[list[str], dict[str, Any]]:  # fmt: skip
+    """Of the kernel, all but the way that hits are kept; and its name for each of these."""
+    flags = {
         "HAS_SCALE": scale,
         "HAS_TERM": term,
         "HAS_OUTER": outer,
@@ -333,6 +333,7 @@ def options(
         "PROMOTED": PROMOTED if promoted else 0,
         **config._asdict(),
     }
+    return [f"scan {dtype} {dense} {flags}" for dense in range(3)], flags
 
 
 @functools.lru_cache(maxsize=4096)

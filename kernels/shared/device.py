@@ -2,7 +2,6 @@
 NamedTuple; its architecture, and how many programs it holds at a time."""
 
 import functools
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 REGISTERS = 65536  # of a multiprocessor
 UNKNOWN = 3  # programs that a multiprocessor is taken to hold, before a kernel was compiled
-_resident: dict[Hashable, int] = {}
+_resident: dict[str, int] = {}
 
 
 def on_its_device(function):
@@ -46,16 +45,16 @@ def multiprocessors(x: Tensor) -> int:
     return _properties(x.device.index).multi_processor_count if x.is_cuda else 1
 
 
-def programs(x: Tensor, kernel: Hashable) -> int:
+def programs(x: Tensor, kernel: str) -> int:
     """As many programs of a kernel as the device holds at a time: more would come in waves, of
     which the last leaves it idle."""
     return _resident.get(kernel, UNKNOWN) * multiprocessors(x)
 
 
-def remember(kernel: Hashable, x: Tensor, binary: Any) -> None:
+def remember(kernel: str, x: Tensor, binary: Any) -> None:
     """What a launch returned: by registers, threads and shared memory, the programs that a
     multiprocessor holds."""
-    if kernel in _resident or not x.is_cuda or not getattr(binary, "n_regs", 0):
+    if not x.is_cuda or kernel in _resident or not getattr(binary, "n_regs", 0):
         return
     device, warps = _properties(x.device.index), binary.metadata.num_warps
     _resident[kernel] = max(1, min(

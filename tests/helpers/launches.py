@@ -2,14 +2,12 @@
 
     python -m tests.helpers.launches
 
-A process of its own, as Triton must not be interpreted. ``host_ms`` is the Python of one call, the
-shortest of many, as on an idle core: where the same loop takes longer, the machine is busy.
+A process of its own, as Triton must not be interpreted.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -31,16 +29,7 @@ from mrl_fast import (  # noqa: E402
     rerank,
 )
 
-LOOP_SECONDS = 8e-5  # of ``pace`` on an idle core
 DIMS = (64, 128, 256)
-REPETITIONS = 200
-
-
-def pace() -> float:
-    begin, numbers = time.perf_counter(), {}
-    for i in range(1000):
-        numbers[i % 7] = str(i)
-    return time.perf_counter() - begin
 
 
 def on_device(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -63,6 +52,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     for one in (index, coded):
         one.add(torch.randn(40_000, 256, generator=torch.Generator().manual_seed(0)))
     asked = on_device(8, 256, dtype=torch.float32)
+    many = on_device(1024, 256, dtype=torch.float32)
     stages = [(64, 100), (256, 10)]
     return {
         "topk, one query": lambda: prefix_topk(q[:1], x, 100),
@@ -76,6 +66,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "predict": lambda: matryoshka_predict(a.detach(), w.detach(), DIMS),
         "index, stages": lambda: index.search(asked, 10, stages=stages),
         "index, codes": lambda: coded.search(asked, 10, stages=stages),
+        "index, many queries": lambda: index.search(many, 10, stages=stages),
         "index, exact": lambda: index.search(asked, 10, exact=True),
         "index, exact by codes": lambda: coded.search(asked, 10, exact=True),
     } | {f"does not capture: {name}": call for name, call in impossible(asked).items()}
@@ -103,20 +94,9 @@ def seen(call: Callable[[], Any]) -> dict[str, Any]:
     return asdict(record) | {"kernels": record.kernels(), "capturable": record.capturable}
 
 
-def host_ms(call: Callable[[], Any]) -> float:
-    shortest, loop = 1.0, 1.0
-    for _ in range(REPETITIONS):
-        with stub.recorded() as record:
-            call()
-        shortest, loop = min(shortest, record.seconds), min(loop, pace())
-    return 1e3 * shortest * min(1.0, LOOP_SECONDS / loop)
-
-
 def main() -> None:
     for name, call in cases().items():
         found = seen(call)
-        if name == "topk, one query":
-            found["host_ms"] = host_ms(call)
         print(json.dumps({"case": name} | found), flush=True)
 
 
