@@ -228,9 +228,7 @@ def test_what_cannot_be_loaded(tmp_path):
         MatryoshkaIndex.load(folder)
     changed = manifests.signed({**manifest, "version": 3})
     (folder / "manifest.json").write_text(json.dumps(changed))
-    with pytest.raises(
-        ValueError, match=f"{folder}/manifest.json: version: .*1 or 2, got 3"
-    ):
+    with pytest.raises(ValueError, match=f"{folder}/manifest.json: version: .*1 or 2, got 3"):
         MatryoshkaIndex.load(folder)
     nothing = tensorfile.write(
         folder / "alive-00000001.safetensors", {"alive": (torch.int64, (0,))}, {"alive": []}

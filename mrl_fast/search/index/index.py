@@ -65,7 +65,7 @@ class MatryoshkaIndex:
         device: ``"cpu"``, or ``"cuda"`` or ``"cuda:<number>"``: vectors are changed, saved and
             loaded on the host, and a row-major copy on the device is searched. A search with
             queries there waits for nothing, runs on the current stream and can be captured in a
-            CUDA graph, which holds until the index is changed.
+            CUDA graph, whose replays search the rows of its time as long as the index lives.
 
     Raises:
         ValueError, TypeError: Dims that do not ascend, an unknown metric, dtype or rotation.
