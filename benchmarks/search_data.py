@@ -1,17 +1,24 @@
 """What is searched, and how an answer is judged.
 
-    clustered      3,000 centres, rows near them: unit rows of a falling spectrum, the standard set
-    centreless     the same spectrum without centres: the hard set, where no row stands out
+    docs, sentences, glosses, glosses256, minilm   real text: benchmarks/vector_sets.py
+    clustered      3,000 centres, rows near them: unit rows of a falling spectrum
+    centreless     the same spectrum without centres, where no row stands out
     fashion_mnist  60,000 x 784 images, of --data
     vectors        vectors.npy [N, D] (and queries.npy, or some of its rows), of --data
 
-The real ones are rotated to their second moment's eigenvectors, for us and every rival alike, so
+The last two are rotated to their second moment's eigenvectors, for us and every rival alike, so
 that their prefixes mean something. Settings (shortlists, efSearch, nprobe, k_factor) are chosen on
 held-out queries and recall is reported on others.
+
+    python -m benchmarks.search_data docs sentences glosses clustered centreless   # makes them
+
+Sets are kept in $MRL_FAST_CACHE, else ~/.cache/mrl_fast, and made again where packages changed.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,16 +28,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.vector_sets import QUERIES, REAL, Made, cached
 from mrl_fast import SearchResult, prefix_topk
 from mrl_fast.evaluate import recall_at_k
 from mrl_fast.search.index.rotation import Rotation
 
 Search = Callable[[Tensor, int], Tensor]  # queries [B, D], k → ids [B, k] int64
-NAMES = ("clustered", "centreless", "fashion_mnist", "vectors")
+GENERATED = {"clustered": 3000, "centreless": 0}  # centres
+OF_FOLDER = ("fashion_mnist", "vectors")
+NAMES = (*REAL, *GENERATED, *OF_FOLDER)
 K = 10
 RECALL = 0.99  # what every row has to reach on the queries it reports
 HELD_OUT_RECALL = 0.995  # what its setting has to reach on others
-QUERIES = 4096
 SHORTLISTS = tuple(rows * 2**i for i in range(10) for rows in (50, 70))
 
 
@@ -83,7 +92,7 @@ def real(name: str, folder: Path | None, rows: int) -> tuple[Tensor, Tensor]:
     if folder is None:
         raise ValueError("--data: expected a folder of real vectors, got none")
     if name == "fashion_mnist":
-        from mrl_fast.experiments.demo.data import load_fashion_mnist
+        from mrl_fast.experiments.reproduce.images import load_fashion_mnist
 
         data = load_fashion_mnist(folder)
         x, q = data.train[:rows], data.test[:QUERIES]
@@ -103,13 +112,34 @@ def real(name: str, folder: Path | None, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def load(name: str, rows: int, width: int = 768, folder: Path | None = None) -> Case:
-    if name in ("clustered", "centreless"):
-        x, q = standard(rows, width, centres=3000 if name == "clustered" else 0)
-        # Without centres 64 columns need shortlists of thousands.
-        prefix = 64 if name == "clustered" else 128
-    else:
+    """A set by its name.
+
+    Args:
+        rows: At most so many of a real set, just so many of a generated one.
+        width: Of a generated set.
+        folder: Of the sets that lie in one.
+
+    Raises:
+        ValueError, ModuleNotFoundError: A folder or a package that the set needs is not there.
+    """
+    if name in OF_FOLDER:
         x, q = real(name, folder, rows)
-        prefix = max(16, x.shape[1] // 12 // 16 * 16)
+        return case_of(name, x, q, max(16, x.shape[1] // 12 // 16 * 16))
+    if name in GENERATED:
+
+        def make() -> Made:
+            x, q = standard(rows, width, centres=GENERATED[name])
+            return {"rows": x, "asked": q}
+
+        made = cached(f"{name}-{rows}x{width}", make)
+        # Without centres 64 columns need shortlists of thousands.
+        return case_of(name, made.rows, made.asked, 64 if name == "clustered" else 128)
+    made = cached(name, REAL[name])
+    # Nested training spreads the energy almost evenly.
+    return case_of(name, made.rows[:rows], made.asked, made.rows.shape[1] // 4)
+
+
+def case_of(name: str, x: Tensor, q: Tensor, prefix: int) -> Case:
     judged = min(256, len(q) // 2)
     return Case(name, x, q, min(prefix, x.shape[1] // 2), prefix_topk(q[: 2 * judged], x, K))
 
@@ -125,3 +155,18 @@ def same_up_to_ties(ids: Tensor, case: Case, queries: Tensor) -> bool:
     ordered = ids.sort(dim=1).values
     distinct = bool((ordered.diff(dim=1) > 0).all()) and bool((ordered >= 0).all())
     return distinct and bool((scores(ids) - scores(best)).abs().max() <= 1e-6)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes sets of vectors, where they are not made.")
+    parser.add_argument("sets", nargs="+", choices=[*REAL, *GENERATED], metavar="SET")
+    parser.add_argument("--rows", type=int, default=500_000, help="of generated sets")
+    parser.add_argument("--width", type=int, default=768, help="of generated sets")
+    options = parser.parse_args()
+    for name in options.sets:
+        case = load(name, sys.maxsize if name in REAL else options.rows, options.width)
+        print(f"{case}, {len(case.q):,} queries")
+
+
+if __name__ == "__main__":
+    main()

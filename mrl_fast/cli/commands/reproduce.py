@@ -37,7 +37,7 @@ def reproduce(
     try:
         from mrl_fast.experiments.reproduce import run_reproduce
     except ModuleNotFoundError as error:
-        needs_extra(error, "demo")
+        needs_extra(error, "reproduce")
         raise typer.Exit(2) from None
     with failing():
         report = run_reproduce(

@@ -1,74 +1,62 @@
-"""Labelled images for the demo: scikit-learn's digits, or a folder that holds Fashion-MNIST."""
+"""Which names the encoder learns from, and which it is asked for."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
+
+from mrl_fast.experiments.corpus import Entry
+
+DIMS = (16, 32, 64, 128, 256)
+HELD = 6144
+FEWEST = 1536  # names, so that what is held out is enough to choose stages by
 
 
-class Data(NamedTuple):
-    name: str
-    train: Tensor  # [N, pixels] fp32, about unit scale
-    train_labels: Tensor  # [N] int64
-    test: Tensor
-    test_labels: Tensor
+class Pairs(NamedTuple):
+    """Documented names, of which some are held out.
+
+    Attributes:
+        entries: All; their sentences are distinct.
+        taught: Places of those that the encoder learns from, ascending.
+        held: Places of the others, at random. A third of them are reported, by the rest stages are
+            chosen.
+    """
+
+    entries: list[Entry]
+    taught: list[int]
+    held: list[int]
+
+    @property
+    def sentences(self) -> list[str]:
+        return [entry.sentence for entry in self.entries]
+
+    @property
+    def asked(self) -> list[str]:
+        """The names that are held out."""
+        return [self.entries[i].name for i in self.held]
+
+    @property
+    def reported(self) -> int:
+        return len(self.held) // 3
+
+    def trained(self) -> tuple[list[str], list[str]]:
+        """Names and sentences."""
+        chosen = [self.entries[i] for i in self.taught]
+        return [entry.name for entry in chosen], [entry.sentence for entry in chosen]
 
 
-def load(folder: Path | None) -> Data:
-    """The images of a folder, or digits where it is None.
+def split(entries: Sequence[Entry], *, seed: int = 0) -> Pairs:
+    """Holds out 6,144 names, of a small corpus a quarter.
 
     Raises:
-        ValueError: The folder, its file or one of its arrays is not what it should be.
+        ValueError: Too few entries.
     """
-    return load_digits() if folder is None else load_fashion_mnist(folder)
-
-
-def load_digits() -> Data:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
-    train, test = (torch.from_numpy(part).float() / 8 - 1 for part in parts[:2])
-    train_labels, test_labels = (torch.from_numpy(part).long() for part in parts[2:])
-    return Data("digits", train, train_labels, test, test_labels)
-
-
-def load_fashion_mnist(folder: Path) -> Data:
-    if not folder.is_dir():
-        raise ValueError(f"--data: expected a folder, got {folder}, which is none")
-    file = folder / "fashion_mnist.npz"
-    if not file.is_file():
-        file = folder / "fashion_mnist" / "fashion_mnist.npz"
-    if not file.is_file():
-        raise ValueError(f"--data: expected fashion_mnist.npz in {folder} or its fashion_mnist/")
-    arrays = {}
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            for name in ("x_train", "y_train", "x_test", "y_test"):
-                arrays[name] = archive[name]
-    except Exception as error:  # whatever numpy and zipfile raise on a damaged file
-        raise ValueError(f"--data: expected a readable {file}, got {error}") from error
-    shape = arrays["x_train"].shape[1:]
-    for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        images = x.ndim == 3 and x.shape[1:] == shape and len(x) and x.dtype == np.uint8
-        if not images or y.shape != x.shape[:1] or y.dtype.kind not in "iu":
-            raise ValueError(
-                f"--data: expected images [n, h, w] uint8 and labels [n], integers, in {file}, "
-                f"got {part} {x.shape} {x.dtype} and {y.shape} {y.dtype}"
-            )
-        if y.min() < 0 or y.max() > 9:
-            raise ValueError(
-                f"--data: expected labels 0 to 9 in {file}, got {part} {y.min()} to {y.max()}"
-            )
-    train, test = (
-        torch.from_numpy(arrays[name]).flatten(1).float().sub_(72.9).div_(90.0)  # mean, deviation
-        for name in ("x_train", "x_test")
-    )
-    train_labels, test_labels = (torch.from_numpy(arrays[n]).long() for n in ("y_train", "y_test"))
-    return Data("Fashion-MNIST", train, train_labels, test, test_labels)
+    if len(entries) < FEWEST:
+        raise ValueError(
+            f"packages: expected at least {FEWEST:,} documented names, got {len(entries):,}"
+        )
+    held = min(HELD, len(entries) // 4)
+    order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Pairs(list(entries), sorted(order[held:]), order[:held])

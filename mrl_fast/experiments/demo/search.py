@@ -1,9 +1,10 @@
-"""Full-width, adaptive and funnel search against FAISS flat and torch, in one run."""
+"""Exact and adaptive search against FAISS (flat and HNSW) and torch, in one run."""
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import NamedTuple
@@ -20,134 +21,192 @@ from mrl_fast.search.ops import prefix_topk
 K = 10
 BATCH = 256
 RECALL = 0.99
+GRAPH_ROWS = 100_000  # above these HNSW, whose building takes minutes, is left out
+FLAT = ("FAISS flat", "FAISS flat, BLAS", "torch")  # BLAS from 4 queries on
+EFFORTS = (20, 40, 80, 160, 320, 640)
+KEEPS = (20, 50, 100, 200, 400)
 Search = Callable[[Tensor], Tensor]  # queries [B, D] → ids [B, K]
-Stages = list[tuple[int, int]]
+Stages = list[tuple[int, ...]]  # (dim, keep), or (dim, bits, keep)
+
+
+class Entrant(NamedTuple):
+    """One who searches, as it stands in the table or the plot."""
+
+    name: str
+    setting: str
+    search: Search
+    build_s: float  # seconds to index all rows
 
 
 class Row(NamedTuple):
     name: str
-    stages: str
+    setting: str
     recall: float
     time_ms: dict[int, float]  # by batch
-    speedup: dict[int, float]  # over FAISS flat at its better setting, by batch
+    speedup: dict[int, float]  # over the best flat rival, by batch
+    build_s: float
 
 
-def adaptive_stages(dims: tuple[int, ...], rows: int) -> list[Stages]:
-    """Shortlists to try, cheapest first by multiply-adds a query."""
-    width = dims[-1]
-    found = [
-        [(dim, keep), (width, K)]
-        for dim in dims[1:-1]
-        for keep in (20, 50, 100, 200, 400, 800, 1600)
-        if keep < rows
-    ]
-    return sorted(found, key=lambda stages: rows * stages[0][0] + stages[0][1] * width)
+class Searched(NamedTuple):
+    """The index to keep, the table's rows, and those of the plot alone."""
+
+    kept: MatryoshkaIndex
+    rows: list[Row]
+    points: list[Row]
 
 
-def funnel_stages(stages: Stages, dims: tuple[int, ...]) -> Stages:
-    """The same shortlist, halved at every prefix in between."""
-    (dim, keep), last = stages
-    middle = [d for d in dims if dim < d < last[0]]
-    keeps = [max(2 * K, keep // 2 ** (i + 1)) for i in range(len(middle))]
-    return [(dim, keep), *zip(middle, keeps, strict=True), last]
+class Queries(NamedTuple):
+    """Settings are chosen by one part, recall and time are reported on the other."""
+
+    reported: Tensor  # [B, D]
+    held_out: Tensor  # [B', D]
 
 
 def compare(
     database: Tensor,
-    queries: Tensor,
-    dims: tuple[int, ...],
-    repetitions: int,
-    on_step: Callable[[], object],
-) -> tuple[list[Row], list[Row]]:
-    """The table's rows, and the adaptive settings of the plot.
+    queries: Queries,
+    dims: Sequence[int],
+    repetitions: dict[int, int],
+    on_step: Callable[[str], object],
+) -> Searched:
+    """Indexes the rows, chooses settings, and has all take turns on the same queries.
 
-    The shortlist is chosen on one half of the queries, as the cheapest whose recall holds there,
-    and everything is reported on the other half.
+    Args:
+        repetitions: By the number of queries a call.
     """
-    held_out, reported = queries[::2], queries[1::2]
-    indexes = {}
-    for i, dim in enumerate(dims[1:-1], start=1):
-        indexes[dim] = MatryoshkaIndex(dims[i:], metric="cosine")
-        indexes[dim].add(database)
-        on_step()
-
-    def ours(stages: Stages) -> Search:
-        return lambda q: indexes[stages[0][0]].search(q, K, stages=stages).ids
+    unit = F.normalize(database)
+    exact = {q: prefix_topk(q, database, K, metric="cosine") for q in queries}
 
     def recall(search: Search, q: Tensor) -> float:
-        exact = prefix_topk(q, database, K, metric="cosine")
-        return recall_at_k(search(q), exact, q, database, metric="cosine")
+        found = torch.cat([search(part) for part in q.split(BATCH)])
+        return recall_at_k(found, exact[q], q, database, metric="cosine")
 
-    candidates = adaptive_stages(dims, len(database))
-    chosen = next((s for s in candidates if recall(ours(s), held_out) >= RECALL), candidates[-1])
-    funnel = funnel_stages(chosen, dims)
-    curve = {}
-    for stages in candidates:  # for each prefix: the keeps around the chosen one
-        if stages[0][1] in (20, 100, 400, 1600):
-            curve[str(stages)] = (stages, ours(stages))
+    on_step("index")
+    index, ours, curve = our_entrants(database, queries.held_out, dims, on_step)
+    entrants = [*flat_entrants(unit), *ours]
+    if len(database) <= GRAPH_ROWS:
+        on_step("build HNSW")
+        graphs = graph_entrants(unit)
+        good = (e for e in graphs if recall(e.search, queries.held_out) >= RECALL)
+        entrants.insert(len(FLAT), next(good, graphs[-1]))
+        curve += graphs
+    everything = entrants + curve
+    times = {
+        batch: measure(everything, queries.reported, batch, count, on_step)
+        for batch, count in repetitions.items()
+    }
+    rows = [
+        Row(
+            e.name, e.setting, recall(e.search, queries.reported),
+            {b: 1e3 * median(times[b][i]) for b in times},
+            {b: speedup(times[b], i) for b in times}, e.build_s,
+        )
+        for i, e in enumerate(everything)
+    ]  # fmt: skip
+    return Searched(index, rows[: len(entrants)], rows[len(entrants) :])
 
-    unit = F.normalize(database)
-    flat = faiss.IndexFlatIP(dims[-1])
+
+def our_entrants(
+    database: Tensor, held_out: Tensor, dims: Sequence[int], on_step: Callable[[str], object]
+) -> tuple[MatryoshkaIndex, list[Entrant], list[Entrant]]:
+    """An index, searched exactly and by the stages that ``tune`` chose, and by stages that rank by
+    the signs of half of the columns and of all."""
+    begin = time.perf_counter()
+    index = MatryoshkaIndex(dims, metric="cosine", codes="bits")
+    index.add(database)
+    build_s = time.perf_counter() - begin
+    on_step("tune")
+    stages = index.tune(held_out, K, RECALL, batch=BATCH, progress=False).stages
+    entrants = [
+        Entrant("mrl_fast exact", f"{dims[-1]}", adaptive(index, None), build_s),
+        Entrant("mrl_fast adaptive", written(stages), adaptive(index, stages), build_s),
+    ]
+    curve = []
+    for dim in dims[-2:]:
+        for keep in KEEPS:
+            tried = [(dim, 1, keep), (dims[-1], K)]
+            name = f"mrl_fast, signs of {dim} columns"
+            curve.append(Entrant(name, written(tried), adaptive(index, tried), build_s))
+    return index, entrants, curve
+
+
+def adaptive(index: MatryoshkaIndex, stages: Stages | None) -> Search:
+    """By stages; None is exact search."""
+    return lambda q: index.search(q, K, stages=stages, exact=stages is None).ids
+
+
+def flat_entrants(unit: Tensor) -> list[Entrant]:
+    width = unit.shape[1]
+    begin = time.perf_counter()
+    flat = faiss.IndexFlatIP(width)
     flat.add(unit.numpy())
+    build_s = time.perf_counter() - begin
 
-    def faiss_flat(q: Tensor) -> Tensor:
+    def by_faiss(q: Tensor) -> Tensor:
         return torch.from_numpy(flat.search(F.normalize(q).numpy(), K)[1])
 
-    def faiss_blas(q: Tensor) -> Tensor:
+    def by_blas(q: Tensor) -> Tensor:
         with blas_from(4):
-            return faiss_flat(q)
+            return by_faiss(q)
 
-    wide = f"{dims[-1]}"
-    full = indexes[dims[1]]
-    searches = {
-        "FAISS flat": (wide, faiss_flat),
-        "FAISS flat, BLAS from 4": (wide, faiss_blas),
-        "torch.topk(q @ x.T)": (wide, lambda q: (F.normalize(q) @ unit.T).topk(K).indices),
-        "mrl_fast exact": (wide, lambda q: full.search(q, K).ids),
-        "mrl_fast adaptive": (written(chosen), ours(chosen)),
-        "mrl_fast funnel": (written(funnel), ours(funnel)),
-    }
-    points = {name: (written(stages), search) for name, (stages, search) in curve.items()}
-    everything = searches | points
-    times = {b: measure(everything, reported, b, repetitions, on_step) for b in (1, BATCH)}
-    rows = {}
-    for name, (stages, search) in everything.items():
-        found = recall(search, reported)
-        ms = {b: 1e3 * median(times[b][name]) for b in times}
-        speedup = {b: ratio(times[b], name) for b in times}
-        rows[name] = Row(name, stages, found, ms, speedup)
-    return [rows[name] for name in searches], [rows[name] for name in points]
+    def by_torch(q: Tensor) -> Tensor:
+        return (F.normalize(q) @ unit.T).topk(K).indices
+
+    searches = zip(FLAT, (by_faiss, by_blas, by_torch), (build_s, build_s, 0.0), strict=True)
+    return [Entrant(name, f"{width}", search, s) for name, search, s in searches]
+
+
+def graph_entrants(unit: Tensor) -> list[Entrant]:
+    """HNSW32 by rising effort."""
+    begin = time.perf_counter()
+    graph = faiss.IndexHNSWFlat(unit.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
+    graph.add(unit.numpy())
+    build_s = time.perf_counter() - begin
+
+    def search_at(effort: int) -> Search:
+        def search(q: Tensor) -> Tensor:
+            graph.hnsw.efSearch = effort
+            return torch.from_numpy(graph.search(F.normalize(q).numpy(), K)[1])
+
+        return search
+
+    return [
+        Entrant("FAISS HNSW32", f"efSearch {effort}", search_at(effort), build_s)
+        for effort in EFFORTS
+    ]
 
 
 def measure(
-    searches: dict[str, tuple[str, Search]],
+    entrants: Sequence[Entrant],
     queries: Tensor,
     batch: int,
     repetitions: int,
-    on_step: Callable[[], object],
-) -> dict[str, list[float]]:
-    """Seconds a call, the searches taking turns on the same queries."""
-    times: dict[str, list[float]] = {name: [] for name in searches}
+    on_step: Callable[[str], object],
+) -> list[list[float]]:
+    """Seconds a call of each, all taking turns on the same queries, in another order every time."""
+    times: list[list[float]] = [[] for _ in entrants]
+    order = list(range(len(entrants)))
     for repetition in range(-1, repetitions):  # the first is not counted
         first = (repetition + 1) * batch % max(1, len(queries) - batch)
         q = queries[first : first + batch].contiguous()
-        for name, (_, search) in searches.items():
+        random.Random(repetition).shuffle(order)
+        for i in order:
             begin = time.perf_counter()
-            search(q)
+            entrants[i].search(q)
             if repetition >= 0:
-                times[name].append(time.perf_counter() - begin)
-        on_step()
+                times[i].append(time.perf_counter() - begin)
+        on_step(f"{batch} {'query' if batch == 1 else 'queries'} a call")
     return times
 
 
-def ratio(times: dict[str, list[float]], name: str) -> float:
-    """The median, over repetitions, of FAISS flat's time at its better setting over this one's."""
-    best = min((times[n] for n in times if n.startswith("FAISS")), key=median)
-    return median(b / t for b, t in zip(best, times[name], strict=True))
+def speedup(times: Sequence[list[float]], entrant: int) -> float:
+    """The median, over repetitions, of the best flat rival's time over this one's."""
+    best = min(times[: len(FLAT)], key=median)
+    return median(b / t for b, t in zip(best, times[entrant], strict=True))
 
 
-def written(stages: Stages) -> str:
-    return " → ".join(f"{dim}:{keep}" for dim, keep in stages)
+def written(stages: Stages | None) -> str:
+    return " → ".join(":".join(map(str, stage)) for stage in stages) if stages else "exact"
 
 
 @contextmanager

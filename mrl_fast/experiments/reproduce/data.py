@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mrl_fast.experiments.demo.data import load_digits, load_fashion_mnist
+from mrl_fast.experiments.reproduce.images import load_digits, load_fashion_mnist
 
 CLOTHES = [0, 1, 0, 0, 0, 2, 0, 2, 3, 2]  # Fashion-MNIST: tops, trousers, shoes, bag
 PARTS = ("train", "holdout", "test")

@@ -24,9 +24,9 @@ from mrl_fast.evaluate import (
     retrieval_of,
     superclass_accuracy,
 )
-from mrl_fast.experiments.demo.report import machine
-from mrl_fast.experiments.demo.train import encode, principal_components, train_encoder
+from mrl_fast.experiments.common import machine, principal_components
 from mrl_fast.experiments.reproduce.data import PARTS, Task
+from mrl_fast.experiments.reproduce.train import encode, train_encoder
 from mrl_fast.search.ops import funnel_search, prefix_topk
 from mrl_fast.training.cascade import AdaptiveClassifier
 from mrl_fast.training.heads import MRLLinear, matryoshka_predict

@@ -1,4 +1,4 @@
-"""The two encoders: one trained at every prefix, one at full width only."""
+"""Encoders of images: trained at every prefix, or at full width only."""
 
 from __future__ import annotations
 
@@ -53,10 +53,3 @@ def train_encoder(
 @torch.no_grad()
 def encode(encoder: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([encoder(part) for part in x.split(4096)])
-
-
-def principal_components(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both rotated so that the training vectors' variance comes first."""
-    mean = train.mean(dim=0)
-    _, axes = torch.linalg.eigh(torch.cov(train.T))
-    return (train - mean) @ axes.flip(1), (test - mean) @ axes.flip(1)
