@@ -42,8 +42,8 @@ def advise_huge_pages(begin: int, bytes: int, /) -> None: ...
 
 class Rows:
     """Vectors to search, as spans ``(first, rows, packed, codes, suffix, stride, stats,
-    stats_stride, ids, signs, nibbles, lows)``; see csrc/cpu/search/search.h. Holds addresses, not the
-    arrays."""
+    stats_stride, ids, signs, nibbles, lows)``; see csrc/cpu/search/search.h. Holds addresses, not
+    the arrays."""
 
     eligible: int  # rows that may be found
 

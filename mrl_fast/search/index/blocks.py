@@ -128,7 +128,8 @@ class Block:
                 first + begin, end - begin, *self._addresses(arrays, "packed", "codes"),
                 address(self.suffix[begin:], self.layout.dtype), self.suffix.stride(0),
                 address(self.stats[:, begin:], F32), self.stats.stride(0),
-                address(self.ids[begin:], I64), *self._addresses(arrays, "signs", "nibbles", "lows"),
+                address(self.ids[begin:], I64),
+                *self._addresses(arrays, "signs", "nibbles", "lows"),
             ))  # fmt: skip
         return spans, copies
 

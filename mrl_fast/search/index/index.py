@@ -39,7 +39,7 @@ def of_rows(
     return answered
 
 
-class MatryoshkaIndex:
+class MatryoshkaIndex(pickled.Copies):
     """Exact and adaptive search over vectors whose prefixes are embeddings.
 
     Any number of threads may search while others add, remove, update or save, which take turns: a
@@ -319,18 +319,6 @@ class MatryoshkaIndex:
         index._rows.store.saved_prefix_rows = sum(contents.counts)
         index._loaded_marks = index._marks()
         return index
-
-    def __getstate__(self) -> dict[str, Any]:
-        return pickled.state_of(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        pickled.restore(self, state)
-
-    def __copy__(self) -> MatryoshkaIndex:
-        return pickled.copied(self)
-
-    def __deepcopy__(self, memo: Any) -> MatryoshkaIndex:
-        return pickled.copied(self)
 
     @classmethod
     def from_faiss(
