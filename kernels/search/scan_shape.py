@@ -73,8 +73,9 @@ def hopper(x: Tensor) -> bool:
 
 def one_sum_a_product(x: Tensor) -> bool:
     """Whether no second product may be added to a first one's sum: on Blackwell two products in a
-    row have been seen to give wrong sums (Triton's issue 10821)."""
-    return architecture(x) == 10
+    row have been seen to give wrong sums (Triton's issue 10821). Its products of integers are the
+    older ones, and their two sums would not fit the registers."""
+    return architecture(x) == 10 and x.dtype != torch.int8
 
 
 def scan_precision(x: Tensor) -> str:
