@@ -79,7 +79,7 @@ gates: $(READY)
 # What benchmarks.gpu.run launches, compiled for sm_90 without a GPU: build/gpu-cache.tar.xz travels
 # with the checkout. In 20 minutes of two cores.
 gpu-cache: $(READY)
-	$(BIN)/python -m benchmarks.gpu.cache make --jobs $(JOBS) --report benchmarks/results/gpu_cache.md
+	$(BIN)/python -m benchmarks.gpu.cache make --jobs $(JOBS) --report benchmarks/results/gpu_launches.md
 
 # csrc/cpu with tests/cpp: under AddressSanitizer with UndefinedBehaviorSanitizer, under
 # ThreadSanitizer, and plain (make cpp). FILTER=words runs tests whose names contain one of them.

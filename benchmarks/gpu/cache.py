@@ -1,6 +1,7 @@
 """Binaries that travel: compiled where there is no GPU, hit where there is one.
 
     python -m benchmarks.gpu.cache make [--jobs N] [--report FILE]   # make gpu-cache
+    python -m benchmarks.gpu.cache count [--jobs N] [--report FILE]  # what it would compile
     python -m benchmarks.gpu.cache unpack | check | launchers        # there
 
 ``make`` runs what ``run`` will run under the stub, which compiles every launch for sm_90, and packs
@@ -117,7 +118,8 @@ def check() -> int:
     return int(not counts["hits"] or bool(counts["compiled"]))
 
 
-def make(jobs: int, report: Path | None) -> int:
+def make(how: str, jobs: int, report: Path | None) -> int:
+    """Runs every command of the programme under the stub: ``how`` is "compile" or "count"."""
     from benchmarks.gpu import stages
 
     environment = os.environ | {
@@ -129,17 +131,11 @@ def make(jobs: int, report: Path | None) -> int:
     def run(command: stages.Command) -> dict[str, Any]:
         begin = time.monotonic()
         with tempfile.NamedTemporaryFile("r", suffix=".json") as found:
-            words = [
-                sys.executable,
-                "-m",
-                "benchmarks.gpu.stub",
-                "compile",
-                found.name,
-                *command.calls,
-            ]
+            words = ["-m", "benchmarks.gpu.stub", how, found.name, *command.calls]
             done = subprocess.run(
-                words, env=environment, cwd=ROOT, capture_output=True, text=True, errors="replace"
-            )
+                [sys.executable, *words], env=environment, cwd=ROOT, capture_output=True,
+                text=True, errors="replace",
+            )  # fmt: skip
             seen = json.loads(found.read() or "{}")
         row = {"name": command.name, "exit": done.returncode, **seen}
         row["wall"] = round(time.monotonic() - begin, 1)
@@ -150,21 +146,21 @@ def make(jobs: int, report: Path | None) -> int:
 
     with ThreadPoolExecutor(jobs) as pool:
         rows = list(pool.map(run, stages.compiled()))
-    size = pack()
-    print(f"{ARCHIVE}: {size / 2**20:.1f} MiB, {len(list(FOLDER.rglob('*.cubin')))} binaries")
     if report:
-        report.write_text("\n".join(stages.estimate(rows, size)) + "\n")
+        report.write_text("\n".join(stages.estimate(rows)) + "\n")
+    size = pack() if how == "compile" else 0
+    print(f"{ARCHIVE}: {size / 2**20:.1f} MiB, {len(list(FOLDER.rglob('*.cubin')))} binaries")
     return int(size > MOST_BYTES or any("why" in row for row in rows))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="The compiled cache of the GPU programme.")
-    parser.add_argument("do", choices=("make", "unpack", "check", "launchers", "probe"))
+    parser.add_argument("do", choices=("make", "count", "unpack", "check", "launchers", "probe"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--report", type=Path)
     given = parser.parse_args()
-    if given.do == "make":
-        return make(given.jobs, given.report)
+    if given.do in ("make", "count"):
+        return make("compile" if given.do == "make" else "count", given.jobs, given.report)
     pin()
     return int({"unpack": unpack, "launchers": launchers, "probe": probe, "check": check}[
         given.do
