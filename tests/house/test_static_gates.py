@@ -53,6 +53,7 @@ def rows(architectures):
     return gates("--short", "--json", "--arch", *map(str, architectures), *few)
 
 
+@pytest.mark.parametrize("architectures", ["all"], indirect=True)
 def test_every_kernel_on_every_architecture(rows, architectures):
     for name in KERNELS:
         assert {row["arch"] for row in rows if row["function"] == name} == architectures, name

@@ -55,10 +55,11 @@ class MatryoshkaIndex(pickled.Copies):
         prefix_dtype: What the first prefix is scanned as: ``"float32"``, or ``"int8"``, a quarter
             of the bytes: a code with one scale a row, for shortlists and bounds only. Scores are
             those of the vectors as stored.
-        codes: ``"bits"`` codes every column in four bits, of which the first, the sign, lies apart
-            too; both are less the mean of the first vectors, where it is a large part of them. A
-            stage may then rank by one or four bits, and exact search reads four bits of all rows
-            and the vectors of a few. It takes 5 bits a column more, and 4 or 8 bytes a dim.
+        codes: ``"bits"`` codes every column in eight bits, of which the first four and the first,
+            the sign, are read by themselves; less the mean of the first vectors, where that is a
+            large part of them. A stage may then rank by one or four bits, and exact search reads
+            four bits of all rows, eight of some, and the vectors of a few. It takes 9 bits a column
+            and 8 or 12 bytes a dim more. A device ignores them.
         rotation: ``"pca"`` for vectors that were not trained to be cut: an orthogonal rotation that
             puts their energy first, fitted by ``fit`` or else on the first vectors that are added.
             Inner products, distances and full-width cosines keep their values up to rounding.
@@ -82,8 +83,9 @@ class MatryoshkaIndex(pickled.Copies):
         rotation: str | None = None,
         device: str = "cpu",
     ):
-        options = metric, dtype, prefix_dtype, codes, rotation, device
-        self._make(IndexConfig(check_dims(dims), *options))
+        self._make(
+            IndexConfig(check_dims(dims), metric, dtype, prefix_dtype, codes, rotation, device)
+        )
 
     def _make(self, config: IndexConfig) -> None:
         self.config, self._rows = config, IndexRows(config)
@@ -100,6 +102,10 @@ class MatryoshkaIndex(pickled.Copies):
     tuned = property(lambda self: self._tuned, doc="What ``tune`` chose, a Tuned; None before.")
     place = property(lambda self: self.config.place, doc="Where kernels run.")
     width = property(lambda self: self.config.width, doc="D, the width of the vectors.")
+    nbytes = property(
+        lambda self: self._rows.snapshot.nbytes,
+        doc="Bytes of vectors, codes, norms and ids, in memory or mapped from files.",
+    )
 
     @property
     def ids(self) -> Tensor:
@@ -116,11 +122,6 @@ class MatryoshkaIndex(pickled.Copies):
         """Vectors that were removed or replaced and take room until ``compact``."""
         now = self._rows.snapshot
         return now.count - now.size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of vectors, codes, norms and ids, in memory or mapped from files."""
-        return self._rows.snapshot.nbytes
 
     def __len__(self) -> int:
         return self._rows.snapshot.size
