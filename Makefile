@@ -1,12 +1,12 @@
-# make demo | quick | test | test-slow | test-processors | fuzz | bench | reproduce | lint | gates; each
-# sets up .venv first if it has to. make sanitize needs a C++ compiler only.
+# make demo | quick | test | test-slow | test-processors | fuzz | bench | reproduce | lint | gates |
+# gpu-cache; each sets up .venv first if it has to. make sanitize needs a C++ compiler only.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 READY := .venv/.ready
 CXX_FILES := 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/cpp/*.cpp' 'tests/cpp/*.h'
 
-.PHONY: demo quick test test-slow test-processors fuzz lint format bench reproduce gates sanitize clean
+.PHONY: demo quick test test-slow test-processors fuzz lint format bench reproduce gates gpu-cache sanitize clean
 
 demo: $(READY)
 	$(BIN)/mrl-fast demo --out demo-out
@@ -75,6 +75,11 @@ reproduce: $(READY)
 
 gates: $(READY)
 	$(BIN)/python -m benchmarks.gates.static
+
+# What benchmarks.gpu.run launches, compiled for sm_90 without a GPU: build/gpu-cache.tar.xz travels
+# with the checkout. In 20 minutes of two cores.
+gpu-cache: $(READY)
+	$(BIN)/python -m benchmarks.gpu.cache make --jobs $(JOBS) --report benchmarks/results/gpu_launches.md
 
 # csrc/cpu with tests/cpp: under AddressSanitizer with UndefinedBehaviorSanitizer, under
 # ThreadSanitizer, and plain (make cpp). FILTER=words runs tests whose names contain one of them.

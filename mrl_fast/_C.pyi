@@ -34,7 +34,7 @@ class Stat(IntEnum):
     CODE_SCALE = 1
     CODE_ERROR = 2
     TAIL_NORM = 3
-    SIGN_FACTOR = 4  # of codes of all columns
+    SIGN_FACTOR = 5  # of codes of all columns
 
 def use_openmp(library: str, /) -> bool: ...
 def available() -> list[str]: ...  # instruction sets of this processor, best first
@@ -42,8 +42,8 @@ def advise_huge_pages(begin: int, bytes: int, /) -> None: ...
 
 class Rows:
     """Vectors to search, as spans ``(first, rows, packed, codes, suffix, stride, stats,
-    stats_stride, ids, signs, nibbles)``; see csrc/cpu/search/search.h. Holds addresses, not the
-    arrays."""
+    stats_stride, ids, signs, nibbles, lows)``; see csrc/cpu/search/search.h. Holds addresses, not
+    the arrays."""
 
     eligible: int  # rows that may be found
 

@@ -36,6 +36,7 @@ DTYPES = {
 BLOCKS = ("BLOCK_B", "BLOCK_N", "BLOCK_V", "BLOCK_D", "TILE", "ROWS", "BLOCKS", "KEPT", "C")
 BLOCKS += ("BLOCK_C", "PART")
 UNNAMED = {*BLOCKS, "GROUPS", "MAGIC_SUMS", "WHOLE", "ALIGNMENT", "PRECISION", "PROMOTED"}
+UNNAMED |= {"RESCAN_ROWS", "RESCAN_BLOCKS"}
 
 ROWS = 1 << 20
 # Columns of a scan, by the width of an element: a block of them, several blocks; then fewer, and
@@ -94,13 +95,13 @@ def recorded(capability: int) -> Iterator[list[tuple[Any, dict[str, Any], dict[s
         options = {k: kwargs.pop(k) for k in set(kwargs) - set(self.arg_names)}
         launches.append((self, self.signature.bind(*args, **kwargs).arguments, options))
 
-    run, hopper = JITFunction.run, scan_shape.hopper
+    run, architecture = JITFunction.run, scan_shape.architecture
     JITFunction.run = record  # pyright: ignore[reportAttributeAccessIssue]
-    scan_shape.hopper = lambda x: capability == 90
+    scan_shape.architecture = lambda x: capability // 10
     try:
         yield launches
     finally:
-        JITFunction.run, scan_shape.hopper = run, hopper
+        JITFunction.run, scan_shape.architecture = run, architecture
 
 
 @cache
@@ -129,7 +130,9 @@ def compiled(one: Case, capability: int) -> Any:
 
 
 def kind_of(kernel: Any, arguments: dict[str, Any]) -> str:
-    name, x = kernel.__name__, arguments.get("x_ptr")
+    name, x = kernel.__name__, arguments.get("x_ptr", arguments.get("high_ptr"))
+    if name == "_buckets_kernel":
+        name = "_rescan_kernel" if arguments["KEPT"] else "_keys_kernel"
     words = [str(FAMILIES.get(name) or name[1:].removesuffix("_kernel").replace("_", " "))]
     if x is not None:
         words.append(str(DTYPES[x.dtype]))
@@ -148,7 +151,8 @@ def details(kernel: Any, arguments: dict[str, Any]) -> list[str]:
         words += [f"{64 * arguments['BLOCKS']}d"]
     words += [f"tile {get('TILE')}"] * bool(get("TILE"))
     constants = [p.name for p in kernel.params if p.is_constexpr]
-    words += [str(get(name)) for name in ("KEPT", "BLOCK_C", "C") if name in constants]
+    sizes = [name for name in ("KEPT", "BLOCK_C", "C") if name in constants]
+    words += [str(get(name)) for name in sizes if get(name)]
     for name in constants:
         words += trait(name, get(name)) if name not in UNNAMED else []
     return words + ["unaligned"] * bool(get("stride_xn", 0) % 16)

@@ -1,9 +1,9 @@
-"""Part 4: an index on the device, end to end, against exact full-width search by PyTorch.
+"""Rows of an index on the device, end to end, against exact full-width search by PyTorch.
 
-1.28 M unit rows of 2048 columns with a falling spectrum, with and without centres. Where they are
-stored in half precision, rows and queries are rounded before anyone sees them. Shortlists are the
-least that are good enough on held-out queries. Bytes: the prefix of every row, and the columns that
-later stages add to what is kept; of an exact search, the rows that it touched, each once.
+320,000 unit rows of 2048 columns in bf16, near 3,000 centres, with a falling spectrum; the prefix
+as it is, or as int8. Rows and queries are rounded before anyone sees them. Shortlists are the least
+that are good enough on held-out queries. Bytes: the prefix of every row, and the columns that later
+stages add to what is kept; of an exact search, the rows that it touched, each once.
 """
 
 from __future__ import annotations
@@ -18,25 +18,20 @@ from torch import Tensor
 
 from benchmarks import search_data
 from benchmarks.gpu import exact
-from benchmarks.gpu.measure import DEVICE, DTYPES, OURS, Call, Row, Work, generator
+from benchmarks.gpu.measure import DEVICE, OURS, Call, Row, Work, generator
 from benchmarks.gpu.rivals import torch_topk
 from mrl_fast import MatryoshkaIndex
 
 K = 10
 HELD_OUT_RECALL = 0.995
-TUNED_ON = 512  # queries
-BATCHES = (1024, 1, 50_000, 64)
 SHORTLISTS = (200, 400, 800, 1600, 3200)
-STORED = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 class Search(NamedTuple):
-    data: str  # "clustered" or "centreless"
-    dtype: str
     prefix_dtype: str
-    how: str  # "stages", "tuned" or "exact"
+    how: str  # "stages" or "exact"
     queries: int
-    rows: int = 1_280_000
+    rows: int = 320_000
     dims: tuple[int, ...] = (64, 256, 2048)
     judged: int = 256  # queries, also of a smaller batch
     held_out: int = 512  # queries that shortlists are chosen on
@@ -44,11 +39,11 @@ class Search(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"index-{self.data}-{self.dtype}-{self.prefix_dtype}-{self.how}-q{self.queries}"
+        return f"index-{self.prefix_dtype}-{self.how}-q{self.queries}"
 
     @property
     def shape(self) -> str:
-        size = f"{self.rows:,} × {self.dims[-1]} {self.data}"
+        size = f"{self.rows:,} × {self.dims[-1]}"
         return f"{size}, {self.prefix_dtype} prefix, {self.queries:,} queries, {self.how}"
 
     def tiny(self) -> Search:
@@ -58,31 +53,24 @@ class Search(NamedTuple):
         )  # fmt: skip
 
     def work(self) -> Work:
-        x, queries = vectors(self.data, self.dtype, self.rows, self.dims[-1])
-        filled = index(self.data, self.dtype, self.prefix_dtype, self.rows, self.dims)
+        x, queries = vectors(self.rows, self.dims[-1])
+        filled = index(self.prefix_dtype, self.rows, self.dims)
         q, stages, options = queries[: self.queries], None, {}
         notes: dict[str, Any] = {}
         if self.how == "exact":
             options["exact"] = True
-        elif self.how == "stages":
-            stages = options["stages"] = shortlist(filled, x, queries[-self.held_out :])
         else:
-            if filled.tuned is None:
-                samples = queries[-self.held_out - TUNED_ON : -self.held_out]
-                filled.tune(samples, K, self.recall, progress=False)
-            stages = filled.tuned and filled.tuned.stages
-        if self.how != "exact":
-            notes["stages"] = stages
+            stages = shortlist(filled, x, queries[-self.held_out :])
+            options["stages"] = notes["stages"] = stages
 
         def search(some: Tensor) -> Any:
             return filled.search(some, K, **options)
 
-        widened = None if self.dtype == "fp32" else torch.float32
-        calls: dict[str, Call] = {OURS: lambda: search(q)}
-        if self.queries < BATCHES[2] or widened is None:
-            calls["torch"] = torch_topk(q, x, K)
-        if widened is not None:
-            calls["torch_fp32_scores"] = torch_topk(q, x, K, out_dtype=widened)
+        calls: dict[str, Call] = {
+            OURS: lambda: search(q),
+            "torch": torch_topk(q, x, K),
+            "torch_fp32_scores": torch_topk(q, x, K, out_dtype=torch.float32),
+        }
         several = self.queries < self.judged  # one says nothing of recall: more, batch by batch
         some = exact.spread_over(self.queries, self.judged).to(DEVICE)
         asked = queries[: self.judged] if several else q[some]
@@ -121,9 +109,8 @@ class Search(NamedTuple):
                 added += float(self.queries) * keep * (dim - begin)
                 begin = dim
             pairs, text = added, "B·Σkeep·(d − d')"
-        rate = "int8" if int8 else self.dtype
-        flops = {rate: 2 * self.queries * numbers}
-        flops[self.dtype] = flops.get(self.dtype, 0.0) + 2 * pairs
+        flops = {"int8" if int8 else "bf16": 2 * self.queries * numbers}
+        flops["bf16"] = flops.get("bf16", 0.0) + 2 * pairs
         prefix = 1 if int8 else size
         return (
             prefix * numbers + size * added, flops,
@@ -132,47 +119,38 @@ class Search(NamedTuple):
 
 
 SEARCHES = [
-    Search(data, dtype, prefix, how, batch)
-    for data, dtype, prefix, ways in (
-        ("clustered", "bf16", "int8", ("stages", "exact", "tuned")),
-        ("centreless", "bf16", "int8", ("exact", "tuned")),
-        ("clustered", "bf16", "float32", ("stages",)),
-        ("clustered", "fp32", "int8", ("stages", "exact")),
-    )
-    for how in ways
-    for batch in BATCHES
+    Search(prefix, how, batch)
+    for prefix in ("float32", "int8")  # an index is filled once
+    for how in ("exact", "stages")
+    for batch in (1, 1024)
 ]
 
 
-def rows(*, tiny: bool) -> Iterator[Row]:
+def rows(*, tiny: bool, fewer: bool = False) -> Iterator[Row]:
+    """``fewer``: rows that launch the same binaries, as more do than a scan keeps at once."""
     for spec in SEARCHES:
-        if tiny and (spec.how == "tuned" or spec.queries != BATCHES[0]):
-            continue  # which takes the interpreter minutes
-        made = spec.tiny() if tiny else spec
-        precision = "high" if spec.dtype == "fp32" else "highest"  # full products are TF32's
-        headline = spec in SEARCHES[:8]
-        yield Row(spec.name, made.shape, spec.dtype, made.work, precision, headline)
+        if tiny and (spec.queries == 1 or (spec.prefix_dtype == "int8") != (spec.how == "stages")):
+            continue  # two rows show all; more take the interpreter a minute
+        made = spec.tiny() if tiny else spec._replace(rows=50_000) if fewer else spec
+        yield Row(spec.name, made.shape, "bf16", made.work, headline=spec.queries > 1)
 
 
 @lru_cache(maxsize=1)
-def vectors(name: str, dtype: str, rows: int, width: int) -> tuple[Tensor, Tensor]:
+def vectors(rows: int, width: int) -> tuple[Tensor, Tensor]:
     """Unit rows, and queries near some of them, as search_data's but more of these."""
-    centres = 3000 if name == "clustered" else 0
-    x, _ = search_data.standard(rows, width, centres=centres, device=DEVICE)
+    x, _ = search_data.standard(rows, width, centres=min(3000, rows), device=DEVICE)
     spread = 1 / (1 + torch.arange(width, device=DEVICE) / 16).sqrt()
-    source, count = generator(1), min(max(BATCHES), rows) + 2 * TUNED_ON
+    source, count = generator(1), min(1024, rows) + 512
     near = x[torch.randint(rows, (count,), generator=source, device=DEVICE)]
     noise = torch.randn(near.shape, generator=source, device=DEVICE) * spread / spread.norm()
-    return x.to(DTYPES[dtype]), F.normalize(near + 0.3 * noise).to(DTYPES[dtype])
+    return x.bfloat16(), F.normalize(near + 0.3 * noise).bfloat16()
 
 
 @lru_cache(maxsize=1)
-def index(
-    name: str, dtype: str, prefix_dtype: str, rows: int, dims: tuple[int, ...]
-) -> MatryoshkaIndex:
-    x, _ = vectors(name, dtype, rows, dims[-1])
+def index(prefix_dtype: str, rows: int, dims: tuple[int, ...]) -> MatryoshkaIndex:
+    x, _ = vectors(rows, dims[-1])
     made: Callable[..., MatryoshkaIndex] = MatryoshkaIndex
-    filled = made(dims, metric="ip", dtype=STORED[dtype], prefix_dtype=prefix_dtype, device="cuda")
+    filled = made(dims, metric="ip", dtype="bfloat16", prefix_dtype=prefix_dtype, device="cuda")
     filled.add(x)
     return filled
 
@@ -182,7 +160,7 @@ def shortlist(filled: MatryoshkaIndex, x: Tensor, held_out: Tensor) -> list[tupl
     least = exact.topk(held_out, x, K)[0][:, -1:] - exact.tolerance(held_out, x, "ip")
     stages = []
     for keep in SHORTLISTS:
-        stages = [(filled.dims[0], min(keep, len(x))), (filled.dims[-1], K)]
+        stages = [(filled.dims[0], min(keep, len(x) // 2)), (filled.dims[-1], K)]
         ids = filled.search(held_out, K, stages=stages)[1]
         if exact.recall(exact.pair_scores(held_out, x, ids, "ip"), least) >= HELD_OUT_RECALL:
             break

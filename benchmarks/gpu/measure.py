@@ -1,5 +1,7 @@
 """Clocks, ceilings and rows of the GPU programme.
 
+    python -m benchmarks.gpu.measure --json FILE [--tiny]     # the ceilings
+
 A row times ours and the rivals in turn, in another order every repetition, the L2 cache flushed
 before each call. Time is the device's, between two events; where it is short, ``latency_ms`` is
 what a caller waits on an idle device. Each provider's result is judged before it is timed. The
@@ -11,8 +13,10 @@ Needs PyTorch only, for it also describes a machine where mrl_fast is yet to be 
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import gc
+import json
 import os
 import platform
 import random
@@ -29,11 +33,12 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {**FLOATS, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 OURS = "mrl_fast"  # and every provider whose name begins so
-FOREIGN = ("jax", "faiss", "cuvs")  # their memory is not PyTorch's to count
+COMPILED = "compiled"  # a rival whose compiling takes longer than its row
 FLUSH_BYTES = 1 << 30  # 16 L2 caches; read before a timed call, so that nothing waits to be written
-REPETITIONS = 25
+REPETITIONS = 15
 RIVAL_RECALL = 0.99
 LATENCY_MS = 20.0  # up to here the latency is measured too
 
@@ -66,8 +71,10 @@ def distinct(specs: Iterable[Any], *, tiny: bool) -> list[tuple[Any, Any]]:
     """Each spec and what is made of it; of those that are the same when tiny, the first."""
     made: dict[Any, Any] = {}
     for spec in specs:
-        made.setdefault(spec.tiny() if tiny else spec, spec)
-    return [(spec, one) for one, spec in made.items()]
+        one = spec.tiny() if tiny else spec
+        key = one._replace(precision="highest") if tiny else one  # a CPU has one way only
+        made.setdefault(key, (spec, one))
+    return [*made.values()]
 
 
 def lazily(build: Callable[[], Call]) -> Call:
@@ -174,14 +181,23 @@ def message(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip()[:400]
 
 
-def measure(row: Row, ceilings: Mapping[str, float], seconds: float, repetitions: int) -> dict:
-    """The finished row; one that fails says why, and is a row all the same."""
+def measure(
+    row: Row, ceilings: Mapping[str, float], seconds: float, repetitions: int, provider: str = ""
+) -> dict:
+    """The finished row; one that fails says why, and is a row all the same.
+
+    Args:
+        provider: The only rival to be measured; empty: all but those that are compiled.
+    """
     begin = time.time()
     found: dict[str, Any] = {key: getattr(row, key) for key in ("name", "shape", "dtype")}
     found |= {"precision": row.precision, "headline": row.headline, "providers": {}, "absent": {}}
     torch.set_float32_matmul_precision(row.precision)
     try:
-        _measure(row.make(), found, ceilings, seconds, repetitions)
+        work = row.make()
+        rivals = {provider} if provider else work.calls.keys() - {COMPILED}
+        calls = {n: c for n, c in work.calls.items() if n.startswith(OURS) or n in rivals}
+        _measure(work._replace(calls=calls), found, ceilings, seconds, repetitions)
         found["status"] = "ok"
     except Exception as error:
         found |= {"status": "failed", "why": message(error)}
@@ -214,7 +230,7 @@ def _measure(work: Work, found: dict, ceilings, seconds: float, repetitions: int
             providers[name] = {work.quality: quality, "good": is_good(work, name, quality)}
             if repetitions > 1:
                 calls[name]()  # compiled at the timed shape, caches warm
-            if DEVICE == "cuda" and not name.startswith(FOREIGN):
+            if DEVICE == "cuda":
                 providers[name]["peak_mib"] = round(peak_mib(calls[name]), 1)
         except Exception as error:
             if name == OURS:
@@ -281,7 +297,7 @@ def measure_ceilings(*, tiny: bool) -> dict[str, float]:
     numbers, size = (1 << 14, 64) if tiny else (1 << 30, 8192)  # 4 GiB are read and as many written
     found = {"copy_gbps": 2 * 4 * numbers / copy_seconds(numbers) / 1e9}
     a, b = (torch.randn(size, size, generator=generator(i), device=DEVICE) for i in range(2))
-    for name, dtype in DTYPES.items():
+    for name, dtype in FLOATS.items():
         x, y = a.to(dtype), b.to(dtype)
         found[name] = typical_seconds(lambda x=x, y=y: x @ y)
     torch.set_float32_matmul_precision("high")
@@ -348,3 +364,15 @@ def output_of(*command: str) -> str:
         return ""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What this device reaches at most.")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true")
+    given = parser.parse_args()
+    given.json.write_text(json.dumps(measure_ceilings(tiny=given.tiny or DEVICE == "cpu")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,25 +1,19 @@
-"""Searches by others on a GPU, each made into ``() → (scores, ids)``.
+"""Searches by PyTorch on a GPU, each made into ``() → (scores, ids)``.
 
-    torch             matmul and topk, in the chunks of queries or of rows that are fastest here;
-                      half precision scores are rounded to it, in torch_fp32_scores they are not
-    compiled          a chunk of the same under torch.compile
-    jax_top_k, jax_approx_max_k, faiss, cuvs    where installed, on contiguous rows
-
-The last four run on streams of their own: they wait for ours first, and the host for them.
+torch             matmul and topk, in the chunks of queries or of rows that are fastest here;
+                  half precision scores are rounded to it, in torch_fp32_scores they are not
+compiled          a chunk of the same under torch.compile
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.measure import DEVICE, Call, device_seconds, lazily, synchronize
+from benchmarks.gpu.measure import Call, device_seconds, lazily
 
 SCORE_BYTES = 4 << 30  # of a chunk of scores
 TRIAL_QUERIES = 1024  # that chunks are chosen on
@@ -101,78 +95,6 @@ def torch_topk(
         return lambda: scan(q, count, k, lambda some, rows: whole(some, x[rows]), *best)
 
     return lazily(build)
-
-
-def jax_topk(q: Tensor, x: Tensor, k: int, function: str) -> Call:
-    def build() -> Call:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        jax = importlib.import_module("jax")
-        if DEVICE != "cuda" or jax.default_backend() != "gpu":
-            raise RuntimeError("JAX has no GPU here")
-        best = getattr(jax.lax, function)
-
-        @jax.jit
-        def step(some, rows):
-            return best(jax.numpy.matmul(some, rows.T, preferred_element_type="float32"), k)
-
-        step_size = max(1, SCORE_BYTES // (4 * len(x)))
-        parts = [jax.dlpack.from_dlpack(part) for part in q.split(step_size)]
-        rows = jax.dlpack.from_dlpack(x)
-
-        def call() -> Result:
-            synchronize()
-            found = jax.block_until_ready([step(part, rows) for part in parts])
-            scores, ids = (
-                torch.cat([torch.from_dlpack(t) for t in ts]) for ts in zip(*found, strict=True)
-            )
-            return scores, ids.long()
-
-        return call
-
-    return lazily(build)
-
-
-def faiss_topk(q: Tensor, x: Tensor, k: int, metric: str) -> Call:
-    def build() -> Call:
-        faiss: Any = importlib.import_module("faiss")
-        if not hasattr(faiss, "StandardGpuResources"):
-            raise RuntimeError("FAISS has no GPU here")
-        importlib.import_module("faiss.contrib.torch_utils")
-        resources = faiss.StandardGpuResources()
-        kind = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}[metric]
-
-        def call() -> Result:
-            synchronize()
-            scores, ids = faiss.knn_gpu(resources, q, x, k, metric=kind)
-            synchronize()
-            return (-scores if metric == "l2" else scores), ids
-
-        return call
-
-    return lazily(build)
-
-
-def cuvs_topk(q: Tensor, x: Tensor, k: int, metric: str) -> Call:
-    def build() -> Call:
-        brute_force: Any = importlib.import_module("cuvs.neighbors.brute_force")
-        kind = {"ip": "inner_product", "l2": "sqeuclidean", "cosine": "cosine"}[metric]
-        index = brute_force.build(x, metric=kind)
-
-        def call() -> Result:
-            synchronize()
-            distances, ids = brute_force.search(index, q, k)
-            synchronize()
-            scores = torch.as_tensor(distances, device=DEVICE)
-            scores = {"ip": scores, "l2": -scores, "cosine": 1 - scores}[metric]
-            return scores, torch.as_tensor(ids, device=DEVICE).long()
-
-        return call
-
-    return lazily(build)
-
-
-def installed(*packages: str) -> list[str]:
-    return [name for name in packages if importlib.util.find_spec(name) is not None]
 
 
 def torch_rerank(

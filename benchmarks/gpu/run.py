@@ -1,243 +1,252 @@
-"""Everything a GPU has to prove, in one command.
+"""Everything a GPU has to prove, in one command that ends itself at 530 s.
 
-    python -m benchmarks.gpu.run --out DIR [--part 1 2 3 4 5] [--tiny]
+    python -m benchmarks.gpu.run --out DIR             # all of it (stages.py)
+    python -m benchmarks.gpu.run --out DIR --again     # within 150 s, what failed in DIR
+    python -m benchmarks.gpu.run --out DIR --tiny      # tiny shapes, on a CPU if there is no GPU
 
-Part 1: the tests on the GPU. Part 2: compute-sanitizer over every kernel. Parts 3 to 5: search
-kernels, an index end to end, training, each row beside rivals and the ceilings that are measured
-first. A part takes at most eight minutes. partN.json has what it measured, also when it is killed,
-and how its runs ended; partN.log the last that was printed; summary.json all runs, on what and from
-which commit; table.md the rows. The exit code is not zero if a run or a row failed.
-
-Installs mrl_fast first, from here and without a network, where it is not installed. --tiny does all
-of it with tiny shapes, on a CPU in Triton's interpreter where there is no GPU.
+First comes what was compiled elsewhere (``make gpu-cache``): unpacked, and if one kernel does not
+hit it, made anew here by 14 processes. Then stage by stage, all commands of a stage at a time, a
+process of its own each that is ended at the stage's deadline; failures are collected and stop
+nothing. DIR/results.json holds everything, also when this is killed: how each command ended,
+kernels' errors, rows, the profile; log.txt what they printed, table.md the tables, profile.json the
+kernels' times; parts/ the same by commands. The exit code is not zero if something failed. Builds
+mrl_fast first, without a network, where it is not installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
-import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu import table
+from benchmarks.gpu import cache, stages, table
 from benchmarks.gpu.measure import ROOT, environment
 from benchmarks.gpu.rows import AGAIN
+from benchmarks.gpu.stages import Command, Stage
 
-PART_SECONDS = 480.0
-GRACE_SECONDS = 20.0  # to write down what there is, once interrupted
-LAST_ROW_SECONDS = 40.0
-LOG_BYTES = 4 << 20  # the last ones are kept
-TIMED_OUT, FOUND, MAYBE = 124, 9, 8  # exit codes; the last two a sanitizer's
-ON_THE_DEVICE = (
-    "tests/search/test_device_index.py",
-    "tests/kernels",
-    "tests/search/test_ops.py",
-    "tests/training",
-)
-# Tests of damaged files, killed processes and threads; of packaging, of compilers, of this program.
-LEFT_OUT = "tests/stress", "tests/house"
-SANITIZED = (
-    "tests/kernels/test_scan.py", "tests/kernels/test_topk.py", "tests/kernels/test_certified.py",
-    "tests/search/test_device_index.py", "tests/kernels/test_losses.py",
-    "tests/training/test_logits.py",
-)  # fmt: skip
+GRACE_SECONDS = 6.0  # to write down what there is, once interrupted
+LOG_BYTES = 1 << 20  # of a command; the last ones are kept
+TIMED_OUT, FOUND = 124, 9  # exit codes; the second a sanitizer's
+COMPILE_JOBS = 14
+CACHE_SECONDS = 15.0  # what later takes, later stages begin later by
+SMALLEST_ROW_SECONDS = 25.0  # with less left, rows are not begun again
 
 Variables = Mapping[str, str]
 
 
-class Runner:
-    """Runs commands of one part within its time, all into one log."""
+class Process:
+    """A command of a stage, and the files that it writes."""
 
-    def __init__(self, log: Path, variables: Variables, seconds: float = PART_SECONDS):
-        self.log, self.variables, self.end = log, variables, time.monotonic() + seconds
-        log.write_bytes(b"")
+    def __init__(self, command: Command, out: Path, variables: Variables):
+        self.command, self.variables = command, variables
+        self.folder = out / "parts"
+        self.folder.mkdir(exist_ok=True)
+        self.file = self.folder / f"{command.name.replace(' ', '-')}.json"
+        self.log = self.file.with_suffix(".log")
+        self.begin, self.code = time.monotonic(), 0
+        self.process: subprocess.Popen | None = None
+        self.tool = sanitizer() if command.tool else None
+        self.log.write_bytes(b"")
+        if command.kind != "rows":
+            self.file.unlink(missing_ok=True)
 
-    @property
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def run(
-        self, *command: str, forgiven: tuple[int, ...] = (), cwd: Path = ROOT, **more: str
-    ) -> dict[str, Any]:
-        """How it ended; an exit code that is forgiven does not count as a failure."""
-        begin, limit = time.monotonic(), max(self.left, 1.0)
+    def start(self, until: float) -> None:
+        """``until``: when it is ended, by ``time.monotonic``."""
+        command, extra = self.command, []
+        if command.kind in ("kernels", "rows", "profile", "ceilings"):
+            extra += ["--json", str(self.file)]
+        if command.kind == "rows":
+            extra += ["--ceilings", str(self.folder / "ceilings.json")]
+            extra += ["--until", f"{until - time.monotonic() - 2:.0f}"]
+        words = [sys.executable, "-m", command.module, *command.args, *extra]
+        more = {}
+        if self.tool is not None:
+            options = ["--error-exitcode", str(FOUND), "--report-api-errors", "no"]
+            words = [self.tool, "--tool", command.tool, *options, *words]
+            more["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # a pool hides reads past an allocation
         with self.log.open("ab") as output:
-            output.write(f"$ {' '.join(command)}\n".encode())
+            output.write(f"$ {' '.join(words)}\n".encode())
             output.flush()
-            process = subprocess.Popen(
-                command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output,
+            self.process = subprocess.Popen(
+                words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, env={**self.variables, **more}, start_new_session=True,
             )  # fmt: skip
-            try:
-                code = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                code = TIMED_OUT
-                os.killpg(process.pid, signal.SIGINT)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE_SECONDS)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        text = self.log.read_bytes()[-LOG_BYTES:]
-        self.log.write_bytes(text)
+
+    def poll(self, until: float) -> bool:
+        """Whether it is done; rows go on after a fault or a hang, from the row after it."""
+        assert self.process is not None
+        code = self.process.poll()
+        if code is None:
+            return False
+        self.code = code
+        faulted = self.command.kind == "rows" and (code == AGAIN or code < 0)
+        if faulted and until - time.monotonic() > SMALLEST_ROW_SECONDS:
+            self.start(until)
+            return False
+        return True
+
+    def end(self) -> None:
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.code = TIMED_OUT
+            os.killpg(self.process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def result(self) -> dict[str, Any]:
+        text = self.log.read_bytes()[-LOG_BYTES:].decode(errors="replace")
+        found = json.loads(self.file.read_text()) if self.file.exists() else None
+        wrong = wrong_in(self.command, found, text)
+        failed = self.code != 0 and not self.command.informs
+        if self.command.kind == "rows":
+            status = [row["status"] for row in (found or {}).get("rows", [])]
+            failed = bool(wrong) or "ok" not in status
+        lines = [line for line in text.strip().split("\n") if not line.startswith("binaries: ")]
+        binaries = re.findall(r"^binaries: (\{.*\})$", text, re.MULTILINE)
         return {
-            "command": " ".join(command).replace(sys.executable, "python"),
-            "exit_code": code,
-            "failed": code not in (0, *forgiven),
-            "seconds": round(time.monotonic() - begin, 1),
-            "last_line": text.decode(errors="replace").strip().split("\n")[-1][:400],
-        }
+            "name": self.command.name, "exit_code": self.code, "failed": failed, "wrong": wrong,
+            "seconds": round(time.monotonic() - self.begin, 1), "last_line": lines[-1][:400],
+            "binaries": json.loads(binaries[-1]) if binaries else None, "found": found,
+        }  # fmt: skip
 
 
-def tests(runner: Runner, *, tiny: bool) -> Iterator[dict]:
-    pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--continue-on-collection-errors"]
-    if tiny:
-        yield runner.run(*pytest, "tests/kernels/test_tiling.py")
-        return
-    yield runner.run(*pytest, *ON_THE_DEVICE)
-    files = [p.relative_to(ROOT) for p in sorted(ROOT.glob("tests/*/test_*.py")) if importable(p)]
-    done = *map(Path, ON_THE_DEVICE), *map(Path, LEFT_OUT)
-    others = [str(file) for file in files if not {file, file.parent} & {*done}]
-    yield runner.run(*pytest, *others, forgiven=(TIMED_OUT,))
+def wrong_in(command: Command, found: Any, text: str) -> list[str]:
+    """Cases, tests or rows that failed or were not reached."""
+    if command.kind == "tests":
+        return re.findall(r"^(?:FAILED|ERROR) (tests/\S+)", text, re.MULTILINE)
+    rows = (found or {}).get("rows", []) if command.kind == "rows" else found
+    if command.kind in ("rows", "kernels"):
+        return [row["name"] for row in rows or [] if row["status"] in ("failed", "lost")]
+    return []
 
 
-def importable(file: Path) -> bool:
-    """Whether what a test file imports at its top is installed here."""
-    names = []
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names.append(node.module)
-    packages = {name.split(".")[0] for name in names} - {"mrl_fast", "tests"}
-    return all(importlib.util.find_spec(package) for package in packages)
-
-
-def sanitizers(runner: Runner, *, tiny: bool) -> Iterator[dict]:
-    script = [sys.executable, "-m", "benchmarks.gpu.kernels"]
+def sanitizer() -> str | None:
     places = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin"))
-    sanitizer = shutil.which("compute-sanitizer", path=places)
-    yield runner.run(*script)
-    if not torch.cuda.is_available():
-        return
-    if sanitizer is None:
-        yield {"command": "compute-sanitizer", "exit_code": 127, "failed": True, "seconds": 0.0,
-               "last_line": "compute-sanitizer: not found"}  # fmt: skip
-        return
-
-    def check(tool: str, *command: str, code: int = FOUND, forgiven: tuple[int, ...] = ()) -> dict:
-        options = ["--tool", tool, "--error-exitcode", str(code), "--report-api-errors", "no"]
-        return runner.run(
-            str(sanitizer), *options, *command, forgiven=forgiven,
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # a pool would hide reads beyond an allocation
-        )  # fmt: skip
-
-    yield check("memcheck", *script)
-    if tiny:
-        return
-    yield check("racecheck", *script)
-    yield check("synccheck", *script)
-    # libraries leave padding unwritten that they read
-    yield check("initcheck", *script, code=MAYBE, forgiven=(MAYBE, TIMED_OUT))
-    pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", *SANITIZED]
-    yield check("memcheck", *pytest, forgiven=(TIMED_OUT,))
+    return shutil.which("compute-sanitizer", path=places)
 
 
-def rows(part: int, runner: Runner, file: Path, *, tiny: bool) -> Iterator[dict]:
-    """Rows until they are done; again after a fault or a hang, from the row after it."""
-    command = [sys.executable, "-m", "benchmarks.gpu.rows", str(part), str(file)]
-    options = ["--tiny"] if tiny else []
-    while True:
-        until = ["--until", f"{runner.left - LAST_ROW_SECONDS:.0f}"]
-        found = runner.run(*command, *options, *until)
-        again = (found["exit_code"] == AGAIN or found["exit_code"] < 0) and runner.left > 60
-        state = json.loads(file.read_text()) if file.exists() else {"rows": []}
-        counts = Counter(row["status"] for row in state["rows"])
-        whole = counts["ok"] and "running" not in state
-        found["failed"] = not again and bool(counts["failed"] or not whole)
-        found["rows"] = dict(counts)
-        yield found
-        if not again:
-            return
+def run_stage(stage: Stage, begin: float, out: Path, variables: Variables) -> list[dict[str, Any]]:
+    until = begin + stage.until - GRACE_SECONDS
+    found, running = [], []
+    for command in stage.commands:
+        process = Process(command, out, variables)
+        if command.tool and process.tool is None:
+            why = "compute-sanitizer: not found"
+            found.append({"name": command.name, "exit_code": 127, "failed": not command.informs,
+                          "wrong": [], "seconds": 0.0, "last_line": why})  # fmt: skip
+            continue
+        process.start(until)
+        running.append(process)
+    while running and time.monotonic() < until:
+        time.sleep(0.05)
+        for process in [p for p in running if p.poll(until)]:
+            running.remove(process)
+            found.append(process.result())
+    for process in running:
+        process.end()
+        found.append(process.result())
+    return [{"stage": stage.name} | run for run in found]
 
 
-def install(out: Path, variables: Variables) -> tuple[list[dict], Variables]:
-    """What was done to have mrl_fast, and the environment variables with which it is found."""
+def bring_cache(out: Path, variables: Variables, jobs: int) -> list[dict[str, Any]]:
+    """What came along, or what is made here where it does not fit."""
+    found = []
+    for do, options in (("unpack", ()), ("check", ()), ("make", ("--jobs", str(jobs)))):
+        if do == "make" and not found[-1]["failed"]:
+            break
+        command = Command(f"cache {do}", "benchmarks.gpu.cache", (do, *options))
+        found += run_stage(Stage("cache", 90, (command,)), time.monotonic(), out, variables)
+    return found
+
+
+def install(out: Path, variables: Variables) -> Variables:
+    """The environment variables with which mrl_fast is found."""
 
     def works(variables: Variables) -> bool:
         command = [sys.executable, "-c", "import mrl_fast.kernels, mrl_fast._C"]
         return not subprocess.run(command, env=variables, cwd=out, capture_output=True).returncode
 
     if works(variables):
-        return [], variables
-    runner = Runner(out / "install.log", variables)
-    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
-    runs = [runner.run(*pip, "--no-build-isolation", "--no-deps", "-e", ".", forgiven=(1,))]
-    if works(variables):
-        return runs, variables
-    print("pip could not install mrl_fast (install.log); built in a temporary copy", flush=True)
+        return variables
     copy = Path(tempfile.mkdtemp(prefix="mrl_fast-"))
     for name in ("mrl_fast", "kernels", "csrc"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so"))
     shutil.copy(ROOT / "setup.py", copy)  # without pyproject.toml, which wants a new setuptools
-    runs.append(runner.run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=copy))
+    with (out / "install.log").open("w") as log:
+        subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=copy, env=variables,
+            stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
     (copy / "kernels").rename(copy / "mrl_fast" / "kernels")
     variables = {**variables, "PYTHONPATH": f"{copy}{os.pathsep}{ROOT}"}
     if not works(variables):
-        raise SystemExit("mrl_fast could be neither installed nor built: see install.log")
-    return runs, variables
+        raise SystemExit("mrl_fast could not be built: see install.log")
+    return variables
+
+
+def write(out: Path, runs: Sequence[dict[str, Any]]) -> None:
+    """results.json, of which the rest is made."""
+    state = {"environment": environment(), "runs": list(runs)}
+    (out / "results.json").write_text(json.dumps(state, indent=1) + "\n")
+
+
+def program(given: argparse.Namespace, out: Path, plan: Sequence[Stage]) -> list[dict[str, Any]]:
+    begin = time.monotonic()
+    variables: Variables = os.environ | {
+        "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(cache.FOLDER),
+        # before triton is imported
+        **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}),
+    }  # fmt: skip
+    variables = install(out, variables)
+    runs = bring_cache(out, variables, COMPILE_JOBS) if torch.cuda.is_available() else []
+    late = max(0.0, time.monotonic() - begin - CACHE_SECONDS)
+    for stage in plan:
+        shifted = stage._replace(until=min(stage.until + late, plan[-1].until))
+        runs += run_stage(shifted, begin, out, variables)
+        for run in runs:
+            if run["stage"] == stage.name:
+                shown = {k: v for k, v in run.items() if k not in ("found", "stage", "binaries")}
+                print(f"{time.monotonic() - begin:5.0f} s  {json.dumps(shown)}", flush=True)
+        write(out, runs)
+    return runs
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tests, sanitizers and measurements on a GPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
-    parser.add_argument("--part", type=int, nargs="+", choices=range(1, 6), default=range(1, 6))
+    parser.add_argument("--again", action="store_true", help="what failed there, into its again/")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes; needs no GPU")
     given = parser.parse_args()
     if not (given.tiny or torch.cuda.is_available()):
         parser.error("there is no GPU here; --tiny does without")
     out: Path = given.out.resolve()
+    plan: Sequence[Stage] = stages.TINY if given.tiny else stages.STAGES
+    if given.again:
+        plan = stages.again(json.loads((out / "results.json").read_text()), plan)
+        out = out / "again"
     out.mkdir(parents=True, exist_ok=True)
-    variables: Variables = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "PYTHONUNBUFFERED": "1",
-        # before triton is imported
-        **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}),
-    }
-    runs, variables = install(out, variables)
-    for part in given.part:
-        file, runner = out / f"part{part}.json", Runner(out / f"part{part}.log", variables)
-        file.unlink(missing_ok=True)
-        ways = {1: tests, 2: sanitizers}
-        way = ways[part](runner, tiny=given.tiny) if part in ways else rows(
-            part, runner, file, tiny=given.tiny
-        )  # fmt: skip
-        mine: list[dict] = []
-        for run in way:
-            mine.append({"part": part} | run)
-            print(json.dumps(mine[-1]), flush=True)
-            state = (
-                json.loads(file.read_text()) if file.exists() else {"environment": environment()}
-            )
-            file.write_text(json.dumps(state | {"runs": mine}, indent=1) + "\n")
-        runs += mine
-        summary = json.dumps(environment() | {"runs": runs}, indent=1)
-        (out / "summary.json").write_text(summary + "\n")
+    runs = program(given, out, plan)
+    parts = sorted((out / "parts").glob("*.log"))
+    logs = [f"== {part.name}\n{part.read_text(errors='replace')}" for part in parts]
+    (out / "log.txt").write_text("\n".join(logs))
+    if (profile := out / "parts/profile.json").exists():
+        shutil.copy(profile, out)
     table.write(out)
     return int(any(run["failed"] for run in runs))
 

@@ -1,4 +1,4 @@
-"""Part 3: the search kernels beside the ceilings of this device, rows most important first.
+"""Rows of the search kernels beside the ceilings of this device, the most important first.
 
 Random numbers, which have no clusters that a threshold could profit from. Bytes are those that have
 to move once: the prefix of every row or candidate, the queries, 12 bytes a result.
@@ -25,15 +25,7 @@ from benchmarks.gpu.measure import (
     distinct,
     generator,
 )
-from benchmarks.gpu.rivals import (
-    cuvs_topk,
-    faiss_topk,
-    installed,
-    jax_topk,
-    torch_funnel,
-    torch_rerank,
-    torch_topk,
-)
+from benchmarks.gpu.rivals import torch_funnel, torch_rerank, torch_topk
 from mrl_fast import funnel_search, prefix_topk, rerank
 
 FEW = 32  # queries up to which launches may cost more than the scan: a graph is timed beside it
@@ -77,33 +69,21 @@ class Scan(NamedTuple):
         calls: dict[str, Call] = {OURS: ours}
         if self.queries <= FEW:
             calls[f"{OURS}_graph"] = captured(ours)
-        size = x.element_size()
-        rate = "tf32" if self.precision == "high" else self.dtype
-        calls |= self.rivals(q, x)
+        size, flops = x.element_size(), 2.0 * self.queries * self.rows * self.dim
+        if size == 1:  # exactly as many numbers in more bits, of which PyTorch has products
+            q, x = q.bfloat16(), x.bfloat16()
+        else:
+            calls["torch"] = torch_topk(q, x, self.k, self.metric)
+        if self.dtype != "fp32":
+            calls["torch_fp32_scores"] = torch_topk(q, x, self.k, self.metric, torch.float32)
+        if DEVICE == "cuda" and self.metric == "ip" and size > 1:
+            calls["compiled"] = torch_topk(q, x, self.k, compiled=True)
         return Work(
             calls, judge_of(calls, q, x, self.k, self.metric), "recall", 1.0,
             size * self.dim * (self.rows + self.queries) + 12 * self.queries * self.k,
-            {rate: 2.0 * self.queries * self.rows * self.dim},
+            {"tf32" if self.precision == "high" else self.dtype: flops},
             f"{size}·d·(N + B) + 12·B·k bytes; 2·B·N·d FLOPs",
         )  # fmt: skip
-
-    def rivals(self, q: Tensor, x: Tensor) -> dict[str, Call]:
-        calls = {"torch": torch_topk(q, x, self.k, self.metric)}
-        if self.dtype != "fp32":
-            widened = torch_topk(q, x, self.k, self.metric, torch.float32)
-            calls["torch_fp32_scores"] = widened
-        main = self in SCANS[:3]
-        if main and DEVICE == "cuda":
-            calls["compiled"] = torch_topk(q, x, self.k, compiled=True)
-        others = installed("jax", "faiss", "cuvs") if x.is_contiguous() else []
-        if "jax" in others and self.metric == "ip" and self.queries <= FEW:
-            for function in ("top_k", "approx_max_k"):
-                calls[f"jax_{function}"] = jax_topk(q, x, self.k, function)
-        if "faiss" in others and self.metric != "cosine":
-            calls["faiss"] = faiss_topk(q, x, self.k, self.metric)
-        if "cuvs" in others:
-            calls["cuvs"] = cuvs_topk(q, x, self.k, self.metric)
-        return calls
 
 
 class Rerank(NamedTuple):
@@ -201,30 +181,20 @@ class Funnel(NamedTuple):
         )  # fmt: skip
 
 
-SCANS = [
-    *(Scan(queries) for queries in (1, 32, MANY, 256, 16384, 16, 4)),
-    *(Scan(MANY, k) for k in (10, 1024, 2048)),
-    *(Scan(b, metric=metric) for metric in ("cosine", "l2") for b in (MANY, 1)),
-    *(Scan(b, dim=d, width=d) for d in (128, 256) for b in (MANY, FEW)),
-    *(Scan(b, dtype="fp16") for b in (1, 32, MANY)),
-    *(Scan(b, dtype="fp32", precision=p) for p in ("highest", "high") for b in (MANY, 32, 1)),
-]
-STRIDED = [Scan(b, width=1024, rows=2_000_000) for b in (1, 32, MANY)]  # a prefix read in place
-FUNNELS = [Funnel(queries) for queries in (1, 32, MANY)]
-RERANKS = [
+SPECS = [
+    *(Scan(queries) for queries in (1, MANY, FEW, 16384)),
     Rerank(MANY, 200, 10),
+    Funnel(MANY),
     Rerank(MANY, 2048, 100),
-    Rerank(1, 2048, 100),
-    Rerank(MANY, 200, 10, "fp32"),
+    *(Scan(MANY, dtype="fp32", precision=p) for p in ("highest", "high")),
+    *(Scan(MANY, dtype=dtype) for dtype in ("int8", "fp8")),
 ]
-HEADLINES = [*SCANS[:5], RERANKS[0], RERANKS[1], FUNNELS[2]]
+HEADLINES = SPECS[:7]
 
 
 def rows(*, tiny: bool) -> Iterator[Row]:
-    specs = [*SCANS[:7], *RERANKS, *STRIDED, *FUNNELS, *SCANS[7:]]
-    for spec, made in distinct(specs, tiny=tiny):
-        headline = spec in HEADLINES
-        yield Row(spec.name, made.shape, spec.dtype, made.work, spec.precision, headline)
+    for spec, made in distinct(SPECS, tiny=tiny):
+        yield Row(spec.name, made.shape, spec.dtype, made.work, spec.precision, spec in HEADLINES)
 
 
 @lru_cache(maxsize=1)
@@ -236,7 +206,8 @@ def vectors(rows: int, width: int, dtype: str, *, seed: int) -> Tensor:
     x = torch.empty(rows, width, dtype=DTYPES[dtype], device=DEVICE)
     source = generator(seed)
     for part in x.split(GENERATED):
-        part.copy_(torch.randn(part.shape, generator=source, device=DEVICE))
+        made = torch.randn(part.shape, generator=source, device=DEVICE)
+        part.copy_((40 * made).round().clamp(-127, 127) if x.element_size() == 1 else made)
     return x
 
 

@@ -1,6 +1,6 @@
 """The tables of a GPU run:  python -m benchmarks.gpu.table RESULTS_DIR [--readme]
 
-Writes RESULTS_DIR/table.md from its part*.json. With --readme the headline rows replace what is
+Writes RESULTS_DIR/table.md from its results.json. With --readme the headline rows replace what is
 between `<!-- gpu table -->` and `<!-- /gpu table -->` in README.md. Ratios that we lose are bold;
 a rival that does not reach the recall or the error that is asked for is no best rival.
 """
@@ -11,10 +11,10 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- gpu table -->", "<!-- /gpu table -->"
-TITLES = {3: "Search kernels", 4: "An index on the device", 5: "Training"}
 HEADER = (
     "row", "shape", "dtype", "ms (p20–p80)", "latency ms", "of the limit", "as a graph",
     "best rival", "rival ms", "×", "recall or error", "peak MiB (rival's)",
@@ -23,9 +23,14 @@ SHORT = ("row", "dtype", "ms", "of the limit", "best rival", "×", "recall or er
 VERSIONS = ("torch", "triton", "cuda", "driver", "python", "commit")
 
 
-def load(folder: Path) -> dict[int, dict]:
-    parts = {n: folder / f"part{n}.json" for n in range(1, 6)}
-    return {n: json.loads(file.read_text()) for n, file in parts.items() if file.exists()}
+def load(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def groups(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows and their ceilings, by the command that measured them."""
+    runs = {run["name"]: run["found"] for run in state["runs"] if run.get("found")}
+    return {name: found for name, found in runs.items() if "rows" in found}
 
 
 def source(state: dict) -> str:
@@ -103,20 +108,53 @@ def rivals(rows: Sequence[dict]) -> list[str]:
     return table(header, lines) if lines else []
 
 
-def full(parts: dict[int, dict]) -> list[str]:
-    lines = [*dict.fromkeys(f"{source(state)}  " for state in parts.values()), ""]
-    for part in (1, 2):
-        for run in parts.get(part, {}).get("runs", []):
-            lines += [f"- `{run['command']}`: {run['last_line']} (exit {run['exit_code']})"]
-    lines.append("")
-    for part, title in TITLES.items():
-        if part not in parts:
-            continue
-        rows, ceilings = parts[part]["rows"], parts[part]["ceilings"]
-        measured = ", ".join(f"{name} {number(value)}" for name, value in ceilings.items())
-        lines += [f"## {title}", "", f"Ceilings: {measured}.", ""]
-        lines += table(HEADER, map(cells, rows)) + rivals(rows)
+def kernels(runs: Sequence[dict]) -> list[str]:
+    """How many cases each command had, and which erred how."""
+    lines = []
+    for run in runs:
+        cases = run.get("found")
+        if isinstance(cases, list):
+            good = [case["error"] / case["limit"] for case in cases if case["status"] == "ok"]
+            worst = f"{max(good):.3g}" if good else "–"
+            lines.append((run["name"], f"{len(good)} of {len(cases)}", worst))
+            for case in cases:
+                if case["status"] != "ok":
+                    why = case.get("why") or f"error {case.get('error', 0):.3g}"
+                    lines.append((f"**{case['name']}**", case["status"], why.split("\n")[0]))
+    return table(("cases", "right", "largest error, of the limit"), lines) if lines else []
+
+
+def profiles(runs: Sequence[dict]) -> list[str]:
+    lines = []
+    for run in runs:
+        if run["name"] == "profile":
+            for what, events in (run.get("found") or {}).items():
+                rows = [
+                    (
+                        f"`{e['kernel'][:80].replace('|', '/')}`",
+                        number(e["us"]),
+                        f"{e['launches']:g}",
+                    )
+                    for e in events[:15]
+                ]
+                lines += [f"## Kernels of {what}", ""]
+                lines += table(("kernel", "µs a call", "launches"), rows)
     return lines
+
+
+def full(state: dict[str, Any]) -> list[str]:
+    runs = state["runs"]
+    lines = [source(state), ""]
+    for run in runs:
+        sign = "**failed**: " if run["failed"] else ""
+        seconds, code = run["seconds"], run["exit_code"]
+        lines.append(f"- {sign}{run['name']}: {run['last_line']} (exit {code}, {seconds} s)")
+    lines += ["", *kernels(runs)]
+    for name, found in groups(state).items():
+        measured = ", ".join(f"{n} {number(value)}" for n, value in found["ceilings"].items())
+        lines += [f"## {name.capitalize()}", "", f"Ceilings: {measured}.", ""]
+        lines += table(HEADER, map(cells, found["rows"])) + rivals(found["rows"])
+    return lines + profiles(runs)
 
 
 def write(folder: Path) -> None:
@@ -127,12 +165,13 @@ def write_readme(folder: Path, readme: Path) -> None:
     """Raises:
     ValueError: The markers are not there, once each and in order.
     """
-    text, parts = readme.read_text(), load(folder)
+    text, state = readme.read_text(), load(folder)
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme.name}: expected {BEGIN} and then {END}, once each")
     before, rest = text.split(BEGIN)
-    rows = [row for n in TITLES for row in parts.get(n, {}).get("rows", []) if row.get("headline")]
-    lines = [*dict.fromkeys(source(state) for state in parts.values()), ""]
+    found = [group for name, group in groups(state).items() if "compiled" not in name]
+    rows = [row for group in found for row in group["rows"] if row.get("headline")]
+    lines = [source(state), ""]
     lines += table(SHORT, map(short, rows))
     readme.write_text("\n".join([f"{before}{BEGIN}", *lines, END]) + rest.split(END)[1])
 

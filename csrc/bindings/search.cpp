@@ -11,9 +11,9 @@ namespace mrl {
 namespace {
 
 // A span's fields in their order; see search.h.
-using SpanFields =
-    std::tuple<int64_t, int64_t, Address<float>, Address<uint8_t>, Address<void>, int64_t,
-               Address<float>, int64_t, Address<int64_t>, Address<uint8_t>, Address<uint8_t>>;
+using SpanFields = std::tuple<int64_t, int64_t, Address<float>, Address<uint8_t>, Address<void>,
+                              int64_t, Address<float>, int64_t, Address<int64_t>, Address<uint8_t>,
+                              Address<uint8_t>, Address<uint8_t>>;
 using LadderFields = std::tuple<std::vector<int64_t>, Address<float>, int>;
 
 Rows rows_of(const std::vector<SpanFields>& spans, int64_t packed_dim, int64_t code_dim, int dtype,
@@ -29,8 +29,9 @@ using ResultsFields = std::tuple<Address<float>, Address<int64_t>>;
 using CandidatesFields = std::tuple<Address<int64_t>, int64_t>;
 using StageFields = std::tuple<int64_t, int64_t, int64_t>;
 using NewRowsFields = std::tuple<Address<void>, DType, int64_t, int64_t, int64_t>;
-using SpanArraysFields = std::tuple<Address<float>, Address<uint8_t>, Address<float>, int64_t,
-                                    Address<void>, int64_t, Address<uint8_t>, Address<uint8_t>>;
+using SpanArraysFields =
+    std::tuple<Address<float>, Address<uint8_t>, Address<float>, int64_t, Address<void>, int64_t,
+               Address<uint8_t>, Address<uint8_t>, Address<uint8_t>>;
 
 // Empty where all went well, else what is wrong with the vectors.
 std::string message(Status status) {

@@ -1,15 +1,16 @@
 """Approximate top-k in one pass: of buckets that hold rows of many tiles, the best row of each."""
 
-import triton
 from mrl_fast.kernels.search import plan as plans
-from mrl_fast.kernels.search.keys import Result, empty, narrow, select
+from mrl_fast.kernels.search.keys import Result, empty, select
 from mrl_fast.kernels.search.metrics import row_terms
-from mrl_fast.kernels.search.plan import KnownRows, Plan, buffers, fitting, scan_queries
-from mrl_fast.kernels.search.rescan import rescan
+from mrl_fast.kernels.search.narrow import narrow
+from mrl_fast.kernels.search.plan import KnownRows, Plan, buffers, fitting
+from mrl_fast.kernels.search.queries import scan_queries
+from mrl_fast.kernels.search.rescan import score_buckets
 from mrl_fast.kernels.search.scan import Scan
 from mrl_fast.kernels.search.scan_shape import BUCKET, scan_config
 from mrl_fast.kernels.search.topk import topk
-from mrl_fast.kernels.shared.tiling import chunks, operand
+from mrl_fast.kernels.shared.tiling import cdiv, chunks, columns, next_power_of_2
 from torch import Tensor
 
 
@@ -19,28 +20,26 @@ def approx_topk(
     """Of the k best rows those that no better one shares a bucket with; and the share of them that
     is expected to be found: buckets hold the rows of many tiles, one hit of each is kept, and its
     16 rows are scored again."""
-    q, x = operand(queries[:, :dim]), operand(database[:, :dim])
+    q, x = columns(queries, dim), columns(database, dim)
     config, result = scan_config(len(q), x), empty(q, k)
-    tiles, of_tile = triton.cdiv(len(x), config.BLOCK_N), config.BLOCK_N // BUCKET
+    tiles, of_tile = cdiv(len(x), config.BLOCK_N), config.BLOCK_N // BUCKET
     window = tiles
     while window > 1 and expected_recall(k, tiles, window, of_tile) < recall:
         window = (window + 1) // 2
-    buckets = triton.cdiv(tiles, window) * of_tile
+    buckets = cdiv(tiles, window) * of_tile
     if window < 2 or buckets > plans.BUFFER[1] or not len(q):  # as many as there are rows
         topk(q, x, k, metric, result)
         return result, 1.0
     terms, norm = row_terms(x, metric)
     rows, coarse = KnownRows(terms, norm), scan_queries(q, x, metric)
-    plan = Plan.of(k, x, config, coarse.margin)
-    plan = plan._replace(buffer=triton.next_power_of_2(buckets), ends=[])
+    plan = Plan.of(k, x, config, coarse.margin, len(q))
+    plan = plan._replace(buffer=next_power_of_2(buckets), ends=())
     for part in chunks(len(q), fitting(plan.bytes)):
         mine, pairs = coarse.part(part), rows.pairs(q[part], x, metric, double=False)
-        scan = Scan(config, mine.q, x, metric, terms, mine.norms, norm)  # of one dtype: no low part
-        hits, count, flag, theta = buffers(mine.q, plan.buffer, buckets)
-        scan(hits, count, theta, 0, tiles, window=window)
-        narrow(hits, count, flag, theta, mine.norms, None, norm, k, mine.margin[1:])
-        keys = pairs.bucket_keys(hits, count, flag, plan.kept, config.BLOCK_N, config.groups)
-        rescan(pairs, keys, flag, k)
+        scan, to = Scan(config, mine, x, metric, terms, norm), buffers(mine.q, plan.buffer)
+        scan(to.hits, to.count, to.theta, 0, tiles, window=window)
+        narrow(to, mine, norm, k, seeds=buckets)
+        keys = score_buckets(pairs, to, plan.kept, config, k)
         select(keys, (result[0][part], result[1][part]))
     return result, expected_recall(k, tiles, window, of_tile)
 

@@ -12,10 +12,12 @@ import torch
 from mrl_fast.kernels.search.keys import EMPTY, Result, empty, scores_of, select
 from mrl_fast.kernels.search.metrics import GATES, Margin, row_norms, upper
 from mrl_fast.kernels.search.pair_scores import RESCANNED
-from mrl_fast.kernels.search.plan import KnownRows, Plan, buffers, fitting, scan_queries
+from mrl_fast.kernels.search.plan import Buffers, KnownRows, Plan, buffers, fitting
+from mrl_fast.kernels.search.queries import scan_queries
+from mrl_fast.kernels.search.rescan import score_buckets
 from mrl_fast.kernels.search.scan import Scan
 from mrl_fast.kernels.search.scan_shape import BUCKET, scan_config
-from mrl_fast.kernels.search.topk import shortlist, topk
+from mrl_fast.kernels.search.topk import Search, part_of, topk
 from mrl_fast.kernels.shared.tiling import chunks
 from torch import Tensor
 
@@ -45,14 +47,14 @@ def exact_topk(
     Returns how many rows of each query were scored at full width, ``[B]`` int64; N where all were
     scanned."""
     touched = torch.full((len(q),), len(x), dtype=torch.int64, device=q.device)
-    plan = Plan.of(k, x, scan_config(len(q), x), Margin.of(x, metric))
+    plan = Plan.of(k, x, scan_config(len(q), x), Margin.of(x, metric), len(q))
     if prefix is None or not len(x) or k > SURVIVORS or len(plan.ends) == 1:
         topk(q, x, k, metric, result, rows, double=True)
         return touched
     size = SURVIVORS * BUCKET * 8 + plan.bytes
     for part in chunks(len(q), fitting(size)):
-        to = result[0][part], result[1][part]
-        touched[part] = _certify(q[part], x, k, metric, to, rows, prefix)
+        to = part_of(result[0], part), part_of(result[1], part)
+        touched[part] = _certify(part_of(q, part), x, k, metric, to, rows, prefix)
     return touched
 
 
@@ -64,32 +66,26 @@ def _certify(
     topk(q[:, : prefix.dim], x[:, : prefix.dim], near[0].shape[1], metric, near, prefix.shortlist)
     best = pairs.keys(near[1]).topk(k, dim=1).values[:, -1]  # [B]
 
-    hits, count, flag, scan = _reach(
-        q, x, prefix.dim, metric, scores_of(best), prefix.bounds, SURVIVORS
-    )
-    config = scan.config
-    keys = pairs.bucket_keys(hits, count, flag, SURVIVORS, config.BLOCK_N, config.groups)
+    to, scan = _reach(q, x, prefix.dim, metric, scores_of(best), prefix.bounds, SURVIVORS)
+    keys = score_buckets(pairs, to, SURVIVORS, scan.config)
+    count, flag = to.count[: len(q)], to.flag[: len(q)]
     touched = torch.where(flag != 0, len(x), (count * BUCKET).clamp(max=len(x)))
 
     coarse, config = scan_queries(q, x, metric), scan_config(len(q), x)
-    plan = Plan.of(k, x, config, coarse.margin)
-    scan = Scan(
-        config, coarse.q, x, metric, rows.terms, coarse.norms, rows.norm, skip=(flag == 0).int(),
-        low=coarse.low,
-    )  # fmt: skip
-    others = shortlist(scan, pairs, k, plan, coarse, among=flag)
+    plan = Plan.of(k, x, config, coarse.margin, len(q))
+    others = Search(x, metric, k, plan, config, rows, among=flag).shortlist(coarse, pairs)
     select(torch.cat([keys, others], dim=1), result, rows.ids)
     return touched
 
 
 def _reach(
     q: Tensor, x: Tensor, dim: int, metric: str, theta: Tensor, bounds: KnownRows, size: int
-) -> tuple[Tensor, Tensor, Tensor, Scan]:
+) -> tuple[Buffers, Scan]:
     """The buckets of every row whose score at full width may be at least ``theta [B]``, by its
-    first ``dim`` columns: hits, their count, whether they are more than ``size``."""
+    first ``dim`` columns, and their count, which may be more than ``size``."""
     coarse = scan_queries(q[:, :dim], x[:, :dim], metric)
     norms = upper(row_norms(q), q.shape[1])  # at full width, as the bounds' rows
-    error = coarse.margin.error(torch.maximum(norms, coarse.norms), bounds.norm)
+    error = coarse.margin.error(torch.maximum(norms, coarse.upper_norms()), bounds.norm)
     if coarse.errors is not None:
         error = error + coarse.errors * bounds.norm
     terms = bounds.terms
@@ -100,16 +96,15 @@ def _reach(
     gate = (reached - 2e-6 * size_of_terms - error).float()
     gate = gate.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     config = scan_config(len(q), x[:, :dim])
-    scan = Scan(
-        config, coarse.q, x[:, :dim], metric, terms, coarse.norms, bounds.norm, low=coarse.low
-    )
+    scan = Scan(config, coarse, x[:, :dim], metric, terms, bounds.norm)
     seeds = config.BLOCK_N // BUCKET
-    hits, count, flag, _ = buffers(q, size + seeds, seeds)
+    to = buffers(q, size + seeds)
     # The last tile, which may be ragged, is the first in order: its buckets are kept unseen.
     end = scan.tiles * seeds
-    hits[:, :seeds] = torch.arange(end - seeds, end, dtype=torch.int64, device=q.device)
-    scan(hits, count, gate, 1, scan.tiles)
-    return hits, count, flag, scan
+    to.hits[:, :seeds] = torch.arange(end - seeds, end, dtype=torch.int64, device=q.device)
+    to.count.fill_(seeds)
+    scan(to.hits, to.count, gate, 1, scan.tiles)
+    return to, scan
 
 
 def range_search(
@@ -123,15 +118,15 @@ def range_search(
     for part in chunks(len(q) - len(counts), fitting(SURVIVORS * BUCKET * 8)):
         size = SURVIVORS
         theta = torch.full((len(q[part]),), threshold, dtype=torch.float64, device=q.device)
-        hits, count, flag, scan = _reach(q[part], x, x.shape[1], metric, theta, rows, size)
-        if (most := int(count.max())) > size:
+        to, scan = _reach(part_of(q, part), x, x.shape[1], metric, theta, rows, size)
+        if (most := int(to.count.max())) > size:
             size = most
-            hits, count, flag, scan = _reach(q[part], x, x.shape[1], metric, theta, rows, size)
+            to, scan = _reach(part_of(q, part), x, x.shape[1], metric, theta, rows, size)
         for i in range(len(theta)):
             b, mine = slice(part.start + i, part.start + i + 1), slice(i, i + 1)
-            keys = rows.pairs(q[b], x, metric, double=True).bucket_keys(
-                hits[mine], count[mine], flag[mine], size, scan.config.BLOCK_N, scan.config.groups
-            )[0]
+            pairs = rows.pairs(q[b], x, metric, double=True)
+            its = Buffers(*(field[mine] for field in to[:4]), *to[4:])
+            keys = score_buckets(pairs, its, size, scan.config)[0]
             keys = keys[(keys != EMPTY.value) & (scores_of(keys) >= least)]
             found.append(keys.sort(descending=True).values)
             counts.append(len(keys))

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from mrl_fast.kernels.search.keys import Result, empty, select
 from mrl_fast.kernels.search.pair_scores import WHOLE_BLOCK, Pairs
 from mrl_fast.kernels.search.plan import fitting
-from mrl_fast.kernels.search.topk import prefix_topk
-from mrl_fast.kernels.shared.tiling import chunks, operand
+from mrl_fast.kernels.search.topk import part_of, prefix_topk
+from mrl_fast.kernels.shared.tiling import chunks, columns
 from torch import Tensor
 
 
 def rerank(
     queries: Tensor, database: Tensor, candidates: Tensor, k: int, dim: int, metric: str
 ) -> Result:
-    q, x = operand(queries[:, :dim]), operand(database[:, :dim])
+    q, x = columns(queries, dim), columns(database, dim)
     result = empty(q, k)
     rerank_rows(q, x, candidates.contiguous(), k, metric, result)
     return result
@@ -26,9 +26,10 @@ def rerank_rows(
     """The k best candidates ``[B, C]`` to ``result``; ``sums [B, C]`` are those of the columns
     before ``begin``."""
     for part in chunks(len(q), fitting(24 * max(1, candidates.shape[1]))):
-        carried = None if sums is None else sums[part]
-        keys = Pairs(q[part], x, metric).keys(candidates[part], begin=begin, sums=carried)
-        select(keys, (result[0][part], result[1][part]), ids)
+        carried = None if sums is None else part_of(sums, part)
+        pairs = Pairs(part_of(q, part), x, metric)
+        keys = pairs.keys(part_of(candidates, part), begin=begin, sums=carried)
+        select(keys, (part_of(result[0], part), part_of(result[1], part)), ids)
 
 
 def funnel_search(
@@ -49,7 +50,7 @@ def rerank_stages(
         result = empty(q, keep)
         carried = metric != "cosine" and scored % WHOLE_BLOCK == 0
         rerank_rows(
-            operand(q[:, :dim]), operand(x[:, :dim]), found[1], keep, metric, result,
+            columns(q, dim), columns(x, dim), found[1], keep, metric, result,
             begin=scored if carried else 0, sums=found[0] if carried and scored else None,
             ids=ids if i == len(stages) - 1 else None,
         )  # fmt: skip

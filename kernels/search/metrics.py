@@ -5,6 +5,7 @@ part changes no order. A new metric is one entry of each table here, and a branc
 ``_scan_kernel`` and ``pair_scores``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 NUMBERS = {"ip": 0, "cosine": 1, "l2": 2, "linear": 3}  # METRIC and NORMS of the kernels
 SAFE_NORM = 2.0**-40  # squares of smaller norms may leave fp32's normal range
+ROUNDED = 1e-6  # of a norm, by rounding of its squares and their sum
+LOST = 1.1e-19  # of a norm, a column, by squares that leave fp32's range
 
 
 class SumTerms(NamedTuple):
@@ -46,24 +49,27 @@ class Margin(NamedTuple):
     def of(cls, x: Tensor, metric: str) -> "Margin":
         """In a scan's units: products with the unnormalised query under cosine, and
         ⟨q, x⟩ − ‖x‖²/2 under l2."""
-        dim = x.shape[1]
-        width = x.element_size()
-        tf32 = 2.0**-9 if scan_precision(x) == "tf32" else 2.0**-18
-        # So many products of float8 at a time, and their sum, are cut off below 2^-13 of the
-        # largest, and below some more than that of one whose factor is subnormal.
-        added = PROMOTED if promoted(x) else max(64, dim)
-        coarse = {1: (added + 10) * 2.0**-13, 2: 0.0, 4: tf32}[width]
-        exact = x.dtype == torch.int8  # sums of integers, rounded at the end
-        bound = 2 * (dim + 16) * 2.0**-24 + (0.0 if exact else coarse)
-        tiny = dim * torch.finfo(torch.float32).tiny
-        if metric == "l2":  # (q + x)²/2 <= q² + x²
-            return cls(bound, tiny, c=bound, e=bound)
-        return cls(bound, tiny, d=bound)
+        return _margin(x.dtype, x.shape[1], metric == "l2", scan_precision(x), promoted(x))
+
+
+@functools.lru_cache(maxsize=4096)
+def _margin(dtype: torch.dtype, dim: int, l2: bool, precision: str, promoted: bool) -> Margin:
+    tf32 = 2.0**-9 if precision == "tf32" else 2.0**-18
+    # So many products of float8 at a time, and their sum, are cut off below 2^-13 of the largest,
+    # and below some more than that of one whose factor is subnormal.
+    added = PROMOTED if promoted else max(64, dim)
+    coarse = {1: (added + 10) * 2.0**-13, 2: 0.0, 4: tf32}[dtype.itemsize]
+    exact = dtype == torch.int8  # sums of integers, rounded at the end
+    bound = 2 * (dim + 16) * 2.0**-24 + (0.0 if exact else coarse)
+    tiny = dim * torch.finfo(torch.float32).tiny
+    if l2:  # (q + x)²/2 <= q² + x²
+        return Margin(bound, tiny, c=bound, e=bound)
+    return Margin(bound, tiny, d=bound)
 
 
 def upper(norms: Tensor, dim: int) -> Tensor:
     """Above the norms, whatever was rounded or lost of ``dim`` squares."""
-    return norms * (1 + 1e-6) + dim**0.5 * 1.1e-19
+    return (norms + dim * LOST) * (1 + ROUNDED)
 
 
 def row_norms(x: Tensor) -> Tensor:
@@ -103,12 +109,8 @@ TERMS: dict[str, Callable[[Tensor, Tensor], tuple[SumTerms, Tensor]]] = {
     "cosine": _cosine,
     "l2": _l2,
 }
-# A query's norm as a margin is for; NaN and infinity where no bound holds.
-QUERY_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "ip": lambda norms: norms,
-    "cosine": lambda norms: torch.where(norms > SAFE_NORM, norms, torch.inf),
-    "l2": lambda norms: norms,
-}
+# No bound holds for queries whose norm is not above this.
+LEAST_NORM = {"ip": -1.0, "cosine": SAFE_NORM, "l2": -1.0}
 # What a scan's score must reach where the metric's own score is to reach θ, by the queries' norms;
 # and the size of the numbers that were added for it.
 GATES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {

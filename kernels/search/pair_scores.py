@@ -7,12 +7,14 @@ of whole blocks to a longer one. Products and sums are rounded one by one: fused
 sees fit, they would differ from kernel to kernel.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from mrl_fast.kernels.search.keys import EMPTY, SORTED_AT_ONCE, make_key
 from mrl_fast.kernels.search.metrics import NUMBERS
-from mrl_fast.kernels.shared.tiling import aligned, interpreted
+from mrl_fast.kernels.shared.tiling import aligned, cdiv, interpreted, next_power_of_2
 from torch import Tensor
 
 LINEAR = tl.constexpr(3)
@@ -121,12 +123,10 @@ def _keys_kernel(
     scale_ptr,
     outer_ptr,
     factor_ptr,  # [B]
-    rows_ptr,  # [B, C] int64: rows, −1 is none; or, BUCKETS, hits of a scan
-    count_ptr,  # [B] int32, how many hits there are
-    flag_ptr,  # [B] int32: to be rescanned; set where there are more than C
+    rows_ptr,  # [B, C] int64, −1 is none
     allowed_ptr,  # [N] uint8
     sums_ptr,  # [B, C] fp32: sums over the columns before `begin`
-    out_ptr,  # [B, C · lanes] int64
+    out_ptr,  # [B, C] int64
     N,
     C,
     tiles,  # of ROWS rows; the grid is B · tiles because a second axis ends at 65535
@@ -140,29 +140,15 @@ def _keys_kernel(
     HAS_OUTER: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
     HAS_SUMS: tl.constexpr,
-    BUCKETS: tl.constexpr,  # rows come in buckets of a scan, as of the next two
-    TILE: tl.constexpr,
-    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     b = (tl.program_id(0) // tiles).to(tl.int64)
     lanes = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    if BUCKETS:
-        PER: tl.constexpr = TILE // (4 * GROUPS)  # rows of a bucket
-        count = tl.load(count_ptr + b)
-        many = count > C
-        if many:
-            tl.store(flag_ptr + b, 1)
-        there = (lanes // PER < count) & (tl.load(flag_ptr + b) == 0) & ~many
-        hit = tl.load(rows_ptr + b * stride_rb + lanes // PER, there, other=0)
-        rows = bucket_row(hit & 0xFFFFFFFF, lanes % PER, TILE, GROUPS)
-        there &= rows < N
-    else:
-        there = lanes < C
-        rows = tl.load(rows_ptr + b * stride_rb + lanes, there, other=-1)
-        there &= (rows >= 0) & (rows < N)
+    there = lanes < C
+    rows = tl.load(rows_ptr + b * stride_rb + lanes, there, other=-1)
+    there &= (rows >= 0) & (rows < N)
     if HAS_ALLOWED:
         there &= tl.load(allowed_ptr + rows, there, other=0) != 0
     total = tl.zeros((ROWS,), ACC)
@@ -174,19 +160,7 @@ def _keys_kernel(
         stride_xn, METRIC, HAS_OUTER, ROWS, BLOCKS, ACC,
     )  # fmt: skip
     key = tl.where(there, make_key(score, rows), EMPTY)
-    width = C * PER if BUCKETS else C
-    tl.store(out_ptr + b * width + lanes, key, lanes < width)
-
-
-@triton.jit
-def bucket_row(bucket, i, TILE: tl.constexpr, GROUPS: tl.constexpr):
-    """The i-th row of a bucket. A thread of a matrix product holds two neighbouring columns of
-    every eight, so a bucket is such pairs, GROUPS eights apart, and its best is found in one
-    thread."""
-    OF_TILE: tl.constexpr = 4 * GROUPS
-    within = bucket % OF_TILE
-    eight = i // 2 * GROUPS + within // 4
-    return bucket // OF_TILE * TILE + eight * 8 + within % 4 * 2 + i % 2
+    tl.store(out_ptr + b * C + lanes, key, lanes < C)
 
 
 class Pairs:
@@ -224,33 +198,17 @@ class Pairs:
         """Of each query with its own rows ``[B, C]``, −1 for none."""
         B, C = rows.shape
         out = torch.empty(B, C, dtype=torch.int64, device=rows.device)
-        self._launch(
-            rows, None, None, out, C, begin, sums, {"BUCKETS": False, "TILE": 0, "GROUPS": 0}
-        )
-        return out
-
-    def bucket_keys(
-        self, buckets: Tensor, count: Tensor, flag: Tensor, most: int, tile: int, groups: int
-    ) -> Tensor:
-        """Of every row of the first ``count`` buckets, ``most`` at most, of a scan by tiles."""
-        per = tile // (4 * groups)
-        out = torch.empty(len(buckets), most * per, dtype=torch.int64, device=buckets.device)
-        shape = {"BUCKETS": True, "TILE": tile, "GROUPS": groups}
-        self._launch(buckets, count, flag, out, most, 0, None, shape)
-        return out
-
-    def _launch(self, rows, count, flag, out, C, begin, sums, shape) -> None:
         if not out.numel():
-            return
-        blocks = pair_blocks(self.x, out.numel())
-        tiles = triton.cdiv(out.shape[1], blocks["ROWS"])
-        _keys_kernel[(len(rows) * tiles,)](
-            self.q, self.x, self.scale, self.outer, self.factor, rows, count, flag, self.allowed,
-            sums, out,
+            return out
+        blocks = pair_blocks(self.x, B * C)
+        tiles = cdiv(C, blocks["ROWS"])
+        _keys_kernel[(B * tiles,)](
+            self.q, self.x, self.scale, self.outer, self.factor, rows, self.allowed, sums, out,
             len(self.x), C, tiles, begin, self.x.shape[1], self.q.stride(0), self.x.stride(0),
             rows.stride(0), 0 if sums is None else sums.stride(0), HAS_SUMS=sums is not None,
-            **shape, **self.flags, **blocks, **self.room, **ROUNDED,
+            **self.flags, **blocks, **self.room, **ROUNDED,
         )  # fmt: skip
+        return out
 
 
 RESCANNED = SORTED_AT_ONCE  # k of a rescan at most
@@ -268,10 +226,15 @@ def pair_blocks(x: Tensor, pairs: int) -> dict[str, int]:
     more programs of fewer steps. Unaligned bytes take a load and an address each: 64 rows."""
     if interpreted():
         return dict(ROWS=256, BLOCKS=1, num_warps=1)
-    width = WHOLE_BLOCK * x.element_size()
-    blocks = min(4, 512 // width) if pairs <= FEW_PAIRS else max(1, 128 // width)
-    blocks = min(blocks, triton.next_power_of_2(triton.cdiv(x.shape[1], WHOLE_BLOCK)))
+    return _pair_blocks(x.element_size(), x.shape[1], in_bytes(x), pairs <= FEW_PAIRS)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pair_blocks(width: int, dim: int, in_bytes: bool, few: bool) -> dict[str, int]:
+    width *= WHOLE_BLOCK
+    blocks = min(4, 512 // width) if few else max(1, 128 // width)
+    blocks = min(blocks, next_power_of_2(cdiv(dim, WHOLE_BLOCK)))
     rows = 8192 // (blocks * width)
-    if in_bytes(x):
+    if in_bytes:
         rows, blocks = 64, 1
     return dict(ROWS=rows, BLOCKS=blocks, num_warps=4)

@@ -1,18 +1,19 @@
-"""How a search by scans goes: its phases and buffers, what is known of the rows, and the queries as
-a scan reads them."""
+"""How a search by scans goes: its phases and buffers, and what is known of the rows."""
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
-import triton
-from mrl_fast.kernels.search.metrics import QUERY_NORMS, Margin, SumTerms, row_norms, upper
+from mrl_fast.kernels.search.metrics import Margin, SumTerms
 from mrl_fast.kernels.search.pair_scores import Pairs
 from mrl_fast.kernels.search.scan_shape import BUCKET, Config
+from mrl_fast.kernels.shared.tiling import cdiv, next_power_of_2
 from torch import Tensor
 
 TEMPORARY_BYTES = 256 << 20
 BUFFER = 2048, 16384  # buckets a query, at least and at most
+FEW = 64  # queries, for which a phase more takes longer than a larger buffer
 LEAST_RANK = 16  # a threshold by the best of fewer varies too much
 
 
@@ -27,31 +28,49 @@ class Plan(NamedTuple):
     rank: int  # of the threshold
     buffer: int  # buckets
     kept: int  # buckets whose rows are scored again
-    ends: list[int]  # of the phases, in tiles; the first seeds the threshold
+    ends: tuple[int, ...]  # of the phases, in tiles; the first seeds the threshold
 
     @classmethod
-    def of(cls, k: int, x: Tensor, config: Config, margin: Margin) -> "Plan":
-        tiles = triton.cdiv(len(x), config.BLOCK_N)
-        rank = max(k, LEAST_RANK)
-        buffer = min(max(triton.next_power_of_2(64 * rank), BUFFER[0]), BUFFER[1])
-        # Cosines of vectors that lie anywhere have a deviation of dim^-0.5; the best of millions
-        # are 4.5 of it out, where so many more are within twice the error; in clusters more are.
-        error = margin.c + margin.d + margin.e  # for norms of 1
-        near = math.exp(min(9 * error * x.shape[1] ** 0.5, 3.0))
-        # Of the next r times as many rows as were seen, about r · near · rank buckets are kept.
-        growth = max(1.0, (buffer - 2 * near * rank) / (3 * near * rank))
-        ends = [min(tiles, buffer * BUCKET // config.BLOCK_N)]
-        while ends[-1] < tiles:
-            ends.append(min(tiles, int(ends[-1] * (1 + growth)) + 1))
-        # Where sums are coarse there is room for a cluster's rows, elsewhere for near ties.
-        least = 2 * rank if margin.bound > 1e-3 else rank + rank // 8 + 8
-        kept = triton.next_power_of_2(max(int(near * rank), least))
-        return cls(rank, buffer, min(kept, buffer), ends)
+    def of(cls, k: int, x: Tensor, config: Config, margin: Margin, queries: int) -> "Plan":
+        size = *x.shape, config.BLOCK_N
+        return _plan(max(k, LEAST_RANK), size, margin, queries <= FEW, BUFFER)
 
     @property
     def bytes(self) -> int:
         """Of a query's temporaries."""
         return 8 * (self.buffer + self.kept * BUCKET)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    rank: int, size: tuple[int, int, int], margin: Margin, few: bool, limits: tuple[int, int]
+) -> Plan:
+    """For rows, columns and rows of a tile, and the limits of a buffer."""
+    rows, dim, tile = size
+    tiles, (least, most) = cdiv(rows, tile), limits
+    # Cosines of vectors that lie anywhere have a deviation of dim^-0.5; the best of millions are
+    # 4.5 of it out, where so many more are within twice the error; in clusters more are.
+    error = margin.c + margin.d + margin.e  # for norms of 1
+    near = math.exp(min(9 * error * dim**0.5, 3.0))
+    buffer = min(max(next_power_of_2(64 * rank), least), most)
+    ends = _ends(buffer, rank, near, tiles, tile)
+    while few and len(ends) > 2 and buffer < most:
+        buffer *= 2
+        ends = _ends(buffer, rank, near, tiles, tile)
+    # Where sums are coarse there is room for a cluster's rows, elsewhere for near ties.
+    least = 2 * rank if margin.bound > 1e-3 else rank + rank // 8 + 8
+    kept = next_power_of_2(max(int(near * rank), least))
+    return Plan(rank, buffer, min(kept, buffer), ends)
+
+
+def _ends(buffer: int, rank: int, near: float, tiles: int, tile: int) -> tuple[int, ...]:
+    """Of the phases. Of the next r times as many rows as were seen, about r · near · rank buckets
+    are kept."""
+    growth = max(1.0, (buffer - 2 * near * rank) / (3 * near * rank))
+    ends = [min(tiles, buffer * BUCKET // tile)]
+    while ends[-1] < tiles:
+        ends.append(min(tiles, int(ends[-1] * (1 + growth)) + 1))
+    return tuple(ends)
 
 
 class KnownRows(NamedTuple):
@@ -74,7 +93,7 @@ class KnownRows(NamedTuple):
     def for_queries(self, part: slice) -> "KnownRows":
         """For some of the queries."""
         terms = self.terms
-        if terms is None or terms.factor is None:
+        if terms is None or terms.factor is None or part.stop - part.start == terms.factor.shape[0]:
             return self
         return self._replace(terms=terms._replace(factor=terms.factor[part]))
 
@@ -84,35 +103,31 @@ class KnownRows(NamedTuple):
         return Pairs(q, x, metric, linear=linear, allowed=self.allowed, double=double)
 
 
-class ScanQueries(NamedTuple):
-    """Queries as a scan reads them: in the rows' dtype, in two parts where one would lose bits."""
+class Buffers(NamedTuple):
+    """What a scan keeps of each query; ``count``, ``flag``, ``done`` and ``norm`` begin as 0.
 
-    q: Tensor  # [B, dim]
-    low: Tensor | None  # [B, dim]
-    norms: Tensor  # [B] fp32, at least the queries'; infinite where no bound holds
-    errors: Tensor | None  # [B] fp32, norms of what both parts lack; None: nothing
-    margin: Margin
+    Attributes:
+        hits: ``[B, C]`` int64: the bits of a bucket's best score above the bucket's number.
+        count: ``[B, at least]`` int32: how many were appended, of which C are there at most.
+        flag: ``[B, at least]`` int32, not 0 where a hit was dropped.
+        done: ``[B, at least]`` int32: programs that a rescan is done with.
+        norm: ``[1, at least]`` int32: the bits of the largest norm of a row.
+        theta: ``[B]`` fp32: what a score must not be below.
+    """
 
-    def part(self, part: slice) -> "ScanQueries":
-        low, errors = (None if x is None else x[part] for x in (self.low, self.errors))
-        return ScanQueries(self.q[part], low, self.norms[part], errors, self.margin)
-
-
-def scan_queries(q: Tensor, x: Tensor, metric: str) -> ScanQueries:
-    coarse, low, errors, dim = q.to(x.dtype), None, None, x.shape[1]
-    norms = QUERY_NORMS[metric](row_norms(q))
-    if q.dtype != x.dtype:
-        rest = q - coarse.to(q.dtype)
-        low = rest.to(x.dtype)
-        errors = upper(row_norms(rest - low.to(q.dtype)), dim)
-        if x.is_floating_point():  # the parts' norms together
-            norms = norms * (1 + torch.finfo(x.dtype).eps)
-    return ScanQueries(coarse, low, upper(norms, dim), errors, Margin.of(x, metric))
+    hits: Tensor
+    count: Tensor
+    flag: Tensor
+    done: Tensor
+    norm: Tensor
+    theta: Tensor
 
 
-def buffers(q: Tensor, size: int, seeds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, device = len(q), q.device
+def buffers(q: Tensor, size: int) -> Buffers:
+    B, device = q.shape[0], q.device
+    room = cdiv(B, 4) * 4  # so that each begins at a multiple of 16 bytes
+    zeros = torch.zeros(4, room, dtype=torch.int32, device=device)
+    count, flag, done, norm = zeros.unbind()
     hits = torch.empty(B, size, dtype=torch.int64, device=device)
-    count = torch.full((B,), seeds, dtype=torch.int32, device=device)
-    flag = torch.zeros(B, dtype=torch.int32, device=device)
-    return hits, count, flag, torch.empty(B, dtype=torch.float32, device=device)
+    theta = torch.empty(B, dtype=torch.float32, device=device)
+    return Buffers(hits, count, flag, done, norm, theta)

@@ -7,24 +7,31 @@ written. Tiles are taken in an order in which any first few are spread over all 
 ones seed the threshold (all their buckets are kept), and it is tightened between phases.
 """
 
+import functools
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from mrl_fast.kernels.search.metrics import NUMBERS, Margin, SumTerms
+from mrl_fast.kernels.search.metrics import LOST as LOST_OF_A_NORM
+from mrl_fast.kernels.search.metrics import NUMBERS, SumTerms
+from mrl_fast.kernels.search.queries import ScanQueries
 from mrl_fast.kernels.search.scan_shape import (
     PROMOTED,
     Config,
+    one_sum_a_product,
     promoted,
     scan_precision,
     with_low_part,
 )
-from mrl_fast.kernels.shared.tiling import programs
+from mrl_fast.kernels.shared.device import programs, remember
+from mrl_fast.kernels.shared.tiling import cdiv
 from torch import Tensor
 
 MAGIC = tl.constexpr(0x4B400000)  # an int32 sum that starts here reads as 1.5 · 2^23 + sum in fp32
 NOTHING = tl.constexpr((0xFF800000 - (1 << 32) << 32) | 0xFFFFFFFF)  # −inf, of no bucket's rows
+LOST = tl.constexpr(LOST_OF_A_NORM)
 MAGIC_DIM = 256  # columns of int8 up to which it does
 
 
@@ -62,10 +69,10 @@ def _scan_kernel(
     outer_ptr,  # [N] fp32: added times the query's factor
     factor_ptr,  # [B] fp32; with norms of its own, the queries' norms
     theta_ptr,  # [B] fp32
-    skip_ptr,  # [B] int32: queries that need no scan
+    among_ptr,  # [B] int32: 0 of queries that need no scan
     hits_ptr,  # [B, C] int64: the bits of a bucket's best score above the bucket's number
     count_ptr,  # [B] int32
-    norm_ptr,  # [1] fp32, the largest norm so far
+    norm_ptr,  # [1] int32: the bits of the largest norm so far, which as numbers have its order
     B,
     N,
     dim,
@@ -83,8 +90,9 @@ def _scan_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_TERM: tl.constexpr,
     HAS_OUTER: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
+    HAS_AMONG: tl.constexpr,
     HAS_LOW: tl.constexpr,
+    TWO_SUMS: tl.constexpr,  # of the two parts of a query
     NORMS: tl.constexpr,  # the metric, where the scan finds the rows' norms itself; else −1
     DENSE: tl.constexpr,  # 1: every bucket is kept, at its place; 2: the best of every window is
     WHOLE: tl.constexpr,  # one block holds all columns
@@ -101,8 +109,8 @@ def _scan_kernel(
     offs_b = tl.program_id(0) % query_tiles * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
     queries = tl.minimum(offs_b, B - 1)
-    if HAS_SKIP:
-        mask_b &= tl.load(skip_ptr + queries) == 0
+    if HAS_AMONG:
+        mask_b &= tl.load(among_ptr + queries) != 0
         if tl.max(mask_b.to(tl.int32)) == 0:
             return
     begin = first + tl.program_id(0) // query_tiles * each
@@ -110,6 +118,8 @@ def _scan_kernel(
     factor = theta
     if HAS_OUTER or NORMS == 0:
         factor = tl.load(factor_ptr + queries)
+    if NORMS == 0:
+        factor += dim * LOST  # as of metrics.upper
 
     lanes = tl.arange(0, BLOCK_N)
     group = tl.arange(0, GROUPS)[None, :, None]
@@ -129,6 +139,7 @@ def _scan_kernel(
     start: tl.constexpr = MAGIC if MAGIC_SUMS else 0
     ACC: tl.constexpr = tl.int32 if INTEGERS else tl.float32
     acc = tl.full((BLOCK_B, BLOCK_N), start, ACC)
+    low_acc = tl.zeros((BLOCK_B, BLOCK_N), ACC)
     square = tl.zeros((BLOCK_N,), tl.float32)
     largest = tl.zeros((BLOCK_N,), tl.float32)
     tile = ((begin.to(tl.int64) * tile_step + tiles - 1) % tiles).to(tl.int32)
@@ -160,13 +171,18 @@ def _scan_kernel(
         if WHOLE:  # a fresh sum is not carried through the loop
             fresh = tl.full((BLOCK_B, BLOCK_N), start, ACC)
             v = _added(q, x, fresh, PRECISION, PROMOTED)
-            if HAS_LOW:
+            if TWO_SUMS:
+                v += _added(low_whole, x, tl.zeros_like(fresh), PRECISION, PROMOTED)
+            elif HAS_LOW:
                 v = _added(low_whole, x, v, PRECISION, PROMOTED)
         else:
             acc = _added(q, x, acc, PRECISION, PROMOTED)
             if HAS_LOW:
                 low = tl.load(low_rows + columns[None, :], mask_d[None, :], other=0.0)
-                acc = _added(low, x, acc, PRECISION, PROMOTED)
+                if TWO_SUMS:
+                    low_acc = _added(low, x, low_acc, PRECISION, PROMOTED)
+                else:
+                    acc = _added(low, x, acc, PRECISION, PROMOTED)
         if NORMS >= 0:
             wide = x.to(tl.float32)
             square += tl.sum(wide * wide, axis=0)
@@ -174,7 +190,7 @@ def _scan_kernel(
         ends = block == blocks
         if WHOLE or ends:
             if not WHOLE:
-                v = acc
+                v = acc + low_acc if TWO_SUMS else acc
             if MAGIC_SUMS:
                 v = v.to(tl.float32, bitcast=True) - 12582912.0
             v = v.to(tl.float32)
@@ -223,6 +239,8 @@ def _scan_kernel(
                 tl.store(buffer + slot, key, hit & (slot < C))
             if not WHOLE:
                 acc = tl.full((BLOCK_B, BLOCK_N), start, ACC)
+                if TWO_SUMS:
+                    low_acc = tl.zeros((BLOCK_B, BLOCK_N), ACC)
             square = tl.zeros((BLOCK_N,), tl.float32)
         # Outside the condition above, which waits for a product, so that the next block is
         # loaded meanwhile.
@@ -232,75 +250,105 @@ def _scan_kernel(
         position = tl.where(ends, position + 1, position)
         block = tl.where(ends, 0, block)
     if NORMS >= 0:
-        tl.atomic_max(norm_ptr, tl.max(largest), sem="relaxed")
+        tl.atomic_max(norm_ptr, tl.max(largest).to(tl.int32, bitcast=True), sem="relaxed")
 
 
 class Scan:
-    """A pass over the rows ``x [N, dim]`` for the queries ``q [B, dim]``.
+    """A pass over the rows ``x [N, dim]``.
 
     Args:
         config: The shape of tiles; phases, buckets and hits are counted in tiles of this shape.
+        q: The queries, ``[B, dim]``.
         terms: What the metric makes of a sum; None: from norms that the scan finds itself.
-        q_norms: ``[B]`` fp32; read where ``terms`` is None.
-        norm: ``[1]`` fp32, out where ``terms`` is None: the largest norm of a row.
-        skip: ``[B]`` int32, not 0 where a query needs no scan.
-        low: ``[B, dim]``, to be added to ``q``.
+        norm: ``[1]``, the largest norm of a row; out, as the bits of an fp32, where ``terms`` is
+            None.
+        among: ``[B]`` int32, 0 where a query needs no scan.
     """
 
     def __init__(
         self,
         config: Config,
-        q: Tensor,
+        q: ScanQueries,
         x: Tensor,
         metric: str,
         terms: SumTerms | None,
-        q_norms: Tensor,
         norm: Tensor,
-        skip: Tensor | None = None,
-        low: Tensor | None = None,
+        among: Tensor | None = None,
     ):
-        self.q, self.x, self.norm, self.skip, self.low = q, x, norm, skip, low
-        self.config = config = config if low is None else with_low_part(config, x)
-        self.tiles = triton.cdiv(len(x), config.BLOCK_N)
-        self.bound = Margin.of(x, metric).bound
-        self.factor = terms.factor if terms and terms.factor is not None else q_norms
-        self.terms = terms or SumTerms()
-        self.flags = {
-            "HAS_SCALE": self.terms.scale is not None,
-            "HAS_TERM": self.terms.term is not None,
-            "HAS_OUTER": self.terms.outer is not None,
-            "HAS_SKIP": skip is not None,
-            "HAS_LOW": low is not None,
-            "NORMS": NUMBERS[metric] if terms is None else -1,
-            "WHOLE": x.shape[1] <= config.BLOCK_D,
-            "MAGIC_SUMS": x.dtype == torch.int8 and x.shape[1] <= MAGIC_DIM,
-            "GROUPS": config.groups,
-            "PRECISION": scan_precision(x),
-            "PROMOTED": PROMOTED if promoted(x) else 0,
-        }
+        self.q, self.x, self.norm, self.among = q, x, norm, among
+        self.config = config = config if q.low is None else with_low_part(config, x)
+        self.tiles = cdiv(x.shape[0], config.BLOCK_N)
+        norms = NUMBERS[metric] if terms is None else -1
+        self.bound = q.margin.bound * (q.bound.factor if norms == 0 else 1.0)
+        self.terms = terms = terms or SumTerms()
+        self.factor = q.norms if terms.factor is None else terms.factor
+        low = q.low is not None
+        self.kind, self.flags = options(
+            config, x.dtype, x.shape[1], norms, terms.scale is not None, terms.term is not None,
+            terms.outer is not None, among is not None, low, low and one_sum_a_product(x),
+            scan_precision(x), promoted(x),
+        )  # fmt: skip
 
     def __call__(
         self, hits: Tensor, count: Tensor, theta: Tensor, first: int, last: int, *, window: int = 0
     ) -> None:
         """Tiles at [first, last) of their order, to the buffers ``hits [B, C]``: what is not below
-        ``theta [B]`` or, with a window, the best bucket of each so many tiles."""
+        ``theta [B]``, counted, or, with a window, the best bucket of each so many tiles."""
         if first >= last:
             return
-        config, v = self.config, self.terms
-        query_tiles, step = triton.cdiv(len(self.q), config.BLOCK_B), max(1, window)
-        each = triton.cdiv(last - first, max(1, programs(self.q) // query_tiles))
-        each = triton.cdiv(each, step) * step
-        splits = triton.cdiv(last - first, each)
-        blocks = triton.cdiv(self.x.shape[1], config.BLOCK_D)
-        _scan_kernel[(query_tiles * splits,)](
-            self.q, self.low, self.x, v.scale, v.term, v.outer, self.factor, theta, self.skip,
-            hits, count, self.norm, len(self.q), len(self.x), self.x.shape[1], hits.shape[1],
-            self.tiles, tile_step(self.tiles), first, last, each, step, each * blocks,
-            self.bound, self.q.stride(0), self.x.stride(0), DENSE=min(window, 2), **self.flags,
-            **config._asdict(),
+        q, x, v, config = self.q.q, self.x, self.terms, self.config
+        (B, dim), dense, step = q.shape, min(window, 2), max(1, window)
+        query_tiles = cdiv(B, config.BLOCK_B)
+        slots = programs(x, self.kind[dense])
+        each = cdiv(last - first, splits_of(query_tiles, slots) * step) * step
+        splits = cdiv(last - first, each)
+        binary = _scan_kernel[(query_tiles * splits,)](
+            q, self.q.low, x, v.scale, v.term, v.outer, self.factor, theta, self.among,
+            hits, count, self.norm, B, x.shape[0], dim, hits.shape[1],
+            self.tiles, tile_step(self.tiles), first, last, each, step,
+            each * cdiv(dim, config.BLOCK_D), self.bound, q.stride(0), x.stride(0),
+            DENSE=dense, **self.flags,
         )  # fmt: skip
+        remember(self.kind[dense], x, binary)
 
 
+@functools.lru_cache(maxsize=4096)
+def options(
+    config: Config, dtype: torch.dtype, dim: int, norms: int, scale: bool, term: bool, outer: bool,
+    among: bool, low: bool, two_sums: bool, precision: str, promoted: bool,
+) -> tuple[list[str], dict[str, Any]]:  # fmt: skip
+    """Of the kernel, all but the way that hits are kept; and its name for each of these."""
+    flags = {
+        "HAS_SCALE": scale,
+        "HAS_TERM": term,
+        "HAS_OUTER": outer,
+        "HAS_AMONG": among,
+        "HAS_LOW": low,
+        "TWO_SUMS": two_sums,
+        "NORMS": norms,
+        "WHOLE": dim <= config.BLOCK_D,
+        "MAGIC_SUMS": dtype == torch.int8 and dim <= MAGIC_DIM,
+        "GROUPS": config.groups,
+        "PRECISION": precision,
+        "PROMOTED": PROMOTED if promoted else 0,
+        **config._asdict(),
+    }
+    return [f"scan {dtype} {dense} {flags}" for dense in range(3)], flags
+
+
+@functools.lru_cache(maxsize=4096)
+def splits_of(query_tiles: int, slots: int) -> int:
+    """Of the rows, so that programs come in few waves and the last leaves little of the device
+    idle, which holds ``slots`` of them at a time."""
+
+    def gain(splits: int) -> float:
+        waves = cdiv(query_tiles * splits, slots)
+        return query_tiles * splits / (waves * slots) - waves / 100
+
+    return max(range(1, max(1, 8 * slots // query_tiles) + 1), key=gain)
+
+
+@functools.lru_cache(maxsize=4096)
 def tile_step(tiles: int) -> int:
     """A step through all tiles, modulo their number, whose first positions lie apart: the golden
     section, made to have no common factor with it."""

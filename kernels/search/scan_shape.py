@@ -1,10 +1,11 @@
 """The shape of a scan's tiles, by dtype, number of queries and architecture."""
 
+import functools
 from typing import NamedTuple
 
 import torch
-import triton
-from mrl_fast.kernels.shared.tiling import aligned, interpreted, precision
+from mrl_fast.kernels.shared.device import architecture
+from mrl_fast.kernels.shared.tiling import aligned, interpreted, next_power_of_2, precision
 from torch import Tensor
 
 BUCKET = 16  # rows
@@ -30,19 +31,28 @@ def scan_config(queries: int, x: Tensor) -> Config:
     scores take the fewest instructions a score."""
     if interpreted():
         return Config(16, 64, 16, 1, 1)
-    width = x.element_size()
+    return _scan_config(
+        queries, x.dtype, x.shape[1], aligned(x), hopper(x), scan_precision(x) == "tf32x3"
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _scan_config(
+    queries: int, dtype: torch.dtype, dim: int, vectors: bool, hopper: bool, three_products: bool
+) -> Config:
+    width = dtype.itemsize
     block_b = 16 if queries <= 16 else 64 if queries <= 64 or width == 4 else 128
-    least, vectors = max(16, 32 // width), aligned(x)
+    least = max(16, 32 // width)
     most = 128 // width if vectors else 32  # unaligned elements are loaded one by one
-    columns = min(max(triton.next_power_of_2(x.shape[1]), least), most)
-    if scan_precision(x) == "tf32x3" and x.shape[1] > columns and (block_b > 16 or not vectors):
+    columns = min(max(next_power_of_2(dim), least), most)
+    if three_products and dim > columns and (block_b > 16 or not vectors):
         columns = 16  # registers also hold both operands' halves and the running sums
     few = block_b == 16 or (block_b == 64 and width == 2)
     block_n = 256 if block_b == 16 and width < 4 and vectors else 128
-    if x.dtype == torch.float8_e4m3fn and block_b > 16:
-        block_b = 128 if queries > 128 and hopper(x) else 64
-        block_n = 64 if hopper(x) else 128  # a promoted score has two sums in registers
-    return Config(block_b, block_n, columns, 4 if few or (hopper(x) and vectors) else 8, 3)
+    if dtype == torch.float8_e4m3fn and block_b > 16:
+        block_b = 128 if queries > 128 and hopper else 64
+        block_n = 64 if hopper else 128  # a promoted score has two sums in registers
+    return Config(block_b, block_n, columns, 4 if few or (hopper and vectors) else 8, 3)
 
 
 def with_low_part(config: Config, x: Tensor) -> Config:
@@ -58,10 +68,19 @@ def promoted(x: Tensor) -> bool:
 
 def hopper(x: Tensor) -> bool:
     """Whether matrix products read both operands from shared memory, which spares registers."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    return architecture(x) == 9
+
+
+def one_sum_a_product(x: Tensor) -> bool:
+    """Whether no second product may be added to a first one's sum: on Blackwell two products in a
+    row have been seen to give wrong sums (Triton's issue 10821). Its products of integers are the
+    older ones, and their two sums would not fit the registers."""
+    return architecture(x) == 10 and x.dtype != torch.int8
 
 
 def scan_precision(x: Tensor) -> str:
     """On tensor cores always, for what is returned is scored again: three products of TF32 halves,
-    or one where PyTorch may take that for a product."""
-    return "tf32x3" if x.dtype == torch.float32 and precision(x) == "ieee" else precision(x)
+    or one where PyTorch may take that for a product, or where one sum may hold but one."""
+    if x.dtype == torch.float32 and precision(x) == "ieee":
+        return "tf32" if one_sum_a_product(x) else "tf32x3"
+    return precision(x)

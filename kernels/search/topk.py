@@ -7,28 +7,25 @@ from those by (score, row) (keys.py). A query whose buffer overflows, as among t
 rows, is flagged, and the device itself scans all rows for it by that routine.
 """
 
+from typing import NamedTuple
+
 import torch
-from mrl_fast.kernels.search.keys import Result, empty, narrow, select
+from mrl_fast.kernels.search.keys import Result, empty, select
 from mrl_fast.kernels.search.metrics import row_terms
+from mrl_fast.kernels.search.narrow import narrow
 from mrl_fast.kernels.search.pair_scores import RESCANNED, Pairs
-from mrl_fast.kernels.search.plan import (
-    KnownRows,
-    Plan,
-    ScanQueries,
-    buffers,
-    fitting,
-    scan_queries,
-)
-from mrl_fast.kernels.search.rescan import rescan
+from mrl_fast.kernels.search.plan import KnownRows, Plan, buffers, fitting
+from mrl_fast.kernels.search.queries import ScanQueries, scan_queries
+from mrl_fast.kernels.search.rescan import score_buckets
 from mrl_fast.kernels.search.scan import Scan
-from mrl_fast.kernels.search.scan_shape import BUCKET, scan_config
-from mrl_fast.kernels.shared.tiling import chunks, operand
+from mrl_fast.kernels.search.scan_shape import BUCKET, Config, scan_config
+from mrl_fast.kernels.shared.tiling import chunks, columns
 from torch import Tensor
 
 
 def prefix_topk(queries: Tensor, database: Tensor, k: int, dim: int, metric: str) -> Result:
     """The k best rows of each query."""
-    q, x = operand(queries[:, :dim]), operand(database[:, :dim])
+    q, x = columns(queries, dim), columns(database, dim)
     result = empty(q, k)
     topk(q, x, k, metric, result)
     return result
@@ -39,47 +36,65 @@ def topk(
     double: bool = False,
 ) -> None:  # fmt: skip
     """The k best of the rows ``x [N, dim]`` to ``result``; ``double`` sums scores in fp64."""
-    rows = rows or KnownRows()
-    if not len(x):
+    rows, (B, _), (N, _) = rows or KnownRows(), q.shape, x.shape  # len(q) would take a microsecond
+    if not N:
         result[0].fill_(-torch.inf)
         result[1].fill_(-1)
-    if not len(q) * len(x):
+    if not B * N:
         return
     if k > RESCANNED:
         return score_all(q, x, k, metric, result, rows, double=double)
-    coarse, config = scan_queries(q, x, metric), scan_config(len(q), x)
-    plan = Plan.of(k, x, config, coarse.margin)
+    coarse, config = scan_queries(q, x, metric), scan_config(B, x)
+    plan = Plan.of(k, x, config, coarse.margin, B)
     step = fitting(plan.bytes)
     step = step if step < 128 else step // 128 * 128  # whole tiles of queries
-    if rows.terms is None and len(q) > min(step, config.BLOCK_B):
+    if rows.terms is None and B > min(step, config.BLOCK_B):
         terms, norm = row_terms(x, metric)  # rather than once a tile of queries
         rows = rows._replace(terms=terms, norm=norm)
-    for part in chunks(len(q), step):
-        norm = (
-            torch.zeros(1, dtype=torch.float32, device=q.device) if rows.norm is None else rows.norm
-        )
-        mine, its = coarse.part(part), rows.for_queries(part)
-        scan = Scan(config, mine.q, x, metric, its.terms, mine.norms, norm, low=mine.low)
-        keys = shortlist(scan, its.pairs(q[part], x, metric, double=double), k, plan, mine)
-        select(keys, (result[0][part], result[1][part]), rows.ids)
+    for part in chunks(B, step):
+        its = rows.for_queries(part)
+        search = Search(x, metric, k, plan, config, its)
+        pairs = its.pairs(part_of(q, part), x, metric, double=double)
+        keys = search.shortlist(coarse.part(part), pairs)
+        select(keys, (part_of(result[0], part), part_of(result[1], part)), rows.ids)
 
 
-def shortlist(
-    scan: Scan, pairs: Pairs, k: int, plan: Plan, q: ScanQueries, among: Tensor | None = None
-) -> Tensor:
-    """Keys of rows among which are each query's k best, ``[B, kept · BUCKET]``; none of a query
-    where ``among [B]`` int32 is 0."""
-    config, begin = scan.config, 0
-    hits, count, flag, theta = buffers(q.q, plan.buffer, plan.ends[0] * config.BLOCK_N // BUCKET)
-    if among is not None:
-        count *= among
-    for end in plan.ends:
-        scan(hits, count, theta, begin, end, window=int(begin == 0))
-        narrow(hits, count, flag, theta, q.norms, q.errors, scan.norm, plan.rank, q.margin[1:])
-        begin = end
-    keys = pairs.bucket_keys(hits, count, flag, plan.kept, config.BLOCK_N, config.groups)
-    rescan(pairs, keys, flag, k)
-    return keys
+def part_of(x: Tensor, part: slice) -> Tensor:
+    return x if part.stop - part.start == x.shape[0] else x[part]
+
+
+class Search(NamedTuple):
+    """Scans of the rows ``x [N, dim]`` for some queries' k best.
+
+    Attributes:
+        among: ``[B]`` int32, 0 where a query needs no search; None: all do.
+    """
+
+    x: Tensor
+    metric: str
+    k: int
+    plan: Plan
+    config: Config
+    rows: KnownRows
+    among: Tensor | None = None
+
+    def shortlist(self, q: ScanQueries, pairs: Pairs) -> Tensor:
+        """Keys of rows among which are each query's k best, ``[B, kept · BUCKET]``; of a query
+        that needs no search there are none."""
+        plan, rows, begin = self.plan, self.rows, 0
+        to = buffers(q.q, plan.buffer)
+        norm = to.norm if rows.terms is None else rows.norm
+        scan = Scan(self.config, q, self.x, self.metric, rows.terms, norm, self.among)
+        seeds = plan.ends[0] * scan.config.BLOCK_N // BUCKET
+        for end in plan.ends:
+            dense = begin == 0
+            scan(to.hits, to.count, to.theta, begin, end, window=int(dense))
+            narrow(
+                to, q, norm, plan.rank, seeds=seeds if dense else 0,
+                among=self.among if dense else None,
+            )  # fmt: skip
+            begin = end
+        return score_buckets(pairs, to, plan.kept, scan.config, self.k)
 
 
 def score_all(

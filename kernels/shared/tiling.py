@@ -5,6 +5,7 @@ host. A block that ends a slab is flagged with that slab's g; there the program 
 loss. G and the dims stay runtime values, so one binary a dtype serves every nesting.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -12,9 +13,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from mrl_fast.kernels.shared.device import captures
 from torch import Tensor
 
 WORKSPACE_BYTES = 256 << 20  # of scores or score gradients held at a time
+MOST_ROWS = 65535 // 2 * 128  # a grid's second axis ends at 65535 tiles, of 64 rows at least
 
 
 class Config(NamedTuple):
@@ -33,8 +36,10 @@ STORING_CONFIGS = {2: Config(128, 64, 64, 8, 3), 4: Config(64, 64, 32, 8, 3)}
 MASKING_CONFIGS = {2: Config(64, 64, 64, 8, 3), 4: Config(64, 64, 32, 8, 3)}
 
 
+@functools.cache
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, where ``tl.dot`` is right in fp32 only."""
+    """Whether kernels run in Triton's interpreter, where ``tl.dot`` is right in fp32 only. Triton
+    decides it when a kernel is decorated."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
@@ -46,6 +51,11 @@ def operand(x: Tensor) -> Tensor:
     are so far apart that a tile's offsets need more than 32 bits, hence few."""
     x = x.float() if interpreted() and x.is_floating_point() else x
     return x if x.stride(-1) == 1 and x.stride(0) < 1 << 22 else x.contiguous()
+
+
+def columns(x: Tensor, dim: int) -> Tensor:
+    """The first ``dim``, as an operand."""
+    return operand(x if x.shape[1] == dim else x[:, :dim])
 
 
 def aligned(x: Tensor) -> bool:
@@ -62,13 +72,6 @@ def config(x: Tensor, configs: dict[int, Config] = CONFIGS) -> Config:
     return Config(16, 16, 16, 1, 1) if interpreted() else configs[x.element_size()]
 
 
-def programs(q: Tensor) -> int:
-    """So many, that the last ones to end leave little of the device idle."""
-    if not q.is_cuda:
-        return 3
-    return 8 * torch.cuda.get_device_properties(q.device).multi_processor_count
-
-
 def precision(x: Tensor) -> str:
     """How fp32 products are made, by PyTorch's own setting; half precision has one way only.
 
@@ -79,8 +82,17 @@ def precision(x: Tensor) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up; Triton's own is a kernel's function, slow to call from the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
 def whole_tiles(classes: int) -> int:
-    return triton.cdiv(classes, 128) * 128  # a multiple of every BLOCK_V
+    return cdiv(classes, 128) * 128  # a multiple of every BLOCK_V
 
 
 def slabs(dims: Sequence[int]) -> list[slice]:
@@ -88,19 +100,31 @@ def slabs(dims: Sequence[int]) -> list[slice]:
     return [slice(begin, end) for begin, end in zip((0, *dims), dims, strict=False)]
 
 
-def make_schedule(dims: Sequence[int], block_d: int, device: torch.device) -> Tensor:
+_captured: dict[int, Tensor] = {}  # schedules that CUDA graphs read, by address
+
+
+def schedule_of(x: Tensor, dims: Sequence[int], block_d: int) -> Tensor:
+    """Made once, and kept as long as a graph may read it."""
+    schedule = make_schedule(tuple(dims), block_d, x.device)
+    if captures(x):
+        _captured[schedule.data_ptr()] = schedule
+    return schedule
+
+
+@functools.lru_cache(maxsize=256)
+def make_schedule(dims: tuple[int, ...], block_d: int, device: torch.device) -> Tensor:
     """``[steps, 4]`` int16: a block's number, its columns [lo, hi) counted from its first in units
     of ``alignment(dims)``, and g where it ends slab g (else −1). A block that straddles two slabs
     comes twice. 16 bits because Triton pipelines loads of 32 and more: that of an address would
-    take the stages meant for the tiles."""
+    take the stages meant for the tiles. Copied once, and waited for, as any stream may read it: a
+    CUDA graph can capture no copy from pageable memory."""
     entries, unit = [], alignment(dims)
     for g, slab in enumerate(slabs(dims)):
         for start in range(slab.start // block_d * block_d, slab.stop, block_d):
             lo, hi = max(slab.start, start), min(slab.stop, start + block_d)
             ends = (lo - start) // unit, (hi - start) // unit
             entries.append((start // block_d, *ends, g if hi == slab.stop else -1))
-    schedule = torch.tensor(entries, dtype=torch.int16, device="cpu")
-    return schedule.to(device, non_blocking=True)
+    return torch.tensor(entries, dtype=torch.int16, device="cpu").to(device)
 
 
 def chunks(size: int, step: int) -> Iterator[slice]:
@@ -109,8 +133,8 @@ def chunks(size: int, step: int) -> Iterator[slice]:
 
 
 def row_step(bytes_a_row: int) -> int:
-    """Rows whose temporaries fit the workspace."""
-    return max(128, WORKSPACE_BYTES // max(1, bytes_a_row) // 128 * 128)
+    """Rows whose temporaries fit the workspace, and a grid."""
+    return min(MOST_ROWS, max(128, WORKSPACE_BYTES // max(1, bytes_a_row) // 128 * 128))
 
 
 def chunk_steps(rows: int, classes: int, bytes_a_score: int) -> tuple[int, int]:
@@ -118,6 +142,7 @@ def chunk_steps(rows: int, classes: int, bytes_a_score: int) -> tuple[int, int]:
     the products over a chunk are as deep as its sides."""
     area = WORKSPACE_BYTES // bytes_a_score
     row_step = max(128, math.isqrt(area), area // max(1, classes)) // 128 * 128
+    row_step = min(row_step, MOST_ROWS)
     return row_step, max(128, area // max(1, min(row_step, rows)) // 128 * 128)
 
 

@@ -21,10 +21,11 @@ from mrl_fast.kernels.shared.tiling import (
     Config,
     aligned,
     alignment,
+    cdiv,
     config,
-    make_schedule,
     operand,
     precision,
+    schedule_of,
     score_offsets,
     whole_tiles,
 )
@@ -84,7 +85,7 @@ class Fold:
             "PRECISION": precision(self.x),
         }
         self.blocks = config(self.x, configs(self.flags))
-        self.schedule = make_schedule(spec.dims, self.blocks.BLOCK_D, x.device)
+        self.schedule = schedule_of(x, spec.dims, self.blocks.BLOCK_D)
 
     def arguments(self, rows: slice, classes: slice) -> dict[str, Any]:
         """What the forward and the backward kernel take alike, for one chunk of the scores."""
@@ -106,7 +107,7 @@ class Fold:
             "B": len(x),
             "V": len(weight),
             "width": self.grid(rows, classes)[0] * self.blocks.BLOCK_V,
-            "readable": triton.cdiv(len(weight), 16) * 16,
+            "readable": cdiv(len(weight), 16) * 16,
             "first": classes.start,
             "steps": len(self.schedule),
             "stride_xb": x.stride(0),
@@ -129,8 +130,8 @@ class Fold:
 
     def grid(self, rows: slice, classes: slice) -> tuple[int, int]:
         return (
-            triton.cdiv(classes.stop - classes.start, self.blocks.BLOCK_V),
-            triton.cdiv(rows.stop - rows.start, self.blocks.BLOCK_B),
+            cdiv(classes.stop - classes.start, self.blocks.BLOCK_V),
+            cdiv(rows.stop - rows.start, self.blocks.BLOCK_B),
         )
 
 

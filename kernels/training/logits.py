@@ -9,14 +9,17 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
+from mrl_fast.kernels.shared import tiling
 from mrl_fast.kernels.shared.tiling import (
     STORING_CONFIGS,
     add_block,
     alignment,
+    cdiv,
+    chunks,
     config,
-    make_schedule,
     operand,
     precision,
+    schedule_of,
     score_offsets,
     tile_of,
 )
@@ -24,15 +27,16 @@ from mrl_fast.kernels.training.products import nested_gradients
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["B", "steps"])
+@triton.jit(do_not_specialize=["B", "all_rows", "steps"])
 def _nested_logits_kernel(
     x_ptr,  # [B, D]
     w_ptr,  # [V, D]
     bias_ptr,  # [V]
-    out_ptr,  # [G, B, V], contiguous
+    out_ptr,  # [G, >= B, V]
     schedule_ptr,  # [steps, 4] int16
     B,
     V,
+    all_rows,  # of a prefix's scores
     steps,
     stride_xb,  # in elements, as the next; last axes are contiguous
     stride_wv,
@@ -47,7 +51,7 @@ def _nested_logits_kernel(
     offs_b, mask_b, rows = tile_of(1, B, BLOCK_B)
     begin, offsets = score_offsets(V, BLOCK_B, BLOCK_V)
     out_ptr += begin
-    plane = (tl.zeros((), tl.int64) + B) * V  # scores of a prefix
+    plane = (tl.zeros((), tl.int64) + all_rows) * V  # scores of a prefix
     acc = tl.zeros((BLOCK_B, BLOCK_V), tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + classes).to(tl.float32)[None, :]
@@ -72,11 +76,13 @@ def logits_forward(
     bias = None if bias is None else operand(bias)
     (B, _), V = x.shape, len(weight)
     blocks = config(x, STORING_CONFIGS)
-    schedule = make_schedule(dims, blocks.BLOCK_D, x.device)
+    schedule = schedule_of(x, dims, blocks.BLOCK_D)
     out = x.new_empty(len(dims), B, V)
-    if B:
-        _nested_logits_kernel[(triton.cdiv(V, blocks.BLOCK_V), triton.cdiv(B, blocks.BLOCK_B))](
-            x, weight, bias, out, schedule, B, V, len(schedule), x.stride(0), weight.stride(0),
+    for rows in chunks(B, tiling.MOST_ROWS):
+        size = rows.stop - rows.start
+        _nested_logits_kernel[(cdiv(V, blocks.BLOCK_V), cdiv(size, blocks.BLOCK_B))](
+            x[rows], weight, bias, out[:, rows], schedule, size, V, B, len(schedule),
+            x.stride(0), weight.stride(0),
             HAS_BIAS=bias is not None, ALIGNMENT=alignment(dims), PRECISION=precision(x),
             **blocks._asdict(),
         )  # fmt: skip

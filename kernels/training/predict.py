@@ -13,12 +13,13 @@ from mrl_fast.kernels.shared.tiling import (
     CONFIGS,
     add_block,
     alignment,
+    cdiv,
     chunks,
     config,
-    make_schedule,
     operand,
     precision,
     row_step,
+    schedule_of,
     tile_of,
 )
 from torch import Tensor
@@ -79,8 +80,8 @@ def predict_forward(
     bias = None if bias is None else operand(bias)
     B, V, G = len(x), len(weight), len(dims)
     blocks = config(x, CONFIGS)
-    schedule = make_schedule(dims, blocks.BLOCK_D, x.device)
-    tiles = triton.cdiv(V, blocks.BLOCK_V)
+    schedule = schedule_of(x, dims, blocks.BLOCK_D)
+    tiles = cdiv(V, blocks.BLOCK_V)
     fp32 = dict(dtype=torch.float32, device=x.device)
     labels = torch.empty(G, B, dtype=torch.int64, device=x.device)
     confidence = torch.empty(G, B, **fp32)
@@ -88,7 +89,7 @@ def predict_forward(
         part, size = x[rows], rows.stop - rows.start
         part_max, part_sum = (torch.empty(G, tiles, size, **fp32) for _ in range(2))
         part_label = torch.empty(G, tiles, size, dtype=torch.int32, device=x.device)
-        _predict_kernel[(tiles, triton.cdiv(size, blocks.BLOCK_B))](
+        _predict_kernel[(tiles, cdiv(size, blocks.BLOCK_B))](
             part, weight, bias, schedule, part_max, part_sum, part_label,
             size, V, len(schedule), part.stride(0), weight.stride(0),
             HAS_BIAS=bias is not None, ALIGNMENT=alignment(dims), PRECISION=precision(x),

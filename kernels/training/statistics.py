@@ -15,6 +15,7 @@ from mrl_fast.kernels.shared.tiling import (
     STORING_CONFIGS,
     Config,
     add_block,
+    cdiv,
     chunks,
     row_step,
     tile_of,
@@ -182,7 +183,7 @@ def fold_forward(spec: Any) -> Statistics:
     fp32 = dict(dtype=torch.float32, device=spec.x.device)
     fp64 = fp32 | dict(dtype=torch.float64)
     B, V, G = fold.B, fold.V, len(spec.dims)
-    tiles = triton.cdiv(V, fold.blocks.BLOCK_V)
+    tiles = cdiv(V, fold.blocks.BLOCK_V)
     row_max, row_log = (torch.zeros(G, B, **fp32) for _ in range(2))
     # a target that is no class is nobody's: NaN, not whatever stood there
     hit = torch.full((G, B), torch.nan, **fp32) if fold.flags["HAS_HIT"] else None
@@ -192,7 +193,7 @@ def fold_forward(spec: Any) -> Statistics:
     col_sum = torch.zeros(G, width, **fp64) if columns else None
 
     col_log = None
-    partials = tiles + (triton.cdiv(V, fold.blocks.BLOCK_B) if columns else 0)
+    partials = tiles + (cdiv(V, fold.blocks.BLOCK_B) if columns else 0)
     row_bytes = 32 * G * partials + fold.copied_bytes() * V  # eight values a row, prefix and tile
     for rows in chunks(B, row_step(row_bytes)):
         size = rows.stop - rows.start

@@ -55,7 +55,7 @@ def build(
         _check_same(index, {"dims": tuple(dims), **settings}, out)
         _check_rows(index, vectors, out)
     else:
-        if settings["rotation"]:
+        if settings["rotation"] or settings["codes"]:
             _fit(index, vectors)
         if new := not (out / manifests.FILE).exists():
             index.save(out)

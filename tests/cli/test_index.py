@@ -51,6 +51,7 @@ def built(tmp_path, base):
     [
         {},
         {"metric": "ip", "dtype": "float16", "prefix_dtype": "int8"},
+        {"codes": "bits"},
         {"metric": "l2", "dtype": "bfloat16"},
         {"rotation": "pca"},
     ],

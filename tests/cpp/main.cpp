@@ -19,6 +19,7 @@ void test_range();
 void test_filter();
 void test_filter_exact();
 void test_writer();
+void test_ladder();
 void test_fold();
 void test_gradients();
 
@@ -26,12 +27,12 @@ int main(int argc, char** argv) {
     const struct {
         const char* name;
         void (*run)();
-    } tests[] = {{"store", test_store},        {"search", test_search},
-                 {"exact", test_exact},        {"shared", test_shared},
-                 {"bounds", test_bounds},      {"range", test_range},
-                 {"filter", test_filter},      {"filter exact", test_filter_exact},
-                 {"writer", test_writer},      {"fold", test_fold},
-                 {"gradients", test_gradients}};
+    } tests[] = {{"store", test_store},         {"search", test_search},
+                 {"exact", test_exact},         {"shared", test_shared},
+                 {"bounds", test_bounds},       {"range", test_range},
+                 {"filter", test_filter},       {"filter exact", test_filter_exact},
+                 {"writer", test_writer},       {"fold", test_fold},
+                 {"gradients", test_gradients}, {"ladder", test_ladder}};
     std::vector<const char*> filters;
     for (int i = 1; i < argc; ++i) {
         if (!std::strcmp(argv[i], "--list")) {

@@ -193,12 +193,13 @@ struct Layout {
 class Database {
   public:
     Database(const Table& table, Layout layout, const std::vector<int64_t>& spans, int64_t batch,
-             const Kernels& kernels, int threads) {
+             const Kernels& kernels, int threads, const Ladder& ladder = {}) {
         rows = {{},
                 layout.coded ? 0 : layout.prefix,
                 layout.coded ? layout.prefix : 0,
                 table.dtype,
-                {}};
+                {},
+                ladder};
         for (int64_t level = layout.prefix; level && level < table.width; level *= 2)
             rows.levels.push_back(level);
         int64_t first = 0;
@@ -212,7 +213,7 @@ class Database {
     struct Block {
         Elements suffix;
         std::vector<float> packed, stats;
-        std::vector<uint8_t> codes;
+        std::vector<uint8_t> codes, signs, nibbles, lows;
     };
     Rows rows;
     std::deque<Block> blocks;
@@ -223,11 +224,18 @@ class Database {
         const float* data = table.row(first);
         const int64_t width = table.width, packed = rows.packed_dim, code = rows.code_dim;
         const int64_t tiles = (n + TILE - 1) / TILE;
-        const bool stats = packed || code;
+        const Ladder& ladder = rows.ladder;
+        const bool laddered = !ladder.dims.empty(), stats = packed || code || laddered;
+        const int64_t kinds = laddered ? SIGN_FACTOR + 3 * int64_t(ladder.dims.size())
+                                       : TAIL_NORM + int64_t(rows.levels.size()),
+                      steps = laddered ? (width + 15) / 16 * 2 : 0;
         blocks.push_back({{data, n, width, packed, width, width - packed + 5, table.dtype},
                           std::vector<float>(tiles * packed * TILE, NAN),
-                          std::vector<float>(stats ? (TAIL_NORM + rows.levels.size()) * n : 0, NAN),
-                          std::vector<uint8_t>(tiles * ((code + 3) / 4) * TILE * 4, 0xab)});
+                          std::vector<float>(stats ? kinds * n : 0, NAN),
+                          std::vector<uint8_t>(tiles * ((code + 3) / 4) * TILE * 4, 0xab),
+                          std::vector<uint8_t>(tiles * steps * TILE, 0xab),
+                          std::vector<uint8_t>(tiles * steps * TILE * 4, 0xab),
+                          std::vector<uint8_t>(tiles * steps * TILE * 4, 0xab)});
         Block& to = blocks.back();
         const Elements from(data, n, width, 0, width, width + 1, table.dtype);
         for (int64_t begin = 0; stats && begin < n; begin += batch)
@@ -236,9 +244,11 @@ class Database {
                          width},
                         begin,
                         {packed ? to.packed.data() : nullptr, code ? to.codes.data() : nullptr,
-                         to.stats.data(), n, nullptr, 0}) == Status::OK);
+                         to.stats.data(), n, nullptr, 0, laddered ? to.signs.data() : nullptr,
+                         to.nibbles.data(), to.lows.data()}) == Status::OK);
         rows.spans.push_back({first, n, to.packed.data(), to.codes.data(), to.suffix.row(0),
-                              to.suffix.stride, to.stats.data(), n, nullptr});
+                              to.suffix.stride, to.stats.data(), n, nullptr, to.signs.data(),
+                              to.nibbles.data(), to.lows.data()});
     }
 };
 

@@ -29,7 +29,7 @@ FIRST = (
 # Of these tests `make test` runs the cases that match, where there is no GPU and kernels are
 # interpreted; `make test-slow` runs the others.
 SHORT = {
-    "tests/house/test_gpu_run.py::test_the_programme": ("kernels",),
+    "tests/house/test_gpu_run.py::test_a_command_launches_what_it_is_for": ("memcheck low",),
     "tests/house/test_static_gates.py::test_every_kernel_on_every_architecture": (),
     "tests/house/test_static_gates.py::test_limits": ("sm_90",),
     "tests/house/test_static_gates.py::test_half_precision_scans_take_five_instructions_a_score": (

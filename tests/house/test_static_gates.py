@@ -17,7 +17,7 @@ from benchmarks.gpu import kernels
 
 ROOT = Path(__file__).parents[2]
 FREE = {*static.BLOCKS, "TILE", "GROUPS", "WHOLE", "ALIGNMENT", "PRECISION", "MAGIC_SUMS"}
-FREE |= {"PART"}
+FREE |= {"PART", "RESCAN_BLOCKS", "RESCAN_ROWS"}
 SOURCES = "\n".join(file.read_text() for file in (ROOT / "kernels").rglob("*.py"))
 KERNELS = set(re.findall(r"^def (_\w+_kernel)\(", SOURCES, re.M))
 
@@ -39,7 +39,7 @@ def gates(*options):
 
 ARCHITECTURES = {"sm_90": {90}, "all": {80, 90, 100}}
 # Compiled for sm_90 alone where time is short.
-FEW = "scan bf16 1024q 64d", "pairs bf16 64d tile 128 ip buckets", "logits fp32 ieee bias"
+FEW = "scan bf16 1024q 64d", "pairs bf16 64d tile 128 ip", "logits fp32 ieee bias"
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -53,6 +53,7 @@ def rows(architectures):
     return gates("--short", "--json", "--arch", *map(str, architectures), *few)
 
 
+@pytest.mark.parametrize("architectures", ["all"], indirect=True)
 def test_every_kernel_on_every_architecture(rows, architectures):
     for name in KERNELS:
         assert {row["arch"] for row in rows if row["function"] == name} == architectures, name
@@ -82,8 +83,8 @@ def test_half_precision_scans_take_five_instructions_a_score(rows):
     ("kernel", "wrong", "what"),
     [
         ("scan bf16 1024q 64d", {"spill_bytes": 4}, "spills"),
-        ("pairs bf16 64d tile 128 ip buckets", {"spill_bytes": 8}, "spills"),
-        ("pairs bf16 64d tile 128 ip buckets", {"loop_spills": 1}, "in its loop"),
+        ("pairs bf16 64d tile 128 ip", {"spill_bytes": 8}, "spills"),
+        ("pairs bf16 64d tile 128 ip", {"loop_spills": 1}, "in its loop"),
         ("scan bf16 1024q 64d", {"programs": 1}, "4 warps"),
         ("scan bf16 1024q 64d", {"shared_bytes": 230 << 10}, "more shared memory"),
         ("scan bf16 1024q 64d", {"shared_bytes": 24 << 10}, "no block during a product"),
@@ -92,9 +93,9 @@ def test_half_precision_scans_take_five_instructions_a_score(rows):
         ("scan bf16 1024q 64d", {"narrow_copies": 1}, "16 bytes"),
         ("scan bf16 1024q 64d", {"instructions": 5.1}, "instructions"),
         ("logits fp32 ieee bias", {"matrix": 1}, "rounded matrix product"),
-        ("pairs bf16 64d tile 128 ip buckets", {"fma": 1}, "fuses products"),
-        ("pairs bf16 64d tile 128 ip buckets", {"loop_fma": 1}, "products and sums of a row"),
-        ("pairs bf16 64d tile 128 ip buckets", {"wide_loads": 0}, "16 bytes"),
+        ("pairs bf16 64d tile 128 ip", {"fma": 1}, "fuses products"),
+        ("pairs bf16 64d tile 128 ip", {"loop_fma": 1}, "products and sums of a row"),
+        ("pairs bf16 64d tile 128 ip", {"wide_loads": 0}, "16 bytes"),
     ],
 )
 def test_limits_are_seen_to_be_broken(kernel, wrong, what, rows, architectures):
@@ -122,8 +123,7 @@ def test_cases_have_every_feature_that_is_launched(monkeypatch):
         return kernel, *sorted((k, v) for k, v in kept.items() if k not in FREE)
 
     monkeypatch.setattr(GridExecutor, "__call__", record)
-    monkeypatch.setattr(kernels, "check", lambda *_: None)
-    kernels.main()
+    kernels.main(["--size", "tiny"])  # where nothing is right, as nothing runs
     assert {kernel for kernel, *_ in launched} == KERNELS
     missing = launched - {features(*case) for case in gates("--list")}
     assert not missing, "\n".join(map(str, missing))
@@ -132,6 +132,7 @@ def test_cases_have_every_feature_that_is_launched(monkeypatch):
 VARIANTS = """
 import itertools, json
 import torch
+from mrl_fast.kernels.search.queries import scan_queries
 from benchmarks.gates.cases import (
     Case, KnownRows, approx_topk, empty, fold, meta, recorded, rerank, specialised, topk
 )
@@ -140,6 +141,7 @@ def search(queries, rows, k):
     q, x = (meta(n, 64, dtype=torch.bfloat16) for n in (queries, rows))
     topk(q, x, k, "ip", empty(q, k), KnownRows())
     approx_topk(q, x, k, 64, "ip", 0.9)
+    scan_queries(q.float(), x, "ip")  # in two parts
     for candidates in (100, 112, 127):
         rerank(q, x, meta(queries, candidates, dtype=torch.int64), k, 64, "ip")
 
@@ -163,6 +165,6 @@ print(json.dumps({name: len(variants) for name, variants in binaries.items()}))
 def test_one_binary_serves_batches_and_collections_of_all_sizes():
     """Or a collection that grows would be waited for, at every other search, by the compiler."""
     expected = dict.fromkeys(KERNELS - {"_nested_logits_kernel", "_predict_kernel"}, 1)
-    # Seeds, windows and the rest; rows in buckets or not. Buffers and blocks are powers of two.
-    expected |= {"_scan_kernel": 3, "_keys_kernel": 2, "_narrow_kernel": 3, "_decode_kernel": 2}
+    # Seeds, windows and the rest; buckets, and rescans. Buffers and blocks are powers of two.
+    expected |= {"_scan_kernel": 3, "_buckets_kernel": 2, "_narrow_kernel": 3, "_decode_kernel": 2}
     assert compiling("-c", VARIANTS) == expected

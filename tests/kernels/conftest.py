@@ -10,12 +10,13 @@ def rescans(monkeypatch):
     that were flagged."""
     monkeypatch.setattr(plan, "BUFFER", (16, 32))
     monkeypatch.setattr(plan, "LEAST_RANK", 4)
-    counted, rescan = [], topk.rescan
+    counted, score_buckets = [], topk.score_buckets
 
-    def spy(self, keys, flag, k):
-        if flag.any():
-            counted.append(int(flag.sum()))
-        rescan(self, keys, flag, k)
+    def spy(pairs, to, *rest):
+        keys = score_buckets(pairs, to, *rest)
+        if to.flag.any():
+            counted.append(int(to.flag.sum()))
+        return keys
 
-    monkeypatch.setattr(topk, "rescan", spy)
+    monkeypatch.setattr(topk, "score_buckets", spy)
     return counted

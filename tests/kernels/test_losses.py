@@ -86,6 +86,14 @@ def test_chunks_of_rows_and_classes(features, triton_device, monkeypatch):
     Problem(triton_device, B=132, V=141, dims=(2, 5), **features).check()
 
 
+def test_logits_of_more_rows_than_a_grid_has(triton_device, monkeypatch):
+    problem = Problem(triton_device, B=70, V=37)
+    head = problem.x, problem.weight, problem.bias
+    expected = kernels.logits_forward(*head, DIMS)
+    monkeypatch.setattr(tiling, "MOST_ROWS", 32)
+    assert torch.equal(kernels.logits_forward(*head, DIMS), expected)
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 def test_hidden_columns_stay_hidden(triton_device):
     problem = Problem(triton_device, scaled=True, columns=True)

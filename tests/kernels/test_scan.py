@@ -4,15 +4,16 @@ import pytest
 import torch
 from mrl_fast.kernels import search as kernels
 from mrl_fast.kernels.search import (
-    keys,
     metrics,
+    narrow,
     plan,
+    queries,
     scan,
     scan_shape,
     topk,
 )
-from mrl_fast.kernels.shared.tiling import operand
 
+from benchmarks.gpu.margin import scan_error
 from mrl_fast.search import reference
 from mrl_fast.testing import assert_same_topk
 from tests.helpers.kernels import DTYPES, METRICS, make_vectors
@@ -58,41 +59,73 @@ def test_scan_of_eight_bits(metric, dtype, rescans, triton_device):
 # On a device: tiles of every number of queries, columns in one block and in several, rows that are
 # not aligned. The interpreter has one shape of tiles.
 ON_A_DEVICE = [(70, 1024), (200, 128), (16, 128), (16, 1024), (200, 1024), (70, 1000)]
+# Of queries in two parts: matrix products of 64 and 128 rows, one block of columns and several.
+IN_TWO_PARTS = [(B, dim) for B in (70, 200) for dim in (16, 32, 64, 256)]
+KINDS = ["signs", "positive", "spike"]
+HALVES = [torch.float16, torch.bfloat16]  # the interpreter's products of bf16 are wrong
+
+
+def margin_vectors(kind, rows, dim, device):
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, dim, generator=generator).to(device)
+    if kind == "positive":  # errors of one direction
+        x = x.abs()
+    if kind == "spike":  # beside which the other products, of 14 bits, are nothing
+        x.fill_(0.171875)[:, 0] = 16
+    return x
 
 
 @pytest.mark.parametrize("shape", ON_A_DEVICE if torch.cuda.is_available() else [(70, 40)], ids=str)
-@pytest.mark.parametrize("kind", ["signs", "positive", "spike"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_of_a_scan_are_within_its_margin(dtype, kind, shape, triton_device):
     """What tensor cores add up, by truncation, against fp64: on a device above all."""
     N, (B, dim) = 100_000 if triton_device == "cuda" else 300, shape
-    generator = torch.Generator().manual_seed(5)
-    q, x = (torch.randn(n, dim, generator=generator).to(triton_device) for n in (B, N))
-    if kind == "positive":  # errors of one direction
-        q, x = q.abs(), x.abs()
-    if kind == "spike":  # beside which the other products, of 14 bits, are nothing
-        for t in (q, x):
-            t.fill_(0.171875)[:, 0] = 16
+    q, x = (margin_vectors(kind, n, dim, triton_device) for n in (B, N))
     scale = {torch.int8: 7 if kind == "spike" else 40}.get(dtype, 1)
-    q, x = (operand((scale * v).clamp(-127, 127).to(dtype)) for v in (q, x))
-    coarse, config = plan.scan_queries(q, x, "ip"), scan_shape.scan_config(len(q), x)
-    seeds, tiles = config.BLOCK_N // scan_shape.BUCKET, -(-N // config.BLOCK_N)
-    hits, count, _, theta = plan.buffers(q, tiles * seeds, tiles * seeds)
-    terms, norm = metrics.row_terms(x, "ip")
-    one = scan.Scan(config, coarse.q, x, "ip", terms, coarse.norms, norm)
-    one(hits, count, theta, 0, tiles, window=1)
-    best = (hits >> 32).int().view(torch.float32).double()
-    bucket, i = (hits & 0xFFFFFFFF)[0], torch.arange(scan_shape.BUCKET, device=q.device)
-    there = bucket != 0xFFFFFFFF
-    assert (there.sum() * scan_shape.BUCKET >= N) and len(bucket[there].unique()) == there.sum()
-    best, bucket = best[:, there], bucket[there]
-    within = (bucket % seeds)[:, None]
-    rows = (i // 2 * config.groups + within // 4) * 8 + within % 4 * 2 + i % 2
-    rows += (bucket // seeds * config.BLOCK_N)[:, None]
-    exact = q.double() @ x.double().T
-    exact = exact[:, rows.clamp(max=N - 1)].where(rows < N, -torch.inf).amax(2)
-    error = coarse.margin.error(coarse.norms, norm)[:, None]
-    assert ((best - exact).abs() <= error).all(), ((best - exact).abs() / error).max()
+    assert scan_error(*((scale * v).clamp(-127, 127).to(dtype) for v in (q, x))) <= 1
+
+
+@pytest.mark.parametrize(
+    "shape", IN_TWO_PARTS if torch.cuda.is_available() else [(20, 16), (20, 40)], ids=str
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", HALVES[: 2 if torch.cuda.is_available() else 1], ids=str)
+def test_sums_of_queries_in_two_parts_are_within_its_margin(dtype, kind, shape, triton_device):
+    """Two products a tile, whose sum holds the bits that the rows' dtype has not."""
+    N, (B, dim) = 100_000 if triton_device == "cuda" else 300, shape
+    q, x = (margin_vectors(kind, n, dim, triton_device) for n in (B, N))
+    assert scan_error(q * 1.01, x.to(dtype)) <= 1
+
+
+@pytest.mark.parametrize("dim", [16, 40])
+def test_two_sums_are_as_good_as_one(dim, triton_device, monkeypatch):
+    """As on Blackwell, where products may not follow one another in one sum."""
+    for module in (scan, scan_shape):
+        monkeypatch.setattr(module, "one_sum_a_product", lambda x: True)
+    q, x = (margin_vectors("signs", n, dim, triton_device) for n in (20, 300))
+    assert scan_error(q, x.half()) <= 1
+    assert scan_shape.scan_precision(x) == "tf32"
+
+
+def test_an_error_of_a_scan_is_seen(triton_device, monkeypatch):
+    """A margin that is too small, a bucket that does not come, and one that comes twice."""
+    q, x = (margin_vectors("positive", n, 40, triton_device) for n in (5, 300))
+    assert 0 < scan_error(q, x) <= 1
+    tiny = metrics.Margin(bound=0.0, a=1e-12)
+    monkeypatch.setattr(metrics.Margin, "of", classmethod(lambda *_: tiny))
+    assert scan_error(q, x) > 1
+    monkeypatch.undo()
+    call = scan.Scan.__call__
+
+    for instead in (lambda hits: hits[:, 0], lambda hits: -1):
+
+        def wrong(self, hits, *args, instead=instead, **kwargs):
+            call(self, hits, *args, **kwargs)
+            hits[:, 1] = instead(hits)
+
+        monkeypatch.setattr(scan.Scan, "__call__", wrong)
+        assert scan_error(q, x) == torch.inf
 
 
 @pytest.mark.parametrize("dim", [256, 768])
@@ -107,7 +140,7 @@ def test_margins_leave_few_rows_to_be_scored_again(dtype, metric, k, dim, monkey
     q, x = (make_vectors(n, dim, "cpu", seed=n) for n in (4, 100_000))
     q, x = (torch.nn.functional.normalize(v).to(dtype) for v in (q, x))
     margin, config = metrics.Margin.of(x, metric), scan_shape.Config(64, 128, 64, 4, 3)
-    planned = plan.Plan.of(k, x, config, margin)
+    planned = plan.Plan.of(k, x, config, margin, len(q))
     q, x = q.float(), x.float()
     scores = q @ x.T - (x.square().sum(1) / 2 if metric == "l2" else 0)
     error = margin.error(q.norm(dim=1), x.norm(dim=1).max())[:, None]
@@ -153,7 +186,7 @@ def test_errors_of_the_scan_within_its_margin_change_nothing(
         generator = torch.Generator().manual_seed(seed)
 
         def noisy(self, hits, count, *rest, factor=factor, worst=worst, random=generator, **more):
-            before = count.clone()
+            before = count[: len(hits)].clone()
             scan(self, hits, count, *rest, **more)
             margin = metrics.Margin.of(x, metric).error(norms[1], norms[0])
             score = (hits >> 32).int().view(torch.float32)
@@ -180,21 +213,64 @@ def test_errors_of_the_scan_within_its_margin_change_nothing(
     assert wrong, "errors far beyond the margin were to show, or this test sees nothing"
 
 
-def test_narrowing_in_parts(triton_device):
+@pytest.mark.parametrize("metric", ["ip", "cosine"])
+def test_narrowing_in_parts(metric, triton_device):
     C, rank = 8192, 5
-    score = torch.randn(4, C, generator=torch.Generator().manual_seed(0)).to(triton_device)
+    score = torch.randn(6, C, generator=torch.Generator().manual_seed(0)).to(triton_device)
     score[0, 7000] = torch.nan
-    before = score.view(torch.int32).long() << 32 | torch.arange(C, device=score.device)
-    sizes, norms = torch.tensor([[C, 5000, 100, C + 9], [1, 300, 1, 1]], device=score.device)
-    hits, count = before.clone(), sizes.int()
-    flag, theta = torch.zeros_like(count), torch.empty_like(score[:, 0])
-    one = torch.ones(1, device=score.device)
-    keys.narrow(hits, count, flag, theta, norms.float(), None, one, rank, (0.0, 0.0, 0.01, 0.0))
-    assert flag.tolist() == [0, 0, 0, 1]
-    for b, size in enumerate(sizes.clamp(max=C).tolist()):
-        seen = score[b, :size]
-        best = seen.sort(descending=True).values[rank - 1]  # NaN first
-        assert theta[b].item() == pytest.approx(best.item() - 0.02 * norms[b].item(), rel=1e-5)
-        kept = (~(seen < theta[b])).nonzero()[:, 0]
-        assert torch.equal(hits[b, : count[b]], before[b, kept])
-    assert 4900 < count[1] < 5000 and count[0] >= rank  # next to nothing, and nearly all, is cut
+    bits = score.view(torch.int32).long() << 32 | torch.arange(C, device=score.device)
+    sizes, norms = torch.tensor(
+        [[C, 5000, 100, C + 9, 90, 80], [1, 300, 1, 1, 1, 0]], device=score.device
+    )
+    q = queries.scan_queries(norms[:, None].float(), norms[:, None].float(), metric)
+    q = q._replace(margin=metrics.Margin(0.0, 0.0, d=0.01))
+    among = torch.tensor([1, 1, 1, 1, 0, 1], dtype=torch.int32, device=score.device)
+    one = torch.ones(1, dtype=torch.float32, device=score.device)
+    for norm in (one, one.view(torch.int32)):
+        to = plan.buffers(score, C)
+        to.hits.copy_(bits)
+        to.count[:6] = sizes.int() - 7
+        narrow.narrow(to, q, norm, rank, seeds=7, among=among)
+        flag, count, theta = to.flag[:6], to.count[:6], to.theta
+        assert flag.tolist() == [0, 0, 0, 1, 0, 0] and count[4] == 0
+        for b, size in enumerate(sizes.clamp(max=C).tolist()):
+            if b == 4 or metric == "cosine" and b == 5:  # a norm of which nothing is known
+                assert theta[b] == -torch.inf and count[b] == (size if b == 5 else 0)
+                continue
+            seen = score[b, :size]
+            best = seen.sort(descending=True).values[rank - 1 : rank + 1]  # NaN first
+            error = 0.02 * norms[b].item()
+            assert best[1] < theta[b].item() + error * (1 + 1e-5) and theta[b] + error <= best[0]
+            kept = (~(seen < theta[b])).nonzero()[:, 0]
+            assert torch.equal(to.hits[b, : count[b]], bits[b, kept])
+        assert 4900 < count[1] < 5000 and count[0] >= rank  # next to nothing, nearly all, is cut
+        assert metric == "cosine" or count[5] == rank
+
+
+INF, NAN = float("inf"), float("nan")
+EQUAL = [[3.0] * 40, [2.0] * 4 + [1.0] * 36, [0.0, -0.0] * 20, [2.0] * 4 + [-INF] * 36]
+
+
+@pytest.mark.parametrize("score", [*EQUAL, [INF] * 40, [1.0] + [INF] * 39], ids=str)
+def test_narrowing_among_equal_scores(score, triton_device):
+    """No bit tells them apart: those that may be the fifth best stay, all of them."""
+    score = torch.tensor([score], device=triton_device)
+    ones = torch.ones(1, 1, device=triton_device)
+    q = queries.scan_queries(ones, ones, "ip")._replace(margin=metrics.Margin(0.0, 0.0))
+    to = plan.buffers(score, 64)
+    to.hits[:, :40] = score.view(torch.int32).long() << 32
+    narrow.narrow(to, q, ones[0], 5, seeds=40)
+    theta = score.sort(descending=True).values[0, 4]
+    assert to.theta.item() == theta and to.count[0] == (score >= theta).sum()
+
+
+@pytest.mark.parametrize("many", [4, 5])
+def test_narrowing_where_the_best_are_no_numbers(many, triton_device):
+    """NaN ranks highest: no numbers are left beside five of them."""
+    score = torch.tensor([[NAN] * many + [1.0] * (40 - many)], device=triton_device)
+    ones = torch.ones(1, 1, device=triton_device)
+    q = queries.scan_queries(ones, ones, "ip")._replace(margin=metrics.Margin(0.0, 0.0))
+    to = plan.buffers(score, 64)
+    to.hits[:, :40] = score.view(torch.int32).long() << 32
+    narrow.narrow(to, q, ones[0], 5, seeds=40)
+    assert not to.theta.isnan() and to.count[0] == (40 if many < 5 else 5)

@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+import weakref
 
 import pytest
+import torch
+import triton
 from mrl_fast.kernels.shared import tiling
 
 
@@ -18,6 +21,42 @@ def test_chunks_fit_the_workspace(rows, classes, bytes_a_score):
     if held < tiling.WORKSPACE_BYTES // 2:  # small only where the problem is
         assert rows <= row_step and classes <= class_step
     assert row_step % 128 == class_step % 128 == 0
+
+
+@pytest.mark.parametrize("classes", [1, 1000])
+def test_rows_of_a_chunk_fit_a_grid(classes):
+    """Its second axis ends at 65535 tiles, of 64 rows at least."""
+    blocks = [*tiling.CONFIGS.values(), *tiling.STORING_CONFIGS.values()]
+    least = min(config.BLOCK_B for config in [*blocks, *tiling.MASKING_CONFIGS.values()])
+    row_step, _ = tiling.chunk_steps(100_000_000, classes, 2)
+    for rows in (row_step, tiling.row_step(24), tiling.MOST_ROWS):
+        assert tiling.cdiv(rows, least) <= 65535
+    assert tiling.row_step(24) > 4_000_000
+
+
+def test_integers_round_up_as_tritons_own_do():
+    for n in range(1, 300):
+        assert tiling.next_power_of_2(n) == triton.next_power_of_2(n)
+        assert tiling.cdiv(n, 16) == triton.cdiv(n, 16)
+    assert tiling.next_power_of_2(0) == 1 and tiling.cdiv(0, 16) == 0
+
+
+def test_a_schedule_is_made_once():
+    """A CUDA graph can capture no copy from the host."""
+    first = tiling.make_schedule((8, 20), 16, torch.device("cpu"))
+    assert tiling.make_schedule((8, 20), 16, torch.device("cpu")) is first
+    assert tiling.make_schedule((8, 24), 16, torch.device("cpu")) is not first
+
+
+def test_a_schedule_that_a_graph_reads_is_kept(monkeypatch):
+    monkeypatch.setattr(tiling, "captures", lambda x: True)
+    schedule = weakref.ref(tiling.schedule_of(torch.ones(1, 24), [3, 24], 16))
+    monkeypatch.undo()
+    tiling.make_schedule.cache_clear()  # as when there were too many
+    assert schedule() is not None
+    unread = weakref.ref(tiling.schedule_of(torch.ones(1, 24), [3, 24], 16))
+    tiling.make_schedule.cache_clear()
+    assert unread() is None
 
 
 SETTINGS = {

@@ -8,9 +8,12 @@ from mrl_fast.kernels.search import (
     keys,
     pair_scores,
     plan,
+    queries,
+    rescan,
     scan_shape,
     topk,
 )
+from mrl_fast.kernels.search.keys import EMPTY
 
 from mrl_fast.search import reference
 from mrl_fast.testing import assert_same_topk
@@ -34,6 +37,25 @@ def test_only_the_queries_that_need_it_are_rescanned(rescans, triton_device):
     q = torch.tensor([[0.0, 1.0], [1.0, 0.0]], device=triton_device)
     _, ids = kernels.prefix_topk(q, x, 3, 2, "ip")
     assert ids.tolist() == [[1199, 1198, 1197], [0, 1, 2]] and rescans == [1]
+
+
+def test_pairs_that_are_scored_last_leave_what_a_rescan_wrote(triton_device):
+    """Programs of one launch come in any order."""
+    q, x = make_vectors(2, 5, triton_device), make_vectors(600, 5, triton_device, seed=1)
+    to, most, k = plan.buffers(q, 64), 16, 4
+    to.hits.zero_()
+    to.count[:2] = torch.tensor([most + 1, 3])
+    pairs, config = pair_scores.Pairs(q, x, "ip"), scan_shape.scan_config(2, x)
+    keys = torch.zeros(2, most * scan_shape.BUCKET, dtype=torch.int64, device=q.device)
+    blocks = pair_scores.pair_blocks(x, 2 * len(x))
+    rescans = rescan._rescans(2, len(x), k, 3, blocks["ROWS"], blocks["BLOCKS"])
+    rescan._launch(pairs, to, keys, config, rescans, pairs_too=False)
+    merged = keys[0, : rescans.KEPT].clone()
+    rescan._launch(pairs, to, keys, config, rescans)
+    assert torch.equal(keys[0, : rescans.KEPT], merged)
+    assert (keys[0, rescans.KEPT :] == EMPTY.value).all() and to.flag[:2].tolist() == [1, 0]
+    best = reference.scores(q, x, 5, "ip")[0].topk(k).indices
+    assert torch.equal(0xFFFFFFFF - (merged[:k] & 0xFFFFFFFF), best)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -125,7 +147,7 @@ def test_queries_of_more_bits_than_the_rows(metric, rescans, triton_device):
     exact = reference.scores(q, x, 24, metric)
     assert_same_topk(found, exact, name=metric, tolerance=1e-5 * exact.abs().max().item())
     assert not rescans, "two parts of a query leave no margin to speak of"
-    coarse = plan.scan_queries(q, x, metric)
+    coarse = queries.scan_queries(q, x, metric)
     left = q.double() - coarse.q.double() - coarse.low.double()
     assert (left.norm(dim=1) <= coarse.errors).all() and (coarse.errors < 1e-5).all()
 

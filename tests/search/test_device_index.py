@@ -1,6 +1,8 @@
 """MatryoshkaIndex on a device: the answers of the index on the CPU, and no wait for the device."""
 
 import threading
+import warnings
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,6 +12,7 @@ from mrl_fast.kernels.search import certified, funnel, plan, topk
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mrl_fast import MatryoshkaIndex, SearchResult, prefix_topk, rerank
+from mrl_fast.search.index import device_search
 from tests.helpers.kernels import METRICS
 
 DIMS = (8, 24)
@@ -225,14 +228,34 @@ class NoWaiting(TorchDispatchMode):
 
 @contextmanager
 def no_waiting():
-    if torch.cuda.is_available():
-        torch.cuda.set_sync_debug_mode("error")
     try:
+        set_sync_debug_mode("error")
         with NoWaiting():
             yield
     finally:
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("default")
+        set_sync_debug_mode("default")
+
+
+def set_sync_debug_mode(mode):
+    """Each of PyTorch's own calls warns that it is a prototype, after the mode is set."""
+    if torch.cuda.is_available():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+def test_what_is_refused_here_is_allowed_afterwards(monkeypatch):
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+        warnings.warn("a prototype", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with no_waiting():
+        assert modes == ["error"]
+    assert modes == ["error", "default"]
 
 
 @pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
@@ -264,6 +287,23 @@ def test_ops_do_not_wait(metric, triton_device):
             funnel.funnel_search(q, rows, [(8, 8), (24, 4)], metric)
 
 
+def test_what_a_graph_reads_stays(monkeypatch):
+    """A replay reads the arrays of its time, whatever became of the index's rows since."""
+    index = MatryoshkaIndex(DIMS, device="cuda", prefix_dtype="int8")
+    index.add(vectors(100))
+    read = [weakref.ref(index._rows.store.mirror.arrays[name]) for name in ("vectors", "codes")]
+    monkeypatch.setattr(device_search, "captures", lambda x: True)
+    index.search(vectors(1), 3, stages=STAGES)
+    monkeypatch.undo()
+    stores = [array().untyped_storage().data_ptr() for array in read]
+    index.add(vectors(3000))  # more than there is room for
+    now = index._rows.store.mirror
+    kept = {x.untyped_storage().data_ptr() for x in now.captured.values()}
+    assert {*stores} <= kept and now.arrays["vectors"].data_ptr() not in stores
+    index.compact()
+    assert {*stores} <= {x.untyped_storage().data_ptr() for x in now.captured.values()}
+
+
 @on_gpu
 def test_a_captured_search():
     index = MatryoshkaIndex(DIMS, device="cuda", prefix_dtype="int8")
@@ -280,6 +320,9 @@ def test_a_captured_search():
         q.copy_(vectors(4, seed=2))
         graph.replay()
         expected = index.search(q, 5, **options)
+        assert torch.equal(out.ids, expected.ids) and torch.equal(out.scores, expected.scores)
+        index.add(vectors(100_000, seed=3))  # the arrays grow; the graph reads the old ones
+        graph.replay()
         assert torch.equal(out.ids, expected.ids) and torch.equal(out.scores, expected.scores)
 
 

@@ -17,9 +17,10 @@ from tests.helpers.search import brute_force
 RELEASED = Path(__file__).parents[1] / "data"
 ROWS = [row for row in range(75) if row not in (0, 63, 66)]
 IDS = [3 * row if row < 70 else 208 + row - 70 for row in ROWS]
-OPTIONS = {
-    "float32": ("cosine", "float32", "float32"),
-    "int8": ("l2", "float16", "int8"),  # and rotated
+OPTIONS = {  # metric, dtype, prefix_dtype, codes
+    "v1/float32": ("cosine", "float32", "float32", None),
+    "v1/int8": ("l2", "float16", "int8", None),  # and rotated
+    "v2/bits": ("cosine", "float32", "float32", "bits"),
 }
 
 
@@ -30,12 +31,12 @@ def vectors(begin: int, end: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("version", ["index_v1"])
-def test_a_released_folder_loads_for_ever(version, name, tmp_path):
-    shutil.copytree(RELEASED / version / name, tmp_path / "index")
+def test_a_released_folder_loads_for_ever(name, tmp_path):
+    shutil.copytree(RELEASED / f"index_{name}", tmp_path / "index")
     index = MatryoshkaIndex.load(tmp_path / "index", verify=True)
-    assert (index.metric, index.dtype, index.prefix_dtype) == OPTIONS[name]
-    assert index.dims == (2, 4, 8) and index.tuned == ([(2, 20), (8, 5)], 5, 72)
+    assert (index.metric, index.dtype, index.prefix_dtype, index.codes) == OPTIONS[name]
+    first = (2, 20) if index.codes is None else (2, 1, 20)
+    assert index.dims == (2, 4, 8) and index.tuned == ([first, (8, 5)], 5, 72)
     x = vectors(0, 75)[ROWS]
     assert index.ids.tolist() == IDS and index.removed == 3
     rounding = 0.0 if index.rotation is None else 1e-2  # float16, there and back

@@ -35,7 +35,7 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
       theta(queries.n),
       touched(queries.n) {
     if (!rows.levels.empty()) stops.assign(rows.levels.begin() + 1, rows.levels.end());
-    if (!laddered()) stops.push_back(dim);  // few rows are left by so close a bound
+    stops.push_back(dim);
     const float* centre = laddered() ? rows.ladder.centre : nullptr;
     const double centre_square = centre ? kernels.dot64(centre, centre, dim) : 0.0;
     centre_norm = std::sqrt(centre_square);
@@ -97,27 +97,51 @@ void Pass::factor(const Panel::Group& group, int64_t i) {
 }
 
 void Pass::prepare(Scan* scan) {
-    scan->row_scale = nullptr;
-    const bool coded = p_.coded(), laddered = p_.laddered(), tails = !p_.rows.levels.empty();
+    scan->row_scale = row_scale_;
+    scan->term_values = terms_[0];
+    if (p_.laddered()) return prepare_ladder(scan);
+    const bool coded = p_.coded(), tails = !p_.rows.levels.empty();
     const float *prefix = reader_.stat(PREFIX_NORM), *unit = reader_.stat(CODE_SCALE),
                 *error = reader_.stat(CODE_ERROR), *tail = reader_.stat(TAIL_NORM);
-    const int64_t dims = p_.rows.ladder.dims.size(), own = SIGN_FACTOR + 2 * dims - 1;
     for (int r = 0; r < scan->rows; ++r) {
         const float rest = tails ? tail[r] : 0.0f, square = prefix[r] * prefix[r] + rest * rest;
         float inverse = 1.0f;
         if (p_.terms.normalized) inverse = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f;
         row_scale_[r] = coded ? unit[r] * inverse : inverse;
         if (!ordinary(square) || (square == 0.0f && prefix[r] + rest > 0.0f)) row_scale_[r] = NAN;
-        const float of_codes = laddered ? reader_.stat(CODE_NORM)[r] : rest;
-        terms_[0][r] = (laddered ? prefix[r] + of_codes : prefix[r]) * inverse;
-        terms_[1][r] = of_codes * inverse;
+        terms_[0][r] = prefix[r] * inverse;
+        terms_[1][r] = rest * inverse;
         terms_[2][r] = coded ? error[r] * inverse : 0.0f;
-        terms_[3][r] = laddered ? reader_.stat(own)[r] : square;
-        if (p_.terms.squares > 0.0f) terms_[3][r] *= float(1.0 - SLACK);
-        terms_[4][r] = inverse;
+        terms_[3][r] = square * float(1.0 - SLACK);
     }
-    scan->row_scale = row_scale_;
-    scan->term_values = terms_[0];
+}
+
+// Loops without branches, which compilers make vectors of: rows are cheap to scan.
+void Pass::prepare_ladder(Scan* scan) {
+    const int64_t dims = p_.rows.ladder.dims.size(), last = SIGN_FACTOR + dims - 1;
+    const float *norm = reader_.stat(PREFIX_NORM), *unit = reader_.stat(CODE_SCALE),
+                *error = reader_.stat(CODE_ERROR), *code_norm = reader_.stat(CODE_NORM),
+                *low_error = reader_.stat(LOW_ERROR), *own = reader_.stat(last + dims),
+                *inverse = p_.terms.normalized ? reader_.stat(last + 2 * dims) : ones_;
+    const int n = scan->rows;
+    const float room = p_.terms.squares > 0.0f ? float(1.0 - SLACK) : 1.0f;
+    for (int r = 0; r < n; ++r) terms_[0][r] = (norm[r] + code_norm[r]) * inverse[r];
+    for (int r = 0; r < n; ++r) terms_[1][r] = code_norm[r] * inverse[r];
+    for (int r = 0; r < n; ++r) terms_[2][r] = error[r] * inverse[r];
+    for (int r = 0; r < n; ++r) terms_[3][r] = own[r] * room;
+    std::copy_n(inverse, n, terms_[4]);
+    for (int r = 0; r < n; ++r) row_scale_[r] = unit[r] * inverse[r];
+    for (int r = 0; r < n; ++r) low_scale_[r] = row_scale_[r] * 0.0625f;
+    for (int r = 0; r < n; ++r)
+        low_gain_[r] = terms_[2][r] - low_error[r] * inverse[r] * float(1.0 + SLACK);
+    constexpr float LEAST = 1e-15f, MOST = 1e15f;  // roots of SMALLEST and LARGEST
+    int odd = 0;
+    for (int r = 0; r < n; ++r)
+        odd += int(norm[r] != 0.0f) & int(!(norm[r] > LEAST && norm[r] < MOST));
+    for (int r = 0; odd && r < n; ++r)
+        if (norm[r] != 0.0f && !(norm[r] > LEAST && norm[r] < MOST)) row_scale_[r] = NAN;
+    scan->low_scale = low_scale_;
+    scan->low_gain = low_gain_;
 }
 
 bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
@@ -135,6 +159,7 @@ bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
             panel_.put(group, &scan);
             scan.query_scale = scales_.data() + group.first;
             scan.term_factors = factors_.data() + group.first * TERMS;
+            scan.low_factors = scan.term_factors + 2 * group.size;
             scan.topk = topks_.data() + group.first;
             scan.thresholds = thresholds_.data() + group.first;
             p_.kernels.scan[int(source_)][group.size - 1](scan);

@@ -114,6 +114,7 @@ class Pass {
             topks_.push_back({entries_.get() + i * (CHUNK_ROWS + 1), 0, CHUNK_ROWS + 1, 1});
         for (const Panel::Group& group : panel.groups())
             for (int64_t i = 0; i < group.size; ++i) factor(group, i);
+        std::fill(ones_, ones_ + TILE, 1.0f);
     }
 
     // A guess at each query's θ, and columns beyond which counting them may stop.
@@ -127,6 +128,7 @@ class Pass {
   private:
     void factor(const Panel::Group& group, int64_t i);
     void prepare(Scan* scan);
+    void prepare_ladder(Scan* scan);
     void finish(size_t i, bool counting);
     void keep(size_t i, const Final& final);
     bool possible(size_t i, const Span& span, int64_t local, double sum, size_t level) const;
@@ -140,7 +142,7 @@ class Pass {
     std::vector<float> thresholds_, scales_, factors_;  // factors: [groups, TERMS, size]
     std::unique_ptr<Entry[]> entries_;
     std::vector<TopK> topks_;
-    float row_scale_[TILE], terms_[TERMS][TILE];
+    float row_scale_[TILE], terms_[TERMS][TILE], low_scale_[TILE], low_gain_[TILE], ones_[TILE];
     std::vector<float> vector_, sums_;
     std::vector<int64_t> local_;
     std::vector<const Span*> spans_;

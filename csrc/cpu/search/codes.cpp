@@ -101,8 +101,8 @@ LadderCoder::LadderCoder(const Kernels& kernels, const Ladder& ladder)
     : kernels_(kernels), ladder_(ladder) {
     if (ladder.dims.empty()) return;
     const int64_t columns = code_steps(Source::NIBBLES, ladder.dims.back()) * 8;
-    codes_.assign(columns, 8);
-    for (std::vector<float>* each : {&beside_, &levels_, &signs_}) each->assign(columns, 0.0f);
+    codes_.assign(columns, 128);
+    for (std::vector<float>* each : {&beside_, &rest_, &signs_}) each->assign(columns, 0.0f);
     for (std::vector<float>* each : {&stats_.factors, &stats_.terms, &stats_.inverses})
         each->resize(ladder.dims.size());
 }
@@ -110,7 +110,7 @@ LadderCoder::LadderCoder(const Kernels& kernels, const Ladder& ladder)
 // Loops of one simple operation each: compilers make vectors of them.
 const LadderStats& LadderCoder::code(const float* x) {
     const int64_t width = ladder_.dims.back();
-    float *y = beside_.data(), *level = levels_.data(), *sign = signs_.data();
+    float *y = beside_.data(), *sign = signs_.data();
     centred(x, ladder_.centre, width, y);
     constexpr int LANES = 8;
     float most[LANES] = {};
@@ -121,22 +121,28 @@ const LadderStats& LadderCoder::code(const float* x) {
         }
     float largest = *std::max_element(most, most + LANES);
     if (largest < TINY) largest = 0.0f;  // the error says so
-    const float scale = largest / 8.0f, inverse = largest > 0.0f ? 8.0f / largest : 0.0f;
+    const float inverse = largest > 0.0f ? 128.0f / largest : 0.0f;
     for (int64_t c = 0; c < width; ++c) {
-        const float at = y[c] * inverse + 8.0f;
-        codes_[c] = uint8_t(int(at < 15.0f ? at : 15.0f));
+        const float at = y[c] * inverse + 128.0f;
+        codes_[c] = uint8_t(int(at < 255.0f ? at : 255.0f));
     }
-    for (int64_t c = 0; c < width; ++c) level[c] = float(codes_[c]) - 7.5f;
-    for (int64_t c = 0; c < width; ++c) sign[c] = level[c] > 0.0f ? 1.0f : -1.0f;
+    for (int64_t c = 0; c < width; ++c) sign[c] = codes_[c] >= 128 ? 1.0f : -1.0f;
     describe(x);
-    stats_.scale = scale;
-    stats_.code_norm = std::sqrt(kernels_.dot64(level, level, width)) * scale;
-    const double size = std::sqrt(kernels_.dot64(y, y, width));
-    for (int64_t c = 0; c < width; ++c) level[c] = y[c] - level[c] * scale;
-    // With room for the rounding of y, of what the codes stand for and of their difference.
-    stats_.error = std::sqrt(kernels_.dot64(level, level, width)) +
-                   std::ldexp(3.0, -24) * (size + stats_.code_norm);
+    stats_.scale = largest / 8.0f;
+    stats_.error = error_of(stats_.scale, 4, 7.5f);
+    stats_.low_error = error_of(stats_.scale / 16.0f, 0, 127.5f);
     return stats_;
+}
+
+// The error of codes without their last bits.
+double LadderCoder::error_of(float unit, int shift, float zero) {
+    const int64_t width = ladder_.dims.back();
+    const float* y = beside_.data();
+    float* rest = rest_.data();
+    for (int64_t c = 0; c < width; ++c) rest[c] = y[c] - (float(codes_[c] >> shift) - zero) * unit;
+    const double error = std::sqrt(kernels_.dot64(rest, rest, width));
+    // With room for the rounding of y, of what the codes stand for and of their difference.
+    return error + std::ldexp(4.0, -24) * (2.0 * stats_.size + error);
 }
 
 // The statistics of each prefix; y and its signs are known.
@@ -159,19 +165,26 @@ void LadderCoder::describe(const float* x) {
         stats_.inverses[i] = float(inverse);
     }
     stats_.norm = std::sqrt(square);
+    stats_.size = std::sqrt(beside);
 }
 
-void LadderCoder::put(int64_t row, uint8_t* signs, uint8_t* nibbles) const {
-    const int64_t steps = codes_.size() / 8, lane = row % TILE;
-    signs += row / TILE * steps * TILE + lane;
-    nibbles += (row / TILE * steps * TILE + lane) * 4;
-    for (int64_t i = 0; i < steps; ++i, signs += TILE, nibbles += TILE * 4) {
+void LadderCoder::put(int64_t row, const SpanArrays& to) const {
+    const int64_t steps = codes_.size() / 8, first = row / TILE * steps * TILE + row % TILE;
+    uint8_t *signs = to.signs + first, *nibbles = to.nibbles + 4 * first,
+            *lows = to.lows + 4 * first;
+    for (int64_t i = 0; i < steps; ++i, signs += TILE, nibbles += TILE * 4, lows += TILE * 4) {
         uint64_t codes = 0;  // the first in the lowest byte
         for (int j = 0; j < 8; ++j) codes |= uint64_t(codes_[8 * i + j]) << 8 * j;
-        const uint32_t bytes = uint32_t(codes) | uint32_t(codes >> 32) << 4;
-        for (int j = 0; j < 4; ++j) nibbles[j] = uint8_t(bytes >> 8 * j);
+        constexpr uint64_t HALF = 0x0f0f0f0f0f0f0f0fu;
+        const uint64_t high = codes >> 4 & HALF, low = codes & HALF;
+        const uint32_t highs = uint32_t(high) | uint32_t(high >> 32) << 4,
+                       others = uint32_t(low) | uint32_t(low >> 32) << 4;
+        for (int j = 0; j < 4; ++j) {
+            nibbles[j] = uint8_t(highs >> 8 * j);
+            lows[j] = uint8_t(others >> 8 * j);
+        }
         // The product gathers the bytes' bits in its last byte.
-        *signs = uint8_t((codes >> 3 & 0x0101010101010101u) * 0x0102040810204080u >> 56);
+        *signs = uint8_t((codes >> 7 & 0x0101010101010101u) * 0x0102040810204080u >> 56);
     }
 }
 

@@ -5,10 +5,11 @@
 // CODES: int8 codes of the first columns. A code times the vector's scale is a value to within half
 // a scale; a step is of four columns, each plus 128.
 //
-// The ladder: four bits of every column, of which the first is the sign. A code u of 0 to 15 stands
-// for (u − 7.5) · scale. NIBBLES has all four bits: byte j of a step has column j in its low half,
-// column j + 4 in its high one. SIGNS has the first bits: bit j of a step's byte is column j.
-// Vectors are coded less a centre, where one is given.
+// The ladder: eight bits of every column, of which the first is the sign. The first four, a number
+// u of 0 to 15, stand for (u − 7.5) · scale; the last four, l, for (l − 7.5) · scale / 16 more.
+// NIBBLES are the first four: byte j of a step has column j in its low half, column j + 4 in its
+// high one; lows are the last four likewise. SIGNS are the first: bit j of a step's byte is column
+// j. Vectors are coded less a centre, where one is given.
 #pragma once
 
 #include "cpu/search/search.h"
@@ -49,10 +50,11 @@ void centred(const float* x, const float* centre, int64_t dim, float* y);
 
 // What is known of a row beside its codes; norms are not rounded up.
 struct LadderStats {
-    double norm;                                  // of the row
-    double code_norm;                             // of what the codes stand for
-    double error;                                 // of the row less the centre and that, or more
-    float scale;                                  // what a code's unit stands for
+    double norm;       // of the row
+    double size;       // of the row less the centre
+    double error;      // of the row less the centre and what four bits stand for, or more
+    double low_error;  // the same of eight bits
+    float scale;       // of four bits' codes
     std::vector<float> factors, terms, inverses;  // [dims], see Ladder
 };
 
@@ -62,14 +64,15 @@ class LadderCoder {
     LadderCoder(const Kernels& kernels, const Ladder& ladder);
     const LadderStats& code(const float* x);
     // The codes of the last row to their tiles.
-    void put(int64_t row, uint8_t* signs, uint8_t* nibbles) const;
+    void put(int64_t row, const SpanArrays& to) const;
 
   private:
     void describe(const float* x);
+    double error_of(float unit, int shift, float zero);
     const Kernels& kernels_;
     const Ladder& ladder_;
-    std::vector<uint8_t> codes_;                  // [steps, 8]
-    std::vector<float> beside_, levels_, signs_;  // [steps, 8]: y, codes − 7.5, ±1
+    std::vector<uint8_t> codes_;                // [steps, 8], eight bits
+    std::vector<float> beside_, rest_, signs_;  // [steps, 8]: y, y less what codes stand for, ±1
     LadderStats stats_;
 };
 

@@ -41,7 +41,9 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
     if (n == 0) return Status::OK;
     const Gathered gathered(p, which);
     const Source source = p.laddered() ? Source::SIGNS : p.coded() ? Source::CODES : p.terms.source;
-    const int64_t dim = p.prefix(), keep = std::min(2 * p.k + 32, p.rows.eligible());
+    // One bit of a column tells less than the columns of a prefix do.
+    const int64_t wanted = p.laddered() ? 8 * p.k + 64 : 2 * p.k + 32;
+    const int64_t dim = p.prefix(), keep = std::min(wanted, p.rows.eligible());
     std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
     std::vector<int64_t> counts(n);
     Status status = scan_all({p.kernels, threads}, p.rows, gathered.queries,

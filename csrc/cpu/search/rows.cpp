@@ -34,7 +34,7 @@ void pack_flags(const uint8_t* flags, int64_t count, uint64_t* words) {
 }
 
 Rows Rows::restricted(const uint64_t* to) const {
-    Rows result = {spans, packed_dim, code_dim, dtype, levels};
+    Rows result = {spans, packed_dim, code_dim, dtype, levels, ladder};
     const int64_t all = tiles_of(*this);
     result.mask = to;
     result.tiles.reserve(all);
@@ -129,6 +129,7 @@ bool TileReader::read(int64_t tile, Scan* scan) {
     if (of_codes(source_)) {
         scan->steps = steps;
         scan->codes = codes(here);
+        scan->lows = span_->lows ? span_->lows + here.tile * code_bytes_ : nullptr;
         // A step of signs, a line, is read together with the next.
         ahead(scan, codes(later), source_ == Source::SIGNS ? steps / 2 : steps,
               TILE * std::max<int64_t>(step_bytes, 2));

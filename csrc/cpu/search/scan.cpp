@@ -49,6 +49,7 @@ class Scaling {
     // For the tile that was read last.
     void prepare(const TileReader& tiles, Scan* scan) {
         if (source_ == Source::SIGNS || source_ == Source::NIBBLES) {
+            scan->lows = nullptr;
             const int64_t dims = ladder_.dims.size(), first = SIGN_FACTOR + place_;
             if (source_ == Source::SIGNS) {
                 scan->row_scale = whole(tiles.stat(first), scan->rows, row_scale_);

@@ -16,7 +16,8 @@ enum Stat : int {
     CODE_ERROR,   // norm of the prefix less what its codes stand for
     TAIL_NORM,    // [levels]: norm of the suffix from a level on
     // Of a ladder, which has no levels, and whose PREFIX_NORM is the whole row's:
-    CODE_NORM = TAIL_NORM,  // norm of what the codes stand for
+    CODE_NORM = TAIL_NORM,  // norm of what the codes stand for, of four bits or of eight
+    LOW_ERROR,              // as CODE_ERROR, of eight bits
     SIGN_FACTOR,  // [dims], then terms [dims] and, where norms divide, inverses [dims]; see Ladder
 };
 
@@ -46,9 +47,8 @@ struct Span {
     int64_t stride;        // of the suffix, in elements
     const float* stats;    // [Stat, stats_stride]
     int64_t stats_stride;
-    const int64_t* ids;      // [rows], named in results; null: the row's number
-    const uint8_t* signs;    // of a ladder
-    const uint8_t* nibbles;  // likewise
+    const int64_t* ids;  // [rows], named in results; null: the row's number
+    const uint8_t *signs = nullptr, *nibbles = nullptr, *lows = nullptr;  // of a ladder
     int64_t tiles() const { return (rows + TILE - 1) / TILE; }
 };
 
@@ -143,8 +143,7 @@ struct SpanArrays {
     int64_t stats_stride;
     void* suffix;  // of the vectors' dtype
     int64_t suffix_stride;
-    uint8_t* signs;
-    uint8_t* nibbles;
+    uint8_t *signs = nullptr, *nibbles = nullptr, *lows = nullptr;  // of a ladder
 };
 
 // Writes rows [begin, begin + n) of a span: columns [0, packed_dim) to tiles, the others to the

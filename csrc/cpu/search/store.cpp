@@ -80,6 +80,7 @@ class Writer {
         const auto stat = [&](int64_t which) -> float& {
             return to_.stats[which * to_.stats_stride + row];
         };
+        if (to_.signs) return describe_ladder(row, x);
         const int64_t prefix = std::max(layout_.packed_dim, layout_.code_dim);
         stat(PREFIX_NORM) = above(std::sqrt(kernels_.dot64(x, x, prefix)), prefix);
         const std::vector<int64_t>& levels = layout_.levels;
@@ -88,7 +89,6 @@ class Writer {
             square += kernels_.dot64(x + levels[l], x + levels[l], end - levels[l]);
             stat(TAIL_NORM + l) = above(std::sqrt(square), vectors_.dim);
         }
-        if (to_.signs) return describe_ladder(row, x);
         if (!to_.codes) return true;
         const Codes codes = encode(x, layout_.code_dim);
         stat(CODE_SCALE) = codes.scale;
@@ -106,14 +106,15 @@ class Writer {
         stat(PREFIX_NORM) = above(stats.norm, width);
         stat(CODE_SCALE) = stats.scale;
         stat(CODE_ERROR) = above(stats.error, width);
-        stat(CODE_NORM) = above(stats.code_norm, width);
+        stat(LOW_ERROR) = above(stats.low_error, width);
+        stat(CODE_NORM) = above(stats.size + stats.error, width);  // no less than of either's codes
         for (int64_t i = 0; i < dims; ++i) {
             stat(SIGN_FACTOR + i) = stats.factors[i];
             stat(SIGN_FACTOR + dims + i) = stats.terms[i];
             if (terms_of(layout_.ladder.metric).normalized)
                 stat(SIGN_FACTOR + 2 * dims + i) = stats.inverses[i];
         }
-        coder_.put(row, to_.signs, to_.nibbles);
+        coder_.put(row, to_);
         return std::isfinite(stats.norm);
     }
 

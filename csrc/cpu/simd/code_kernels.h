@@ -44,6 +44,23 @@ void sum_signs(Scan& s, float* sums) {
     }
 }
 
+// Makes the scores of W rows from r on closer, of one of Q queries.
+template <int Q>
+inline void refine(const Scan& s, int q, int r, float* scores) {
+    Simd::Int dot[2] = {Simd::broadcast_int(0), Simd::broadcast_int(0)};
+    const char* query = static_cast<const char*>(s.panel) + q * NIBBLE_BYTES;
+    const uint8_t* x = s.lows + r * 4;
+    for (int64_t i = 0; i < s.steps; ++i, x += TILE * 4, query += Q * NIBBLE_BYTES) {
+        const Simd::U8 both = Simd::load_u8(x);
+        dot[0] = Simd::dot4_nibbles(Simd::low(both), query, dot[0]);
+        dot[1] = Simd::dot4_nibbles(Simd::high(both), query + 4, dot[1]);
+    }
+    const Vec sum = Simd::to_float(dot[0] + dot[1]) + Simd::broadcast(s.shifts[q]);
+    const Vec gain = Simd::load(s.low_gain + r) * Simd::broadcast(s.low_factors[q]);
+    const Vec more = sum * (Simd::load(s.low_scale + r) * Simd::broadcast(s.query_scale[q])) - gain;
+    Simd::store(scores, Simd::load(scores) + more);
+}
+
 template <int Q, int V>
 inline void sum_nibbles(Scan& s, int r, Vec (&sum)[Q][V]) {
     Simd::Int dot[Q][V];

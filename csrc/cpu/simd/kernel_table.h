@@ -6,15 +6,21 @@
 #include "cpu/simd/nested_kernels.h"
 #include "cpu/simd/wide_kernels.h"
 
+// Vectors of rows a group; both halves of what has four bits take registers too.
+template <Source S>
+constexpr int rows_of(int group) {
+    return S == Source::NIBBLES && group > 3 ? 2 : Simd::rows_of(group);
+}
+
 template <Source S>
 void fill_scans(Kernels& kernels) {
     void (**scan)(Scan&) = kernels.scan[int(S)];
-    scan[0] = scan_as<S, 1, Simd::rows_of(1)>;
-    scan[1] = scan_as<S, 2, Simd::rows_of(2)>;
-    scan[2] = scan_as<S, 3, Simd::rows_of(3)>;
-    scan[3] = scan_as<S, 4, Simd::rows_of(4)>;
-    scan[4] = scan_as<S, 5, Simd::rows_of(5)>;
-    scan[5] = scan_as<S, 6, Simd::rows_of(6)>;
+    scan[0] = scan_as<S, 1, rows_of<S>(1)>;
+    scan[1] = scan_as<S, 2, rows_of<S>(2)>;
+    scan[2] = scan_as<S, 3, rows_of<S>(3)>;
+    scan[3] = scan_as<S, 4, rows_of<S>(4)>;
+    scan[4] = scan_as<S, 5, rows_of<S>(5)>;
+    scan[5] = scan_as<S, 6, rows_of<S>(6)>;
 }
 
 template <Source S>

@@ -131,17 +131,22 @@ struct Segment {
 // One tile against one group of queries. A score is
 // sum · row_scale · query_scale + Σ_j term_factors[j] · term_values[j].
 struct Scan {
-    Segment segments[2];        // fp32 columns
-    const uint8_t* codes;       // [steps, TILE, bytes of a step]
-    int64_t steps;              // groups of four columns, of eight where codes have fewer bits
-    const void* panel;          // [cols, group] fp32; of codes [steps, group, bytes of a step]
-    const int32_t* offsets;     // [group], −128 · Σ of a query's codes of 8 bits
-    const float* shifts;        // [group], added to sums of fewer bits
-    const float* row_scale;     // [TILE]; null: scores are the bare sums and have no terms
-    const float* query_scale;   // [group]
-    const float* row_sqnorm;    // [TILE], kept in the entries
-    const float* term_values;   // [TERMS, TILE]; null: no terms
-    const float* term_factors;  // [TERMS, group]
+    Segment segments[2];     // fp32 columns
+    const uint8_t* codes;    // [steps, TILE, bytes of a step]
+    int64_t steps;           // groups of four columns, of eight where codes have fewer bits
+    const void* panel;       // [cols, group] fp32; of codes [steps, group, bytes of a step]
+    const int32_t* offsets;  // [group], −128 · Σ of a query's codes of 8 bits
+    const float* shifts;     // [group], added to sums of fewer bits
+    // Of NIBBLES, null or as codes: four bits more, which make a score closer where the gate lets a
+    // row pass: it grows by sum · low_scale · query_scale − low_gain · low_factors.
+    const uint8_t* lows;
+    const float *low_scale, *low_gain;  // [TILE]
+    const float* low_factors;           // [group]
+    const float* row_scale;             // [TILE]; null: scores are the bare sums and have no terms
+    const float* query_scale;           // [group]
+    const float* row_sqnorm;            // [TILE], kept in the entries
+    const float* term_values;           // [TERMS, TILE]; null: no terms
+    const float* term_factors;          // [TERMS, group]
     Ahead ahead;
     int64_t first_row;
     int rows;           // of the tile, <= TILE

@@ -255,10 +255,14 @@ void scan_as(Scan& s) {
                 Simd::store(scores + v * W, score(q, v));
                 Simd::store(partials + v * W, sum[q][v]);
             }
+            if constexpr (S == Source::NIBBLES)
+                for (int v = 0; s.lows && v < V; ++v)
+                    if (lanes >> (v * W) & (~uint64_t(0) >> (64 - W)))
+                        refine<Q>(s, q, r + v * W, scores + v * W);
             TopK& topk = s.topk[q];
             for (; lanes; lanes &= lanes - 1) {
                 const int lane = __builtin_ctzll(lanes), row = r + lane;
-                if (scores[lane] <= s.thresholds[q]) continue;  // the threshold rose
+                if (scores[lane] <= s.thresholds[q]) continue;  // that rose, or this fell
                 topk.entries[topk.count++] = {make_key(scores[lane], s.first_row + row),
                                               partials[lane],
                                               s.row_sqnorm ? s.row_sqnorm[row] : 0.0f};

@@ -29,6 +29,7 @@ def info(index: Folder, json: Json = False) -> None:
             "metric": loaded.metric,
             "dtype": loaded.dtype,
             "prefix_dtype": loaded.prefix_dtype,
+            "codes": loaded.codes,
             "rotation": manifest["rotation"],
             "files": files,
             "bytes": sum(files.values()),
@@ -50,6 +51,7 @@ def _in_words(fields: dict[str, Any]) -> dict[str, Any]:
     if source:
         words["rows"] += f" of {source['rows']:,} of {source['source']}: unfinished"
     words["rotation"] = fields["rotation"] or "none"
+    words["codes"] = fields["codes"] or "none"
     words["removed"] = f"{fields['removed']:,}"
     words["dims"] = ", ".join(map(str, fields["dims"]))
     words["files"] = f"{len(files)}, {size / 2**20:,.1f} MiB"

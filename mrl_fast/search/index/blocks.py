@@ -96,7 +96,7 @@ class Block:
             (
                 *self._addresses(self.tiles, "packed", "codes"), address(self.stats, F32),
                 self.capacity, address(self.suffix, dtype), self.suffix.stride(0),
-                *self._addresses(self.tiles, "signs", "nibbles"),
+                *self._addresses(self.tiles, "signs", "nibbles", "lows"),
             ),
         )  # fmt: skip
         if problem:
@@ -128,7 +128,8 @@ class Block:
                 first + begin, end - begin, *self._addresses(arrays, "packed", "codes"),
                 address(self.suffix[begin:], self.layout.dtype), self.suffix.stride(0),
                 address(self.stats[:, begin:], F32), self.stats.stride(0),
-                address(self.ids[begin:], I64), *self._addresses(arrays, "signs", "nibbles"),
+                address(self.ids[begin:], I64),
+                *self._addresses(arrays, "signs", "nibbles", "lows"),
             ))  # fmt: skip
         return spans, copies
 

@@ -49,12 +49,13 @@ CODES = {
         exact=False, widest=1 << 15,
         signed=lambda codes: (codes.to(torch.int16) - 128).to(torch.int8),
     ),
-    # Four bits of every column, of which the first, the sign, lies apart too; sums of products are
-    # exact in fp32.
+    # Eight bits of every column, the first four and the last; the first, the sign, lies apart too.
+    # Sums of products are exact in fp32.
     "bits": Code(
         {
             "signs": (torch.uint8, lambda width: (_eights(width), TILE)),
             "nibbles": (torch.uint8, lambda width: (_eights(width), TILE, 4)),
+            "lows": (torch.uint8, lambda width: (_eights(width), TILE, 4)),
         },
         (1, 4), whole=True, exact=False, widest=1 << 13,
     ),

@@ -33,6 +33,8 @@ class DeviceRows(NamedTuple):
         ids: ``[N]`` int64.
         allowed: ``[N]`` uint8, 0 where a row was removed or is filtered out; None: all are.
         out: ``[N]`` fp32, −inf there, else 0.
+        captured: What the index keeps for CUDA graphs, by address: a replay reads the arrays that
+            were there when it was captured.
     """
 
     dims: tuple[int, ...]
@@ -44,6 +46,7 @@ class DeviceRows(NamedTuple):
     codes: Tensor | None
     scales: Tensor | None
     ids: Tensor
+    captured: dict[int, Tensor]
     allowed: Tensor | None = None
     out: Tensor | None = None
 
@@ -61,6 +64,7 @@ class DeviceCopy:
 
     Attributes:
         arrays: Room for rows, doubled when it is full.
+        captured: Arrays that CUDA graphs read, these or earlier ones.
     """
 
     def __init__(self, dims: Sequence[int], metric: str, layout: Layout, device: torch.device):
@@ -74,6 +78,7 @@ class DeviceCopy:
         }
         if self.code.signed is not None:
             self.columns |= {"codes": (torch.int8, (dims[0],)), "scales": (torch.float32, ())}
+        self.captured: dict[int, Tensor] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -155,7 +160,8 @@ class DeviceCopy:
     def rows(self, count: int, live: Tensor | None) -> DeviceRows:
         arrays: dict[str, Any] = {"codes": None, "scales": None, **_cut(self.arrays, count)}
         rows = DeviceRows(
-            dims=self.dims, largest=self.largest.clone(), smallest=self.smallest.clone(), **arrays
+            dims=self.dims, largest=self.largest.clone(), smallest=self.smallest.clone(),
+            captured=self.captured, **arrays,
         )  # fmt: skip
         return rows.only(None if live is None else flags_of(live, count))
 

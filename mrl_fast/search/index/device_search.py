@@ -14,7 +14,7 @@ from mrl_fast.kernels.search.keys import empty, scores_of
 from mrl_fast.kernels.search.pair_scores import Pairs
 from mrl_fast.kernels.search.plan import KnownRows, fitting
 from mrl_fast.kernels.search.topk import topk
-from mrl_fast.kernels.shared.device import on_its_device
+from mrl_fast.kernels.shared.device import captures, on_its_device
 from mrl_fast.kernels.shared.tiling import operand
 from mrl_fast.search.index.blocks import Layout
 from mrl_fast.search.index.config import IndexConfig
@@ -144,9 +144,12 @@ def _by_codes(q: Tensor, rows: DeviceRows, metric: str) -> tuple[Tensor, KnownRo
 
 
 def _in_use(rows: DeviceRows) -> None:
-    """Keeps memory that a later state frees from being given away before this stream is done."""
-    if rows.vectors.is_cuda and not torch.cuda.is_current_stream_capturing():
+    """Keeps memory that a later state frees from being given away before this stream is done; or,
+    where a CUDA graph is captured, as long as the index is there."""
+    arrays: list[Any] = [x for x in rows if isinstance(x, Tensor)]
+    if captures(rows.vectors):
+        rows.captured.update((x.untyped_storage().data_ptr(), x) for x in arrays)
+    elif rows.vectors.is_cuda:
         stream = torch.cuda.current_stream(rows.vectors.device)
-        arrays: list[Any] = [x for x in rows if isinstance(x, Tensor)]
         for x in arrays:
             x.record_stream(stream)

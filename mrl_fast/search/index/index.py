@@ -39,7 +39,7 @@ def of_rows(
     return answered
 
 
-class MatryoshkaIndex:
+class MatryoshkaIndex(pickled.Copies):
     """Exact and adaptive search over vectors whose prefixes are embeddings.
 
     Any number of threads may search while others add, remove, update or save, which take turns: a
@@ -55,17 +55,18 @@ class MatryoshkaIndex:
         prefix_dtype: What the first prefix is scanned as: ``"float32"``, or ``"int8"``, a quarter
             of the bytes: a code with one scale a row, for shortlists and bounds only. Scores are
             those of the vectors as stored.
-        codes: ``"bits"`` codes every column in four bits, of which the first, the sign, lies apart
-            too; both are less the mean of the first vectors, where it is a large part of them. A
-            stage may then rank by one or four bits, and exact search reads four bits of all rows
-            and the vectors of a few. It takes 5 bits a column more, and 4 or 8 bytes a dim.
+        codes: ``"bits"`` codes every column in eight bits, of which the first four and the first,
+            the sign, are read by themselves; less the mean of the first vectors, where that is a
+            large part of them. A stage may then rank by one or four bits, and exact search reads
+            four bits of all rows, eight of some, and the vectors of a few. It takes 9 bits a column
+            and 8 or 12 bytes a dim more. A device ignores them.
         rotation: ``"pca"`` for vectors that were not trained to be cut: an orthogonal rotation that
             puts their energy first, fitted by ``fit`` or else on the first vectors that are added.
             Inner products, distances and full-width cosines keep their values up to rounding.
         device: ``"cpu"``, or ``"cuda"`` or ``"cuda:<number>"``: vectors are changed, saved and
             loaded on the host, and a row-major copy on the device is searched. A search with
             queries there waits for nothing, runs on the current stream and can be captured in a
-            CUDA graph, which holds until the index is changed.
+            CUDA graph, whose replays search the rows of its time as long as the index lives.
 
     Raises:
         ValueError, TypeError: Dims that do not ascend, an unknown metric, dtype or rotation.
@@ -82,8 +83,9 @@ class MatryoshkaIndex:
         rotation: str | None = None,
         device: str = "cpu",
     ):
-        options = metric, dtype, prefix_dtype, codes, rotation, device
-        self._make(IndexConfig(check_dims(dims), *options))
+        self._make(
+            IndexConfig(check_dims(dims), metric, dtype, prefix_dtype, codes, rotation, device)
+        )
 
     def _make(self, config: IndexConfig) -> None:
         self.config, self._rows = config, IndexRows(config)
@@ -100,6 +102,10 @@ class MatryoshkaIndex:
     tuned = property(lambda self: self._tuned, doc="What ``tune`` chose, a Tuned; None before.")
     place = property(lambda self: self.config.place, doc="Where kernels run.")
     width = property(lambda self: self.config.width, doc="D, the width of the vectors.")
+    nbytes = property(
+        lambda self: self._rows.snapshot.nbytes,
+        doc="Bytes of vectors, codes, norms and ids, in memory or mapped from files.",
+    )
 
     @property
     def ids(self) -> Tensor:
@@ -116,11 +122,6 @@ class MatryoshkaIndex:
         """Vectors that were removed or replaced and take room until ``compact``."""
         now = self._rows.snapshot
         return now.count - now.size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of vectors, codes, norms and ids, in memory or mapped from files."""
-        return self._rows.snapshot.nbytes
 
     def __len__(self) -> int:
         return self._rows.snapshot.size
@@ -319,18 +320,6 @@ class MatryoshkaIndex:
         index._rows.store.saved_prefix_rows = sum(contents.counts)
         index._loaded_marks = index._marks()
         return index
-
-    def __getstate__(self) -> dict[str, Any]:
-        return pickled.state_of(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        pickled.restore(self, state)
-
-    def __copy__(self) -> MatryoshkaIndex:
-        return pickled.copied(self)
-
-    def __deepcopy__(self, memo: Any) -> MatryoshkaIndex:
-        return pickled.copied(self)
 
     @classmethod
     def from_faiss(

@@ -13,6 +13,22 @@ from mrl_fast.shared import memory
 from mrl_fast.shared.arrays import as_tensor
 
 
+class Copies:
+    """An index's part in pickle and copy."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        restore(self, state)
+
+    def __copy__(self) -> Any:
+        return copied(self)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copied(self)
+
+
 def state_of(index: Any) -> dict[str, Any]:
     """What pickle keeps of a MatryoshkaIndex: the path and the checksum of the folder that it was
     loaded from, if it is still as that has it; else its arrays."""

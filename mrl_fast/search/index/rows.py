@@ -26,7 +26,7 @@ from mrl_fast.shared.checks import check_finite
 from mrl_fast.shared.locks import Lock
 
 LARGEST_ID = (1 << 63) - 2  # one more is an int64 too
-MEAN_ROWS, LEAST_MEAN = 1 << 14, 0.05  # of a centre: vectors read, share of their squares
+MEAN_ROWS, LEAST_MEAN = 1 << 12, 0.05  # of a centre: vectors read, share of their squares
 
 
 class Frozen(NamedTuple):
@@ -244,9 +244,9 @@ class IndexRows:
             samples = x[:: -(-len(x) // MEAN_ROWS)].float()
             if self.rotation is not None:
                 samples = self.rotation.apply(samples)
-            mean = samples.double().mean(dim=0)
-            least = LEAST_MEAN * samples.double().square().sum(dim=1).mean()
-            centre = (mean * (mean.square().sum() > least)).float()
+            mean = samples.mean(dim=0)
+            least = LEAST_MEAN * samples.square().sum() / len(samples)
+            centre = mean * (mean.square().sum() > least)
             self.layout.centre = centre if bool(centre.any()) else None
             frame.append(centre[None])
         self.frame = torch.cat(frame) if frame else None

@@ -1,0 +1,203 @@
+// Codes of one, four and eight bits: what they stand for, how kernels sum them, and certified exact
+// search by them.
+#include "cpu/search/codes.h"
+#include "cpu/search/scan.h"
+#include "search/exact.h"
+
+namespace {
+
+constexpr int64_t WIDTH = 83;  // no multiple of a step
+const std::vector<int64_t> DIMS = {9, 32, WIDTH};
+
+// A ladder of a metric, whose centre is a vector's length away or null.
+struct Setup {
+    Setup(Metric metric, bool centred, std::mt19937& random) {
+        for (int64_t c = 0; c < WIDTH; ++c) centre.push_back(3.0f + uniform(random));
+        ladder = {DIMS, centred ? centre.data() : nullptr, metric};
+    }
+    std::vector<float> centre;
+    Ladder ladder;
+    double of(int64_t c) const { return ladder.centre ? double(centre[c]) : 0.0; }
+};
+
+Table rows_beside(const Setup& setup, int64_t n, std::mt19937& random) {
+    Table table = make_table(n, WIDTH, DType::F32, random);
+    for (int64_t row = 0; row < n; ++row)
+        for (int64_t c = 0; c < WIDTH; ++c)
+            table.set(row, c, table.row(row)[c] + float(setup.of(c)));
+    return table;
+}
+
+struct Code {
+    bool sign;
+    int nibble, low;
+};
+Code code_of(const Database::Block& block, int64_t row, int64_t c) {
+    const int64_t steps = code_steps(Source::NIBBLES, WIDTH),
+                  at = (row / TILE * steps + c / 8) * TILE + row % TILE, byte = 4 * at + c % 4;
+    const int half = c % 8 < 4 ? 0 : 4;
+    return {bool(block.signs[at] >> c % 8 & 1), block.nibbles[byte] >> half & 15,
+            block.lows[byte] >> half & 15};
+}
+
+// The statistics of a row against their definitions; norms from above, but hardly more.
+void check_row(const Setup& setup, const Table& table, const Database::Block& block, int64_t row) {
+    const float *stats = block.stats.data() + row, *x = table.row(row);
+    const auto stat = [&](int64_t which) { return double(stats[which * table.n]); };
+    const double unit = stat(CODE_SCALE);
+    double error = 0.0, low_error = 0.0, coded = 0.0, square = 0.0, beside = 0.0, along = 0.0,
+           of_centre = 0.0;
+    int64_t place = 0;
+    for (int64_t c = 0; c < WIDTH; ++c) {
+        const Code code = code_of(block, row, c);
+        const double y = x[c] - setup.of(c), four = (code.nibble - 7.5) * unit,
+                     eight = four + (code.low - 7.5) * unit / 16;
+        CHECK_EQUAL(code.sign, code.nibble >= 8);
+        CHECK(std::abs(y - four) <= 0.50001 * unit + 1e-6);
+        CHECK(std::abs(y - eight) <= 0.50001 * unit / 16 + 1e-6);
+        error += (y - four) * (y - four);
+        low_error += (y - eight) * (y - eight);
+        coded += std::max(four * four, eight * eight);
+        square += double(x[c]) * x[c];
+        beside += y * y;
+        along += code.sign ? y : -y;
+        of_centre += setup.of(c) * x[c];
+        if (c + 1 != DIMS[place]) continue;
+        const MetricTerms& terms = terms_of(setup.ladder.metric);
+        if (beside == 0.0) {
+            CHECK_EQUAL(stat(SIGN_FACTOR + place++), 0.0);
+            continue;
+        }
+        const double over = terms.normalized ? std::sqrt(square) : 1.0,
+                     own = terms.squares > 0.0f ? beside : of_centre;
+        CHECK_NEAR(stat(SIGN_FACTOR + place), beside / along / over, 1e-5 * beside / along);
+        CHECK_NEAR(stat(SIGN_FACTOR + 3 + place), own / over, 1e-5 * std::abs(own / over) + 1e-12);
+        if (terms.normalized) CHECK_NEAR(stat(SIGN_FACTOR + 6 + place), 1 / over, 1e-6 / over);
+        ++place;
+    }
+    const auto above = [&](int which, double value, double slack) {
+        CHECK(stat(which) >= value);
+        CHECK_NEAR(stat(which), value, value * slack + 1e-5 * std::sqrt(square));
+    };
+    above(PREFIX_NORM, std::sqrt(square), 1e-6);
+    above(CODE_ERROR, std::sqrt(error), 1e-4);
+    above(LOW_ERROR, std::sqrt(low_error), 1e-3);
+    CHECK(stat(CODE_NORM) >= std::sqrt(coded) * 0.99 && stat(CODE_NORM) <= 2 * std::sqrt(beside));
+}
+
+// A scan's sums of every row, of a prefix, against the codes.
+void check_sums(const Setup& setup, const Table& table, const Database& database,
+                const Kernels& kernels, Source source, int64_t dim, std::mt19937& random) {
+    for (int64_t count : {1, 2, 5, 6, 13}) {
+        const QueryRows queries(table, count, random);
+        std::vector<Entry> entries(count * table.n);
+        std::vector<int64_t> counts(count);
+        CHECK(scan_all({kernels, 1}, database.rows, queries.queries,
+                       {setup.ladder.metric, source, dim, table.n, 1}, entries.data(),
+                       counts.data()) == Status::OK);
+        for (int64_t q = 0; q < count; ++q) {
+            std::vector<float> less(dim);
+            centred(queries.row(q), setup.ladder.centre, dim, less.data());
+            const CodedQuery coded = code_query(kernels, source, less.data(), dim);
+            const Codes eights = encode(less.data(), dim);
+            CHECK_EQUAL(counts[q], table.n);
+            for (int64_t i = 0; i < table.n; ++i) {
+                const Entry& entry = entries[q * table.n + i];
+                const int64_t row = row_of(entry.key);
+                const Database::Block& block = database.blocks[0];
+                double sum = 0.0;
+                for (int64_t c = 0; c < dim; ++c) {
+                    const Code code = code_of(block, row, c);
+                    sum += source == Source::SIGNS ? (code.sign ? less[c] : -less[c])
+                                                   : (code.nibble - 7.5) * eights.codes[c];
+                }
+                if (source == Source::SIGNS)  // a table's entry is to within half a unit
+                    CHECK_NEAR(entry.partial * coded.scale, sum, coded.scale * (dim + 8) / 8);
+                else
+                    CHECK_EQUAL(double(entry.partial), sum);
+            }
+        }
+    }
+}
+
+void check_codes(std::mt19937& random) {
+    for (Metric metric : METRICS)
+        for (bool centred : {false, true}) {
+            const Setup setup(metric, centred, random);
+            const Table table = rows_beside(setup, 150, random);
+            for (const Kernels* kernels : tested_kernels()) {
+                scenario = std::string("codes, ") + kernels->name;
+                const Database database(table, {0, false}, {table.n}, 37, *kernels, 1,
+                                        setup.ladder);
+                for (int64_t row = 0; row < table.n; ++row)
+                    check_row(setup, table, database.blocks[0], row);
+                for (int64_t dim : DIMS)
+                    check_sums(setup, table, database, *kernels, Source::SIGNS, dim, random);
+                check_sums(setup, table, database, *kernels, Source::NIBBLES, WIDTH, random);
+            }
+        }
+}
+
+// Rows of which some are rounded off in the query's direction as far as codes of so many bits can
+// be wrong: only a bound with the whole error keeps them.
+Table along_the_error(const Setup& setup, const float* query, int bits, int64_t n,
+                      std::mt19937& random) {
+    Table table = rows_beside(setup, n, random);
+    for (int64_t row = 0; row < n; row += 3) {
+        float largest = 0.0f;
+        for (int64_t c = 0; c < WIDTH; ++c)
+            largest = std::max(largest, std::abs(float(table.row(row)[c] - setup.of(c))));
+        const float unit = largest / float(1 << (bits - 1));
+        for (int64_t c = 0; c < WIDTH; ++c) {
+            const float y = float(table.row(row)[c] - setup.of(c));
+            if (std::abs(y) == largest) continue;
+            const float level = std::floor(y / unit), side = query[c] > setup.of(c) ? 0.98f : 0.02f;
+            table.set(row, c, (level + side) * unit + float(setup.of(c)));
+        }
+    }
+    return table;
+}
+
+// Queries that their own codes stand for, so that only rows' codes are wrong.
+Table queries_of_codes(const Setup& setup, int64_t n, std::mt19937& random) {
+    Table table = make_table(n, WIDTH, DType::F32, random);
+    for (int64_t row = 0; row < n; ++row)
+        for (int64_t c = 0; c < WIDTH; ++c) {
+            const float code = c == row ? 127.0f : std::round(100.0f * uniform(random));
+            table.set(row, c, code / 128.0f + float(setup.of(c)));
+        }
+    return table;
+}
+
+void check_exact(int bits, std::mt19937& random) {
+    Visits visits = {};
+    for (Metric metric : EVERY_METRIC)
+        for (bool centred : {false, true}) {
+            Setup setup(metric, centred, random);
+            for (float& x : setup.centre) x = std::round(16.0f * x) / 16.0f;  // sums are exact
+            const QueryRows queries(WIDTH, queries_of_codes(setup, 9, random).values);
+            const Table table = along_the_error(setup, queries.row(0), bits, 700, random);
+            const std::vector<double> scores = scores64(table, queries, metric);
+            for (const Kernels* kernels : tested_kernels())
+                for (int threads : THREADS) {
+                    scenario = std::string("exact by codes, ") + kernels->name + ", metric " +
+                               std::to_string(int(metric)) + ", bits " + std::to_string(bits);
+                    const Database database(table, {0, false}, split(table.n), 77, *kernels, 1,
+                                            setup.ladder);
+                    for (int64_t k : {1, 3, 5})
+                        check_found(find_exact(*kernels, database.rows, queries, metric, k, threads,
+                                               &visits),
+                                    brute_force(scores, 9, table.n, all_rows(table.n), k));
+                }
+        }
+    scenario = "exact by codes";
+    CHECK(visits.pruned > visits.full);
+}
+
+}  // namespace
+
+void test_ladder() {
+    std::mt19937 random(11);
+    if (!RACES_ONLY) check_codes(random);
+    for (int bits : {4, 8}) check_exact(bits, random);
+}
