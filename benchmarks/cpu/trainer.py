@@ -196,6 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     pairs, width, rows = split(corpus().names), options.width, options.rows
     if options.peak:
+        step_of(options.peak, pairs, width, 64)()  # libraries
         print(peak_mib(step_of(options.peak, pairs, width, rows)))  # pyright: ignore
         return
     lines = [
