@@ -132,7 +132,7 @@ def compiled(one: Case, capability: int) -> Any:
 def kind_of(kernel: Any, arguments: dict[str, Any]) -> str:
     name, x = kernel.__name__, arguments.get("x_ptr", arguments.get("high_ptr"))
     if name == "_buckets_kernel":
-        name = "_rescan_kernel" if arguments["KEPT"] else "_keys_kernel"
+        name = "_rescan_kernel" if arguments["KEPT"] else "_pairs_buckets_kernel"
     words = [str(FAMILIES.get(name) or name[1:].removesuffix("_kernel").replace("_", " "))]
     if x is not None:
         words.append(str(DTYPES[x.dtype]))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mrl_fast.search.index import validate as inputs
+from mrl_fast.search.index.stages import checked_stages
 from mrl_fast.shared.checks import check_int
 from mrl_fast.shared.types import Stage
 
@@ -59,7 +59,7 @@ def explain(index: Any, stages: Sequence[Stage], batch: int = 1) -> Explanation:
         ValueError, TypeError: Stages that do not fit the index.
     """
     config = index.config
-    checked = inputs.stages(stages, config)
+    checked = checked_stages(stages, config)
     batch = check_int(batch, "batch", 1)
     code, width, item = config.code, config.width, config.stored_dtype.itemsize
     exact = config.coded if code.exact else 0  # columns that lie in the code's array only

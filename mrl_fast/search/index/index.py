@@ -19,6 +19,7 @@ from mrl_fast.search.index.blocks import Layout
 from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.search.index.rows import IndexRows
 from mrl_fast.search.index.snapshot import Snapshot
+from mrl_fast.search.index.stages import checked_stages, checked_tuned
 from mrl_fast.shared.arrays import result_like
 from mrl_fast.shared.checks import check_dims, check_int
 from mrl_fast.shared.types import ExactResult, RangeResult, SearchResult, Stage, Tuned
@@ -102,10 +103,7 @@ class MatryoshkaIndex(pickled.Copies):
     tuned = property(lambda self: self._tuned, doc="What ``tune`` chose, a Tuned; None before.")
     place = property(lambda self: self.config.place, doc="Where kernels run.")
     width = property(lambda self: self.config.width, doc="D, the width of the vectors.")
-    nbytes = property(
-        lambda self: self._rows.snapshot.nbytes,
-        doc="Bytes of vectors, codes, norms and ids, in memory or mapped from files.",
-    )
+    nbytes = property(lambda self: self._rows.snapshot.nbytes, doc="In memory or mapped, of all.")
 
     @property
     def ids(self) -> Tensor:
@@ -189,7 +187,7 @@ class MatryoshkaIndex(pickled.Copies):
             raise ValueError("exact: expected False where stages are given, got True")
         now = self._rows.snapshot
         checked = (
-            self._tuned_stages(k, now) if stages is None else inputs.stages(stages, self.config, k)
+            self._tuned_stages(k, now) if stages is None else checked_stages(stages, self.config, k)
         )
         rows, q, _keepalive = self._searched(now, allowed, q)
         if exact or checked is None:
@@ -383,7 +381,7 @@ class MatryoshkaIndex(pickled.Copies):
         index = cls.__new__(cls)
         index._make(IndexConfig.from_fields(fields, device))
         if fields["tuned"] is not None:
-            index._tuned = inputs.tuned(fields["tuned"], index.config)
+            index._tuned = checked_tuned(fields["tuned"], index.config)
         return index, index._rows.layout
 
     def _tuned_stages(self, k: int, now: Snapshot) -> list[Stage] | None:

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +18,12 @@ from mrl_fast.shared.checks import (
     check_finite,
     check_int,
     check_matrix,
-    check_stages,
     dtype_name,
 )
 from mrl_fast.shared.dispatch import triton_is_interpreted
 from mrl_fast.shared.memory import HOST
-from mrl_fast.shared.types import Stage, Tuned
-
-if TYPE_CHECKING:
-    from mrl_fast.search.index.config import IndexConfig
 
 NARROWEST = 64  # of dims that nobody named
-MANY = 1 << 62  # more than there are rows, and yet an int64
 NO_IDS = (torch.bool, torch.complex64, torch.complex128)
 LOWEST, HIGHEST = -(1 << 63), (1 << 63) - 1  # of int64
 
@@ -148,36 +142,6 @@ def allowed(x: Any, size: int) -> Tensor | None:
         got = list(numbers.shape)
         raise ValueError(f"allowed: expected a bool for each of {size} ids, got shape {got}")
     return numbers
-
-
-def stages(x: Any, config: IndexConfig, k: int | None = None) -> list[Stage]:
-    """Stages by dims, and codes, of the index, the last of which keeps k where that is given."""
-    dims, code = config.dims, config.code
-    checked = list(check_stages(x, code.bits if code.whole and config.device == "cpu" else ()))
-    for i, (dim, *_) in enumerate(checked):
-        if dim not in dims:
-            raise ValueError(f"stages[{i}] dim: expected one of {tuple(dims)}, got {dim}")
-    dim, *bits = checked[0][:-1]
-    if bits and bits[0] > 1 and dim < config.width:
-        raise ValueError(
-            f"stages[0] dim: expected {config.width} where {bits[0]} bits rank, got {dim}"
-        )
-    if k is None:
-        return checked
-    if checked[-1][1] < k:
-        raise ValueError(f"stages: expected a last keep of at least k={k}, got {checked[-1][1]}")
-    return [*checked[:-1], (checked[-1][0], k)]
-
-
-def tuned(x: Any, config: IndexConfig) -> Tuned:
-    """The fields of a Tuned, as a manifest holds them."""
-    if not isinstance(x, dict) or set(x) != set(Tuned._fields):
-        raise ValueError(f"tuned: expected {', '.join(Tuned._fields)}, got {x!r:.80}")
-    k, chosen = check_int(x["k"], "tuned k", 1, MANY), x["stages"]
-    if chosen is not None:
-        chosen = stages(chosen, config, k)
-        check_int(chosen[0][-1], "tuned keep", 1, MANY)
-    return Tuned(chosen, k, check_int(x["rows"], "tuned rows", 0, MANY))
 
 
 def number(x: Any, name: str) -> float:
