@@ -52,11 +52,11 @@ INSTRUCTIONS = {
             "scan bf16 1024q 64d term": 4.07,
             "scan bf16 64q 64d norms of ip": 8.14,
             "scan bf16 16q 64d norms of ip": 23.5,
-            "pairs bf16 64d tile 128 ip": 5.56,
-            "pairs fp16 64d tile 128 ip": 4.94,
-            "pairs fp32 64d tile 128 ip": 5.88,
-            "pairs int8 128d tile 128 ip": 5.12,
-            "pairs fp8 128d tile 64 ip": 5.55,
+            "pairs buckets bf16 64d tile 128 ip": 5.56,
+            "pairs buckets fp16 64d tile 128 ip": 4.94,
+            "pairs buckets fp32 64d tile 128 ip": 5.88,
+            "pairs buckets int8 128d tile 128 ip": 5.12,
+            "pairs buckets fp8 128d tile 64 ip": 5.55,
         }.items()
     },
 }

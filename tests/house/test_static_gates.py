@@ -39,7 +39,7 @@ def gates(*options):
 
 ARCHITECTURES = {"sm_90": {90}, "all": {80, 90, 100}}
 # Compiled for sm_90 alone where time is short.
-FEW = "scan bf16 1024q 64d", "pairs bf16 64d tile 128 ip", "logits fp32 ieee bias"
+FEW = "scan bf16 1024q 64d", "pairs buckets bf16 64d tile 128 ip", "logits fp32 ieee bias"
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -83,8 +83,8 @@ def test_half_precision_scans_take_five_instructions_a_score(rows):
     ("kernel", "wrong", "what"),
     [
         ("scan bf16 1024q 64d", {"spill_bytes": 4}, "spills"),
-        ("pairs bf16 64d tile 128 ip", {"spill_bytes": 8}, "spills"),
-        ("pairs bf16 64d tile 128 ip", {"loop_spills": 1}, "in its loop"),
+        ("pairs buckets bf16 64d tile 128 ip", {"spill_bytes": 8}, "spills"),
+        ("pairs buckets bf16 64d tile 128 ip", {"loop_spills": 1}, "in its loop"),
         ("scan bf16 1024q 64d", {"programs": 1}, "4 warps"),
         ("scan bf16 1024q 64d", {"shared_bytes": 230 << 10}, "more shared memory"),
         ("scan bf16 1024q 64d", {"shared_bytes": 24 << 10}, "no block during a product"),
@@ -93,9 +93,9 @@ def test_half_precision_scans_take_five_instructions_a_score(rows):
         ("scan bf16 1024q 64d", {"narrow_copies": 1}, "16 bytes"),
         ("scan bf16 1024q 64d", {"instructions": 5.1}, "instructions"),
         ("logits fp32 ieee bias", {"matrix": 1}, "rounded matrix product"),
-        ("pairs bf16 64d tile 128 ip", {"fma": 1}, "fuses products"),
-        ("pairs bf16 64d tile 128 ip", {"loop_fma": 1}, "products and sums of a row"),
-        ("pairs bf16 64d tile 128 ip", {"wide_loads": 0}, "16 bytes"),
+        ("pairs buckets bf16 64d tile 128 ip", {"fma": 1}, "fuses products"),
+        ("pairs buckets bf16 64d tile 128 ip", {"loop_fma": 1}, "products and sums of a row"),
+        ("pairs buckets bf16 64d tile 128 ip", {"wide_loads": 0}, "16 bytes"),
     ],
 )
 def test_limits_are_seen_to_be_broken(kernel, wrong, what, rows, architectures):
