@@ -1,11 +1,10 @@
-"""Exact search where very many rows score alike, or very many are wanted: right, and not slow."""
-
-import time
+"""Exact search where very many rows score alike, or very many are wanted: right. That it is not
+slow, benchmarks/cpu/worst_cases.py says."""
 
 import pytest
 import torch
 
-from mrl_fast import MatryoshkaIndex, prefix_topk
+from mrl_fast import MatryoshkaIndex
 from tests.helpers.coding import CODINGS, coding
 from tests.helpers.search import METRICS
 from tests.search.test_exact import best
@@ -79,27 +78,3 @@ def test_many_neighbours(k, dtype, metric):
     index = MatryoshkaIndex((9, WIDTH), metric=metric, dtype=dtype)
     index.add(x)
     assert_right(index, x, queries, k, metric)
-
-
-@pytest.mark.parametrize(
-    ("kind", "count", "k"),
-    [("equal", 128, 10), ("ten distinct", 128, 10), ("near-duplicates", 128, 10),
-     ("norms spread", 8, 20_000)],
-)  # fmt: skip
-def test_time_against_a_plain_scan(kind, count, k):
-    """The aim is 1.5 times a scan; here a machine may be busy, and what was 12 to 60 times is
-    to fail."""
-    x = rows_of(kind, 20_000, 64)
-    queries = torch.randn(count, 64)
-    index = MatryoshkaIndex((16, 64), metric="ip")
-    index.add(x)
-    ours, scans = [], []
-    for _ in range(4):
-        begin = time.perf_counter()
-        index.search(queries, k, exact=True)
-        middle = time.perf_counter()
-        prefix_topk(queries, x, k)
-        ours.append(middle - begin)
-        scans.append(time.perf_counter() - middle)
-    print(f"{kind}, k {k}: {min(ours) / min(scans):.2f} times a scan")
-    assert min(ours) < 7 * min(scans)

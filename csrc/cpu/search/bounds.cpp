@@ -134,12 +134,6 @@ void Pass::prepare_ladder(Scan* scan) {
     for (int r = 0; r < n; ++r) low_scale_[r] = row_scale_[r] * 0.0625f;
     for (int r = 0; r < n; ++r)
         low_gain_[r] = terms_[2][r] - low_error[r] * inverse[r] * float(1.0 + SLACK);
-    constexpr float LEAST = 1e-15f, MOST = 1e15f;  // roots of SMALLEST and LARGEST
-    int odd = 0;
-    for (int r = 0; r < n; ++r)
-        odd += int(norm[r] != 0.0f) & int(!(norm[r] > LEAST && norm[r] < MOST));
-    for (int r = 0; odd && r < n; ++r)
-        if (norm[r] != 0.0f && !(norm[r] > LEAST && norm[r] < MOST)) row_scale_[r] = NAN;
     scan->low_scale = low_scale_;
     scan->low_gain = low_gain_;
 }

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/search/scan.h"
+#include "cpu/search/bounds.h"
 #include "cpu/threads.h"
 
 namespace mrl {
@@ -105,7 +105,9 @@ class Writer {
         const int64_t width = vectors_.dim, dims = layout_.ladder.dims.size();
         stat(PREFIX_NORM) = above(stats.norm, width);
         stat(CODE_SCALE) = stats.scale;
-        stat(CODE_ERROR) = above(stats.error, width);
+        // NaN, which drops nothing, where bounds in fp32 do not hold.
+        const bool bounded = ordinary(stats.norm * stats.norm);
+        stat(CODE_ERROR) = bounded ? above(stats.error, width) : NAN;
         stat(LOW_ERROR) = above(stats.low_error, width);
         stat(CODE_NORM) = above(stats.size + stats.error, width);  // no less than of either's codes
         for (int64_t i = 0; i < dims; ++i) {
