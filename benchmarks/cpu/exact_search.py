@@ -72,7 +72,7 @@ def main() -> None:
             print(row, flush=True)
             options.out.write_text(json.dumps({"machine": where, "rows": rows}, indent=1))
     lines = table(
-        ("set", "queries", "threads", "ms", "× rivals", "rows scored in fp64"),
+        ("set", "queries", "threads", "ms", "× rivals", "vectors read"),
         [
             (
                 row["set"], row["batch"], row["threads"], f"{row['ms']:.2f}",

@@ -240,7 +240,7 @@ class Device(TorchDispatchMode):
             return _there(torch.empty(shape, dtype=dtype, device="meta"))
         if masked:
             return x
-        raise NotImplementedError(f"the stub does not know the size of {name}")
+        raise TypeError(f"the stub knows no size of what {name} gives")
 
 
 class Driver:
@@ -269,7 +269,7 @@ class Driver:
         return torch.device("cuda", 0)
 
     def get_empty_cache_for_benchmark(self):
-        raise NotImplementedError("nothing is measured here")
+        raise RuntimeError("nothing can be timed without a device")
 
 
 class Launcher:

@@ -20,6 +20,7 @@ void test_filter();
 void test_filter_exact();
 void test_writer();
 void test_ladder();
+void test_shortlist();
 void test_fold();
 void test_gradients();
 
@@ -32,7 +33,8 @@ int main(int argc, char** argv) {
                  {"bounds", test_bounds},       {"range", test_range},
                  {"filter", test_filter},       {"filter exact", test_filter_exact},
                  {"writer", test_writer},       {"fold", test_fold},
-                 {"gradients", test_gradients}, {"ladder", test_ladder}};
+                 {"gradients", test_gradients}, {"ladder", test_ladder},
+                 {"shortlist", test_shortlist}};
     std::vector<const char*> filters;
     for (int i = 1; i < argc; ++i) {
         if (!std::strcmp(argv[i], "--list")) {

@@ -146,7 +146,12 @@ def kill_many(folder, kills):
         while child.begun == step:
             assert os.waitpid(child.pid, os.WNOHANG) == (0, 0)
             time.sleep(1e-4)
-        time.sleep(moments.uniform(0, 2 * typical_s))
+        if moments.random() < 0.5:
+            time.sleep(moments.uniform(0, 2 * typical_s))
+        else:  # how much of a save is writing depends on the machine
+            while child.phase != WRITING:
+                pass
+            time.sleep(moments.uniform(0, 0.1 * typical_s))
         os.kill(child.pid, signal.SIGKILL)
         step = check(child)
         phases[child.phase] += 1
@@ -174,4 +179,4 @@ def test_kills(tmp_path):
     *phases, every = json.loads(done.stdout)
     print("kills when idle, writing, replacing, replaced:", *phases, "; at a call:", every)
     assert sum(phases) == kills and every > 40
-    assert phases[WRITING] > 0.1 * kills  # how many depends on the machine
+    assert phases[WRITING] > 0.2 * kills

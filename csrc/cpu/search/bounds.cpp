@@ -58,9 +58,9 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
 float Problem::threshold(int64_t q, double theta) const {
     // What is of the query alone: a term of each row where norms divide.
     if (terms.normalized) return below(theta);
-    const double size = laddered() ? head[q] : norm[q],
-                 squares = terms.squares * size * size * (1.0 - SLACK);
-    return below(theta + squares - (squares > 0.0 ? 0.0 : terms.product * base[q]));
+    if (terms.squares == 0.0f) return below(theta - terms.product * base[q]);
+    const double size = laddered() ? head[q] : norm[q];
+    return below(theta + terms.squares * size * size * (1.0 - SLACK));
 }
 
 double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {

@@ -53,10 +53,8 @@ class Differences {
         scan->segments[1] = {nullptr, 0};
         float squares[TILE] = {}, products[TILE] = {};  // ‖y‖², ⟨c, y⟩
         p_.kernels.sqnorms(scan->segments[0], squares);
-        for (uint64_t lanes = scan->wanted; lanes; lanes &= lanes - 1) {
-            const float square = squares[__builtin_ctzll(lanes)];
-            if (!(square <= largest)) largest = square;  // NaN too, and it stays
-        }
+        for (uint64_t lanes = scan->wanted; lanes; lanes &= lanes - 1)
+            largest = std::max(largest, squares[__builtin_ctzll(lanes)]);
         if (!p_.terms.normalized && p_.terms.squares == 0.0f) return;
         p_.kernels.advance(Source::PRODUCT, scan->segments[0], centre_.data(), products);
         for (int r = 0; r < TILE; ++r) {
@@ -71,7 +69,7 @@ class Differences {
         scan->term_values = terms_;
     }
 
-    float largest = 0.0f;     // ‖y‖² of the rows so far
+    float largest = 0.0f;     // ‖y‖² of the rows so far; infinite where one is beyond fp32
     double least = INFINITY;  // ‖x‖, where it counts
 
   private:
@@ -137,7 +135,7 @@ Shortlist shortlist_by_differences(const Problem& p, const Rows& rows,
                 }
             }
         const std::lock_guard<std::mutex> lock(merging);
-        if (!(differences.largest <= largest)) largest = differences.largest;
+        largest = std::max(largest, differences.largest);
         least = std::min(least, differences.least);
         for (int64_t i = 0; i < n; ++i)
             best[i].insert(best[i].end(), mine.topks[i].entries,

@@ -129,7 +129,7 @@ bool TileReader::read(int64_t tile, Scan* scan) {
     if (of_codes(source_)) {
         scan->steps = steps;
         scan->codes = codes(here);
-        scan->lows = span_->lows ? span_->lows + here.tile * code_bytes_ : nullptr;
+        if (source_ == Source::NIBBLES) scan->lows = span_->lows + here.tile * code_bytes_;
         // A step of signs, a line, is read together with the next.
         ahead(scan, codes(later), source_ == Source::SIGNS ? steps / 2 : steps,
               TILE * std::max<int64_t>(step_bytes, 2));

@@ -33,6 +33,7 @@ class Scaling {
           factors_(queries.n * 2) {
         // What is of the query alone changes no order.
         const float* centre = of_codes(source_) ? ladder_.centre : nullptr;
+        const double square = centre ? kernels.dot64(centre, centre, stage.dim) : 0.0;
         for (int64_t q = 0; q < queries.n; ++q) {
             const float* query = queries.data + q * queries.stride;
             if (metric_.normalized) query_scale_[q] = query_scale(query, stage.dim);
@@ -40,8 +41,7 @@ class Scaling {
             factors_[2 * q] = metric_.squares > 0.0f ? -metric_.squares : query_scale_[q];
             if (metric_.normalized && centre)
                 factors_[2 * q + 1] =
-                    float(query_scale_[q] * (kernels.dot64(query, centre, stage.dim) -
-                                             kernels.dot64(centre, centre, stage.dim)));
+                    float(query_scale_[q] * (kernels.dot64(query, centre, stage.dim) - square));
             if (of_codes(source_)) query_scale_[q] *= coded[q].scale;
         }
         std::fill(row_scale_, row_scale_ + TILE, 1.0f);
@@ -49,7 +49,6 @@ class Scaling {
     // For the tile that was read last.
     void prepare(const TileReader& tiles, Scan* scan) {
         if (source_ == Source::SIGNS || source_ == Source::NIBBLES) {
-            scan->lows = nullptr;
             const int64_t dims = ladder_.dims.size(), first = SIGN_FACTOR + place_;
             if (source_ == Source::SIGNS) {
                 scan->row_scale = whole(tiles.stat(first), scan->rows, row_scale_);

@@ -137,10 +137,10 @@ struct Scan {
     const void* panel;       // [cols, group] fp32; of codes [steps, group, bytes of a step]
     const int32_t* offsets;  // [group], −128 · Σ of a query's codes of 8 bits
     const float* shifts;     // [group], added to sums of fewer bits
-    // Of NIBBLES, null or as codes: four bits more, which make a score closer where the gate lets a
-    // row pass: it grows by sum · low_scale · query_scale − low_gain · low_factors.
+    // Of NIBBLES: four bits more, as codes, which make a score closer where the gate lets a row
+    // pass: it grows by sum · low_scale · query_scale − low_gain · low_factors.
     const uint8_t* lows;
-    const float *low_scale, *low_gain;  // [TILE]
+    const float *low_scale, *low_gain;  // [TILE]; null: scores stay as they are
     const float* low_factors;           // [group]
     const float* row_scale;             // [TILE]; null: scores are the bare sums and have no terms
     const float* query_scale;           // [group]

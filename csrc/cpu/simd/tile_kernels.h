@@ -256,7 +256,7 @@ void scan_as(Scan& s) {
                 Simd::store(partials + v * W, sum[q][v]);
             }
             if constexpr (S == Source::NIBBLES)
-                for (int v = 0; s.lows && v < V; ++v)
+                for (int v = 0; s.low_scale && v < V; ++v)
                     if (lanes >> (v * W) & (~uint64_t(0) >> (64 - W)))
                         refine<Q>(s, q, r + v * W, scores + v * W);
             TopK& topk = s.topk[q];

@@ -103,7 +103,7 @@ class MatryoshkaIndex(pickled.Copies):
     tuned = property(lambda self: self._tuned, doc="What ``tune`` chose, a Tuned; None before.")
     place = property(lambda self: self.config.place, doc="Where kernels run.")
     width = property(lambda self: self.config.width, doc="D, the width of the vectors.")
-    nbytes = property(lambda self: self._rows.snapshot.nbytes, doc="In memory or mapped, of all.")
+    nbytes = property(lambda self: self._rows.snapshot.nbytes, doc="Of vectors, codes, norms, ids.")
 
     @property
     def ids(self) -> Tensor:

@@ -197,9 +197,8 @@ class IndexRows:
         with self.changing():
             if frame is not None and self.rotation is not None:
                 self.rotation.axes = frame[: self.config.width]
-            if frame is not None and self.layout.ladder and bool(frame[-1].any()):
-                self.layout.centre = frame[-1]
-            self.frame, self.next_id = frame, next_id
+            self._use_frame(frame)
+            self.next_id = next_id
             self.store.adopt(blocks, counts, live)
 
     def thaw(self, frozen: Frozen) -> None:
@@ -244,12 +243,16 @@ class IndexRows:
             samples = x[:: -(-len(x) // MEAN_ROWS)].float()
             if self.rotation is not None:
                 samples = self.rotation.apply(samples)
-            mean = samples.mean(dim=0)
-            least = LEAST_MEAN * samples.square().sum() / len(samples)
-            centre = mean * (mean.square().sum() > least)
-            self.layout.centre = centre if bool(centre.any()) else None
-            frame.append(centre[None])
-        self.frame = torch.cat(frame) if frame else None
+            samples = samples.double()  # whose squares no fp32 can be too large for
+            mean = samples.mean(dim=0, keepdim=True)
+            large = mean.square().sum() > LEAST_MEAN * samples.square().sum() / len(samples)
+            frame.append(mean.float() if large else torch.zeros_like(mean).float())
+        self._use_frame(torch.cat(frame) if frame else None)
+
+    def _use_frame(self, frame: Tensor | None) -> None:
+        self.frame = frame
+        if frame is not None and self.layout.ladder:
+            self.layout.centre = frame[-1] if bool(frame[-1].any()) else None
 
     def _convert(self, part: Tensor) -> Tensor:
         """Vectors as they are to be stored, until it is called again."""
