@@ -92,6 +92,9 @@ def test_the_centre_is_of_the_first_vectors_or_of_samples(tmp_path):
             each.search(q, 7, stages=[(48, 1, 50), (100, 7)]) for each in (index, loaded)
         )
         assert torch.equal(first.ids, second.ids) and torch.equal(first.scores, second.scores)
+    huge = MatryoshkaIndex(DIMS, codes="bits")  # their sum is beyond fp32
+    huge.add(nested(4000, centre=5.0) * 1e36)
+    assert torch.isfinite(huge._rows.layout.centre).all()
     small = MatryoshkaIndex(DIMS, codes="bits")
     small.add(nested(200))
     assert small._rows.layout.centre is None  # of so little it would be noise
