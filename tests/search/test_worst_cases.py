@@ -1,10 +1,12 @@
 """Exact search where very many rows score alike, or very many are wanted: right. That it is not
 slow, benchmarks/cpu/worst_cases.py says."""
 
+import numpy as np
 import pytest
 import torch
 
 from mrl_fast import MatryoshkaIndex
+from mrl_fast.shared.native import METRICS as METRIC_TERMS
 from tests.helpers.coding import CODINGS, coding
 from tests.helpers.search import METRICS
 from tests.search.test_exact import best
@@ -58,6 +60,9 @@ def test_rows_that_score_alike(kind, prefix_dtype, metric):
     x = rows_of(kind, ROWS, WIDTH)
     queries = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(2))
     queries[0] = x[0]
+    if METRIC_TERMS[metric].normalized:
+        # Between nearly parallel vectors cosines differ by less than fp64 tells.
+        queries[0] *= torch.linspace(1, 2, WIDTH)
     for dims in [(9, WIDTH), (WIDTH,)]:
         index = MatryoshkaIndex(dims, metric=metric, **coding(prefix_dtype))
         index.add(x)
@@ -67,6 +72,21 @@ def test_rows_that_score_alike(kind, prefix_dtype, metric):
         left = torch.arange(ROWS)[torch.arange(ROWS) % 5 != 0]
         assert_right(index, x, queries, 10, metric, left)
         assert_right(index, x, queries, 10, metric, left[::100])  # gathered
+
+
+@pytest.mark.parametrize("prefix_dtype", CODINGS)
+def test_cosines_closer_than_fp64_tells(prefix_dtype):
+    x = rows_of("near-duplicates", ROWS, WIDTH)
+    wide = x.numpy().astype(np.longdouble)
+    cosines = wide @ wide[0] / np.sqrt((wide**2).sum(1) * (wide[0] ** 2).sum())
+    index = MatryoshkaIndex((9, WIDTH), **coding(prefix_dtype))
+    index.add(x)
+    for count in (20, 1):
+        found = index.search(x[:1].repeat(count, 1), 10, exact=True)
+        assert torch.equal(found.ids, found.ids[:1].expand(count, -1))
+        rows = found.ids[0].numpy()
+        assert len(set(rows)) == 10
+        assert cosines[rows].min() >= np.sort(cosines)[-10] - 1e-15  # a few roundings of fp64
 
 
 @pytest.mark.parametrize("metric", METRICS)
