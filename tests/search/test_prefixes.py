@@ -79,8 +79,8 @@ def test_what_lies_beyond_a_prefix_counts_for_nothing(metric, code, scale):
     x, q = clustered(2500)
     for dim in (7, 48):
         mixed = x.clone()
-        mixed[::3, :dim] *= scale
-        mixed[1::3, dim:] *= scale
+        mixed[20::3, :dim] *= scale
+        mixed[21::3, dim:] *= scale
         # Of cosines the best are of rows whose squares no fp32 holds.
         mixed[:20, :dim] = (q[:1, :dim] + 1e-3 * x[:20, :dim]) * scale
         index = MatryoshkaIndex(DIMS, metric=metric, **coding(code))
@@ -88,11 +88,26 @@ def test_what_lies_beyond_a_prefix_counts_for_nothing(metric, code, scale):
         check_exact(index, q, mixed, torch.arange(2500), dim, 10)
 
 
+@pytest.mark.parametrize("code", CODINGS)
+@pytest.mark.parametrize("scale", [1e-25, 1e-40])
+def test_cosines_of_rows_that_begin_with_zeros(code, scale):
+    """What is known of such a row is that its first prefix is 0, and that the row is not."""
+    x, q = clustered(2500)
+    x[:20, :7] = 0.0
+    x[:20, 7:48] = (q[:1, 7:48] + 1e-3 * x[:20, 7:48]) * scale
+    x[20:40, :48] = 0.0
+    q[:, :7] *= 1e-3
+    index = MatryoshkaIndex(DIMS, **coding(code))
+    index.add(x)
+    check_exact(index, q, x, torch.arange(2500), 48, 10)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("code", CODINGS)
 def test_scores_closer_than_fp32_tells(metric, code):
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(64, generator=generator).repeat(3000, 1)
+    x[:, :7] *= 1e-3  # whose norm says little of the prefix that is searched
     x[:, 15] = 1e-3 * (1 + 1e-6 * torch.randperm(3000, generator=generator))
     x[:, 48:] = torch.randn(3000, 16, generator=generator)
     q = torch.randn(3, 64, generator=generator)
