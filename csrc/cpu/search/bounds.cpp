@@ -63,7 +63,7 @@ float Problem::threshold(int64_t q, double theta) const {
     return below(theta + terms.squares * size * size * (1.0 - SLACK));
 }
 
-double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
+void Problem::read(int64_t row, std::vector<float>* x) const {
     const Span& span = span_of(rows, row);
     const int64_t local = row - span.first, packed = rows.packed_dim, lane = local % TILE;
     x->resize(dim + 1);
@@ -72,6 +72,11 @@ double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
         values[c] = span.packed[(local / TILE * packed + c) * TILE + lane];
     kernels.widen_row(suffix_at(rows, span, local, packed), rows.dtype, dim - packed,
                       values + packed);
+}
+
+double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
+    read(row, x);
+    const float* values = x->data();
     if (terms.source == Source::DIFFERENCE)
         return score_of(q, distance64(data[q], values, dim), 0.0);
     const double square = terms.normalized ? kernels.dot64(values, values, dim) : 0.0;

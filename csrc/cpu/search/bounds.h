@@ -72,6 +72,7 @@ struct Problem {
         const double length = norm[q] * row_norm;
         return length > 0.0 ? terms.product * sum / length + 0.0 : 0.0;
     }
+    void read(int64_t row, std::vector<float>* x) const;  // a row's columns
     // The fp64 score of a row; `x` is room for its columns.
     double score(int64_t q, int64_t row, std::vector<float>* x) const;
 

@@ -106,7 +106,7 @@ Status scan_wide(Problem& p, const Rows& rows, const std::vector<int64_t>& which
             all.insert(all.end(), kept[i].all().begin(), kept[i].all().end());
         }
     });
-    for (int64_t q : which) p.touched[q] = rows.eligible();
+    for (int64_t q : which) p.touched[q] += rows.eligible();
     return finite ? Status::OK : Status::NOT_FINITE;
 }
 
