@@ -12,13 +12,13 @@ namespace {
 
 struct Hashed {
     uint64_t hash;
-    int64_t row, bit;  // of the mask
+    int64_t row, bit;  // bit: the row's place in the mask
     bool operator<(const Hashed& other) const {
         return std::tie(hash, row) < std::tie(other.hash, other.row);
     }
 };
 
-// Of each lane of a tile; equal rows have equal ones.
+// Hashes each row of a tile; equal rows have equal hashes.
 void hash_tile(const Scan& scan, uint64_t* hashes) {
     std::fill(hashes, hashes + TILE, 0);
     for (const Segment& segment : scan.segments)
@@ -74,13 +74,13 @@ EqualRows::EqualRows(const Kernels& kernels, const Rows& rows, int64_t dim, int 
         hashed.insert(hashed.end(), mine.begin(), mine.end());
     });
     std::sort(hashed.begin(), hashed.end());
-    std::vector<int64_t> first(hashed.size());  // of those with the same hash
+    std::vector<int64_t> first(hashed.size());  // index of the first row with the same hash
     for (size_t i = 0; i < hashed.size(); ++i)
         first[i] = i > 0 && hashed[i].hash == hashed[i - 1].hash ? first[i - 1] : int64_t(i);
     members_.resize(hashed.size());
     each(hashed.size(), threads, [&](int64_t i) {
         const int64_t row = hashed[i].row, other = hashed[first[i]].row;
-        // Other vectors may have the same hash: such a row stands for itself.
+        // A row whose hash equals another vector's by chance stands for itself.
         members_[i] = {row == other || !equal(rows, row, other, dim) ? row : other, row};
     });
     int64_t words = 0;
@@ -97,7 +97,7 @@ EqualRows::EqualRows(const Kernels& kernels, const Rows& rows, int64_t dim, int 
 std::vector<Final> EqualRows::expand(const std::vector<Final>& firsts, int64_t k) const {
     std::vector<Final> all;
     for (auto at = firsts.begin(); at != firsts.end() && int64_t(all.size()) < k;) {
-        // Rows of one score stand in their order, whichever vectors they have.
+        // Rows of one score are in ascending order, whichever vectors they have.
         const size_t begin = all.size();
         const double score = at->score;
         for (; at != firsts.end() && at->score == score; ++at) {

@@ -1,5 +1,5 @@
-// Rows whose vectors are the same bit for bit: they have one score, so a search of the first of
-// each is a search of all.
+// Rows whose vectors are the same bit for bit have one score, so a search of one row of each vector
+// is a search of all rows.
 #pragma once
 
 #include "cpu/search/bounds.h"
@@ -8,7 +8,7 @@ namespace mrl {
 
 class EqualRows {
   public:
-    // By the first `dim` columns of these rows, none of which are gathered.
+    // Compares the first `dim` columns of these rows, none of which are gathered.
     EqualRows(const Kernels& kernels, const Rows& rows, int64_t dim, int threads);
     // How many different vectors there are.
     int64_t count() const { return distinct_; }
