@@ -161,9 +161,8 @@ class DistillSpec(NamedTuple):
         for begin in range(0, len(self.rows), step):
             part = slice(begin, min(begin + step, len(self.rows)))
             rows, cols = self.rows[part], self.cols
-            with torch.autocast(
-                rows.device.type, enabled=False
-            ):  # so that the backward sees the same
+            # The backward makes these again, and must get the same in any autocast context.
+            with torch.autocast(rows.device.type, enabled=False):
                 scores = rows.float() if cols is None else rows @ cols.T
                 logp = (scores / self.temperature).log_softmax(1)
             yield (
