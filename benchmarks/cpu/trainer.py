@@ -84,7 +84,7 @@ class Clock:
         now = time.perf_counter()
         asked = self.pairs.asked[: self.pairs.reported]
         vectors = self.encode(asked), self.encode(self.pairs.sentences)
-        relevant = self.pairs.held[: self.pairs.reported]
+        relevant = self.pairs.held_out[: self.pairs.reported]
         self.run.steps.append(self.step)
         self.run.seconds.append(now - self.begin - self.evaluating)
         self.run.mrr.extend(quality(*vectors, relevant, (self.width,))["MRR@10"])

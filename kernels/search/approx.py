@@ -34,7 +34,7 @@ def approx_topk(
         return result, 1.0
     terms, norm = row_terms(x, metric)
     rows, coarse = KnownRows(terms, norm), scan_queries(q, x, metric)
-    plan = Plan.of(k, x, config, coarse.margin, len(q))
+    plan = Plan.from_sizes(k, x, config, coarse.margin, len(q))
     plan = plan._replace(buffer=next_power_of_2(buckets), ends=())
     for part in chunks(len(q), fitting(plan.bytes)):
         mine, pairs = coarse.part(part), rows.pairs(q[part], x, metric, double=False)

@@ -47,7 +47,7 @@ def exact_topk(
     Returns how many rows of each query were scored at full width, ``[B]`` int64; N where all were
     scanned."""
     touched = torch.full((len(q),), len(x), dtype=torch.int64, device=q.device)
-    plan = Plan.of(k, x, scan_config(len(q), x), Margin.of(x, metric), len(q))
+    plan = Plan.from_sizes(k, x, scan_config(len(q), x), Margin.from_rows(x, metric), len(q))
     if prefix is None or not len(x) or k > SURVIVORS or len(plan.ends) == 1:
         topk(q, x, k, metric, result, rows, double=True)
         return touched
@@ -72,7 +72,7 @@ def _certify(
     touched = torch.where(flag != 0, len(x), (count * BUCKET).clamp(max=len(x)))
 
     coarse, config = scan_queries(q, x, metric), scan_config(len(q), x)
-    plan = Plan.of(k, x, config, coarse.margin, len(q))
+    plan = Plan.from_sizes(k, x, config, coarse.margin, len(q))
     others = Search(x, metric, k, plan, config, rows, among=flag).shortlist(coarse, pairs)
     select(torch.cat([keys, others], dim=1), result, rows.ids)
     return touched

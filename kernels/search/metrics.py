@@ -46,7 +46,7 @@ class Margin(NamedTuple):
         return self.a + self.c * q * q + self.d * q * x + self.e * x * x
 
     @classmethod
-    def of(cls, x: Tensor, metric: str) -> "Margin":
+    def from_rows(cls, x: Tensor, metric: str) -> "Margin":
         """In a scan's units: products with the unnormalised query under cosine, and
         ⟨q, x⟩ − ‖x‖²/2 under l2."""
         return _margin(x.dtype, x.shape[1], metric == "l2", scan_precision(x), promoted(x))

@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     ends: tuple[int, ...]  # ends of the phases, in tiles; the first phase seeds the threshold
 
     @classmethod
-    def of(cls, k: int, x: Tensor, config: Config, margin: Margin, queries: int) -> "Plan":
+    def from_sizes(cls, k: int, x: Tensor, config: Config, margin: Margin, queries: int) -> "Plan":
         size = *x.shape, config.BLOCK_N
         return _plan(max(k, LEAST_RANK), size, margin, queries <= FEW, BUFFER)
 

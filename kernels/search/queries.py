@@ -52,7 +52,7 @@ class ScanQueries(NamedTuple):
 
 
 def scan_queries(q: Tensor, x: Tensor, metric: str) -> ScanQueries:
-    dim, margin = x.shape[1], Margin.of(x, metric)
+    dim, margin = x.shape[1], Margin.from_rows(x, metric)
     bound = NormBound(LEAST_NORM[metric], dim * LOST, 1 + ROUNDED)
     if q.dtype == x.dtype:
         return ScanQueries(q, None, row_norms(q), None, margin, bound)

@@ -44,7 +44,7 @@ def topk(
     if k > RESCANNED:
         return score_all(q, x, k, metric, result, rows, double=double)
     coarse, config = scan_queries(q, x, metric), scan_config(B, x)
-    plan = Plan.of(k, x, config, coarse.margin, B)
+    plan = Plan.from_sizes(k, x, config, coarse.margin, B)
     step = fitting(plan.bytes)
     step = step if step < 128 else step // 128 * 128  # whole tiles of queries
     if rows.terms is None and B > min(step, config.BLOCK_B):

@@ -133,13 +133,13 @@ class Problem:
         out = kernels.fold_backward(self.spec(compute_dtype), given)
         return dict(zip(GRADIENTS, out, strict=True))
 
-    def engine(self):
+    def by_kernels(self):
         f = self.forward()
         return f | self.backward(f)
 
     def check(self, actual=None, names=None, kept=lambda name, t: t):
         """Checks the named results, or of each the part that ``kept`` gives, against the budget."""
-        actual, exact = actual or self.engine(), self.native(torch.double)
+        actual, exact = actual or self.by_kernels(), self.native(torch.double)
         native, bounds = self.native(torch.float), cache(self.bounds)
         for name in names or actual:
             check(name, kept(name, actual[name]), exact[name], native[name],

@@ -20,13 +20,13 @@ class Pairs(NamedTuple):
     Attributes:
         entries: All; their sentences are distinct.
         taught: Places of those that the encoder learns from, ascending.
-        held: Places of the others, in random order. The first third is reported; stages are chosen
-            by the rest.
+        held_out: Places of the others, in random order. The first third is reported; stages are
+            chosen by the rest.
     """
 
     entries: list[Entry]
     taught: list[int]
-    held: list[int]
+    held_out: list[int]
 
     @property
     def sentences(self) -> list[str]:
@@ -35,11 +35,11 @@ class Pairs(NamedTuple):
     @property
     def asked(self) -> list[str]:
         """The names that are held out."""
-        return [self.entries[i].name for i in self.held]
+        return [self.entries[i].name for i in self.held_out]
 
     @property
     def reported(self) -> int:
-        return len(self.held) // 3
+        return len(self.held_out) // 3
 
     def trained(self) -> tuple[list[str], list[str]]:
         """The names and the sentences that the encoder learns from."""

@@ -126,7 +126,7 @@ def evaluate(
     pairs: Pairs, nested: TextEncoder, plain: TextEncoder, on_step: Step
 ) -> dict[str, Quality]:
     """The quality of each kind of vectors, for the reported names over all documented sentences."""
-    names, relevant = pairs.asked[: pairs.reported], pairs.held[: pairs.reported]
+    names, relevant = pairs.asked[: pairs.reported], pairs.held_out[: pairs.reported]
     vectors: dict[str, tuple[Tensor, ...]] = {
         "nested": (nested.encode(pairs.sentences), nested.encode(names)),
         "truncated": (plain.encode(pairs.sentences), plain.encode(names)),

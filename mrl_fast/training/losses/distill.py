@@ -79,8 +79,8 @@ def matryoshka_distill(
     if impl == "reference":
         kl = reference.distill_rows(queries, documents, dims, rows, cols, temperature)
     else:
-        q = Side.of(queries, dims)
-        d = q if single else Side.of(documents, dims)
+        q = Side.from_embeddings(queries, dims)
+        d = q if single else Side.from_embeddings(documents, dims)
         if cols is not None:
             rows, cols = F.normalize(rows.float()), F.normalize(cols.float())
         spec = DistillSpec(

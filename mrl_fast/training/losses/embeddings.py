@@ -26,7 +26,7 @@ class Side(NamedTuple):
     compute_dtype: torch.dtype | None  # of the products
 
     @classmethod
-    def of(cls, x: Tensor, dims: tuple[int, ...], normalize: bool = True) -> Side:
+    def from_embeddings(cls, x: Tensor, dims: tuple[int, ...], normalize: bool = True) -> Side:
         wide = x.float()
         if normalize:
             inverse = inverse_norms(wide, dims)

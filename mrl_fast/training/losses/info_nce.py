@@ -146,7 +146,7 @@ def matryoshka_info_nce(
 
 def _rows(spec: InfoNCESpec, impl: str) -> Tensor:  # [G, B]
     def side(x: Tensor) -> Side:
-        return Side.of(x, spec.dims, spec.normalize)
+        return Side.from_embeddings(x, spec.dims, spec.normalize)
 
     def statistics(left: Side, right: Side, direction: str, **options: Any) -> Fold:
         fold_spec = FoldSpec(
