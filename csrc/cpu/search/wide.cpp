@@ -33,7 +33,7 @@ class KeptFinals {
     const std::vector<Final>& all() const { return all_; }
 
     double threshold() const { return threshold_; }
-    // Lanes of a tile above the threshold; row_at names a lane's row.
+    // Keeps the lanes above the threshold among these; row_at(lane) is a lane's row.
     template <class RowAt>
     void keep(const double* scores, uint64_t lanes, const RowAt& row_at) {
         for (; lanes; lanes &= lanes - 1) {

@@ -1,5 +1,5 @@
-// Which way exact search goes where rows score alike: each way is right, and these are the fast
-// ones.
+// Which way exact search takes where rows score alike: every way finds the right rows, and these
+// are the fast ones.
 #include <set>
 
 #include "cpu/search/clusters.h"
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t ROWS = 3000, WIDTH = 48, QUERIES = 7, K = 10;
 
-// Rows of which each differs from one of `centres` by a part in so many.
+// Rows each of which differs from one of so many centres by this share.
 Table beside(int64_t centres, float share, std::mt19937& random) {
     const Table centre = make_table(64, WIDTH, DType::F32, random);
     Table table = make_table(ROWS, WIDTH, DType::F32, random);
@@ -35,7 +35,7 @@ void check(const Table& table, bool alike_by_scores, bool alike_by_differences,
         const Found right = brute_force(scores, QUERIES, ROWS, all_rows(ROWS), K);
         const auto run = [&](MakeShortlist make, bool expected) {
             Problem p(kernels, database.rows, queries.queries, metric, WIDTH, K);
-            // One that is 0 scores alike with everything, and its norm bounds nothing.
+            // The query of zeros scores all rows alike, and its norm bounds nothing.
             std::vector<int64_t> ordinary = which, undecided;
             ordinary.erase(ordinary.begin() + 2);
             bool alike;
