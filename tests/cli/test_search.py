@@ -259,7 +259,7 @@ def scene(tmp_path_factory):
         (["build", "{base}", "--out", "{folder}"], "expected an index or an empty folder"),
         (["build", "{base}", "--out", "{new}", "--dims", "8,16"], "the vectors' width 32"),
         (["build", "{base}", "--out", "{new}", "--dims", "32,8"], "the vectors' width 32"),
-        (["build", "{base}", "--out", "{new}", "--dims", "8,8,32"], "strictly ascending"),
+        (["build", "{base}", "--out", "{new}", "--dims", "8,8,32"], "no width twice"),
         (["build", "{base}", "--out", "{new}", "--dims", "8;32"], "--dims: expected numbers"),
         (["build", "{base}", "--out", "{new}", "--column", "v"], "column: expected none for .npy"),
         (["build", "{base}", "--out", "{new}", "--id-column", "v"], "id_column: expected none"),

@@ -34,7 +34,8 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
       margin(1.01 * std::ldexp(double(dim_ + 64), -24)),
       theta(queries.n),
       touched(queries.n) {
-    if (!rows.levels.empty()) stops.assign(rows.levels.begin() + 1, rows.levels.end());
+    if (is_whole()) levels = rows.levels;
+    if (!levels.empty()) stops.assign(levels.begin() + 1, levels.end());
     stops.push_back(dim);
     const float* centre = laddered() ? rows.ladder.centre : nullptr;
     const double centre_square = centre ? kernels.dot64(centre, centre, dim) : 0.0;
@@ -48,7 +49,7 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
         head.push_back(std::sqrt(kernels.dot64(less.data(), less.data(), prefix())));
         theta[q] = -INFINITY;
         touched[q] = 0;
-        for (int64_t level : rows.levels)
+        for (int64_t level : levels)
             tails.push_back(std::sqrt(kernels.dot64(query + level, query + level, dim - level)));
         if (coded()) codes.push_back(code_query(kernels, source(), less.data(), prefix()));
         base.push_back(centre ? kernels.dot64(query, centre, dim) - centre_square : 0.0);
@@ -64,7 +65,7 @@ float Problem::threshold(int64_t q, double theta) const {
     return below(theta + terms.squares * size * size * (1.0 - SLACK));
 }
 
-void Problem::read(int64_t row, std::vector<float>* x) const {
+const float* Problem::columns(int64_t row, std::vector<float>* x) const {
     const Span& span = span_of(rows, row);
     const int64_t local = row - span.first, packed = rows.packed_dim, lane = local % TILE;
     x->resize(dim + 1);
@@ -73,11 +74,11 @@ void Problem::read(int64_t row, std::vector<float>* x) const {
         values[c] = span.packed[(local / TILE * packed + c) * TILE + lane];
     kernels.widen_row(suffix_at(rows, span, local, packed), rows.dtype, dim - packed,
                       values + packed);
+    return values;
 }
 
 double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
-    read(row, x);
-    const float* values = x->data();
+    const float* values = columns(row, x);
     if (terms.source == Source::DIFFERENCE)
         return score_of(q, distance64(data[q], values, dim), 0.0);
     const double square = terms.normalized ? kernels.dot64(values, values, dim) : 0.0;
@@ -107,7 +108,7 @@ void Pass::prepare(Scan* scan) {
     scan->row_scale = row_scale_;
     scan->term_values = terms_[0];
     if (p_.laddered()) return prepare_ladder(scan);
-    const bool coded = p_.coded(), tails = !p_.rows.levels.empty();
+    const bool coded = p_.coded(), tails = !p_.levels.empty();
     const float *prefix = reader_.stat(PREFIX_NORM), *scale = reader_.stat(CODE_SCALE),
                 *error = reader_.stat(CODE_ERROR), *tail = reader_.stat(TAIL_NORM);
     for (int r = 0; r < scan->rows; ++r) {
@@ -177,9 +178,8 @@ bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
 bool Pass::possible(size_t i, const Span& span, int64_t local, double sum, size_t level) const {
     const int64_t q = queries_[i];
     const double prefix = span.stats[PREFIX_NORM * span.stats_stride + local];
-    const double tail =
-        p_.rows.levels.empty() ? 0.0 : span.stats[TAIL_NORM * span.stats_stride + local];
-    const double rest = level < p_.rows.levels.size()
+    const double tail = p_.levels.empty() ? 0.0 : span.stats[TAIL_NORM * span.stats_stride + local];
+    const double rest = level < p_.levels.size()
                             ? span.stats[(TAIL_NORM + level) * span.stats_stride + local]
                             : 0.0;
     const double square = prefix * prefix + tail * tail, norm = std::sqrt(square);

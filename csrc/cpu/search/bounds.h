@@ -46,8 +46,17 @@ struct Problem {
     Problem(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
             int64_t dim, int64_t k);
     Source source() const {
-        return laddered() ? Source::NIBBLES : rows.code_dim ? Source::CODES : Source::PRODUCT;
+        return laddered()                        ? Source::NIBBLES
+               : rows.code_dim && is_described() ? Source::CODES
+                                                 : Source::PRODUCT;
     }
+    // Whether the statistics are of the columns that are searched: all, or those of the prefix.
+    bool is_described() const {
+        const bool prefix =
+            rows.ladder.dims.empty() && dim == std::max(rows.packed_dim, rows.code_dim);
+        return is_whole() || prefix;
+    }
+    bool is_whole() const { return rows.width == 0 || dim == rows.width; }
     bool laddered() const { return !rows.ladder.dims.empty() && rows.ladder.dims.back() == dim; }
     bool coded() const { return of_codes(source()); }
     // The number of columns that the first bound reads.
@@ -55,9 +64,9 @@ struct Problem {
     // The bytes that a scan reads of each of them.
     double column_bytes() const { return laddered() ? 0.5 : coded() ? 1.0 : 4.0; }
     // Whether a bound costs less than a score.
-    bool prunes() const { return coded() || !rows.levels.empty(); }
+    bool prunes() const { return coded() || !levels.empty(); }
     double tail(int64_t q, size_t level) const {
-        return level < rows.levels.size() ? tails[q * rows.levels.size() + level] : 0.0;
+        return level < levels.size() ? tails[q * levels.size() + level] : 0.0;
     }
     // A factor that turns inner products with this query into the metric's scores.
     double unit(int64_t q) const {
@@ -75,7 +84,8 @@ struct Problem {
         const double length = norm[q] * row_norm;
         return length > 0.0 ? terms.product * sum / length + 0.0 : 0.0;
     }
-    void read(int64_t row, std::vector<float>* x) const;  // a row's columns
+    // The columns of a row that are searched, in `x`.
+    const float* columns(int64_t row, std::vector<float>* x) const;
     // The fp64 score of a row; `x` is room for its columns.
     double score(int64_t q, int64_t row, std::vector<float>* x) const;
 
@@ -84,8 +94,9 @@ struct Problem {
     const Metric metric;
     const MetricTerms terms;
     const int64_t dim, k;
-    const double margin;         // room for rounding, as a share of ‖q‖·‖x‖
-    std::vector<int64_t> stops;  // ends of the ranges of columns that follow the first bound
+    const double margin;          // room for rounding, as a share of ‖q‖·‖x‖
+    std::vector<int64_t> levels;  // the rows', where all columns are searched
+    std::vector<int64_t> stops;   // ends of the ranges of columns that follow the first bound
     std::vector<const float*> data;
     std::vector<double> norm, head;  // [n]: ‖q‖; the prefix's norm, less the centre
     std::vector<double> tails;       // [n, levels]: the norm of q from a level on

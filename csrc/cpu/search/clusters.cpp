@@ -76,7 +76,7 @@ void Clusters::enclose(const Problem& p, int threads) {
         const int64_t bit = order_[cluster.first];
         const size_t span =
             std::upper_bound(firsts.begin(), firsts.end(), bit) - firsts.begin() - 1;
-        p.read(p.rows.spans[span].first + bit - firsts[span], &cluster.centre);
+        p.columns(p.rows.spans[span].first + bit - firsts[span], &cluster.centre);
         for (int64_t c = 0; c < p.dim; ++c) centres[c * count + i] = cluster.centre[c];
     }
     std::vector<float> largest(count);

@@ -13,8 +13,8 @@ bool mostly_equal(const Problem& p, const std::vector<Projected>& sorted) {
     int equal = 0, pairs = 0;
     for (size_t i = 1; i < sorted.size(); i += step) {
         if (!sorted[i].same_sums(sorted[i - 1])) continue;
-        p.read(sorted[i - 1].row, &one);
-        p.read(sorted[i].row, &other);
+        p.columns(sorted[i - 1].row, &one);
+        p.columns(sorted[i].row, &other);
         equal += std::equal(one.begin(), one.begin() + p.dim, other.begin());
         ++pairs;
     }
@@ -40,7 +40,7 @@ EqualRows::EqualRows(const Problem& p, const std::vector<Projected>& sorted, int
     members_.resize(sorted.size());
     for (int64_t group = 0; group < groups; ++group) {
         const int64_t first = sorted[starts[group]].row;
-        p.read(first, &row);
+        p.columns(first, &row);
         std::copy(row.begin(), row.begin() + p.dim, firsts.begin() + group * p.dim);
         for (int64_t i = starts[group]; i < starts[group + 1]; ++i) {
             places[sorted[i].bit] = {group, i};

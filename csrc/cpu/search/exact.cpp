@@ -321,7 +321,12 @@ Status range_search(const Run& run, const Rows& rows, const Queries& queries, Me
         std::vector<int64_t> all(n);
         std::iota(all.begin(), all.end(), 0);
         std::vector<std::vector<Final>> best(n);
-        if (!scan_bounded(*problem, all, run.threads, &best)) return Status::NOT_FINITE;
+        // Bounds are made of statistics.
+        const Status status =
+            !problem->is_described() ? scan_wide(*problem, rows, all, run.threads, &best)
+            : scan_bounded(*problem, all, run.threads, &best) ? Status::OK
+                                                              : Status::NOT_FINITE;
+        if (status != Status::OK) return status;
         each(n, run.threads, [&](int64_t q) {
             std::sort(best[q].begin(), best[q].end());
             for (const Final& final : best[q]) {

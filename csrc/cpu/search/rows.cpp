@@ -34,7 +34,7 @@ void pack_flags(const uint8_t* flags, int64_t count, uint64_t* words) {
 }
 
 Rows Rows::restricted(const uint64_t* to) const {
-    Rows result = {spans, packed_dim, code_dim, dtype, levels, ladder};
+    Rows result = {spans, packed_dim, code_dim, dtype, levels, ladder, width};
     const int64_t all = tiles_of(*this);
     result.mask = to;
     result.tiles.reserve(all);

@@ -60,6 +60,7 @@ struct Rows {
     DType dtype;                  // of the suffix
     std::vector<int64_t> levels;  // columns from which TAIL_NORM sums; the first ends the prefix
     Ladder ladder = {};
+    int64_t width = 0;  // columns that the statistics are of; 0: those that are searched
 
     // The rows that may be found; without a mask all of them.
     const uint64_t* mask = nullptr;           // live mask: [tiles of the spans], bit r is row r
@@ -120,8 +121,8 @@ struct Candidates {
 Status rerank(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
               const Candidates& candidates, Stage stage, const Results& results);
 
-// The best, ranked by scores summed in fp64. touched[q] is the number of rows that were read beyond
-// their prefix.
+// The best by `dim` columns, ranked by scores summed in fp64. touched[q] is the number of rows that
+// were read beyond their prefix.
 Status exact_search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
                     Stage stage, const Results& results, int64_t* touched);
 
