@@ -61,7 +61,8 @@ class AdaptiveReport:
         columns = self.dims, self.shares, self.accuracies, self.prefix_accuracies
         for g, (dim, share, accuracy, alone) in enumerate(zip(*columns, strict=True)):
             threshold = f"{self.thresholds[g]:.4f}" if g < len(self.thresholds) else ""
-            lines.append(f"{dim:6} {threshold:>10} {share:11.2%} {accuracy:9.4f} {alone:11.4f}")
+            ended = f"{accuracy:.4f}" if share else "–"
+            lines.append(f"{dim:6} {threshold:>10} {share:11.2%} {ended:>9} {alone:11.4f}")
         total = f"accuracy {self.accuracy:.4f} at {self.expected_dims:.1f} dims a row"
         full = f"{self.full_accuracy:.4f} at {self.dims[-1]}"
         return "\n".join([*lines, f"{self.rows} rows: {total}; the full width: {full}"])

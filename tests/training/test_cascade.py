@@ -186,6 +186,11 @@ def test_report_by_hand():
         "     8                 20.00%    0.0000      0.8000",
         "5 rows: accuracy 0.4000 at 4.0 dims a row; the full width: 0.8000 at 8",
     ]
+    none = report_on(right, confidence, torch.tensor([0.0, 0.0]), (2, 4, 8))
+    assert str(none).split("\n")[2:4] == [
+        "     4     0.0000       0.00%         –      0.6000",
+        "     8                  0.00%         –      0.8000",
+    ]
 
 
 @pytest.mark.parametrize("wrong", [1, 2])
