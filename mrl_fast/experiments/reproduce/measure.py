@@ -207,7 +207,7 @@ def adaptive(vectors: Vectors, head: MRLLinear, labels: dict[str, Tensor]) -> di
         found[name] = {"thresholds": cascade.thresholds.tolist(), **judged(cascade, x, y)}
     found["curve"] = []
     for threshold in torch.linspace(0, 1, 21).tolist():
-        cascade.thresholds.fill_(threshold)
+        cascade.set_thresholds([threshold] * (len(cascade.dims) - 1))
         found["curve"].append(judged(cascade, x, y))
     return found
 
