@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mrl_fast.shared.checks import check_dense
-from mrl_fast.shared.types import ExactResult
 
 
 def as_tensor(x: Any, name: str) -> Tensor:
@@ -101,8 +100,8 @@ def result_like(x: Any, result: Any, out: Any = None) -> Any:
     convert = like(x)
     found = map(convert, result) if out is None else _fill(out, result, as_tensor(x, "").device)
     converted = type(result)(*found)
-    if isinstance(result, ExactResult):
-        converted.rows_touched = convert(result.rows_touched)
+    for name, value in getattr(result, "__dict__", {}).items():  # what it says beside its fields
+        setattr(converted, name, convert(value) if isinstance(value, Tensor) else value)
     return converted
 
 

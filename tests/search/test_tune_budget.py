@@ -1,0 +1,186 @@
+"""tune's time: what it leaves out for it and says so, and how it chooses among lists as fast."""
+
+import math
+from statistics import median
+
+import pytest
+import torch
+
+from mrl_fast.search.index import timing
+from mrl_fast.search.index.timing import Budget, as_fast, first_look, in_turn
+from mrl_fast.search.index.tuning import CHEAPER, MIN_QUERIES, SLOW, _checked, tune
+from tests.helpers.tuning import Clock, clustered
+
+LISTS = 4 * 8  # of 1,000 rows in four dims
+
+
+@pytest.fixture(scope="module")
+def data():
+    return clustered(queries=2000)
+
+
+@pytest.fixture(scope="module")
+def whole(data):
+    """The report where time is no matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        Clock(patch)
+        return tune(data[0], data[1][:512], 10, 0.9, seconds=math.inf, progress=False)
+
+
+def seconds_of(query_ticks, queries=512):
+    return queries * query_ticks / (1 << 30)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.6])
+def test_what_the_time_leaves_out_is_said_and_never_accepted(data, whole, monkeypatch, share):
+    index, queries = data
+    clock = Clock(monkeypatch)
+    seconds = share * whole.seconds
+    report = tune(index, queries[:512], 10, 0.9, seconds=seconds, progress=False)
+    late = f"as the time was up (seconds={seconds:g})"
+    why = {why: n for n, why in report.untried}
+    assert why[late] > 0 and sum(why.values()) + len(report.rows) - 1 == LISTS
+    assert len(report.rows) < len(whole.rows) and str(report).endswith(late)
+    if len(report.rows) > 1 and "512 queries" in report.note:
+        known = {str(row.stages): row[:3] for row in whole.rows}
+        assert all(row[:3] == known[str(row.stages)] for row in report.rows)
+    assert report.seconds == clock.seconds
+    # The least there is: exact answers, and how long they take; a list that was begun is finished,
+    # and the one after it is judged with it.
+    assert report.seconds < seconds + seconds_of(5 * 4000, MIN_QUERIES) + 4 * seconds_of(1032)
+
+
+def test_with_time_for_all_nothing_is_left_out_for_it(whole):
+    assert [why for _, why in whole.untried] == [CHEAPER]
+    assert whole.untried[0].lists + len(whole.rows) - 1 == LISTS
+    assert whole.note.startswith("For recall@10 of 0.9, shown by 512 queries")
+
+
+def test_a_large_sample_is_cut_where_its_answers_take_too_long(data, monkeypatch):
+    index, queries = data
+    clock = Clock(monkeypatch)
+    report = tune(index, queries, seconds=4 * seconds_of(4000, 600), progress=False)
+    used = 3 * MIN_QUERIES  # 768, as 512 were within a quarter of the time
+    assert report.note.startswith(f"For recall@10 of 0.99, shown by {used} of 2,000 queries")
+    assert report.batch == used and report.rows
+    assert sum(n for stages, n in clock.calls[:3]) == used
+    again = tune(index, queries, seconds=4 * seconds_of(4000, 600), progress=False)
+    assert again.note == report.note and again.recall == report.recall
+
+
+def test_the_queries_are_mixed_as_the_first_may_be_alike(data):
+    index, queries = data
+    mixed = _checked(index, queries, 10, 0.9, None, 0.95).queries
+    assert not torch.equal(mixed[:256], queries[:256])
+    assert torch.equal(mixed.sort(dim=0).values, queries.sort(dim=0).values)
+
+
+def test_chains_that_are_several_times_slower_at_their_cheapest_are_left_out(data, monkeypatch):
+    index, queries = data
+    dims = {8: 100, 16: 100, 32: 300, None: 4000}
+
+    def work(stages):
+        return dims[None] if stages is None else dims[stages[0][0]] + stages[0][1] // 100
+
+    clock = Clock(monkeypatch, work)
+    report = tune(index, queries[:512], 10, 0.9, batch=1, progress=False)
+    assert (8, SLOW) in report.untried
+    assert all(row.stages is None or row.stages[0][0] < 32 for row in report.rows)
+    assert 2 <= sum(stages is not None and stages[0][0] == 32 for stages, _ in clock.calls) <= 3
+    assert sum(n for n, _ in report.untried) + len(report.rows) - 1 == LISTS
+
+
+def test_recalls_take_large_calls_whatever_the_batch(data, monkeypatch):
+    clock = Clock(monkeypatch)
+    report = tune(data[0], data[1][:512], 10, 0.9, batch=1, progress=False)
+    assert {n for _, n in clock.calls} == {MIN_QUERIES, 1}
+    searched = sum(n for _, n in clock.calls if n > 1)
+    assert searched == 512 * len({str(stages) for stages, n in clock.calls if n > 1})
+    # Several times slower: called a few times; the best: as often as there is a round.
+    alone = [str(stages) for stages, n in clock.calls if n == 1]
+    counts = [alone.count(str(row.stages)) for row in report.rows]
+    assert min(counts) == 2 and max(counts) >= 50
+    assert all(
+        counts[i] <= 3 for i, row in enumerate(report.rows) if row.time_ms > 2 * report.time_ms
+    )
+
+
+def test_among_lists_as_fast_the_one_that_reads_least(data, monkeypatch):
+    """Times of one query differ more from call to call than those of two lists."""
+    index, queries = data
+    spells = 0
+
+    def work(stages):
+        nonlocal spells
+        spells += 1
+        noise = spells * 7919 % 97  # of 1000
+        return 9000 if stages is None else 1000 - stages[0][1] // 50 + noise
+
+    Clock(monkeypatch, work)
+    report = tune(index, queries[:512], 10, 0.9, batch=1, progress=False)
+    accepted = [row for row in report.rows if row.accepted and row.stages]
+    assert min(accepted, key=lambda row: row.time_ms).stages != report.stages  # by noise
+    least = min(accepted, key=lambda row: row.read_bytes)
+    assert report.stages == least.stages
+    assert report.time_ms == least.time_ms
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Searches by number, the ticks of whose rounds are given, and the order of all calls."""
+    now, order = 0.0, []
+
+    def made(rows):
+        def call(i):
+            def search(number):
+                nonlocal now
+                order.append(i)
+                now += rows[i][number % len(rows[i])]
+
+            return search
+
+        return [call(i) for i in range(len(rows))], order
+
+    monkeypatch.setattr(timing, "clock", lambda: now)
+    return made
+
+
+def test_a_first_look_is_short_where_a_call_is_slow(calls):
+    (slow, mixed), order = calls([[8.0], [8.0, 3.0, 1.0]])
+    assert first_look(slow, 2000.0) == [8000.0] * 2 and len(order) == 2
+    assert first_look(slow, 4000.0) == [8000.0] * 3
+    assert first_look(mixed, 2000.0) == [8000.0, 3000.0, 1000.0]  # one slow call proves nothing
+
+
+def test_rounds_take_turns_and_drop_what_falls_behind(calls):
+    searches, order = calls([[2.0], [2.0, 2.25], [3.0]])
+    rounds = []
+    times, left = in_turn(searches, 5, Budget(math.inf), lambda: rounds.append(0))
+    assert order == [0, 1, 2, 1, 2, 0, 2, 0, 1, 1, 0, 0, 1]
+    assert left == [0, 1] and len(rounds) == 5
+    assert [len(mine) for mine in times] == [5, 5, 3] and median(times[2]) == 3000
+
+
+def test_rounds_end_with_the_time_and_are_whole(calls):
+    searches, order = calls([[2.0], [2.0], [2.0]])
+    times, left = in_turn(searches, 9, Budget(16.0), list)  # 8 calls: the third round is not whole
+    assert [len(mine) for mine in times] == [2, 2, 2] and left == [0, 1, 2]
+    times, left = in_turn(searches, 9, Budget(3.0), list)  # two calls: the most promising
+    assert [len(mine) for mine in times] == [1, 1, 0] and left == [0, 1]
+    times, left = in_turn(searches, 9, Budget(1e-9), list)  # at least one
+    assert [len(mine) for mine in times] == [1, 0, 0] and left == [0]
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ([[5, 5, 5, 5], [5, 5, 5, 5]], [0, 1]),
+        ([[5, 5, 5, 5], [6, 6, 6, 6]], [0]),
+        ([[5, 5, 5, 5], [6, 6, 6, 5]], [0, 1]),  # in a quarter of the rounds
+        ([[5] * 8, [6] * 7 + [5]], [0]),  # in an eighth
+        ([[7, 3, 5, 5], [6, 6, 6, 6]], [0, 1]),
+        ([[6], [5]], [1]),
+    ],
+)
+def test_as_fast_by_what_their_times_tell(times, expected):
+    assert as_fast(times, [*range(len(times))]) == expected
