@@ -8,7 +8,18 @@ import torch
 
 from mrl_fast.search.index import timing
 from mrl_fast.search.index.timing import Budget, as_fast, first_look, in_turn
-from mrl_fast.search.index.tuning import CHEAPER, MIN_QUERIES, SLOW, _checked, tune
+from mrl_fast.search.index.tuning import (
+    CHEAPER,
+    ENOUGH,
+    MIN_QUERIES,
+    RECALLS,
+    SLOW,
+    Sample,
+    _affordable,
+    _chains,
+    _checked,
+    tune,
+)
 from tests.helpers.tuning import Clock, clustered
 
 LISTS = 4 * 8  # of 1,000 rows in four dims
@@ -56,16 +67,24 @@ def test_with_time_for_all_nothing_is_left_out_for_it(whole):
     assert whole.note.startswith("For recall@10 of 0.9, shown by 512 queries")
 
 
-def test_a_large_sample_is_cut_where_its_answers_take_too_long(data, monkeypatch):
+@pytest.mark.parametrize(
+    ("fits", "used"), [(math.inf, 2000), (1700, 1700), (700, 700), (400, ENOUGH), (1, MIN_QUERIES)]
+)
+def test_a_large_sample_is_cut_to_what_there_is_time_for(data, monkeypatch, fits, used):
     index, queries = data
-    clock = Clock(monkeypatch)
-    report = tune(index, queries, seconds=4 * seconds_of(4000, 600), progress=False)
-    used = 3 * MIN_QUERIES  # 768, as 512 were within a quarter of the time
-    assert report.note.startswith(f"For recall@10 of 0.99, shown by {used} of 2,000 queries")
-    assert report.batch == used and report.rows
-    assert sum(n for stages, n in clock.calls[:3]) == used
-    again = tune(index, queries, seconds=4 * seconds_of(4000, 600), progress=False)
-    assert again.note == report.note and again.recall == report.recall
+    Clock(monkeypatch, lambda stages: 300 if stages is None else stages[0][0])
+    all_lists = 300 + 8 * (8 + 16 + 32 + 8)
+    budget = Budget(seconds_of(all_lists, fits + 0.5) / RECALLS)
+    sample, exact = _affordable(Sample(index, queries, 1, 2000), _chains(index, 10), budget)
+    assert sample.batch == used and torch.equal(sample.queries, queries[:used])
+    assert torch.equal(exact.ids, index.search(queries[:used], 1).ids)
+
+
+def test_a_sample_that_was_cut_is_said(data, monkeypatch):
+    Clock(monkeypatch)
+    report = tune(*data, seconds=1e-9, progress=False)
+    assert report.note.startswith("For recall@10 of 0.99, shown by 256 of 2,000 queries")
+    assert report.batch == 256 and report.stages is None
 
 
 def test_the_queries_are_mixed_as_the_first_may_be_alike(data):
@@ -86,7 +105,11 @@ def test_chains_that_are_several_times_slower_at_their_cheapest_are_left_out(dat
     report = tune(index, queries[:512], 10, 0.9, batch=1, progress=False)
     assert (8, SLOW) in report.untried
     assert all(row.stages is None or row.stages[0][0] < 32 for row in report.rows)
-    assert 2 <= sum(stages is not None and stages[0][0] == 32 for stages, _ in clock.calls) <= 3
+    assert (
+        2
+        <= sum(stages is not None and stages[0][0] == 32 for stages, n in clock.calls if n == 1)
+        <= 3
+    )
     assert sum(n for n, _ in report.untried) + len(report.rows) - 1 == LISTS
 
 
@@ -94,8 +117,8 @@ def test_recalls_take_large_calls_whatever_the_batch(data, monkeypatch):
     clock = Clock(monkeypatch)
     report = tune(data[0], data[1][:512], 10, 0.9, batch=1, progress=False)
     assert {n for _, n in clock.calls} == {MIN_QUERIES, 1}
-    searched = sum(n for _, n in clock.calls if n > 1)
-    assert searched == 512 * len({str(stages) for stages, n in clock.calls if n > 1})
+    searched = [str(stages) for stages, n in clock.calls if n > 1]
+    assert {searched.count(str(row.stages)) for row in report.rows} <= {2, 3}  # 3: its chain's last
     # Several times slower: called a few times; the best: as often as there is a round.
     alone = [str(stages) for stages, n in clock.calls if n == 1]
     counts = [alone.count(str(row.stages)) for row in report.rows]

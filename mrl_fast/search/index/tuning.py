@@ -28,7 +28,8 @@ from mrl_fast.shared.recall import count_found
 from mrl_fast.shared.types import SearchResult, shown
 
 MIN_QUERIES = 256  # as many are searched at once where time does not count
-EXACT, RECALLS = 0.25, 0.75  # of the budget: when exact answers, and recalls, are to be known
+ENOUGH = 512  # queries: no more are left out so that all lists may be tried
+EXACT, RECALLS = 0.4, 0.7  # of the budget: when exact answers, and recalls, are to be known
 UNSEEN = 0.5  # assumed loss of a query unlike any sampled, as a share of its neighbours
 TIE = 4 * torch.finfo(torch.float32).eps  # of the score: stages score in fp32, exact in fp64
 SLOW = f"of chains that take over {timing.SLOWER:g} times the best's time at their cheapest"
@@ -48,17 +49,10 @@ class Sample(NamedTuple):
             return self.index.search(part, self.k, exact=True)
         return self.index.search(part, self.k, stages=stages)
 
-    def search_all(
-        self, stages: Stages | None, enough: Callable[[], bool] | None = None
-    ) -> SearchResult:
-        """The results of all queries, or of the first that were searched when it was enough. They
-        are the same in batches of any size, so that these are large."""
-        results: list[SearchResult] = []
-        for part in self.queries.split(MIN_QUERIES):
-            if results and enough and enough():
-                break
-            results.append(self.search(part, stages))
-        return SearchResult(*map(torch.cat, zip(*results, strict=True)))
+    def search_all(self, stages: Stages | None) -> SearchResult:
+        """The results of all queries, which are the same in calls of any size: of large ones."""
+        parts = self.queries.split(MIN_QUERIES)
+        return joined([self.search(part, stages) for part in parts])
 
     @property
     def calls(self) -> Sequence[Tensor]:
@@ -75,6 +69,10 @@ class Sample(NamedTuple):
         scale = self.batch / part
         times = timing.first_look(self._replace(batch=part).call(stages), best_ms / scale)
         return [scale * ms for ms in times]
+
+
+def joined(results: Sequence[SearchResult]) -> SearchResult:
+    return SearchResult(*map(torch.cat, zip(*results, strict=True)))
 
 
 class Candidate(NamedTuple):
@@ -114,7 +112,7 @@ def tune(
     than half of its neighbours, or than the worst query loses at the next cheaper list.
 
     Chains whose cheapest list is far slower than the best so far are left out; so is what the time
-    does not allow, and a part of the sample where its exact answers take too long.
+    does not allow, and a part of a sample that is too large for it.
 
     Args:
         index: A MatryoshkaIndex that holds vectors.
@@ -143,13 +141,11 @@ def tune(
     aim = Aim(float(recall), (1 - confidence) / max(1, len(chains)), unseen)
     rounds = min(max(5, len(sample.calls)), 50)
     with tqdm(total=sum(map(len, chains)) + rounds, desc="tune", disable=not progress) as bar:
-        exact = sample.search_all(None, lambda: budget.spent(EXACT))
-        n = len(exact.ids)
-        sample = sample._replace(queries=sample.queries[:n], batch=min(sample.batch, n))
+        sample, exact = _affordable(sample, chains, budget)
         candidates, untried = _tried(sample, exact, chains, aim, budget, bar.update)
         times, chosen = _timed(sample, candidates, aim.recall, rounds, budget, bar.update)
     rows = _rows(sample, candidates, times, aim.recall)
-    best = next(row for row in rows if row.stages == candidates[chosen].stages)
+    best, n = next(r for r in rows if r.stages == candidates[chosen].stages), len(sample.queries)
     size = f"{n:,}" if n == given else f"{n:,} of {given:,}"
     note = f"For recall@{k} of {recall:g}, shown by {size} queries: {shown(best.stages)}"
     if not any(row.accepted for row in rows if row.stages):
@@ -178,6 +174,28 @@ def _checked(
     # In any order, as the first of them may have to stand for all.
     mixed = torch.from_numpy(np.random.default_rng(0).permutation(len(q)))
     return Sample(index, q[mixed], k, batch)
+
+
+def _affordable(
+    sample: Sample, chains: Sequence[Sequence[Stages]], budget: Budget
+) -> tuple[Sample, SearchResult]:
+    """So much of the sample as there is likely to be time for with every list, and its exact
+    answers."""
+    part = sample.queries[:MIN_QUERIES]
+    exact = [sample.search(part, None)]
+    seconds = budget.taken  # of a part with every list, as if each took as long as the cheapest
+    for chain in chains:
+        call_ms = timing.call_ms(lambda _, stages=chain[-1]: sample.search(part, stages), 0)
+        seconds += len(chain) * call_ms / 1e3
+    fits = MIN_QUERIES * RECALLS * budget.seconds / max(seconds, 1e-9)
+    n = int(min(len(sample.queries), max(ENOUGH, fits)))
+    for part in sample.queries[MIN_QUERIES:n].split(MIN_QUERIES):
+        if not len(part) or budget.spent(EXACT):
+            break
+        exact.append(sample.search(part, None))
+    answers = joined(exact)
+    n = len(answers.ids)
+    return sample._replace(queries=sample.queries[:n], batch=min(sample.batch, n)), answers
 
 
 def _tried(
