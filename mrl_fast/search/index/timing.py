@@ -10,7 +10,8 @@ clock = time.perf_counter
 
 FEW = 3  # calls of a first look
 SLOWER = 2.0  # times the fastest: dropped after a first look
-NEAR = 1.25  # times the fastest: dropped after a few rounds
+NEAR = 1.25  # times the fastest in every one of so many rounds or more: dropped
+ROUNDS = 5
 
 Call = Callable[[int], object]  # a search of the queries of a round
 
@@ -70,15 +71,21 @@ def in_turn(
         for i in left:
             times[i].append(turn[i])
         tick()
-        if number + 1 >= FEW:
-            limit = NEAR * min(median(times[i]) for i in left)
-            left = [i for i in left if median(times[i]) <= limit]
+        if number + 1 >= ROUNDS:
+            best = times[fastest(times, left)]
+            left = [
+                i for i in left if any(x <= NEAR * y for x, y in zip(times[i], best, strict=True))
+            ]
     return times, left
+
+
+def fastest(times: Sequence[Sequence[float]], left: Sequence[int]) -> int:
+    return min(left, key=lambda i: (median(times[i]), i))
 
 
 def as_fast(times: Sequence[Sequence[float]], left: Sequence[int]) -> list[int]:
     """Those of ``left`` that their times cannot tell from the one of the least median: in a quarter
     of the rounds they were no slower."""
-    best = times[min(left, key=lambda i: (median(times[i]), i))]
+    best = times[fastest(times, left)]
     least = max(1, len(best) // 4)
     return [i for i in left if sum(x <= y for x, y in zip(times[i], best, strict=True)) >= least]

@@ -29,10 +29,13 @@ from mrl_fast.shared.types import SearchResult, shown
 
 MIN_QUERIES = 256  # as many are searched at once where time does not count
 ENOUGH = 512  # queries: no more are left out so that all lists may be tried
-EXACT, RECALLS = 0.4, 0.7  # of the budget: when exact answers, and recalls, are to be known
+PROBE = 64  # queries that say what as many as MIN_QUERIES will take
+THINNEST = 8  # of the lists of a chain one in so many is tried at least
+EXACT, RECALLS = 0.4, 0.8  # of the budget: when exact answers, and recalls, are to be known
 UNSEEN = 0.5  # assumed loss of a query unlike any sampled, as a share of its neighbours
 TIE = 4 * torch.finfo(torch.float32).eps  # of the score: stages score in fp32, exact in fp64
 SLOW = f"of chains that take over {timing.SLOWER:g} times the best's time at their cheapest"
+PASSED = "between others of their chain, for want of time"
 CHEAPER = "cheaper than a refused one of their chain"
 
 
@@ -141,9 +144,11 @@ def tune(
     aim = Aim(float(recall), (1 - confidence) / max(1, len(chains)), unseen)
     rounds = min(max(5, len(sample.calls)), 50)
     with tqdm(total=sum(map(len, chains)) + rounds, desc="tune", disable=not progress) as bar:
-        sample, exact = _affordable(sample, chains, budget)
-        candidates, untried = _tried(sample, exact, chains, aim, budget, bar.update)
+        sample, exact, walked = _affordable(sample, chains, budget)
+        candidates, untried = _tried(sample, exact, walked, aim, budget, bar.update)
         times, chosen = _timed(sample, candidates, aim.recall, rounds, budget, bar.update)
+    if passed := sum(map(len, chains)) - sum(map(len, walked)):
+        untried = (*untried, Untried(passed, PASSED))
     rows = _rows(sample, candidates, times, aim.recall)
     best, n = next(r for r in rows if r.stages == candidates[chosen].stages), len(sample.queries)
     size = f"{n:,}" if n == given else f"{n:,} of {given:,}"
@@ -178,24 +183,29 @@ def _checked(
 
 def _affordable(
     sample: Sample, chains: Sequence[Sequence[Stages]], budget: Budget
-) -> tuple[Sample, SearchResult]:
-    """So much of the sample as there is likely to be time for with every list, and its exact
-    answers."""
-    part = sample.queries[:MIN_QUERIES]
-    exact = [sample.search(part, None)]
-    seconds = budget.taken  # of a part with every list, as if each took as long as the cheapest
-    for chain in chains:
-        call_ms = timing.call_ms(lambda _, stages=chain[-1]: sample.search(part, stages), 0)
-        seconds += len(chain) * call_ms / 1e3
-    fits = MIN_QUERIES * RECALLS * budget.seconds / max(seconds, 1e-9)
-    n = int(min(len(sample.queries), max(ENOUGH, fits)))
+) -> tuple[Sample, SearchResult, list[Sequence[Stages]]]:
+    """So much of the sample, and of the chains, as there is likely to be time for, and the exact
+    answers. What is left out is so whatever it would lose."""
+    exact, exact_s = [sample.search(sample.queries[:MIN_QUERIES], None)], budget.taken
+    probes = [sample._replace(batch=PROBE).call(chain[len(chain) // 2]) for chain in chains]
+    probe_ms = [timing.call_ms(probe, 0) for probe in probes]
+    limit = timing.SLOWER * min(probe_ms, default=0.0)  # those beyond it are likely to be left out
+    walked = zip(probe_ms, chains, strict=True)
+    lists_s = sum(ms * len(chain) for ms, chain in walked if ms <= limit)
+    lists_s *= MIN_QUERIES / PROBE / 1e3
+    parts = RECALLS * budget.seconds / max(exact_s + lists_s, 1e-9)  # with every list
+    n = int(min(len(sample.queries), max(ENOUGH, MIN_QUERIES * parts)))
+    step, room = 1, RECALLS * budget.seconds / (n / MIN_QUERIES) - exact_s
+    while step < THINNEST and lists_s / step > room:
+        step *= 2
     for part in sample.queries[MIN_QUERIES:n].split(MIN_QUERIES):
         if not len(part) or budget.spent(EXACT):
             break
         exact.append(sample.search(part, None))
     answers = joined(exact)
     n = len(answers.ids)
-    return sample._replace(queries=sample.queries[:n], batch=min(sample.batch, n)), answers
+    judged = sample._replace(queries=sample.queries[:n], batch=min(sample.batch, n))
+    return judged, answers, [chain[::step] for chain in chains]
 
 
 def _tried(
@@ -216,7 +226,8 @@ def _tried(
     candidates = [Candidate(None, 1.0, 1.0, sample.look(None, min(floors, default=math.inf)))]
     best_ms = min(candidates[0].times)
     for floor, chain in sorted(zip(floors, chains, strict=True), key=lambda pair: pair[0]):
-        if floor > timing.SLOWER * best_ms:
+        limit = timing.SLOWER * best_ms
+        if floor > limit and min(sample.look(chain[-1], best_ms)) > limit:  # in this spell, too
             left[SLOW] += len(chain)
             continue
         losses = (_losses(sample.search_all(stages), exact, count) for stages in chain)
