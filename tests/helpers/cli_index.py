@@ -29,6 +29,13 @@ def run(*arguments, code=0):
     return done.stdout if code == 0 else done.stderr
 
 
+def said(*arguments):
+    """stderr of a command that ends well."""
+    done = CliRunner().invoke(app, ["index", *map(str, arguments)], prog_name="mrl-fast")
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stderr
+
+
 def run_json(*arguments):
     return json.loads(run(*arguments, "--json"))
 

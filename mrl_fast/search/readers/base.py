@@ -13,8 +13,21 @@ import numpy as np
 Chunk = tuple[Any, "np.ndarray | None"]  # vectors [n, D], an array or a tensor; ids [n] int64
 
 
+# Where ids are not integers.
+ADVICE = (
+    "; ids are int64: keep a table of your own from its strings to numbers, and number the rows by "
+    "it; rows without ids are 0, 1, 2, … in their order"
+)
+
+
 class Source(ABC):
-    """Vectors ``[rows, width]`` in a file."""
+    """Vectors ``[rows, width]`` in a file.
+
+    Attributes:
+        id_columns: Names of the file's columns that could be ids.
+    """
+
+    id_columns: tuple[str, ...] = ()
 
     def __init__(self, path: Path, rows: int, width: int):
         self.path, self.rows, self.width = path, rows, width
