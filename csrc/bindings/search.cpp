@@ -34,7 +34,7 @@ using SpanArraysFields =
     std::tuple<Address<float>, Address<uint8_t>, Address<float>, int64_t, Address<void>, int64_t,
                Address<uint8_t>, Address<uint8_t>, Address<uint8_t>>;
 
-// Empty where all went well, else what is wrong with the vectors.
+// The problem with the vectors, in the words that Python expects; empty for OK.
 std::string message(Status status) {
     switch (status) {
         case Status::NOT_FINITE:

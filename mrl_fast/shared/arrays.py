@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mrl_fast.shared.checks import FLOATS, check_dense, check_int, check_matrix, dtype_name
 from mrl_fast.shared.memory import HOST
-from mrl_fast.shared.types import ExactResult
 
 LOWEST, HIGHEST = -(1 << 63), (1 << 63) - 1  # of int64
 NO_INTEGERS = (torch.bool, torch.complex64, torch.complex128)
@@ -180,8 +179,8 @@ def result_like(x: Any, result: Any, out: Any = None) -> Any:
     convert = like(x)
     found = map(convert, result) if out is None else _fill(out, result, _place(x))
     converted = type(result)(*found)
-    if isinstance(result, ExactResult):
-        converted.rows_touched = convert(result.rows_touched)
+    for name, value in getattr(result, "__dict__", {}).items():  # what it says beside its fields
+        setattr(converted, name, convert(value) if isinstance(value, Tensor) else value)
     return converted
 
 

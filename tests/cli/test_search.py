@@ -6,14 +6,16 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.cli.app import app
-from mrl_fast.shared.types import Tuned
+from mrl_fast.shared.types import SearchResult, Tuned
 from tests.helpers.cli_index import (
     BASE,
     DIMS,
@@ -28,7 +30,9 @@ from tests.helpers.cli_index import (
 )
 from tests.helpers.search import METRICS
 
-COMMANDS = ("build", "add", "search", "tune", "info", "verify")
+COMMANDS = (
+    "build", "add", "update", "remove", "compact", "search", "tune", "info", "verify"
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -100,6 +104,21 @@ def test_stages_exact_and_allowed(tmp_path, built, queries):
         assert (arrays["ids"][:, 2:] == -1).all() and np.isneginf(arrays["scores"][:, 2:]).all()
 
 
+def test_queries_of_another_width_are_the_indexs_to_judge(tmp_path, built, monkeypatch):
+    whole = MatryoshkaIndex.search
+
+    def of_prefixes(index, queries, *args, **kwargs):
+        padded = np.pad(queries.numpy(), ((0, 0), (0, WIDTH - queries.shape[1])))
+        return SearchResult(*map(torch.from_numpy, whole(index, padded, *args, **kwargs)))
+
+    monkeypatch.setattr(MatryoshkaIndex, "search", of_prefixes)
+    narrow = saved(tmp_path / "narrow.npy", np.ascontiguousarray(QUERIES[:9, :8]))
+    found = run_json("search", built, narrow, "-k", 3)["results"]
+    padded = np.pad(QUERIES[:9, :8], ((0, 0), (0, WIDTH - 8)))
+    expected = whole(MatryoshkaIndex.load(built), padded, 3)
+    assert [each["ids"] for each in found] == expected.ids.tolist()
+
+
 def test_recall_of_truth(tmp_path, built, queries):
     truth = in_memory().search(QUERIES, 20).ids
     np.save(tmp_path / "truth.npy", truth)
@@ -163,17 +182,23 @@ def test_search_on_a_device(built, queries, monkeypatch):
 
 def test_tune_is_kept(tmp_path, built, queries):
     report = run_json(
-        "tune", built, queries, "-k", 5, "--recall", 0.9, "--plot", tmp_path / "t.png"
-    )
+        "tune", built, queries, "-k", 5, "--recall", 0.9, "--plot", tmp_path / "t.png",
+        "--seconds", 30,
+    )  # fmt: skip
+    assert 0 < report["seconds"] < 30
+    assert all(set(left) == {"lists", "why"} for left in report["untried"])
     assert report["recall_bound"] >= 0.9 and report["k"] == 5
     assert any(row["stages"] == report["stages"] for row in report["rows"])
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     described = run_json("info", built)
-    assert described["tuned"] == {"stages": report["stages"], "k": 5, "rows": ROWS}
+    tuned = {"stages": report["stages"], "k": 5, "rows": ROWS, "recall": 0.9, "in_force": True}
+    assert described["tuned"] == tuned
     assert "for k up to 5, with 3,000 rows" in run("info", built)
     stages = run_json("search", built, queries, "-k", 4)["stages"]
     assert stages == (report["stages"] and [*report["stages"][:-1], [32, 4]])
-    assert run_json("search", built, queries, "-k", 6)["stages"] is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert run_json("search", built, queries, "-k", 6)["stages"] is None
     assert "For recall@5 of 0.9" in run("tune", built, queries, "-k", 5, "--recall", 0.9)
 
 
@@ -187,7 +212,8 @@ def test_stages_that_are_out_of_date(built, queries):
     assert run_json("search", built, queries, "-k", 5)["stages"] == [[8, 40], [32, 5]]
     run("add", built, queries, "--limit", 1)
     assert "out of date" in run("info", built)
-    assert run_json("search", built, queries, "-k", 5)["stages"] is None
+    with pytest.warns(UserWarning, match="searched exactly, .* it was tuned with 3,000 vectors"):
+        assert run_json("search", built, queries, "-k", 5)["stages"] is None
 
 
 def test_no_matplotlib_is_said_before_the_work(built, queries, monkeypatch):
@@ -267,7 +293,7 @@ def scene(tmp_path_factory):
         (["add", "{none}", "{base}"], "expected a folder that holds an index"),
         (["add", "{index}", "{base}", "--skip", "3000"], "--skip: expected less than 3,000"),
         (["search", "{folder}", "{base}"], "expected a folder that holds an index"),
-        (["search", "{index}", "{narrow}"], "narrow.npy: expected vectors of the index's width"),
+        (["search", "{index}", "{narrow}"], "narrow.npy: expected .*, got 31"),
         (["search", "{index}", "{nan}"], "nan.npy: expected finite values as float32, got .* 1"),
         (["search", "{index}", "{base}", "--stages", "8"], "--stages: expected dim:keep"),
         (["search", "{index}", "{base}", "--stages", "9:50,32:10"], "dim: expected one of"),
@@ -282,6 +308,10 @@ def scene(tmp_path_factory):
         (["tune", "{index}", "{narrow}"], "narrow.npy: expected vectors of the index's width"),
         (["tune", "{index}", "{base}", "--limit", "255"], "at least 256 sample queries, got 255"),
         (["tune", "{index}", "{base}", "--recall", "1.5"], "recall: expected a number in"),
+        (
+            ["tune", "{index}", "{base}", "--seconds", "0"],
+            "seconds: expected a number above 0, got 0",
+        ),
         (
             ["tune", "{index}", "{base}", "--plot", "t.xyz"],
             "--plot: expected a file ending in .png",

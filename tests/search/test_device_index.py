@@ -150,6 +150,7 @@ def test_what_comes_out_is_of_the_kind_that_went_in():
     index = MatryoshkaIndex(DIMS, device="cuda")
     index.add(vectors(50).numpy())
     result = index.search(vectors(2).numpy(), 3, stages=STAGES)
+    assert result.stages == [(8, 60), (24, 3)]
     assert isinstance(result.ids, np.ndarray) and isinstance(result.scores, np.ndarray)
     out = SearchResult(np.zeros((2, 3), np.float32), np.zeros((2, 3), np.int64))
     given = index.search(vectors(2).numpy(), 3, stages=STAGES, out=out)

@@ -7,7 +7,18 @@ import typer
 
 from mrl_fast.cli import search_job
 from mrl_fast.cli.inputs import Vectors
-from mrl_fast.cli.options import Column, Device, Folder, Json, K, Key, Limit, Queries, Quiet
+from mrl_fast.cli.options import (
+    Column,
+    Device,
+    Folder,
+    Json,
+    K,
+    Key,
+    Limit,
+    Queries,
+    Quiet,
+    Threads,
+)
 from mrl_fast.cli.output import failing, show_json
 
 Recall = Annotated[
@@ -19,6 +30,10 @@ Batch = Annotated[
 ]
 Confidence = Annotated[
     float, typer.Option(help="That further queries of this kind reach it, in [0.5, 1).")
+]
+Seconds = Annotated[
+    float,
+    typer.Option(help="About how long it may take; the report says what was left out for it."),
 ]
 Plot = Annotated[
     Path | None,
@@ -36,11 +51,13 @@ def tune(
     recall: Recall = 0.99,
     batch: Batch = None,
     confidence: Confidence = 0.95,
+    seconds: Seconds = 20.0,
     plot: Plot = None,
     column: Column = None,
     key: Key = None,
     limit: Limit = None,
     device: Device = "cpu",
+    threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -55,18 +72,21 @@ def tune(
     Example:
       mrl-fast index tune my-index samples.npy -k 10 --recall 0.99
     """
-    with failing():
+    with failing(quiet):
         vectors = Vectors(queries, column=column, key=key, limit=limit)
-        loaded = search_job.load(index, device)
+        loaded = search_job.load(index, device, quiet)
         if k > len(loaded):
             raise ValueError(f"-k: expected at most the index's {len(loaded):,} rows, got {k:,}")
         report = search_job.tune(
             loaded, vectors, index, plot=plot, quiet=quiet,
-            k=k, recall=recall, batch=batch, confidence=confidence,
+            k=k, recall=recall, batch=batch, confidence=confidence, seconds=seconds,
         )  # fmt: skip
         if json:
-            rows = [row._asdict() for row in report.rows]
-            show_json({"index": index, **vars(report), "rows": rows, "plot": plot})
+            tables = {
+                name: [row._asdict() for row in getattr(report, name)]
+                for name in ("rows", "untried")
+            }
+            show_json({"index": index, **vars(report), **tables, "plot": plot})
             return
         print(report)
         print(f"saved in {index}" + (f"; wrote {plot}" if plot else ""))

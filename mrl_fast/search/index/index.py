@@ -16,10 +16,17 @@ from mrl_fast.search.index.persistence import Persistent
 from mrl_fast.search.index.queries import checked_queries
 from mrl_fast.search.index.rows import IndexRows
 from mrl_fast.search.index.snapshot import Snapshot
-from mrl_fast.search.index.stages import checked_stages
+from mrl_fast.search.index.stages import checked_stages, plain_stages, tuned_now
 from mrl_fast.shared.arrays import result_like
 from mrl_fast.shared.checks import check_dims, check_int
-from mrl_fast.shared.types import ExactResult, RangeResult, SearchResult, Stage, Tuned
+from mrl_fast.shared.types import (
+    ExactResult,
+    RangeResult,
+    SearchResult,
+    Stage,
+    StagedResult,
+    Tuned,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -104,7 +111,10 @@ class MatryoshkaIndex(Persistent):
     prefix_dtype = property(lambda self: self.config.prefix_dtype)
     codes = property(lambda self: self.config.codes)
     device = property(lambda self: self.config.device)
-    tuned = property(lambda self: self._tuned, doc="What ``tune`` chose, a Tuned; None before.")
+    tuned = property(
+        lambda self: tuned_now(self._tuned, len(self)),
+        doc="What ``tune`` chose and whether it is in force, a Tuned; None before.",
+    )
     place = property(lambda self: self.config.place, doc="Where kernels run.")
     width = property(lambda self: self.config.width, doc="D, the width of the vectors.")
     nbytes = property(lambda self: self._rows.snapshot.nbytes, doc="Of vectors, codes, norms, ids.")
@@ -171,7 +181,7 @@ class MatryoshkaIndex(Persistent):
                 ``(D, 4, keep)``, by four bits of every column. No dim may be larger than the
                 queries' width. None: the stages that ``tune`` chose, where it did, for at least
                 this k, at most a tenth of the vectors were added since, and all D columns are
-                searched by; else exact.
+                searched by; else exact, and where they have lapsed a warning says so once.
             exact: The k best by fp64 scores, provably: a row is dropped only where a bound on its
                 score excludes it. By a dim between the first and D the CPU knows no bounds and
                 reads that prefix of every row. On a device scores that are equal in fp32 are equal.
@@ -187,8 +197,8 @@ class MatryoshkaIndex(Persistent):
         Returns:
             SearchResult: scores ``[B, k]`` fp32 at the last stage's dim, or the dim searched by,
                 and ids ``[B, k]`` int64, best first, equal scores in the order of adding, of the
-                kind and on the device of the queries; −inf and −1 where missing. Exact search
-                returns an ExactResult.
+                kind and on the device of the queries; −inf and −1 where missing. Its ``stages`` are
+                those it came by: None where the search was exact, which returns an ExactResult.
 
         Raises:
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, stages that do
@@ -201,15 +211,16 @@ class MatryoshkaIndex(Persistent):
         k, now, checked = check_int(k, "k", 1), self._rows.snapshot, None
         if stages is not None:
             checked = checked_stages(stages, self.config, k, dim)
-        elif dim == self.width:
-            checked = self._tuned_stages(k, now)
+        elif dim == self.width and not exact:
+            checked = plain_stages(self._tuned, k, now.size, self._lapses_said)
         rows, q, _keepalive = self._searched(now, allowed, q)
-        if exact or checked is None:
+        if checked is None:
             *found, touched = self._rows.backend.exact_search(q, rows, dim, k, self.metric)
             result = ExactResult(*found)
             result.rows_touched = touched
         else:
-            result = SearchResult(*self._rows.backend.search_rows(q, rows, checked, self.metric))
+            result = StagedResult(*self._rows.backend.search_rows(q, rows, checked, self.metric))
+            result.stages = checked
         return result_like(queries, result, out)
 
     def range_search(
@@ -244,11 +255,12 @@ class MatryoshkaIndex(Persistent):
         *,
         batch: int | None = None,
         confidence: float = 0.95,
+        seconds: float = 20.0,
         progress: bool = True,
     ) -> tuning.TuneReport:
         """Finds the fastest stages that reach a recall, by measuring on this machine.
 
-        Plain searches for at most this k use them from then on.
+        Plain searches for at most this k use them from then on: ``tuned`` says while they do.
 
         Args:
             queries: ``[n, D]`` samples of what will be asked, at least 256, none of them used to
@@ -256,6 +268,7 @@ class MatryoshkaIndex(Persistent):
             k: Neighbours a query. recall: Share of the exact k best that must be found, in (0, 1].
             batch: Queries a call whose time counts; None is all of them at once.
             confidence: That the stages reach it on further queries of this kind, in [0.5, 1).
+            seconds: About how long it may take; the report says what was left out for it.
             progress: Show a bar.
 
         Returns:
@@ -268,21 +281,17 @@ class MatryoshkaIndex(Persistent):
         """
         q = inputs.vectors(queries, "queries", self.width).float()
         report = tuning.tune(
-            self, q, k, recall, batch=batch, confidence=confidence, progress=progress
-        )
-        self._tuned = Tuned(report.stages, report.k, len(self))
+            self, q, k, recall,
+            batch=batch, confidence=confidence, seconds=seconds, progress=progress,
+        )  # fmt: skip
+        self._tuned = Tuned(report.stages, report.k, len(self), report.target)
+        self._lapses_said = set()
         return report
 
     def explain(self, stages: Sequence[Stage], *, batch: int = 1) -> cost.Explanation:
         """What ``stages``, as in ``search``, cost a query: rows visited, multiply-adds, bytes read.
         A ``batch`` of queries shares what the first stage reads."""
         return cost.explain(self, stages, batch=batch)
-
-    def _tuned_stages(self, k: int, now: Snapshot) -> list[Stage] | None:
-        stages, tuned_k, rows = self._tuned or (None, 0, 0)
-        if stages is None or k > tuned_k or now.size > 1.1 * rows:
-            return None
-        return [*stages[:-1], (stages[-1][0], k)]
 
     def _searched(self, now: Snapshot, allowed: Any, q: Tensor) -> tuple[Any, Tensor, Any]:
         """The rows to search, the queries in their space, and a keepalive for both."""

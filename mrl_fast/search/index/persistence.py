@@ -27,6 +27,7 @@ class Persistent(pickled.Copies):
     def _make(self, config: IndexConfig) -> None:
         self.config, self._rows = config, IndexRows(config)
         self._tuned: Tuned | None = None
+        self._lapses_said: set[str] = set()  # why its stages are not used, where that was warned of
         self._saved: folder.Saved | None = None
         self._loaded_marks: tuple[Any, ...] | None = None  # as the folder has it that it is from
 
@@ -141,7 +142,7 @@ class Persistent(pickled.Copies):
 
     def _fields(self) -> dict[str, Any]:
         """What a manifest says of the index, as JSON; ``_from_fields`` reads it."""
-        tuned = None if self._tuned is None else self._tuned._asdict()
+        tuned = None if self._tuned is None else self._tuned.fields
         return {**self.config.fields, "next_id": self._rows.next_id, "tuned": tuned}
 
     @classmethod
