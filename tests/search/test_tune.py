@@ -185,7 +185,7 @@ def sample(n=256):
         (lambda i: tune(i, sample()[0]), ValueError, "queries: expected shape"),
         (lambda i: tune(i, sample()[:, :8]), ValueError, "queries: expected width 64, got 8"),
         (lambda i: tune(i, sample() * math.nan), ValueError, "queries: expected finite"),
-        (lambda i: tune(i, [[1.0]]), TypeError, "queries: expected a tensor"),
+        (lambda i: tune(i, ["text"]), TypeError, "queries: expected numbers"),
         (lambda i: tune(i, sample(), 0), ValueError, "k: expected an integer >= 1, got 0"),
         (lambda i: tune(i, sample(), recall=0), ValueError, r"recall: .* in \(0, 1\], got 0"),
         (lambda i: tune(i, sample(), recall=1.1), ValueError, r"recall: .* in \(0, 1\], got 1.1"),

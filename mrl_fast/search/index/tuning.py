@@ -19,11 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mrl_fast.search.index import timing
+from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.cost import Explanation, explain
 from mrl_fast.search.index.timing import Budget
 from mrl_fast.search.index.tune_report import Stages, TuneReport, TuneRow, Untried
-from mrl_fast.shared.arrays import as_tensor
-from mrl_fast.shared.checks import check_int, check_matrix
+from mrl_fast.shared.checks import check_int
 from mrl_fast.shared.recall import count_found
 from mrl_fast.shared.types import SearchResult, shown
 
@@ -165,7 +165,7 @@ def tune(
 def _checked(
     index: Any, queries: Any, k: int, recall: float, batch: int | None, confidence: float
 ) -> Sample:
-    q = check_matrix(as_tensor(queries, "queries"), "queries", given=queries)
+    q = inputs.matrix(queries, "queries", index.width)
     if len(q) < MIN_QUERIES:
         raise ValueError(f"queries: expected at least {MIN_QUERIES} sample queries, got {len(q)}")
     k = check_int(k, "k", 1)
