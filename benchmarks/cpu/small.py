@@ -33,7 +33,7 @@ BURST, REPETITIONS = 0.01, 9  # seconds of one call after the other
 
 
 def calls_of(x: Tensor, q: Tensor) -> tuple[dict[str, Callable[[], object]], list[str]]:
-    """What is timed, and which of it is a rival's."""
+    """The calls to time, and the names of the rivals' among them; exact search is checked first."""
     width = x.shape[1]
     index = MatryoshkaIndex((width // 4, width), metric="ip")
     index.add(x)
