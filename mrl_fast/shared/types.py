@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -48,13 +49,39 @@ class SearchResult(NamedTuple):
 Stage = tuple[int, ...]  # (dim, keep) or (dim, bits, keep)
 
 
+def shown(stages: Sequence[Stage] | None) -> str:
+    return " ".join(":".join(map(str, stage)) for stage in stages) if stages else "exact search"
+
+
 class Tuned(NamedTuple):
-    """The stages that ``tune`` chose for up to k neighbours, None for exact search; and how many
-    vectors the index held."""
+    """What ``tune`` chose; ``str`` is a sentence.
+
+    Attributes:
+        stages: None is exact search.
+        k: Plain searches for at most so many neighbours use them.
+        rows: Vectors that the index held then.
+        recall: Of the k best, that was asked for; None in a folder that was saved without it.
+        in_force: Whether searches use them: until more than a tenth of the vectors were added.
+    """
 
     stages: list[Stage] | None
     k: int
     rows: int
+    recall: float | None = None
+    in_force: bool = True
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As a manifest holds it."""
+        return {name: getattr(self, name) for name in ("stages", "k", "rows", "recall")}
+
+    def __str__(self) -> str:
+        at = "" if self.recall is None else f" at recall {self.recall:g}"
+        lapsed = "; lapsed, as more than a tenth were added since: searches are exact"
+        return (
+            f"{shown(self.stages)} for k up to {self.k}{at}, tuned with {self.rows:,} vectors"
+            + ("" if self.in_force else lapsed)
+        )
 
 
 class RangeResult(NamedTuple):
@@ -71,14 +98,26 @@ class RangeResult(NamedTuple):
     ids: Any
 
 
+class StagedResult(SearchResult):
+    """The k best rows of each query that a search by stages found.
+
+    Attributes:
+        stages: By which, as ``MatryoshkaIndex.search`` takes them.
+    """
+
+    stages: list[Stage]
+
+
 class ExactResult(SearchResult):
     """The k best rows of each query, certified.
 
     Attributes:
+        stages: None: by no stages.
         rows_touched: ``[B]`` int64, rows whose columns beyond the prefix were read; all of them
             where bounds would not have paid.
     """
 
+    stages: None = None
     rows_touched: Any
 
 
@@ -86,7 +125,7 @@ class ApproxResult(SearchResult):
     """The best rows of each query but for those that share a bucket with a better one.
 
     Attributes:
-        expected_recall: Share of the k best that is found where they lie anywhere.
+        expected_recall: The share of the k best that is found on average, were the rows shuffled.
     """
 
     expected_recall: float

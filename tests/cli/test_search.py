@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -181,17 +182,23 @@ def test_search_on_a_device(built, queries, monkeypatch):
 
 def test_tune_is_kept(tmp_path, built, queries):
     report = run_json(
-        "tune", built, queries, "-k", 5, "--recall", 0.9, "--plot", tmp_path / "t.png"
-    )
+        "tune", built, queries, "-k", 5, "--recall", 0.9, "--plot", tmp_path / "t.png",
+        "--seconds", 30,
+    )  # fmt: skip
+    assert 0 < report["seconds"] < 30
+    assert all(set(left) == {"lists", "why"} for left in report["untried"])
     assert report["recall_bound"] >= 0.9 and report["k"] == 5
     assert any(row["stages"] == report["stages"] for row in report["rows"])
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     described = run_json("info", built)
-    assert described["tuned"] == {"stages": report["stages"], "k": 5, "rows": ROWS}
+    tuned = {"stages": report["stages"], "k": 5, "rows": ROWS, "recall": 0.9, "in_force": True}
+    assert described["tuned"] == tuned
     assert "for k up to 5, with 3,000 rows" in run("info", built)
     stages = run_json("search", built, queries, "-k", 4)["stages"]
     assert stages == (report["stages"] and [*report["stages"][:-1], [32, 4]])
-    assert run_json("search", built, queries, "-k", 6)["stages"] is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert run_json("search", built, queries, "-k", 6)["stages"] is None
     assert "For recall@5 of 0.9" in run("tune", built, queries, "-k", 5, "--recall", 0.9)
 
 
@@ -205,7 +212,8 @@ def test_stages_that_are_out_of_date(built, queries):
     assert run_json("search", built, queries, "-k", 5)["stages"] == [[8, 40], [32, 5]]
     run("add", built, queries, "--limit", 1)
     assert "out of date" in run("info", built)
-    assert run_json("search", built, queries, "-k", 5)["stages"] is None
+    with pytest.warns(UserWarning, match="searched exactly, .* it was tuned with 3,000 vectors"):
+        assert run_json("search", built, queries, "-k", 5)["stages"] is None
 
 
 def test_no_matplotlib_is_said_before_the_work(built, queries, monkeypatch):
@@ -277,7 +285,7 @@ def scene(tmp_path_factory):
         (["build", "{base}", "--out", "{folder}"], "expected an index or an empty folder"),
         (["build", "{base}", "--out", "{new}", "--dims", "8,16"], "the vectors' width 32"),
         (["build", "{base}", "--out", "{new}", "--dims", "32,8"], "the vectors' width 32"),
-        (["build", "{base}", "--out", "{new}", "--dims", "8,8,32"], "strictly ascending"),
+        (["build", "{base}", "--out", "{new}", "--dims", "8,8,32"], "no width twice"),
         (["build", "{base}", "--out", "{new}", "--dims", "8;32"], "--dims: expected numbers"),
         (["build", "{base}", "--out", "{new}", "--column", "v"], "column: expected none for .npy"),
         (["build", "{base}", "--out", "{new}", "--id-column", "v"], "id_column: expected none"),
@@ -300,6 +308,10 @@ def scene(tmp_path_factory):
         (["tune", "{index}", "{narrow}"], "narrow.npy: expected vectors of the index's width"),
         (["tune", "{index}", "{base}", "--limit", "255"], "at least 256 sample queries, got 255"),
         (["tune", "{index}", "{base}", "--recall", "1.5"], "recall: expected a number in"),
+        (
+            ["tune", "{index}", "{base}", "--seconds", "0"],
+            "seconds: expected a number above 0, got 0",
+        ),
         (
             ["tune", "{index}", "{base}", "--plot", "t.xyz"],
             "--plot: expected a file ending in .png",

@@ -144,7 +144,7 @@ def test_tune_chooses_bits():
     index.add(nested(4000))
     report = index.tune(nested(600, 1), 10, 0.9, progress=False)
     assert all(row.stages is None or row.stages[0][1] == 1 for row in report.rows)
-    assert {row.stages[0][0] for row in report.rows if row.stages} == set(DIMS)
+    assert {row.stages[0][0] for row in report.rows if row.stages} <= set(DIMS)
     assert any(row.accepted for row in report.rows if row.stages)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mrl_fast import MatryoshkaIndex, approx_topk, funnel_search, prefix_topk, rerank
-from mrl_fast.search.index import tuning
+from mrl_fast.search.index import timing
 from tests.helpers import torch_states
 from tests.helpers.index_model import one_thread  # noqa: F401
 from tests.helpers.search import metrics_of
@@ -116,10 +116,7 @@ STATES = torch_states.STATES | {"filled": torch_states.filled}
 
 @pytest.fixture(autouse=True)
 def no_clock(monkeypatch):
-    def calls_ms(search, part, lists):
-        return [0.0 if stages is None else 1.0 + stages[0][1] for stages in lists]
-
-    monkeypatch.setattr(tuning, "_calls_ms", calls_ms)
+    monkeypatch.setattr(timing, "clock", lambda: 0.0)
 
 
 @pytest.fixture(scope="module")

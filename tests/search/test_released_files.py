@@ -36,7 +36,7 @@ def test_a_released_folder_loads_for_ever(name, tmp_path):
     index = MatryoshkaIndex.load(tmp_path / "index", verify=True)
     assert (index.metric, index.dtype, index.prefix_dtype, index.codes) == OPTIONS[name]
     first = (2, 20) if index.codes is None else (2, 1, 20)
-    assert index.dims == (2, 4, 8) and index.tuned == ([first, (8, 5)], 5, 72)
+    assert index.dims == (2, 4, 8) and index.tuned == ([first, (8, 5)], 5, 72, None, True)
     x = vectors(0, 75)[ROWS]
     assert index.ids.tolist() == IDS and index.removed == 3
     rounding = 0.0 if index.rotation is None else 1e-2  # float16, there and back

@@ -31,6 +31,10 @@ Batch = Annotated[
 Confidence = Annotated[
     float, typer.Option(help="That further queries of this kind reach it, in [0.5, 1).")
 ]
+Seconds = Annotated[
+    float,
+    typer.Option(help="About how long it may take; the report says what was left out for it."),
+]
 Plot = Annotated[
     Path | None,
     typer.Option(
@@ -47,6 +51,7 @@ def tune(
     recall: Recall = 0.99,
     batch: Batch = None,
     confidence: Confidence = 0.95,
+    seconds: Seconds = 20.0,
     plot: Plot = None,
     column: Column = None,
     key: Key = None,
@@ -74,11 +79,14 @@ def tune(
             raise ValueError(f"-k: expected at most the index's {len(loaded):,} rows, got {k:,}")
         report = search_job.tune(
             loaded, vectors, index, plot=plot, quiet=quiet,
-            k=k, recall=recall, batch=batch, confidence=confidence,
+            k=k, recall=recall, batch=batch, confidence=confidence, seconds=seconds,
         )  # fmt: skip
         if json:
-            rows = [row._asdict() for row in report.rows]
-            show_json({"index": index, **vars(report), "rows": rows, "plot": plot})
+            tables = {
+                name: [row._asdict() for row in getattr(report, name)]
+                for name in ("rows", "untried")
+            }
+            show_json({"index": index, **vars(report), **tables, "plot": plot})
             return
         print(report)
         print(f"saved in {index}" + (f"; wrote {plot}" if plot else ""))

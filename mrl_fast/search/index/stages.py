@@ -1,7 +1,9 @@
-"""Stages, checked against the index that they are of."""
+"""Stages, checked against the index that they are of; and which of them a plain search uses."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any
 
 from mrl_fast.search.index.config import IndexConfig
@@ -9,15 +11,23 @@ from mrl_fast.shared.checks import check_int, check_stages
 from mrl_fast.shared.types import Stage, Tuned
 
 MANY = 1 << 62  # more than there are rows, and yet an int64
+GROWTH = 1.1  # times the vectors that an index was tuned with: up to so many its stages hold
 
 
-def checked_stages(x: Any, config: IndexConfig, k: int | None = None) -> list[Stage]:
-    """Stages by dims, and codes, of the index, the last of which keeps k where that is given."""
+def checked_stages(
+    x: Any, config: IndexConfig, k: int | None = None, width: int | None = None
+) -> list[Stage]:
+    """Stages by dims, and codes, of the index, the last of which keeps k where that is given; none
+    goes past the queries' ``width`` where that is."""
     dims, code = config.dims, config.code
     checked = list(check_stages(x, code.bits if code.whole and config.device == "cpu" else ()))
     for i, (dim, *_) in enumerate(checked):
         if dim not in dims:
             raise ValueError(f"stages[{i}] dim: expected one of {tuple(dims)}, got {dim}")
+        if width is not None and dim > width:
+            raise ValueError(
+                f"stages[{i}] dim: expected at most {width}, the queries' width, got {dim}"
+            )
     dim, *bits = checked[0][:-1]
     if bits and bits[0] > 1 and dim < config.width:
         raise ValueError(
@@ -31,11 +41,52 @@ def checked_stages(x: Any, config: IndexConfig, k: int | None = None) -> list[St
 
 
 def checked_tuned(x: Any, config: IndexConfig) -> Tuned:
-    """The fields of a Tuned, as a manifest holds them."""
-    if not isinstance(x, dict) or set(x) != set(Tuned._fields):
-        raise ValueError(f"tuned: expected {', '.join(Tuned._fields)}, got {x!r:.80}")
-    k, chosen = check_int(x["k"], "tuned k", 1, MANY), x["stages"]
+    """The fields of a Tuned, as a manifest holds them; the recall may be missing."""
+    names = {"stages", "k", "rows"}
+    if not isinstance(x, dict) or not names <= set(x) <= names | {"recall"}:
+        raise ValueError(f"tuned: expected stages, k, rows and recall, got {x!r:.80}")
+    k, chosen, recall = check_int(x["k"], "tuned k", 1, MANY), x["stages"], x.get("recall")
     if chosen is not None:
         chosen = checked_stages(chosen, config, k)
         check_int(chosen[0][-1], "tuned keep", 1, MANY)
-    return Tuned(chosen, k, check_int(x["rows"], "tuned rows", 0, MANY))
+    if recall is not None and (type(recall) not in (int, float) or not 0 < recall <= 1):
+        raise ValueError(f"tuned recall: expected a number in (0, 1], got {recall!r:.80}")
+    return Tuned(chosen, k, check_int(x["rows"], "tuned rows", 0, MANY), recall)
+
+
+def tuned_now(tuned: Tuned | None, rows: int) -> Tuned | None:
+    """What was chosen, and whether it is in force in an index of so many vectors."""
+    return None if tuned is None else tuned._replace(in_force=rows <= GROWTH * tuned.rows)
+
+
+def plain_stages(tuned: Tuned | None, k: int, rows: int, said: set[str]) -> list[Stage] | None:
+    """The stages of a search for k of so many vectors that names none, None for an exact one.
+
+    Where stages were chosen and have lapsed, it warns, once for each reason in ``said``.
+    """
+    if tuned is None or tuned.stages is None:
+        return None
+    if k > tuned.k:
+        name, why = "k", f"it is tuned for k up to {tuned.k} and k={k} was asked for"
+        wanted = k
+    elif rows > GROWTH * tuned.rows:
+        name, why = "rows", f"it was tuned with {tuned.rows:,} vectors and now holds {rows:,}"
+        wanted = tuned.k
+    else:
+        return [*tuned.stages[:-1], (tuned.stages[-1][0], k)]
+    if name not in said:
+        said.add(name)
+        warnings.warn(
+            f"the index is searched exactly, which may take many times as long, as {why}: tune "
+            f"again (index.tune(samples, k={wanted})), or pass stages= or exact=True",
+            stacklevel=_callers_level(),
+        )
+    return None
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` at which the caller's warning is where this package was called."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] == "mrl_fast":
+        frame, level = frame.f_back, level + 1
+    return level

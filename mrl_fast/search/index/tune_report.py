@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import NamedTuple
 
-from mrl_fast.shared.types import Stage
+from mrl_fast.shared.types import Stage, shown
 
 Stages = list[Stage]
 
@@ -17,18 +17,27 @@ class TuneRow(NamedTuple):
     stages: Stages | None  # None is exact search
     recall: float  # mean over the sample
     recall_bound: float  # what the true mean is shown to reach
-    time_ms: float  # median of a call
+    time_ms: float  # median of a call; of a list that is far from the fastest, of a few
     macs: int  # of a query, as explain counts them
     read_bytes: int
     accepted: bool  # the bound reaches the target, as do those of all safer lists of its chain
     pareto: bool  # no faster row has as good a recall
 
 
+class Untried(NamedTuple):
+    """So many lists were not tried, and why; none of them is ever chosen."""
+
+    lists: int
+    why: str
+
+
 @dataclass(frozen=True)
 class TuneReport:
     """What ``tune`` chose, and from what; ``str`` is a table."""
 
-    stages: Stages | None  # the fastest accepted list; None where that is exact search
+    # Of the accepted lists that are as fast as the fastest the one that reads least; None where
+    # that is exact search.
+    stages: Stages | None
     recall: float  # this and the next two are the chosen row's
     recall_bound: float
     time_ms: float
@@ -37,6 +46,8 @@ class TuneReport:
     batch: int  # queries a timed call
     note: str  # what was chosen and why
     rows: tuple[TuneRow, ...]  # the fastest first
+    untried: tuple[Untried, ...] = ()
+    seconds: float = 0.0  # that it took
 
     def __str__(self) -> str:
         head = (
@@ -51,7 +62,14 @@ class TuneReport:
                 f"{row.time_ms:9.3f} {row.macs / 1e6:9.3f} {row.read_bytes / 2**20:9.3f}"
                 + ("" if row.accepted else "  refused")
             )
-        return "\n".join([*lines, "> chosen, * Pareto-optimal; MMAC and MiB are of one query"])
+        lines.append(
+            "> chosen: of the fastest the one of least MiB, * Pareto-optimal; "
+            "MMAC and MiB are of one query"
+        )
+        lines += [
+            f"not tried: {n} {'list' if n == 1 else 'lists'} {why}" for n, why in self.untried
+        ]
+        return "\n".join(lines)
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Writes recall against time as a picture; needs matplotlib (ModuleNotFoundError)."""
@@ -82,7 +100,3 @@ class TuneReport:
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
         figure.savefig(path, dpi=130)
-
-
-def shown(stages: Stages | None) -> str:
-    return " ".join(":".join(map(str, stage)) for stage in stages) if stages else "exact search"

@@ -7,27 +7,36 @@ is left at its first failure: repeated tests along it cost no confidence, only f
 from __future__ import annotations
 
 import math
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from statistics import NormalDist, median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mrl_fast.search.index.cost import explain
-from mrl_fast.search.index.tune_report import Stages, TuneReport, TuneRow, shown
+from mrl_fast.search.index import timing
+from mrl_fast.search.index.cost import Explanation, explain
+from mrl_fast.search.index.timing import Budget
+from mrl_fast.search.index.tune_report import Stages, TuneReport, TuneRow, Untried
 from mrl_fast.shared.arrays import as_tensor
 from mrl_fast.shared.checks import check_int, check_matrix
 from mrl_fast.shared.recall import count_found
-from mrl_fast.shared.types import SearchResult
+from mrl_fast.shared.types import SearchResult, shown
 
-MIN_QUERIES = 256
-SLOWER = 2.0  # times the fastest good list: no more is timed
+MIN_QUERIES = 256  # as many are searched at once where time does not count
+ENOUGH = 512  # queries: no more are left out so that all lists may be tried
+PROBE = 64  # queries that say what as many as MIN_QUERIES will take
+THINNEST = 8  # of the lists of a chain one in so many is tried at least
+EXACT, RECALLS = 0.4, 0.8  # of the budget: when exact answers, and recalls, are to be known
 UNSEEN = 0.5  # assumed loss of a query unlike any sampled, as a share of its neighbours
 TIE = 4 * torch.finfo(torch.float32).eps  # of the score: stages score in fp32, exact in fp64
+SLOW = f"of chains that take over {timing.SLOWER:g} times the best's time at their cheapest"
+PASSED = "between others of their chain, for want of time"
+CHEAPER = "cheaper than a refused one of their chain"
 
 
 class Sample(NamedTuple):
@@ -44,13 +53,29 @@ class Sample(NamedTuple):
         return self.index.search(part, self.k, stages=stages)
 
     def search_all(self, stages: Stages | None) -> SearchResult:
-        results = [self.search(part, stages) for part in self.queries.split(self.batch)]
-        return SearchResult(*map(torch.cat, zip(*results, strict=True)))
+        """The results of all queries, which are the same in calls of any size: of large ones."""
+        parts = self.queries.split(MIN_QUERIES)
+        return joined([self.search(part, stages) for part in parts])
 
     @property
     def calls(self) -> Sequence[Tensor]:
         """The queries of each call of a whole batch."""
         return self.queries.split(self.batch)[: len(self.queries) // self.batch]
+
+    def call(self, stages: Stages | None) -> timing.Call:
+        parts = self.calls
+        return lambda number: self.search(parts[number % len(parts)], stages)
+
+    def look(self, stages: Stages | None, best_ms: float = math.inf) -> list[float]:
+        """Times of a few calls, ms; of a large batch as of a part of it."""
+        part = min(self.batch, MIN_QUERIES)
+        scale = self.batch / part
+        times = timing.first_look(self._replace(batch=part).call(stages), best_ms / scale)
+        return [scale * ms for ms in times]
+
+
+def joined(results: Sequence[SearchResult]) -> SearchResult:
+    return SearchResult(*map(torch.cat, zip(*results, strict=True)))
 
 
 class Candidate(NamedTuple):
@@ -59,6 +84,15 @@ class Candidate(NamedTuple):
     stages: Stages | None  # None is exact search
     recall: float
     bound: float
+    times: list[float]  # of a few calls, ms
+
+
+class Aim(NamedTuple):
+    """What lists have to reach, and how sure it has to be."""
+
+    recall: float
+    level: float  # of the bound of one chain
+    unseen: float  # assumed loss of a query unlike any sampled
 
 
 def tune(
@@ -69,6 +103,7 @@ def tune(
     *,
     batch: int | None = None,
     confidence: float = 0.95,
+    seconds: float = 20.0,
     progress: bool = True,
 ) -> TuneReport:
     """The fastest stages whose mean recall reaches a target, by measurement on this machine.
@@ -79,6 +114,9 @@ def tune(
     thousands let cheaper lists pass. A query unlike any in the sample is assumed to lose no more
     than half of its neighbours, or than the worst query loses at the next cheaper list.
 
+    Chains whose cheapest list is far slower than the best so far are left out; so is what the time
+    does not allow, and a part of a sample that is too large for it.
+
     Args:
         index: A MatryoshkaIndex that holds vectors.
         queries: ``[n, D]`` floating point, at least 256, drawn as those that will be searched, not
@@ -87,6 +125,7 @@ def tune(
         recall: The target, in ``(0, 1]``.
         batch: Queries a call when timing, in ``[1, n]``; None is all of them.
         confidence: In ``[0.5, 1)``.
+        seconds: About how long it may take, above 0; ``math.inf`` leaves nothing out for it.
         progress: Show a bar.
 
     Returns:
@@ -98,30 +137,29 @@ def tune(
             dtype or range.
     """
     sample = _checked(index, queries, k, recall, batch, confidence)
-    chains, count = _chains(index, k), min(k, len(index))
-    level, unseen = (1 - confidence) / max(1, len(chains)), max(UNSEEN, 1 / count)
+    if not isinstance(seconds, Real) or not seconds > 0:
+        raise ValueError(f"seconds: expected a number above 0, got {seconds!r}")
+    budget, given, chains = Budget(float(seconds)), len(sample.queries), _chains(index, k)
+    unseen = max(UNSEEN, 1 / min(k, len(index)))
+    aim = Aim(float(recall), (1 - confidence) / max(1, len(chains)), unseen)
     rounds = min(max(5, len(sample.calls)), 50)
     with tqdm(total=sum(map(len, chains)) + rounds, desc="tune", disable=not progress) as bar:
-        candidates = [Candidate(None, 1.0, 1.0)]
-        exact = sample.search_all(None)
-        for chain in chains:
-            losses = (_losses(sample.search_all(stages), exact, count) for stages in chain)
-            for found, stages in zip(_walk(losses, recall, level, unseen), chain, strict=False):
-                candidates.append(Candidate(stages, *found))
-                bar.update()
-        times = _timed(sample, candidates, recall, rounds, bar.update)
-
-    rows = _rows(sample, candidates, times, recall)
-    best = next(row for row in rows if row.accepted)
-    size = len(sample.queries)
-    note = f"For recall@{k} of {recall:g}, shown by {size:,} queries: {shown(best.stages)}"
+        sample, exact, walked = _affordable(sample, chains, budget)
+        candidates, untried = _tried(sample, exact, walked, aim, budget, bar.update)
+        times, chosen = _timed(sample, candidates, aim.recall, rounds, budget, bar.update)
+    if passed := sum(map(len, chains)) - sum(map(len, walked)):
+        untried = (*untried, Untried(passed, PASSED))
+    rows = _rows(sample, candidates, times, aim.recall)
+    best, n = next(r for r in rows if r.stages == candidates[chosen].stages), len(sample.queries)
+    size = f"{n:,}" if n == given else f"{n:,} of {given:,}"
+    note = f"For recall@{k} of {recall:g}, shown by {size} queries: {shown(best.stages)}"
     if not any(row.accepted for row in rows if row.stages):
         note += ", as no stage list is shown to reach it"
-        needed = -math.log(level) * unseen / (1 - recall) if recall < 1 else math.inf
-        if chains and size < needed < math.inf:
+        needed = -math.log(aim.level) * unseen / (1 - recall) if recall < 1 else math.inf
+        if chains and n < needed < math.inf:
             note += f" (which takes at least {math.ceil(needed):,} queries)"
     found = best.stages, best.recall, best.recall_bound, best.time_ms
-    return TuneReport(*found, sample.k, recall, sample.batch, note, rows)
+    return TuneReport(*found, k, recall, sample.batch, note, rows, untried, budget.taken)
 
 
 def _checked(
@@ -138,7 +176,73 @@ def _checked(
         raise ValueError(f"confidence: expected a number in [0.5, 1), got {confidence!r}")
     if not len(index):
         raise ValueError("index: expected vectors to search, got none")
-    return Sample(index, q, k, batch)
+    # In any order, as the first of them may have to stand for all.
+    mixed = torch.from_numpy(np.random.default_rng(0).permutation(len(q)))
+    return Sample(index, q[mixed], k, batch)
+
+
+def _affordable(
+    sample: Sample, chains: Sequence[Sequence[Stages]], budget: Budget
+) -> tuple[Sample, SearchResult, list[Sequence[Stages]]]:
+    """So much of the sample, and of the chains, as there is likely to be time for, and the exact
+    answers. What is left out is so whatever it would lose."""
+    exact, exact_s = [sample.search(sample.queries[:MIN_QUERIES], None)], budget.taken
+    probes = [sample._replace(batch=PROBE).call(chain[len(chain) // 2]) for chain in chains]
+    probe_ms = [timing.call_ms(probe, 0) for probe in probes]
+    limit = timing.SLOWER * min(probe_ms, default=0.0)  # those beyond it are likely to be left out
+    walked = zip(probe_ms, chains, strict=True)
+    lists_s = sum(ms * len(chain) for ms, chain in walked if ms <= limit)
+    lists_s *= MIN_QUERIES / PROBE / 1e3
+    parts = RECALLS * budget.seconds / max(exact_s + lists_s, 1e-9)  # with every list
+    n = int(min(len(sample.queries), max(ENOUGH, MIN_QUERIES * parts)))
+    step, room = 1, RECALLS * budget.seconds / (n / MIN_QUERIES) - exact_s
+    while step < THINNEST and lists_s / step > room:
+        step *= 2
+    for part in sample.queries[MIN_QUERIES:n].split(MIN_QUERIES):
+        if not len(part) or budget.spent(EXACT):
+            break
+        exact.append(sample.search(part, None))
+    answers = joined(exact)
+    n = len(answers.ids)
+    judged = sample._replace(queries=sample.queries[:n], batch=min(sample.batch, n))
+    return judged, answers, [chain[::step] for chain in chains]
+
+
+def _tried(
+    sample: Sample,
+    exact: SearchResult,
+    chains: Sequence[Sequence[Stages]],
+    aim: Aim,
+    budget: Budget,
+    tick: Callable[[], object],
+) -> tuple[list[Candidate], tuple[Untried, ...]]:
+    """Exact search, and the lists of each chain to its first failure; and what is left out.
+
+    The chain whose cheapest list is the fastest comes first. Where the time is up, the list that is
+    being walked to is left out: it is judged by the losses of the next one, too.
+    """
+    count, left = min(sample.k, len(sample.index)), Counter[str]()
+    floors = [min(sample.look(chain[-1])) for chain in chains]
+    candidates = [Candidate(None, 1.0, 1.0, sample.look(None, min(floors, default=math.inf)))]
+    best_ms = min(candidates[0].times)
+    for floor, chain in sorted(zip(floors, chains, strict=True), key=lambda pair: pair[0]):
+        limit = timing.SLOWER * best_ms
+        if floor > limit and min(sample.look(chain[-1], best_ms)) > limit:  # in this spell, too
+            left[SLOW] += len(chain)
+            continue
+        losses = (_losses(sample.search_all(stages), exact, count) for stages in chain)
+        judged = zip(_walk(losses, aim), chain, strict=False)
+        tried, refused = 0, False
+        while not refused and not budget.spent(RECALLS) and (found := next(judged, None)):
+            (mean, bound), stages = found
+            times = sample.look(stages, best_ms)
+            candidates.append(Candidate(stages, mean, bound, times))
+            tried, refused = tried + 1, bound < aim.recall
+            best_ms = best_ms if refused else min(best_ms, *times)
+            tick()
+        late = f"as the time was up (seconds={budget.seconds:g})"
+        left[CHEAPER if refused else late] += len(chain) - tried
+    return candidates, tuple(Untried(n, why) for why, n in left.items() if n)
 
 
 def _timed(
@@ -146,23 +250,31 @@ def _timed(
     candidates: Sequence[Candidate],
     recall: float,
     rounds: int,
+    budget: Budget,
     tick: Callable[[], object],
-) -> list[float]:
-    """The median time of a call with each candidate, ms; those that cannot be the fastest are timed
-    once."""
-    calls = sample.calls
-    lists = [candidate.stages for candidate in candidates]
-    times = [[time_ms] for time_ms in _calls_ms(sample.search, calls[0], lists)]
-    tick()
-    good = [c.bound >= recall for c in candidates]
-    best_ms = min(mine[0] for mine, reaches in zip(times, good, strict=True) if reaches)
-    few = [i for i, mine in enumerate(times) if mine[0] <= SLOWER * best_ms]
-    for i in range(1, rounds):
-        again = _calls_ms(sample.search, calls[i % len(calls)], [lists[j] for j in few])
-        for j, time_ms in zip(few, again, strict=True):
-            times[j].append(time_ms)
-        tick()
-    return [median(mine) for mine in times]
+) -> tuple[list[float], int]:
+    """The median time of a call of each candidate, ms; and which is chosen.
+
+    That is, of those that reach the recall and are as fast as the fastest by what their times tell,
+    the one that reads least.
+    """
+    medians = [median(c.times) for c in candidates]
+    firsts = {i: min(c.times) for i, c in enumerate(candidates) if c.bound >= recall}
+    limit = timing.SLOWER * min(firsts.values())
+    finalists = sorted((i for i, ms in firsts.items() if ms <= limit), key=lambda i: (firsts[i], i))
+    calls = [sample.call(candidates[i].stages) for i in finalists]
+    times, left = timing.in_turn(calls, rounds, budget, tick)
+    for i, mine in zip(finalists, times, strict=True):
+        medians[i] = median(mine or candidates[i].times)
+    fast = [finalists[j] for j in timing.as_fast(times, left)]
+    return medians, min(
+        fast, key=lambda i: (_cost(sample, candidates[i].stages).read_bytes, medians[i], i)
+    )
+
+
+def _cost(sample: Sample, stages: Stages | None) -> Explanation:
+    whole = [(sample.index.dims[-1], sample.k)]
+    return explain(sample.index, stages or whole, sample.batch)
 
 
 def _rows(
@@ -171,8 +283,8 @@ def _rows(
     """A row for each candidate, the fastest first."""
     rows: list[TuneRow] = []
     by_time = sorted(zip(times, candidates, strict=True), key=lambda timed: timed[0])
-    for time_ms, (stages, mean, bound) in by_time:
-        cost = explain(sample.index, stages or [(sample.index.dims[-1], sample.k)], sample.batch)
+    for time_ms, (stages, mean, bound, _) in by_time:
+        cost = _cost(sample, stages)
         pareto = all(mean > row.recall for row in rows)
         work = cost.macs, cost.read_bytes
         rows.append(TuneRow(stages, mean, bound, time_ms, *work, bound >= recall, pareto))
@@ -198,17 +310,15 @@ def _chains(index: Any, k: int) -> list[list[Stages]]:
     ]
 
 
-def _walk(
-    losses: Iterator[Tensor], target: float, level: float, unseen: float
-) -> Iterator[tuple[float, float]]:
+def _walk(losses: Iterator[Tensor], aim: Aim) -> Iterator[tuple[float, float]]:
     """(recall, lower bound) of a chain's lists, given what each loses, to the first that fails."""
     ahead = next(losses)
     while ahead is not None:
         loss, ahead = ahead, next(losses, None)
-        worst = max(unseen, *(float(x.max()) for x in (loss, ahead) if x is not None))
-        bound = _lower_bound(loss, worst, level)
+        worst = max(aim.unseen, *(float(x.max()) for x in (loss, ahead) if x is not None))
+        bound = _lower_bound(loss, worst, aim.level)
         yield 1 - float(loss.mean()), bound
-        if bound < target:
+        if bound < aim.recall:
             return
 
 
@@ -232,12 +342,3 @@ def _lower_bound(losses: Tensor, worst: float, level: float) -> float:
     # after 0, 1, … events, as Wilson and Hilferty approximate it
     limits = m * (1 - 1 / (9 * m) + NormalDist().inv_cdf(1 - level) / (3 * m.sqrt())) ** 3
     return max(0.0, 1 - float(limits[0] * worst + (limits.diff() * z).sum()) / len(losses))
-
-
-def _calls_ms(search: Callable[[Tensor, Any], object], part: Tensor, lists: Any) -> list[float]:
-    """Time of one call of each list, one after the other: a slow spell of the machine meets all."""
-    times = [time.perf_counter()]
-    for stages in lists:
-        search(part, stages)
-        times.append(time.perf_counter())
-    return [1e3 * (end - begin) for begin, end in zip(times, times[1:], strict=False)]

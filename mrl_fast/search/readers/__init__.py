@@ -1,6 +1,6 @@
 """Vectors and ids in files, read a chunk at a time: one module a format, and the table of them.
 
-Nothing that a file says of its own size is believed before it was compared with the file's.
+A size that a file states in its header is compared with the file's own size before it is used.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Format(NamedTuple):
     """The module that reads a format, imported when it is needed: its package may be an extra.
 
     Attributes:
-        vectors: The options of its ``open_vectors``; None: it holds none.
-        integers: The options of its ``read_integers``; None: it holds none.
+        vectors: The options of its ``open_vectors``; None: the format holds no vectors.
+        integers: The options of its ``read_integers``; None: the format holds no integers.
     """
 
     module: str

@@ -42,7 +42,7 @@ class Source(ABC):
 
 
 class SeekableSource(Source):
-    """Vectors any of whose rows are found without reading others; the file has no ids."""
+    """Vectors in a file without ids, any rows of which can be read without the others."""
 
     def chunks(self, rows: int, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
         stop = self.rows if stop is None else min(stop, self.rows)
@@ -71,7 +71,7 @@ def existing(path: str | os.PathLike[str]) -> Path:
 
 
 def read_numbers(path: Path, dtype: np.dtype, offsets: Sequence[int], count: int) -> np.ndarray:
-    """``[offsets, count]``: so many numbers from each offset on, which is in bytes.
+    """``[offsets, count]``: ``count`` numbers from each offset on, which is in bytes.
 
     They are read, not mapped: memory stays bounded, and a file that is cut meanwhile is an error.
     """
