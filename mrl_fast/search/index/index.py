@@ -50,8 +50,8 @@ class MatryoshkaIndex(Persistent):
     search sees the index as one of them left it. Pickled, an index that was loaded and not changed
     since is its folder's path; any other is its vectors. A copy is independent.
 
-    A process that searches takes ``nbytes``, the 200 MiB or so of PyTorch and Python, and a search's
-    scratch, which malloc keeps for the next: 35 MiB after 256 queries that keep 2,000 rows each.
+    A process that searches takes ``nbytes``, the 200 MiB or so of Python and PyTorch, and scratch
+    that malloc keeps for the next search: 35 MiB after 256 queries that keep 2,000 rows each.
 
     Args:
         dims: Prefix widths that stages may use, strictly ascending. The last is the vectors' width
