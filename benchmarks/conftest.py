@@ -18,9 +18,9 @@ def pytest_addoption(parser):
     parser.addoption("--rows", type=int, default=500_000, help="database rows of a search")
     parser.addoption(
         "--graph-rows", type=int, default=100_000,
-        help="rows where HNSW and IVF take part, whose building takes minutes",
+        help="database rows beside HNSW and IVF, which take minutes to build",
     )  # fmt: skip
-    parser.addoption("--folder", help="where saving is measured; default: for temporary files")
+    parser.addoption("--folder", help="where saving is measured; default: the temporary folder")
     parser.addoption(
         "--data", type=Path, default=os.environ.get("MRL_FAST_DATA"),
         help="folder of real vectors: fashion_mnist.npz, vectors.npy; default: $MRL_FAST_DATA",
@@ -72,9 +72,7 @@ def compare(benchmark):
         info |= {"p20_ms": round(1e3 * p20, 3), "p80_ms": round(1e3 * p80, 3), "best_rival": best}
         if flops:
             info |= {"gflops": round(flops / median(mine) / 1e9, 1)}
-            info |= {
-                "multiply_gflops": round(multiply_gflops(), 1)
-            }  # what one matrix product makes
+            info |= {"multiply_gflops": round(multiply_gflops(), 1)}  # of one matrix product
         if read_bytes:
             info |= {"read_gbps": round(read_bytes / median(mine) / 1e9, 1)}
             info |= {"copy_gbps": round(copy_gbps(), 1)}

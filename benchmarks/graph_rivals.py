@@ -105,7 +105,8 @@ def lvq(svs: Any, x: np.ndarray) -> Any:
 
 
 def scann(x: np.ndarray) -> Made:
-    """Its effort is a share of the leaves, in thousandths, and of rows that are refined."""
+    """``effort`` / 1024 is the share of leaves that are visited; at least ``effort`` rows are
+    refined."""
     module: Any = importlib.import_module("scann")
     leaves, threads = int(2 * len(x) ** 0.5), torch.get_num_threads()
     builder = module.scann_ops_pybind.builder(x, K, "dot_product")
@@ -143,7 +144,7 @@ GRAPHS = {
 
 
 def built(case: Case, say: Callable[[str], object] = print) -> Iterator[Built]:
-    """Each that is installed, on all threads."""
+    """Builds each index whose package is installed, on all threads."""
     x = np.ascontiguousarray(case.x.numpy())
     for name, make in GRAPHS.items():
         begin = time.perf_counter()

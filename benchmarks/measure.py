@@ -57,7 +57,7 @@ def alternate(
 
 
 def machine() -> dict[str, object]:
-    """What a row was measured on and from."""
+    """The machine, the versions and the commit that a row was measured with."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )

@@ -1,8 +1,7 @@
 """The tables of a benchmark run:  python -m benchmarks.report results.json
 
-Losses, searches (beside the best full scan, then every rival), filters, the
-store, growth; what we lose is bold.
-A rival whose recall is below 0.99 is listed, but is not compared with as the best.
+Losses, searches (beside the best full scan, then every rival), filters, the store, growth; what we
+lose is bold. A rival whose recall is below 0.99 is listed, but never counts as the best.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def times(ratio: float) -> str:
 
 
 def best_of(info: dict, names: Iterable[str]) -> str:
-    """The fastest that gives the answer, and the median of its time over ours."""
+    """The fastest rival that gives the answer, and the median of its time over ours."""
     good = [name for name in names if info.get(f"{name}_recall", 1) >= RECALL]
     if not good:
         return "–"

@@ -87,7 +87,7 @@ def real(name: str, folder: Path | None, rows: int) -> tuple[Tensor, Tensor]:
     """Rotated unit rows and queries.
 
     Raises:
-        ValueError: No folder, or not in it, or not what it should be.
+        ValueError: There is no folder, or the vectors are not in it, or not what they should be.
     """
     if folder is None:
         raise ValueError("--data: expected a folder of real vectors, got none")
@@ -115,9 +115,9 @@ def load(name: str, rows: int, width: int = 768, folder: Path | None = None) -> 
     """A set by its name.
 
     Args:
-        rows: At most so many of a real set, just so many of a generated one.
-        width: Of a generated set.
-        folder: Of the sets that lie in one.
+        rows: The most rows of a real set; the number of rows of a generated one.
+        width: The width of a generated set.
+        folder: Where ``fashion_mnist`` and ``vectors`` lie.
 
     Raises:
         ValueError, ModuleNotFoundError: A folder or a package that the set needs is not there.

@@ -100,7 +100,7 @@ def torch_scan(x: Tensor) -> Search:
 
 
 def others(case: Case, batch: int) -> dict[str, Rival]:
-    """Searches that get by with less than a full scan in fp32; at many queries the fastest."""
+    """Searches that take less than a full scan in fp32; with many queries only the fastest."""
     short = prefix_index(case, batch)
     refine = faiss().IndexRefineFlat(short, faiss().swig_ptr(case.x.numpy()))
     found = {
@@ -129,7 +129,7 @@ def prefix_index(case: Case, batch: int, *, four_bits: int = 0) -> Any:
     columns = min(width, case.prefix * max(1, four_bits))
 
     def make() -> Any:
-        # half as many codes leave twice the shortlist
+        # One code a column: with half as many, shortlists would be twice as long.
         index = four_bit_index(columns, columns) if four_bits else f.IndexFlatIP(columns)
         return f.IndexPreTransform(f.RemapDimensionsTransform(width, columns, False), index)
 
@@ -197,7 +197,7 @@ def usearch_scan(x: Tensor) -> Search:
 
 
 def cascade(case: Case) -> Rival:
-    """What a client writes who has a strided exact search: a shortlist, gathered and rescored."""
+    """What a client with a strided exact search would write: a shortlist, gathered and rescored."""
     scan = usearch_scan(case.x[:, : case.prefix])
 
     def search_at(keep: int) -> Search:

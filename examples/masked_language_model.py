@@ -1,8 +1,8 @@
-"""BERT's masked language model whose hidden state is nested: MRL-E over the vocabulary.
+"""BERT's masked language model with a nested hidden state: MRL-E over the vocabulary.
 
-Every prefix of it predicts the masked words by the same columns of the tied word embeddings, and no
-logits [tokens, words] are made for any. The text is that of DIR/banking77/train.csv, or without
-``--data DIR`` Python's own language reference.
+Every prefix of the hidden state predicts the masked words by the same columns of the tied word
+embeddings, and no prefix's logits [tokens, words] are held in memory. The text is that of
+DIR/banking77/train.csv, or without ``--data DIR`` Python's own language reference.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def tokenize(texts: list[str], vocabulary: int) -> tuple[torch.Tensor, int]:
 
 
 def mask_words(ids: torch.Tensor, share: float = 0.15) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs with words masked, and labels: what they were, elsewhere −100, which is ignored."""
+    """Inputs with some words masked, and labels: those words, elsewhere −100, which is ignored."""
     chosen = (torch.rand(ids.shape) < share) & (ids > UNKNOWN)
     return ids.masked_fill(chosen, MASK), ids.masked_fill(~chosen, -100)
 
@@ -69,7 +69,7 @@ def head(model: BertForMaskedLM) -> dict[str, Any]:
 
 
 def compare_with_loop(model: BertForMaskedLM, ids: torch.Tensor, repetitions: int = 5) -> None:
-    """The head's step alone, forward and backward, both ways on the same hidden states."""
+    """Times the head's step alone, forward and backward, both ways on the same hidden states."""
     inputs, labels = mask_words(ids)
     x, target = hidden_states(model, inputs).detach().requires_grad_(), labels.flatten()
     weight, bias = (value.detach().requires_grad_() for value in head(model).values())

@@ -1,8 +1,8 @@
 """Triton kernels: tensors and sizes in, tensors out; no autograd, no validation, no environment.
 
 They are installed as ``mrl_fast.kernels``. Where the checkout's root is on ``sys.path``, a library
-that asks for PyPI's package called kernels (transformers does) finds this folder first: then it is
-given that package, or, where there is none, an empty module that looks like a folder without code.
+that imports PyPI's package called kernels, as transformers does, finds this folder first. It is
+then given that package or, where there is none, an empty module, as of a folder without code.
 """
 
 if __name__ == "kernels":
@@ -19,7 +19,7 @@ if __name__ == "kernels":
         _spec.loader.exec_module(sys.modules["kernels"])
     else:
         __path__: list[str] = []  # nothing is imported from here under this name
-        del __file__  # as of a folder without __init__.py, which is taken for no package
+        del __file__  # a folder without __init__.py has none, and is not taken for a package
 
         def __getattr__(name: str) -> None:
             raise AttributeError(

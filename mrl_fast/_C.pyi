@@ -55,6 +55,7 @@ class Rows:
         dtype: int,
         levels: list[int],
         ladder: tuple[list[int], int, int],  # dims, the centre's address, the metric's number
+        width: int,  # columns that the statistics are of; 0: there are none
         /,
     ) -> None: ...
     def restricted(self, mask: int, /) -> Rows: ...

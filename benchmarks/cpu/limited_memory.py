@@ -51,7 +51,7 @@ def uncache(folder: Path) -> None:
 
 @contextlib.contextmanager
 def group(limit: int) -> Iterator[Path]:
-    """A control group with so many bytes of memory."""
+    """A control group whose memory is limited to so many bytes."""
     old = (GROUPS / "memory").is_dir()  # version 1
     path = (GROUPS / "memory" if old else GROUPS) / f"limited-{os.getpid()}"
     path.mkdir()
@@ -63,7 +63,7 @@ def group(limit: int) -> Iterator[Path]:
 
 
 def search(folder: Path) -> dict[str, object]:
-    """In the limited process."""
+    """The times and the ids of all searches; it runs in the limited process."""
     begin = time.perf_counter()
     index = MatryoshkaIndex.load(folder / "index")
     opened = time.perf_counter() - begin

@@ -1,4 +1,4 @@
-"""Recall against time, everyone's settings swept, as a plot and as numbers.
+"""Recall against time of every search, over its settings, as a plot and as numbers.
 
     python -m benchmarks.cpu.pareto --out FILE.png [--set NAME] [--rows N] [--data DIR]
 
@@ -113,7 +113,7 @@ def measure(case: Case, batch: int, points: Sequence[Point], repetitions: int) -
     calls: dict[int, Callable[[], object]] = {
         i: lambda p=point: [p.search(q, K) for q in parts] for i, point in enumerate(points)
     }
-    # a search's own last setting would leave the caches filled for the next
+    # Shuffled: else a search's last setting would leave the caches filled for its next.
     times = alternate(calls, repetitions, shuffle=True)
     rows = []
     for i, point in enumerate(points):
@@ -131,7 +131,7 @@ def measure(case: Case, batch: int, points: Sequence[Point], repetitions: int) -
 
 
 def recall(case: Case, search: Search) -> float:
-    """With −1 for ids that come again, as ScaNN fills up where it finds fewer than k."""
+    """Recall, with −1 for repeated ids: ScaNN repeats some where it finds fewer than k."""
 
     def distinct(q: torch.Tensor, k: int) -> torch.Tensor:
         ids = search(q, k).sort(dim=1).values
@@ -142,7 +142,7 @@ def recall(case: Case, search: Search) -> float:
 
 
 def front(points: Sequence[dict]) -> list[dict]:
-    """By rising time, those that no faster setting of the same search equals."""
+    """The points whose recall no faster one reaches, by rising time."""
     found: list[dict] = []
     for point in sorted(points, key=lambda row: row["time_ms"]):
         if not found or point["recall"] > found[-1]["recall"]:
@@ -178,7 +178,7 @@ def plot(path: Path, case: Case, rows: Sequence[dict]) -> None:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Of each search the fastest setting at recall 0.95 and at 0.99, as Markdown."""
+    """The fastest setting of each search at recall 0.95 and at 0.99, as Markdown."""
     head = ["search", "build s", "bytes a row"]
     head += [f"µs a query, {batch} a call, at {r}" for batch in BATCHES for r in (0.95, 0.99)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

@@ -1,4 +1,4 @@
-"""Searching what is allowed only, against searching everything and dropping the rest.
+"""Searching only the allowed rows, against searching all rows and dropping the others.
 
     pytest benchmarks/cpu/test_filters.py -s [--rows N]
 
@@ -72,7 +72,7 @@ def test_filter(filled, compare, kind, batch, share):
         found = index.search(q[:JUDGED], K, allowed=allowed, **how_at(keep))
         return recall_at_k(found.ids, truth, q[:JUDGED], x)
 
-    # The shortest list that is good enough: what is allowed lies further apart than all rows do.
+    # The shortest list that is good enough: allowed rows lie further apart than all rows do.
     keep = next(keep for keep in SHORTLISTS if recall_at(keep) >= RECALL)
     how, recall = how_at(keep), recall_at(keep)
     assert kind == "adaptive" or recall == 1.0
@@ -87,6 +87,6 @@ def test_filter(filled, compare, kind, batch, share):
         lambda: index.search(q[:batch], K, allowed=allowed, **how),
         rivals,
         repetitions=REPETITIONS[batch],
-        shuffle=True,  # who comes after a search of the same rows finds some of them in cache
+        shuffle=True,  # a search finds rows in cache that the one before it has read
         notes={"filter": name, "data": data, "batch": batch, "share": share, "recall": recall},
     )

@@ -29,9 +29,9 @@ def error_of(results: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def peak_mib(*arguments: str) -> float:
-    """A step's, in a process of its own."""
+    """The extra peak memory of a step, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.rivals", *arguments]
-    # without this, what is freed may stay and hide the next peak
+    # Without this, freed memory may stay with the process and hide the next peak.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -43,7 +43,7 @@ def test_losses(compare, name):
     case = CASES[name]
     torch._dynamo.reset()
     steps = rivals.providers(case)
-    # What all agree on: on a tenth of the rows, against fp64.
+    # All are compared with fp64 on a tenth of the rows.
     small = case._replace(rows=max(case.rows // 10, 2))
     if case.kind in ("info_nce", "clip"):
         small = small._replace(classes=small.rows)

@@ -6,8 +6,8 @@ adaptive  A prefix of all rows, then the best of them at full width, 500,000 x 7
           bandwidth, 16 a server's batch, 256 and 4,096 are matrix products. The fp32 prefix against
           full scans; the int8 prefix against every other way too.
 graphs    The same on 100,000 rows against HNSW and an inverted file, which take minutes to build.
-exact     The certified answer against all that are exact, on sets that prune and one that does not;
-          own_scan is our full scan, which it must not fall behind.
+exact     The certified answer against all that are exact, on sets where bounds exclude rows and one
+          where they do not; own_scan is our full scan, which it must not fall behind.
 growth    No rivals: that time is linear in rows, and in columns where it depends on them.
 """
 
@@ -68,7 +68,7 @@ def row(
     compare: Callable, case: Case, batch: int, what: str, ours: Search, rivals: dict[str, Rival],
     notes: dict[str, object], **counts: float,
 ) -> None:  # fmt: skip
-    """Recall of all, then their times on the same queries."""
+    """Measures the recall of all, then their times on the same queries."""
     q, recall = case.q[:batch], case.recall(ours)
     assert recall >= RECALL, recall
     notes |= {"case": what, "data": str(case), "batch": len(q), "recall": recall}
@@ -88,7 +88,7 @@ def adaptive_row(
         return lambda q, k: index.search(q, k, stages=[(case.prefix, keep), (width, k)]).ids
 
     keep = case.least(search_at, SHORTLISTS)
-    # fp32 partial scores are carried on; an int8 prefix is read again in fp32
+    # Partial scores in fp32 are carried on; an int8 prefix is read again in fp32.
     reranked = width - case.prefix if prefix_dtype == "float32" else width
     row(
         compare, case, batch, f"{prefix_dtype} {case.prefix}:{keep} → {width}:{K}",
@@ -157,7 +157,7 @@ def test_growth_width(request, benchmark, prefix_dtype):
 def grow(
     benchmark, sets: dict[int, tuple[torch.Tensor, torch.Tensor]], prefix_dtype: str, what: str
 ) -> None:
-    """Time of add, of 64:200 → all:10 and of the exact answer over sizes that take turns."""
+    """Times add, 64:200 → all:10 and the exact answer, over sizes that take turns."""
     indexes: dict[int, MatryoshkaIndex] = {}
 
     def add(size: int) -> None:

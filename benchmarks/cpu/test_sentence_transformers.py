@@ -48,7 +48,7 @@ CASES = {
 
 
 class Model(Fixed):
-    """A model, or a guide, whose embeddings are in its features, under a name."""
+    """A model, or a guide, that returns the embeddings stored in its features under a name."""
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({})))
     max_seq_length = 1
@@ -81,7 +81,7 @@ def steps(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Step]:
 
 def peak_of(name: str, provider: str) -> float:
     """A step's extra peak memory, in a process of its own."""
-    # without this, what is freed may stay and hide the next peak
+    # Without this, freed memory may stay with the process and hide the next peak.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "benchmarks.cpu.test_sentence_transformers", name, provider]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -107,7 +107,7 @@ def test_sentence_transformers(compare, name):
 
 def main() -> None:
     case, provider = CASES[sys.argv[1]], sys.argv[2]
-    steps(case._replace(rows=64))[provider]()  # libraries
+    steps(case._replace(rows=64))[provider]()  # loads libraries
     gc.collect()
     print(round(peak_mib(steps(case)[provider]), 1))
 

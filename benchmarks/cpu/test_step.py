@@ -57,7 +57,7 @@ def test_step(compare):
 
 @pytest.mark.parametrize("provider", ["mrl_fast", "sentence_transformers", "compiled"])
 def test_largest_batch(benchmark, provider):
-    """By doubling: rows whose loss and gradients (width 768, 5 prefixes) fit the budget."""
+    """The most rows, by doubling, whose loss and gradients (768 columns, 5 dims) fit the budget."""
     if provider == "sentence_transformers":
         pytest.importorskip("sentence_transformers")
     fitting, peak = 0, 0.0

@@ -2,8 +2,8 @@
 
     pytest benchmarks/cpu/test_store.py -s [--rows N] [--folder DIR]
 
-add      All rows in one call, beside a copy of them into new memory, which is what adding is at
-         least, and one into memory that was written to before.
+add      All rows in one call, beside a copy of them into new memory, the least that adding can
+         cost, and a copy into memory that was written to before.
 change   1,000 rows more, removed, replaced, beside adding all of them anew.
 save     All rows to DIR, then 1,000 more, opening it, and reading every checksum, beside writing
          the same bytes to one file with an fsync.

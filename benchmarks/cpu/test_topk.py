@@ -45,11 +45,11 @@ def row(
     k: int, *,
     least_recall: float = 0.999, number_bytes: int = 4,
 ) -> None:  # fmt: skip
-    """Agreement of all with the exact answer, up to ties and rounding, then their times."""
+    """Checks that all agree with the exact answer, up to ties and rounding, then times them."""
     x, q = vectors
     judged = q[:JUDGED]
     exact = prefix_topk(judged, x, k)
-    # of unit rows; rounding may swap neighbours on the border
+    # Rows are unit vectors, of which rounding may swap the k-th with the next.
     exact = SearchResult(exact.scores - 1e-6, exact.ids)
     notes: dict[str, object] = {"case": what, "data": f"clustered {len(x):,} × 64", "batch": len(q)}
     for name, search in {"mrl_fast": ours, **rivals}.items():

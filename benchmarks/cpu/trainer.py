@@ -1,4 +1,4 @@
-"""A static encoder of documentation trained whole: ours beside sentence-transformers' trainer.
+"""The whole training of a static encoder of documentation, beside sentence-transformers' trainer.
 
     python -m benchmarks.cpu.trainer --out FILE.md [--width 512] [--rows 4096]
 
@@ -61,7 +61,7 @@ class Run(NamedTuple):
     mrr: list[float]
 
     def step_ms(self) -> float:
-        """Of the steps between the first evaluation and the last: the first ones warm up."""
+        """The mean of the steps between the first and the last evaluation; those before warm up."""
         return 1e3 * (self.seconds[-1] - self.seconds[0]) / (self.steps[-1] - self.steps[0])
 
     def seconds_to(self, target: float) -> float | None:
@@ -70,7 +70,7 @@ class Run(NamedTuple):
 
 
 class Clock:
-    """Called after every step; evaluates some of them while the time stands."""
+    """Called after every step; evaluates after some, without counting that time."""
 
     def __init__(self, pairs: Pairs, encode: Callable[[list[str]], torch.Tensor], width: int):
         self.pairs, self.encode, self.width = pairs, encode, width
@@ -84,7 +84,7 @@ class Clock:
         now = time.perf_counter()
         asked = self.pairs.asked[: self.pairs.reported]
         vectors = self.encode(asked), self.encode(self.pairs.sentences)
-        relevant = self.pairs.held[: self.pairs.reported]
+        relevant = self.pairs.held_out[: self.pairs.reported]
         self.run.steps.append(self.step)
         self.run.seconds.append(now - self.begin - self.evaluating)
         self.run.mrr.extend(quality(*vectors, relevant, (self.width,))["MRR@10"])
@@ -96,7 +96,7 @@ def dims_of(width: int) -> tuple[int, ...]:
 
 
 def spaced(texts: list[str]) -> list[str]:
-    """Words as the demo's encoder splits them."""
+    """The texts with their words split as the demo's encoder splits them."""
     return [" ".join(encoder.split_words(text)) for text in texts]
 
 
@@ -173,7 +173,7 @@ def step_of(provider: str, pairs: Pairs, width: int, rows: int) -> Callable[[], 
 
 
 def largest_batch(provider: str, width: int) -> int:
-    """Pairs, a power of two, each tried in a process of its own."""
+    """The most pairs, a power of two, whose step fits LIMIT_MIB: each tried in its own process."""
     rows = 512
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "benchmarks.cpu.trainer", "--width", f"{width}"]
@@ -196,7 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     pairs, width, rows = split(corpus().names), options.width, options.rows
     if options.peak:
-        step_of(options.peak, pairs, width, 64)()  # libraries
+        step_of(options.peak, pairs, width, 64)()  # loads libraries
         print(peak_mib(step_of(options.peak, pairs, width, rows)))  # pyright: ignore
         return
     lines = [

@@ -21,7 +21,10 @@ WIDTH, REPETITIONS = 256, 3
 CASES = [
     ("random", 256, 10), ("equal", 256, 10), ("10 distinct", 256, 10), ("100 distinct", 256, 10),
     ("near-duplicates of 1", 256, 10), ("near-duplicates of 10", 256, 10),
-    ("near-duplicates of 1000", 256, 10), ("random", 16, 1000), ("random", 16, 10_000),
+    ("near-duplicates of 100", 256, 10), ("near-duplicates of 1000", 256, 10),
+    ("equal", 16, 10), ("near-duplicates of 1", 16, 10), ("near-duplicates of 10", 16, 10),
+    ("equal", 1, 10), ("near-duplicates of 1", 1, 10), ("near-duplicates of 10", 1, 10),
+    ("random", 16, 1000), ("random", 16, 10_000),
     ("random", 16, 100_000), ("near-duplicates of 1", 16, 1000),
 ]  # fmt: skip
 

@@ -39,8 +39,8 @@ UNNAMED = {*BLOCKS, "GROUPS", "MAGIC_SUMS", "WHOLE", "ALIGNMENT", "PRECISION", "
 UNNAMED |= {"RESCAN_ROWS", "RESCAN_BLOCKS"}
 
 ROWS = 1 << 20
-# Columns of a scan, by the width of an element: a block of them, several blocks; then fewer, and
-# of integers so many that their sums must be converted.
+# Columns of a scan, by the width of an element: one block of them, several blocks; then fewer, and
+# for integers so many that their sums must be converted.
 DIMS = {1: ((128, 256), (32, 512)), 2: ((64, 256), (16,)), 4: ((32, 64), (16,))}
 QUERIES = 1024, 128, 64, 16, 1
 WIDTH = 1024  # columns of what is scored pair by pair
@@ -63,7 +63,7 @@ class Case(NamedTuple):
 
 
 def cases(capability: int) -> list[Case]:
-    """Each distinct one of an architecture, named by the first call that launches it."""
+    """Every distinct case of an architecture, named by the first call that launches it."""
     found: dict[str, Case] = {}
     for precision, call in calls():
         torch.set_float32_matmul_precision(precision)
@@ -193,7 +193,7 @@ def searches(dtype: torch.dtype, precision: str) -> Iterator[Call]:
         return precision, partial(function, *args, **more)
 
     few, other = DIMS[dtype.itemsize]
-    # fp16 differs from bf16, and TF32 from three products of it, in what multiplies only
+    # fp16 differs from bf16 in the instruction that multiplies only, and TF32 from three products
     twin = dtype == torch.float16 or precision == "high"
     metrics = ("ip",) if twin else ("ip", "cosine", "l2")
     for queries in QUERIES:
@@ -240,7 +240,7 @@ def approximate(dtype: torch.dtype, queries: int, dim: int) -> None:
 
 
 def known(metric: str) -> SumTerms:
-    """What an index has of its rows."""
+    """The terms that an index keeps of its rows."""
     return SumTerms(
         scale=meta(ROWS) if metric == "cosine" else None,
         term=meta(ROWS) if metric == "l2" else None,
@@ -248,7 +248,7 @@ def known(metric: str) -> SumTerms:
 
 
 def codes(queries: int, dim: int, *, outer: bool) -> None:
-    """A prefix's codes, with what makes scores of their products."""
+    """A search by a prefix's codes, with the terms that turn their products into scores."""
     q, x = meta(queries, dim, dtype=torch.int8), meta(ROWS, dim, dtype=torch.int8)
     terms = SumTerms(scale=meta(ROWS))
     if outer:
@@ -302,7 +302,7 @@ def losses(dtype: torch.dtype, precision: str) -> Iterator[Call]:
 
 
 def fold(x: Tensor, weight: Tensor, **features: Any) -> None:
-    """Forward, and backward."""
+    """Calls the forward, then the backward."""
     spec = FoldSpec(x, weight, PREFIXES, **features)
     f = Fold(*fold_forward(spec))
     d_soft = None if f.soft_sum is None else f.row_log

@@ -27,17 +27,14 @@ from typing import Any
 Row = dict[str, Any]  # of one kernel on one architecture
 
 ARCHITECTURES = 80, 90, 100
-SHARED = {
-    80: 164 << 10,
-    90: 228 << 10,
-    100: 228 << 10,
-}  # bytes of an SM
+SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes of an SM
 REGISTERS, THREADS = 65536, 2048  # of an SM
 MATRIX = {80: r"[HI]MMA", 90: r"[HIQ]GMMA|[HI]MMA", 100: r"UTC[HIQ]MMA|[HI]MMA"}
 GROUPED = {80: r"(?!)", 90: r"[HIQ]GMMA", 100: r"UTC[HIQ]MMA"}  # operands in shared memory
 BLOCKS = ("BLOCK_B", "BLOCK_N", "BLOCK_V", "BLOCK_D", "ROWS", "BLOCKS", "KEPT", "C", "BLOCK_C")
 
-# Of the main loop on sm_90, at most: the target for half precision, else as measured and 5 %.
+# The most instructions of the main loop on sm_90: a target for half precision, else 5 % more than
+# was measured.
 INSTRUCTIONS = {
     "scan bf16 1024q 64d": 5.0,
     "scan fp16 1024q 64d": 5.0,
@@ -131,7 +128,7 @@ def loops_of(lines: list[str]) -> list[list[str]]:
 
 
 def instructions(row: Row, length: int) -> float | None:
-    """Of one lane in the main loop: a score of a scan, a column of a row elsewhere."""
+    """One lane's instructions in the main loop: for a score of a scan, else a column of a row."""
     c = row["constants"]
     if row["kernel"].startswith("scan"):  # of several blocks of columns, the last alone has it all
         units = c["BLOCK_B"] * c["BLOCK_N"] if c["WHOLE"] else 0
@@ -141,7 +138,7 @@ def instructions(row: Row, length: int) -> float | None:
 
 
 def stage_bytes(one: Any) -> int:
-    """What a block of columns of both operands takes in shared memory; 0 without a product."""
+    """Bytes of shared memory for a block of columns of both operands; 0 without a product."""
     blocks = one.constants
     if "BLOCK_B" not in blocks:
         return 0
@@ -152,7 +149,7 @@ def stage_bytes(one: Any) -> int:
 
 
 def programs(capability: int, registers: int, warps: int, shared: int) -> int:
-    """That an SM can hold at a time."""
+    """How many programs an SM can hold at a time."""
     of_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
     return min(of_registers, THREADS // (32 * warps), SHARED[capability] // (shared + 1024))
 
@@ -173,7 +170,7 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def failures(row: Row) -> list[str]:
-    """What a kernel does not do as it should."""
+    """The limits that a kernel breaks."""
     c, kernel, arch = row["constants"], row["kernel"], row["arch"]
     family, *words = kernel.split()
     pairs, scan = family in ("pairs", "rescan"), family == "scan"
@@ -181,10 +178,10 @@ def failures(row: Row) -> list[str]:
     exact = "ieee" in words and "fp32" in words  # by multiply-adds, which no tensor core has
     product = "BLOCK_B" in c
     held = row["programs"] * row["warps"]
-    # no asynchronous copy is of fewer than 4 bytes
+    # asynchronous copies have at least 4 bytes
     looped = product and (aligned or "fp32" in words)
     grouped = scan and arch >= 90 and c["BLOCK_B"] >= 64
-    grouped &= not (arch == 100 and "int8" in words)  # which Triton has not got there
+    grouped &= not (arch == 100 and "int8" in words)  # Triton has no such product there
     rules = {
         f"spills {row['spill_bytes']} bytes": row["spill_bytes"] > 0,
         "spills in its loop": row["loop_spills"] > 0,
@@ -285,7 +282,7 @@ def blocks_of(row: Row) -> str:
 
 
 def line(kind: str, rows: list[Row]) -> str:
-    """Of all kernels of a kind with the same blocks."""
+    """The table's line for all kernels of a kind with the same blocks."""
 
     def each(value: Callable[[Row], Any], mark: str = "", marked: str = "") -> str:
         cells = []
@@ -313,7 +310,7 @@ def line(kind: str, rows: list[Row]) -> str:
 
 
 def in_short(kernel: str, arch: int) -> bool:
-    """Beside the first kernel of each kind: the scans that most depends on."""
+    """Whether a kernel is one of the scans that most depends on, and so part of the short form."""
     plain = re.fullmatch(r"scan .* 1024q (32|64|128)d", kernel)
     half = re.match(r"scan bf16 .*\b64d\b", kernel) and "dense" not in kernel
     return kernel == "scan bf16 1024q 64d" or arch == 90 and bool(plain or half)

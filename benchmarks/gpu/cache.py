@@ -6,9 +6,9 @@
 
 ``make`` runs what ``run`` will run under the stub, which compiles every launch for sm_90, and packs
 cubins, their json and the sources of Triton's launchers, which only that Python can compile. A key
-holds Triton's hash of its own files, of which libtriton differs from Python to Python: ``pin`` puts
-its version there instead, on both sides. Groups of files hold absolute paths: the folder is the
-same on both sides as well.
+contains Triton's hash of its own files, of which libtriton differs from Python to Python: ``pin``
+puts Triton's version there instead, on both sides. The cache's lists of files contain absolute
+paths, so that the folder is the same on both sides too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ counts = {"hits": 0, "compiled": 0, "seconds": 0.0}
 
 
 def pin() -> None:
-    """Before anything is compiled; what was compiled here is said at the end."""
+    """Called before anything is compiled; at exit, prints how much was compiled here."""
     try:
         import triton
         from triton import knobs
@@ -58,7 +58,7 @@ def _count(*, times: Any, cache_hit: bool, **_: Any) -> None:
 
 
 def note_launcher(constants: dict, signature: dict, tensordesc_meta: Any) -> None:
-    """Keeps the source of a launcher, by the stub."""
+    """Keeps the source of a launcher; the stub calls this."""
     import hashlib
 
     from triton.backends.nvidia.driver import make_launcher
@@ -69,7 +69,7 @@ def note_launcher(constants: dict, signature: dict, tensordesc_meta: Any) -> Non
 
 
 def launchers() -> None:
-    """Compiles all that came, eight at a time, into Triton's cache."""
+    """Compiles all launchers that came, eight at a time, into Triton's cache."""
     from triton.backends.nvidia import driver
     from triton.runtime.build import compile_module_from_src
 
@@ -85,7 +85,7 @@ def launchers() -> None:
 
 
 def pack() -> int:
-    """Bytes of the archive."""
+    """Packs the folder; returns the bytes of the archive."""
     ARCHIVE.parent.mkdir(exist_ok=True)
     with tarfile.open(ARCHIVE, "w:xz", preset=6) as archive:
         for file in sorted(FOLDER.rglob("*")):
@@ -102,7 +102,7 @@ def unpack() -> None:
 
 
 def probe() -> None:
-    """Two kernels that are in every cache."""
+    """Launches two kernels that are in every cache."""
     import torch
 
     from mrl_fast import rerank

@@ -1,4 +1,4 @@
-"""What searches are judged by: scores in fp64, on as many queries as that is affordable for."""
+"""Scores in fp64, by which searches are judged, on as many queries as is affordable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def spread_over(count: int, judged: int = JUDGED) -> Tensor:
 
 
 def pair_scores(q: Tensor, x: Tensor, rows: Tensor, metric: str) -> Tensor:
-    """Of each query ``[B, d]`` with its own rows ``[B, C]``, fp64."""
+    """The fp64 scores of each query ``[B, d]`` with its own rows ``[B, C]``."""
     step = max(1, CHUNK_BYTES // (8 * x.shape[1] * rows.shape[1]))
     parts = []
     for some, ids in zip(q.split(step), rows.split(step), strict=True):
@@ -74,7 +74,7 @@ def recall(true_scores: Tensor, least: Tensor) -> float:
 
 
 def check_form(scores: Tensor, ids: Tensor, rows: int) -> None:
-    """Rows that exist, none twice, in the order of falling scores."""
+    """Checks that rows exist, that none comes twice, and that scores fall."""
     assert ((ids >= 0) & (ids < rows)).all(), "an id is no row"
     assert (ids.sort(dim=1).values.diff(dim=1) > 0).all(), "a row twice"
     assert (scores.diff(dim=1) <= 0).all(), "scores out of order"

@@ -71,7 +71,7 @@ class Search(NamedTuple):
             "torch": torch_topk(q, x, K),
             "torch_fp32_scores": torch_topk(q, x, K, out_dtype=torch.float32),
         }
-        several = self.queries < self.judged  # one says nothing of recall: more, batch by batch
+        several = self.queries < self.judged  # one query tells no recall: more, batch by batch
         some = exact.spread_over(self.queries, self.judged).to(DEVICE)
         asked = queries[: self.judged] if several else q[some]
         least = exact.topk(asked, x, K)[0][:, -1:] - exact.tolerance(asked, x, "ip")
@@ -127,7 +127,8 @@ SEARCHES = [
 
 
 def rows(*, tiny: bool, fewer: bool = False) -> Iterator[Row]:
-    """``fewer``: rows that launch the same binaries, as more do than a scan keeps at once."""
+    """``fewer``: with fewer rows in the index, but more than a scan keeps at once, so that the same
+    binaries are launched."""
     for spec in SEARCHES:
         if tiny and (spec.queries == 1 or (spec.prefix_dtype == "int8") != (spec.how == "stages")):
             continue  # two rows show all; more take the interpreter a minute
@@ -137,7 +138,7 @@ def rows(*, tiny: bool, fewer: bool = False) -> Iterator[Row]:
 
 @lru_cache(maxsize=1)
 def vectors(rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Unit rows, and queries near some of them, as search_data's but more of these."""
+    """Unit rows, and queries near some of them: as in search_data, but with more queries."""
     x, _ = search_data.standard(rows, width, centres=min(3000, rows), device=DEVICE)
     spread = 1 / (1 + torch.arange(width, device=DEVICE) / 16).sqrt()
     source, count = generator(1), min(1024, rows) + 512
@@ -156,7 +157,8 @@ def index(prefix_dtype: str, rows: int, dims: tuple[int, ...]) -> MatryoshkaInde
 
 
 def shortlist(filled: MatryoshkaIndex, x: Tensor, held_out: Tensor) -> list[tuple[int, int]]:
-    """The first prefix, and the full width of as few rows as are enough; else of the most."""
+    """Stages: the first prefix, then the full width of as few rows as are enough, or of the most
+    that are tried."""
     least = exact.topk(held_out, x, K)[0][:, -1:] - exact.tolerance(held_out, x, "ip")
     stages = []
     for keep in SHORTLISTS:

@@ -1,5 +1,5 @@
-"""Triton's interpreter, made fast. Left to itself it sorts by steps of compare and swap, and it
-reduces by functions of our own one number at a time."""
+"""Triton's interpreter, made fast. By itself it sorts by steps of compare and swap, and with a
+reducing function of our own it takes one number at a time."""
 
 import numpy as np
 import triton.language as tl

@@ -38,11 +38,11 @@ Case = tuple[str, float, Callable[[], float]]  # name, the largest error allowed
 
 
 FAMILIES = ("low", *DTYPES)
-ERRORS = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 3e-2}  # of the largest; the tests are stricter
+ERRORS = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 3e-2}  # of the largest value; tests are stricter
 
 
 def searches(name: str, size: Sizes) -> Iterator[Case]:
-    """The public calls, and as many neighbours as are scored without a scan."""
+    """The public calls, and a top-k so large that rows are scored without a scan."""
     D, dtype = size.dims[-1], DTYPES[name]
     q, x = (randn(n, D, seed=i, dtype=dtype) for i, n in enumerate((size.queries[0], size.rows)))
     rows = torch.randint(-1, size.rows, (len(q), 45), generator=generator(2), device=DEVICE)
@@ -68,8 +68,8 @@ def searches(name: str, size: Sizes) -> Iterator[Case]:
 
 
 def phases(name: str, size: Sizes) -> Iterator[Case]:
-    """Scans that are gated by a threshold, of every number of queries that has its own blocks; ties
-    that are rescanned; a search certified by bounds, where they suffice and where not."""
+    """Scans that are gated by a threshold, for every number of queries that has its own blocks;
+    ties that are rescanned; a search certified by bounds, where these suffice and where not."""
     dtype, D = DTYPES[name], size.dims[-1]
     rows = max(size.rows, 600)
     q, x = (randn(n, D, seed=i, dtype=dtype) for i, n in enumerate((size.queries[0], rows)))
@@ -129,7 +129,7 @@ def exact_error(q: Tensor, x: Tensor, metric: str, size: Sizes, structured: bool
 
 @contextmanager
 def small_buffers() -> Iterator[None]:
-    """So that few rows are scanned in phases, and survivors of a bound may be too many."""
+    """Makes buffers so small that few rows take several phases, and survivors may be too many."""
     before = plan.BUFFER, plan.LEAST_RANK, certified.SURVIVORS
     plan.BUFFER, plan.LEAST_RANK, certified.SURVIVORS = (16, 32), 4, 40
     try:
@@ -144,7 +144,7 @@ def cases(families: list[str], size: Sizes) -> Iterator[Case]:
         if family == "low":
             yield from low(size)
             continue
-        if family in ERRORS and not (tiny and family != "fp32"):  # the interpreter's are fp32
+        if family in ERRORS and not (tiny and family != "fp32"):  # interpreted floats are fp32
             yield from searches(family, size)
             for name, error in losses.errors(size, DTYPES[family]):
                 yield f"{name} {family}", ERRORS[family], error

@@ -97,8 +97,8 @@ def captured(call: Call) -> Call:
             raise RuntimeError("CUDA graphs need a GPU")
         call()  # compiled before it is captured
         synchronize()
-        # A capture that fails leaves the allocator in disorder: what waits for the device is
-        # refused before.
+        # A capture that fails leaves the allocator in disorder, so a call that waits for the device
+        # is refused before.
         torch.cuda.set_sync_debug_mode("error")
         try:
             call()
@@ -156,8 +156,8 @@ def wall_seconds(call: Call) -> float:
 def alternate(
     calls: Mapping[str, Call], clock: Callable[[Call], float], seconds: float, repetitions: int
 ) -> dict[str, list[float]]:
-    """Seconds of every call, in turn and in random order; one that has used up its share of the
-    budget repeats no more, so the lists are of one round each up to the length of the shorter."""
+    """Seconds of every call, in turn and in random order. A call that has used up its share of the
+    budget is not repeated; numbers at the same place of two lists are of the same round."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for repetition in range(repetitions):
         order = [name for name in calls if sum(found[name]) < seconds / len(calls)]
@@ -168,7 +168,7 @@ def alternate(
 
 
 def peak_mib(call: Call) -> float:
-    """What PyTorch allocates at most beyond what was there before, the result included."""
+    """The most that PyTorch allocates beyond what was allocated before, the result included."""
     synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -279,7 +279,8 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 def ideal_seconds(work: Work, ceilings: Mapping[str, float]) -> float:
-    """A ceiling that could not be measured (int8, fp8) is taken to be bf16's."""
+    """The least time by the ceilings. One that could not be measured (int8, fp8) is taken to be
+    bf16's."""
     products = sum(
         count / ceilings.get(f"{rate}_tflops", ceilings["bf16_tflops"]) / 1e12
         for rate, count in work.flops.items()
@@ -288,7 +289,7 @@ def ideal_seconds(work: Work, ceilings: Mapping[str, float]) -> float:
 
 
 def generator(seed: int) -> torch.Generator:
-    """Its own, for a failed graph capture leaves the default one unusable."""
+    """A generator of its own: a failed graph capture leaves the default one unusable."""
     return torch.Generator(DEVICE).manual_seed(seed)
 
 

@@ -22,7 +22,7 @@ CALLS = 5
 
 
 def cases(*, tiny: bool) -> dict[str, Callable[[], Any]]:
-    """Each made when it is called first, so that one's memory is not the next one's."""
+    """Each makes its inputs when it is called, so that no two hold memory at the same time."""
 
     def of_search(queries: int) -> Callable[[], Any]:
         spec = search.Scan(queries)

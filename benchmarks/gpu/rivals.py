@@ -29,7 +29,7 @@ def wide(dtype: torch.dtype | None) -> dict[str, Any]:
 
 
 def scores_of(x: Tensor, metric: str, out_dtype: torch.dtype | None = None) -> Score:
-    """What depends on the rows alone, their norms, is made ahead, as an index would."""
+    """A function that scores; the rows' norms are computed ahead, as an index would do it."""
     widened = wide(out_dtype)
     if metric == "ip":
         return lambda q, rows: torch.mm(q, x[rows].T, **widened)

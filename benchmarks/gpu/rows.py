@@ -53,10 +53,11 @@ def run(
     rows: Iterable[Row], file: Path, *, tiny: bool, seconds: float, until: float,
     row_seconds: float = ROW_SECONDS, provider: str = "",
 ) -> int:  # fmt: skip
-    """0, or 1 if a row failed, or AGAIN.
+    """Measures the rows; returns 0, 1 if a row failed, or AGAIN.
 
     Args:
-        seconds: A row may time for. until: A row may begin, from now on.
+        seconds: For which a row may time calls.
+        until: Seconds from now within which a row may begin.
     """
     end = time.monotonic() + until
     state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
@@ -119,7 +120,7 @@ def line_of(row: dict) -> str:
 
 
 def call_each(rows: Iterable[Row]) -> int:
-    """Compiles what ours needs."""
+    """Calls ours once for each row, which compiles its binaries."""
     for row in rows:
         row.make().calls[OURS]()
         print(row.name, flush=True)

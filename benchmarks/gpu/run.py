@@ -4,13 +4,13 @@
     python -m benchmarks.gpu.run --out DIR --again     # within 150 s, what failed in DIR
     python -m benchmarks.gpu.run --out DIR --tiny      # tiny shapes, on a CPU if there is no GPU
 
-First comes what was compiled elsewhere (``make gpu-cache``): unpacked, and if one kernel does not
-hit it, made anew here by 14 processes. Then stage by stage, all commands of a stage at a time, a
-process of its own each that is ended at the stage's deadline; failures are collected and stop
-nothing. DIR/results.json holds everything, also when this is killed: how each command ended,
-kernels' errors, rows, the profile; log.txt what they printed, table.md the tables, profile.json the
-kernels' times; parts/ the same by commands. The exit code is not zero if something failed. Builds
-mrl_fast first, without a network, where it is not installed.
+First, mrl_fast is built where it is not installed, without a network, and the cache that was
+compiled elsewhere (``make gpu-cache``) is unpacked; if a kernel does not hit it, the cache is made
+here by 14 processes. Then the stages run one after the other, all commands of a stage at the same
+time, each in a process that is ended at the stage's deadline. Failures are collected and stop
+nothing. DIR/results.json has everything, also when this is killed: how each command ended, kernels'
+errors, rows, the profile; log.txt has what they printed, table.md the tables, profile.json the
+kernels' times; parts/ has the same by commands. The exit code is not zero if something failed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ GRACE_SECONDS = 6.0  # to write down what there is, once interrupted
 LOG_BYTES = 1 << 20  # of a command; the last ones are kept
 TIMED_OUT, FOUND = 124, 9  # exit codes; the second a sanitizer's
 COMPILE_JOBS = 14
-CACHE_SECONDS = 15.0  # what later takes, later stages begin later by
+CACHE_SECONDS = 15.0  # by what the cache takes beyond this, all stages are later
 SMALLEST_ROW_SECONDS = 25.0  # with less left, rows are not begun again
 
 Variables = Mapping[str, str]
@@ -86,7 +86,7 @@ class Process:
             )  # fmt: skip
 
     def poll(self, until: float) -> bool:
-        """Whether it is done; rows go on after a fault or a hang, from the row after it."""
+        """Whether it is done. After a fault or a hang, rows are begun again, with the next row."""
         assert self.process is not None
         code = self.process.poll()
         if code is None:
@@ -165,7 +165,7 @@ def run_stage(stage: Stage, begin: float, out: Path, variables: Variables) -> li
 
 
 def bring_cache(out: Path, variables: Variables, jobs: int) -> list[dict[str, Any]]:
-    """What came along, or what is made here where it does not fit."""
+    """Unpacks the cache that came along, or makes it here where that one does not fit."""
     found = []
     for do, options in (("unpack", ()), ("check", ()), ("make", ("--jobs", str(jobs)))):
         if do == "make" and not found[-1]["failed"]:
@@ -201,7 +201,7 @@ def install(out: Path, variables: Variables) -> Variables:
 
 
 def write(out: Path, runs: Sequence[dict[str, Any]]) -> None:
-    """results.json, of which the rest is made."""
+    """Writes results.json, from which the rest is made."""
     state = {"environment": environment(), "runs": list(runs)}
     (out / "results.json").write_text(json.dumps(state, indent=1) + "\n")
 

@@ -70,7 +70,7 @@ class Scan(NamedTuple):
         if self.queries <= FEW:
             calls[f"{OURS}_graph"] = captured(ours)
         size, flops = x.element_size(), 2.0 * self.queries * self.rows * self.dim
-        if size == 1:  # exactly as many numbers in more bits, of which PyTorch has products
+        if size == 1:  # the same numbers in bf16, for which PyTorch has products
             q, x = q.bfloat16(), x.bfloat16()
         else:
             calls["torch"] = torch_topk(q, x, self.k, self.metric)
@@ -166,7 +166,7 @@ class Funnel(NamedTuple):
             ids = calls[name]()[1][some]  # rounding may swap rows at a stage's end
             return (ids[:, :, None] == truth[:, None]).any(2).double().mean().item()
 
-        # a stage reads what is new to it: Σ (columns after the stage before) · (rows it kept)
+        # A later stage reads its new columns of the rows that the stage before has kept.
         first = self.stages[0][0]
         later = sum(
             (dim - before) * kept
@@ -223,7 +223,7 @@ def distinct_rows(queries: int, candidates: int, rows: int) -> Tensor:
 def judge_of(
     calls: dict[str, Call], q: Tensor, x: Tensor, k: int, metric: str, rows: Tensor | None = None
 ) -> Callable[[str], float]:
-    """Recall of a provider on some of the queries; of ours the scores and their order as well.
+    """Judges a provider by its recall on some of the queries, ours by scores and their order too.
 
     Args:
         rows: ``[B, C]`` candidates; None is all rows.

@@ -11,7 +11,7 @@ from benchmarks.gpu.measure import DEVICE, generator
 
 
 class Sizes(NamedTuple):
-    """Ragged in every axis. Tiles are at most 256 on a side; the interpreter's are 16 to 64."""
+    """Shapes, ragged in every axis. Tiles are at most 256 on a side, the interpreter's 16 to 64."""
 
     B: int  # of a loss, as the next two
     V: int
@@ -39,7 +39,7 @@ SIZES = {
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """A slice of something wider, so that strides are real; of eight bits, numbers to ±127."""
+    """A slice of something wider, so that strides are real; integers to ±127 for eight bits."""
     *rest, last = shape
     wide = torch.randn(*rest, last + 3, generator=generator(seed), device=DEVICE)
     if dtype.itemsize == 1:

@@ -30,11 +30,11 @@ class Command(NamedTuple):
     args: tuple[str, ...] = ()
     kind: str = "other"  # "kernels", "tests", "rows", "profile": by what they write
     tool: str = ""
-    informs: bool = False  # only; whatever comes of it
+    informs: bool = False  # it fails nothing, whatever comes of it
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """What compiles all that it launches, without measuring."""
+        """The module and arguments that make it compile all that it launches, without measuring."""
         more = ("--calls-only",) if self.kind in ("rows", "profile") else ()
         return self.module, *self.args, *more
 
@@ -104,8 +104,8 @@ def compiled() -> list[Command]:
 
 
 def again(before: dict[str, Any], plan: Sequence[Stage] = STAGES) -> tuple[Stage, ...]:
-    """The commands that failed in a run, with the cases, tests and rows of them that did; their
-    stages share the shorter time as they shared the longer."""
+    """Stages that repeat the commands which failed in a run, with only the cases, tests and rows
+    that failed. They share the shorter time as they shared the longer."""
     wrong = {run["name"]: run for run in before["runs"] if run["failed"]}
     kept, begin, shares = [], 0.0, []
     for stage in plan:

@@ -67,11 +67,11 @@ class Record:
 
 
 class Clock:
-    """Seconds that are torch's, or of this stub's."""
+    """Seconds spent in torch's ops and in this stub."""
 
     def __init__(self):
         self.depth, self.seconds, self.calls = 0, 0.0, 0
-        self.entry = 0.0  # of a call, before it is seen here and afterwards
+        self.entry = 0.0  # seconds of a call before it arrives in the stub, and after it left
 
     def taken(self) -> float:
         return self.seconds + self.calls * self.entry
@@ -215,14 +215,14 @@ class Device(TorchDispatchMode):
         meta = {id(x): _shape_of(x) for x in tensors}
         args, kwargs = tree_map(lambda x: meta.get(id(x), x), (args, kwargs))
         kwargs |= {k: v for k, v in (("device", "meta"), ("generator", None)) if k in kwargs}
-        if name == "mm" and func._overloadname == "dtype":  # which CUDA alone has
+        if name == "mm" and func._overloadname == "dtype":  # only CUDA has this overload
             a, b, dtype = args
             return _there(torch.empty(a.shape[0], b.shape[1], dtype=dtype, device="meta"))
         given = {id(meta[id(x)]): x for x in tensors}
         return tree_map(lambda x: given.get(id(x), _there(x)), func(*args, **kwargs))
 
     def brought(self, name, args, kwargs, masked):
-        """To the host: zeros of the right shape; of an unknown number of rows, none."""
+        """A result on the host: zeros of the right shape, no rows where their number is unknown."""
         x = args[0]
         if name in ("_local_scalar_dense", "item"):
             return torch.zeros((), dtype=x.dtype).item()
@@ -273,7 +273,7 @@ class Driver:
 
 
 class Launcher:
-    """In place of Triton's compiled one, which is made anew by every Python."""
+    """Stands in for Triton's compiled launcher, which every Python compiles anew."""
 
     def __init__(self, src: Any, metadata: Any):
         self.name = metadata.name

@@ -162,8 +162,10 @@ def write(folder: Path) -> None:
 
 
 def write_readme(folder: Path, readme: Path) -> None:
-    """Raises:
-    ValueError: The markers are not there, once each and in order.
+    """Replaces the table in the README.
+
+    Raises:
+        ValueError: The markers are not there, once each and in order.
     """
     text, state = readme.read_text(), load(folder)
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):

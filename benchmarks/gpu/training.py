@@ -3,9 +3,9 @@
 A step is forward, backward and gradients; of a head without gradients a forward. Errors are the
 largest deviation from fp64 on a few rows, as a part of the largest value of the same tensor, and
 ours may be twice the loop's in the same dtype. At the timed shape, where offsets are large, our
-gradients are held to the loop's; so are those of the compiled loop, which else is said to err as
-the loop. FLOPs are those we execute: 2 a pair and column forward, 2 again in the backward, 4 for
-both gradients. Bytes: inputs read twice, their gradients written.
+gradients are compared with the loop's. So are those of the compiled loop, whose error is otherwise
+taken to be the loop's. FLOPs are those we execute: 2 a pair and column forward, 2 again in the
+backward, 4 for both gradients. Bytes: inputs read twice, their gradients written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from mrl_fast import (
 HEADS = ("tied", "logits", "predict")
 FORWARD_ONLY = ("logits", "predict")
 JUDGED_ROWS = 253  # odd, so that no tile is whole
-LARGE = {"bf16": 5e-2, "fp16": 1e-2, "fp32": 1e-4}  # from the loop, which rounds every prefix's sum
+# The most that ours may differ from the loop, which rounds every prefix's sum.
+LARGE = {"bf16": 5e-2, "fp16": 1e-2, "fp32": 1e-4}
 LARGE_TF32 = 1e-2
 GRADIENT_SCALE = 4096.0
 
@@ -84,7 +85,7 @@ class Training(NamedTuple):
             return [
                 found[0],
                 logits.gather(2, found[1][:, :, None]),
-            ]  # a label is its logit's worth
+            ]  # labels count by their logits
 
         truth = copies(seen(steps_of(few, wide)["loop"]()))
         loop_error = error_of(seen(small["loop"]()), truth)
@@ -152,8 +153,8 @@ def steps_of(case: Case, leaves: list[Tensor]) -> dict[str, Call]:
 
 
 def scaled(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """As a GradScaler would: fp16 has no room for the gradients of a mean, other dtypes do not
-    mind."""
+    """Scales a loss as a GradScaler would: the gradients of a mean are too small for fp16, and
+    other dtypes do not mind."""
     return lambda: loss() * GRADIENT_SCALE
 
 

@@ -1,4 +1,4 @@
-// Arguments of the bindings of both wings: addresses, and instruction sets by name.
+// Argument types of both wings' bindings: addresses, and instruction sets by name.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -33,7 +33,7 @@ inline Run run_of(const RunFields& fields) {
     return {kernels_named(std::get<0>(fields)), std::get<1>(fields)};
 }
 
-// A struct of fields that Python gives as a tuple, in their order.
+// Builds a struct from a tuple of its fields, which stand in the struct's order.
 template <class Struct, class... Fields>
 Struct made_of(const std::tuple<Fields...>& fields) {
     return std::apply([](const auto&... values) { return Struct{values...}; }, fields);

@@ -7,7 +7,8 @@ using namespace mrl;
 
 namespace {
 
-// Whether a signal's handler raised: that is then this thread's error.
+// Runs the handlers of pending signals; true if one raised, which is then this thread's Python
+// error.
 bool signal_raised() {
     const PyGILState_STATE state = PyGILState_Ensure();
     const bool raised = PyErr_CheckSignals() != 0;

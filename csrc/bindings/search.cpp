@@ -17,9 +17,10 @@ using SpanFields = std::tuple<int64_t, int64_t, Address<float>, Address<uint8_t>
 using LadderFields = std::tuple<std::vector<int64_t>, Address<float>, int>;
 
 Rows rows_of(const std::vector<SpanFields>& spans, int64_t packed_dim, int64_t code_dim, int dtype,
-             const std::vector<int64_t>& levels, const LadderFields& ladder) {
+             const std::vector<int64_t>& levels, const LadderFields& ladder, int64_t width) {
     const auto& [dims, centre, metric] = ladder;
-    Rows rows = {{}, packed_dim, code_dim, DType(dtype), levels, {dims, centre, Metric(metric)}};
+    Rows rows = {{},   packed_dim, code_dim, DType(dtype), levels, {dims, centre, Metric(metric)},
+                 width};
     for (const SpanFields& fields : spans) rows.spans.push_back(made_of<Span>(fields));
     return rows;
 }
@@ -33,7 +34,7 @@ using SpanArraysFields =
     std::tuple<Address<float>, Address<uint8_t>, Address<float>, int64_t, Address<void>, int64_t,
                Address<uint8_t>, Address<uint8_t>, Address<uint8_t>>;
 
-// Empty where all went well, else what is wrong with the vectors.
+// The problem with the vectors, in the words that Python expects; empty for OK.
 std::string message(Status status) {
     switch (status) {
         case Status::NOT_FINITE:

@@ -7,7 +7,8 @@ namespace py = pybind11;
 namespace mrl {
 namespace {
 
-// Fields of a struct by their names. One that is not named is zero, an address null.
+// Reads a struct's fields from a dict. A field that is missing is 0, or null for an address, unless
+// a default is given.
 class Fields {
   public:
     explicit Fields(const py::dict& fields) : fields_(fields) {}
@@ -99,7 +100,7 @@ GradientOutput gradient_output_of(const py::dict& named) {
 void bind_training(py::module_& m) {
     m.attr("ROWS") = ROWS;
     m.attr("GROUP_ROWS") = GROUP_ROWS;
-    // Fields as in nested.h; a factor that is not named is 1.
+    // Fields as in nested.h; period and the two boosts are 1 by default.
     py::class_<Scores>(m, "Scores").def(py::init(&scores_of));
     m.def("fold", [](const Scores& scores, const RunFields& how, const py::dict& out) {
         const Run run = run_of(how);

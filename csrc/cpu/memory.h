@@ -1,4 +1,4 @@
-// Memory of large arrays.
+// Memory for large arrays.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +7,8 @@ namespace mrl {
 
 constexpr size_t HUGE_PAGE = 2 << 20;
 
-// Asks for huge pages, which the system need not give, where whole ones lie inside: page walks cost
-// up to a fifth of a scan.
+// Asks the system, which may refuse, for huge pages wherever a whole one fits between `begin` and
+// the end: with small pages, page walks cost up to a fifth of a scan.
 void advise_huge_pages(void* begin, size_t bytes);
 
 }  // namespace mrl

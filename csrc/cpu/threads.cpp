@@ -23,10 +23,10 @@ std::atomic<bool (*)()> stop_asked{nullptr};
 // A thread's part in a call.
 struct Part {
     Call* call = nullptr;
-    bool asks = false;
+    bool asks = false;  // whether this thread asks if the call should stop
 };
 thread_local Part part;
-thread_local Clock::time_point asked;  // by this thread, in any call
+thread_local Clock::time_point asked;  // when this thread asked last, in any call
 
 bool is_first_thread() {
 #ifdef __linux__
@@ -36,7 +36,7 @@ bool is_first_thread() {
 #endif
 }
 
-// A thread's time in a call. The thread that made the call is the one that asks.
+// Makes this thread part of a call for as long as the object lives.
 class Joined {
   public:
     Joined(Call& call, bool asks) : before_(part) { part = {&call, asks}; }
@@ -67,14 +67,14 @@ struct OpenMP {
 };
 OpenMP openmp = {};
 
-// Ends the team of this thread; the teams of others, whom the child does not know, are not in its
-// way.
+// Ends this thread's team. Other threads' teams are not in the child's way: it has none of those
+// threads.
 void before_fork() {
     constexpr int HARD = 2;
     openmp.lost = openmp.parallel && !(openmp.pause && openmp.pause(HARD) == 0);
 }
 
-// Where the team could not be ended, calls have plain threads and PyTorch's ops this one.
+// Where the team could not be ended, our calls use plain threads and PyTorch's ops one thread.
 void in_child() {
     if (!openmp.lost) return;
     openmp.parallel = nullptr;
@@ -127,7 +127,7 @@ void run_team(int threads, Call& call, void (*run)(void*), void* data) {
         for (int thread = 1; thread < threads; ++thread)
             others.emplace_back(Member::start, &member);
     } catch (const std::system_error&) {
-        // No more threads to be had: those there are share the work.
+        // The system has no more threads: those already started share the work.
     }
     Member::start(&member);
     for (std::thread& other : others) other.join();

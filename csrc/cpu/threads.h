@@ -1,8 +1,8 @@
 // Threads for one call: PyTorch's own OpenMP team where its runtime was named, else plain threads.
 // A call can be stopped while it runs, and a forked child can make calls of its own.
 //
-// A team that has just worked spins for a while in wait of more; threads beside it would share its
-// cores with that. And a second OpenMP runtime would bring a second team.
+// An OpenMP team that has just worked spins for a while, waiting for more. Threads of our own, or
+// the team of a second OpenMP runtime, would have to share the cores with it.
 #pragma once
 
 #include <atomic>
@@ -18,7 +18,7 @@ namespace mrl {
 // their next call.
 bool use_openmp(const char* library);
 
-// What a call throws that was stopped; its results are incomplete.
+// Thrown by a call that was stopped; its results are incomplete.
 struct Interrupted : std::exception {
     const char* what() const noexcept override { return "interrupted"; }
 };
@@ -30,15 +30,14 @@ void stop_where(bool (*stop)());
 // What the threads of one call share.
 struct Call {
     std::atomic<bool> stopped{false}, failed{false};
-    std::exception_ptr error;  // the first; written by who sets `failed`
+    std::exception_ptr error;  // the first one; the thread that sets `failed` writes it
 };
 
-// Runs member(data) on up to `threads` threads, this thread included. `call` is what `poll` looks
-// at meanwhile.
+// Runs member(data) on up to `threads` threads, this thread included. Their `poll` looks at `call`.
 void run_team(int threads, Call& call, void (*member)(void*), void* data);
 
-// Throws Interrupted where this thread's call was stopped. For loops that take a while: a call
-// that does not poll for a tenth of a second is stopped late.
+// Throws Interrupted where this thread's call was stopped. Long loops call it at least every tenth
+// of a second, or they are stopped late.
 void poll();
 
 // Runs fn(thread) once for each thread in [0, threads). Where one throws the others stop at their

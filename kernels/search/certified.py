@@ -25,10 +25,10 @@ SURVIVORS = 2048  # buckets whose rows are scored in full
 
 
 class Prefix(NamedTuple):
-    """What bounds a score by its first ``dim`` columns.
+    """What bounds on scores by the first ``dim`` columns are made of.
 
     Attributes:
-        dim: Their number.
+        dim: The number of those columns.
         shortlist: Known rows of the first ``dim`` columns.
         bounds: Known rows at full width; ``outer`` is the suffix's norm, rounded up.
     """
@@ -42,12 +42,12 @@ def exact_topk(
     q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: KnownRows,
     prefix: Prefix | None,
 ) -> Tensor:  # fmt: skip
-    """The k best of the rows ``x [N, D]`` by scores summed in fp64 and rounded to fp32.
+    """Writes the k best of the rows ``x [N, D]``, by scores summed in fp64 and rounded to fp32.
 
     Returns how many rows of each query were scored at full width, ``[B]`` int64; N where all were
     scanned."""
     touched = torch.full((len(q),), len(x), dtype=torch.int64, device=q.device)
-    plan = Plan.of(k, x, scan_config(len(q), x), Margin.of(x, metric), len(q))
+    plan = Plan.from_sizes(k, x, scan_config(len(q), x), Margin.from_rows(x, metric), len(q))
     if prefix is None or not len(x) or k > SURVIVORS or len(plan.ends) == 1:
         topk(q, x, k, metric, result, rows, double=True)
         return touched
@@ -72,7 +72,7 @@ def _certify(
     touched = torch.where(flag != 0, len(x), (count * BUCKET).clamp(max=len(x)))
 
     coarse, config = scan_queries(q, x, metric), scan_config(len(q), x)
-    plan = Plan.of(k, x, config, coarse.margin, len(q))
+    plan = Plan.from_sizes(k, x, config, coarse.margin, len(q))
     others = Search(x, metric, k, plan, config, rows, among=flag).shortlist(coarse, pairs)
     select(torch.cat([keys, others], dim=1), result, rows.ids)
     return touched
@@ -81,8 +81,8 @@ def _certify(
 def _reach(
     q: Tensor, x: Tensor, dim: int, metric: str, theta: Tensor, bounds: KnownRows, size: int
 ) -> tuple[Buffers, Scan]:
-    """The buckets of every row whose score at full width may be at least ``theta [B]``, by its
-    first ``dim`` columns, and their count, which may be more than ``size``."""
+    """The buckets of every row whose score at full width may reach ``theta [B]``, as a bound by its
+    first ``dim`` columns says; their count may be more than ``size``."""
     coarse = scan_queries(q[:, :dim], x[:, :dim], metric)
     norms = upper(row_norms(q), q.shape[1])  # at full width, as the bounds' rows
     error = coarse.margin.error(torch.maximum(norms, coarse.upper_norms()), bounds.norm)
@@ -99,7 +99,7 @@ def _reach(
     scan = Scan(config, coarse, x[:, :dim], metric, terms, bounds.norm)
     seeds = config.BLOCK_N // BUCKET
     to = buffers(q, size + seeds)
-    # The last tile, which may be ragged, is the first in order: its buckets are kept unseen.
+    # The last tile, which may be ragged, is the first in order: its buckets are kept unscanned.
     end = scan.tiles * seeds
     to.hits[:, :seeds] = torch.arange(end - seeds, end, dtype=torch.int64, device=q.device)
     to.count.fill_(seeds)

@@ -23,8 +23,8 @@ def rerank_rows(
     q: Tensor, x: Tensor, candidates: Tensor, k: int, metric: str, result: Result, *,
     begin: int = 0, sums: Tensor | None = None, ids: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """The k best candidates ``[B, C]`` to ``result``; ``sums [B, C]`` are those of the columns
-    before ``begin``."""
+    """Writes the k best of the candidates ``[B, C]`` to ``result``; ``sums [B, C]`` are their sums
+    over the columns before ``begin``."""
     for part in chunks(len(q), fitting(24 * max(1, candidates.shape[1]))):
         carried = None if sums is None else part_of(sums, part)
         pairs = Pairs(part_of(q, part), x, metric)
@@ -44,8 +44,8 @@ def rerank_stages(
     q: Tensor, x: Tensor, found: Result, stages: Sequence[tuple[int, int]], metric: str, *,
     scored: int, ids: Tensor | None = None,
 ) -> Result:  # fmt: skip
-    """Goes on from what a first stage found; its scores are of ``scored`` columns, 0 where they are
-    of something else. A score that is a sum over whole blocks of columns is carried on."""
+    """Continues from what a first stage found. Its scores are sums of ``scored`` columns, or of
+    something else where that is 0. A sum over whole blocks of columns is carried on."""
     for i, (dim, keep) in enumerate(stages):
         result = empty(q, keep)
         carried = metric != "cosine" and scored % WHOLE_BLOCK == 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 EMPTY = tl.constexpr(-(1 << 63))  # sorts after every key
 SORTED_AT_ONCE = 2048  # keys a program sorts; of more, torch.topk picks first
-SORTED_INTERPRETED = 16  # sorting takes the interpreter long
+SORTED_INTERPRETED = 16  # the same in the interpreter, where sorting is slow
 
 Result = tuple[Tensor, Tensor]  # scores [B, k] fp32, rows [B, k] int64
 
@@ -43,7 +43,7 @@ def row_of(key):
 @triton.jit(do_not_specialize=["C", "k", "stride_sb", "stride_ob"])
 def _decode_kernel(
     keys_ptr,  # [B, C] int64
-    ids_ptr,  # [N] int64, what a result calls a row
+    ids_ptr,  # [N] int64, the rows' ids in a result
     scores_ptr,  # [B, k] fp32
     out_ptr,  # [B, k] int64
     C,
@@ -69,7 +69,7 @@ def _decode_kernel(
 
 
 def select(keys: Tensor, result: Result, ids: Tensor | None = None) -> None:
-    """The best of each query's keys ``[B, C]``, in order, to ``result``, ``[B, k]`` each."""
+    """Writes the best of each query's keys ``[B, C]``, in order, to ``result``, ``[B, k]`` each."""
     (B, C), k = keys.shape, result[0].shape[1]
     if not B * k:
         return
@@ -84,7 +84,7 @@ def select(keys: Tensor, result: Result, ids: Tensor | None = None) -> None:
 
 
 def scores_of(keys: Tensor) -> Tensor:
-    """fp32, −inf where there is no row."""
+    """The fp32 scores in the keys, −inf where there is no row."""
     bits = keys >> 32
     score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int32).view(torch.float32)
     return torch.where(keys == EMPTY.value, -torch.inf, score)

@@ -1,8 +1,8 @@
 """What each metric makes of a prefix product, and how far a scan's score may be from the exact one.
 
-A scan ranks by ⟨q, x⟩ (ip), by ⟨q, x⟩ / ‖x‖ (cosine) and by ⟨q, x⟩ − ‖x‖²/2 (l2): the query's own
-part changes no order. A new metric is one entry of each table here, and a branch of the kernels
-``_scan_kernel`` and ``pair_scores``.
+A scan ranks by ⟨q, x⟩ (ip), by ⟨q, x⟩ / ‖x‖ (cosine) and by ⟨q, x⟩ − ‖x‖²/2 (l2): the part of a
+score that depends on the query alone changes no order. A new metric needs an entry in each table
+here, and a branch in the kernels ``_scan_kernel`` and ``pair_scores``.
 """
 
 import functools
@@ -15,12 +15,12 @@ from torch import Tensor
 
 NUMBERS = {"ip": 0, "cosine": 1, "l2": 2, "linear": 3}  # METRIC and NORMS of the kernels
 SAFE_NORM = 2.0**-40  # squares of smaller norms may leave fp32's normal range
-ROUNDED = 1e-6  # of a norm, by rounding of its squares and their sum
-LOST = 1.1e-19  # of a norm, a column, by squares that leave fp32's range
+ROUNDED = 1e-6  # relative error of a norm, by rounding of squares and of their sum
+LOST = 1.1e-19  # error of a norm for each column, by squares that leave fp32's range
 
 
 class SumTerms(NamedTuple):
-    """What a scan makes of a row's sum beside the sum: sum · scale + term + factor · outer."""
+    """What a scan makes a score of, beside a row's sum: sum · scale + term + factor · outer."""
 
     scale: Tensor | None = None  # [N] fp32, as the next two
     term: Tensor | None = None
@@ -29,11 +29,11 @@ class SumTerms(NamedTuple):
 
 
 class Margin(NamedTuple):
-    """How far a scan's score may be from the canonical one: ``a + c·q² + d·q·x + e·x²`` with a
-    query's norm and the largest norm of a row, which is 1 under cosine.
+    """How far a scan's score may be from the canonical one: ``a + c·q² + d·q·x + e·x²``, where q is
+    the query's norm and x the largest norm of a row, which is 1 under cosine.
 
-    Both round every product and sum, tensor cores by truncation, and the metric's own terms: in all
-    fewer than 2(d + 16) roundings of numbers no larger than the norms' product."""
+    Both scores round every product, every sum (tensor cores by truncation) and the metric's terms:
+    in all fewer than 2(dim + 16) roundings of numbers no larger than the norms' product."""
 
     bound: float  # relative error of a sum
     a: float
@@ -42,11 +42,11 @@ class Margin(NamedTuple):
     e: float = 0.0
 
     def error(self, q: Tensor, x: Tensor) -> Tensor:
-        """For queries' norms ``[B]`` and the largest of a row's ``[1]``."""
+        """For the queries' norms ``[B]`` and the largest norm of a row ``[1]``."""
         return self.a + self.c * q * q + self.d * q * x + self.e * x * x
 
     @classmethod
-    def of(cls, x: Tensor, metric: str) -> "Margin":
+    def from_rows(cls, x: Tensor, metric: str) -> "Margin":
         """In a scan's units: products with the unnormalised query under cosine, and
         ⟨q, x⟩ − ‖x‖²/2 under l2."""
         return _margin(x.dtype, x.shape[1], metric == "l2", scan_precision(x), promoted(x))
@@ -55,8 +55,8 @@ class Margin(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _margin(dtype: torch.dtype, dim: int, l2: bool, precision: str, promoted: bool) -> Margin:
     tf32 = 2.0**-9 if precision == "tf32" else 2.0**-18
-    # So many products of float8 at a time, and their sum, are cut off below 2^-13 of the largest,
-    # and below some more than that of one whose factor is subnormal.
+    # Tensor cores add up so many products of float8 at a time, and cut each of them and the sum off
+    # below 2^-13 of the largest one; somewhat above that where its factor is subnormal.
     added = PROMOTED if promoted else max(64, dim)
     coarse = {1: (added + 10) * 2.0**-13, 2: 0.0, 4: tf32}[dtype.itemsize]
     exact = dtype == torch.int8  # sums of integers, rounded at the end
@@ -68,7 +68,7 @@ def _margin(dtype: torch.dtype, dim: int, l2: bool, precision: str, promoted: bo
 
 
 def upper(norms: Tensor, dim: int) -> Tensor:
-    """Above the norms, whatever was rounded or lost of ``dim`` squares."""
+    """Upper bounds of norms that are sums of ``dim`` squares, rounded or lost as may be."""
     return (norms + dim * LOST) * (1 + ROUNDED)
 
 
@@ -81,7 +81,7 @@ def row_norms(x: Tensor) -> Tensor:
 
 
 def row_terms(x: Tensor, metric: str) -> tuple[SumTerms, Tensor]:
-    """The metric's part of each row of ``x [N, dim]``, and the largest norm, ``[1]``; infinite
+    """The metric's terms of each row of ``x [N, dim]``, and the largest norm, ``[1]``: infinite
     where squares leave fp32's normal range, so that no bound holds."""
     norms = row_norms(x)
     largest = upper(norms.nan_to_num(0.0, torch.inf).max(), x.shape[1])
@@ -103,7 +103,7 @@ def _l2(norms: Tensor, largest: Tensor) -> tuple[SumTerms, Tensor]:
     return SumTerms(term=-0.5 * norms * norms), largest
 
 
-# By the rows' norms and the largest of them.
+# The rows' terms, by their norms and the largest of these.
 TERMS: dict[str, Callable[[Tensor, Tensor], tuple[SumTerms, Tensor]]] = {
     "ip": _ip,
     "cosine": _cosine,
@@ -111,8 +111,8 @@ TERMS: dict[str, Callable[[Tensor, Tensor], tuple[SumTerms, Tensor]]] = {
 }
 # No bound holds for queries whose norm is not above this.
 LEAST_NORM = {"ip": -1.0, "cosine": SAFE_NORM, "l2": -1.0}
-# What a scan's score must reach where the metric's own score is to reach θ, by the queries' norms;
-# and the size of the numbers that were added for it.
+# The scan's score where the metric's score is θ, by the queries' norms; and the size of the numbers
+# that it is a sum of.
 GATES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "ip": lambda theta, norms: (theta, theta.abs()),
     "cosine": lambda theta, norms: (theta * norms, (theta * norms).abs()),

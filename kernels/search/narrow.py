@@ -1,4 +1,4 @@
-"""Narrowing: of a query's buffer of hits, the rank-th best score, and what may not be better.
+"""Narrowing: finds the rank-th best score of a query's hits and drops what cannot be better.
 
 The rank-th best is found bit by bit, from the highest, by counting scores; as soon as exactly
 ``rank`` scores are counted, the bits below change nothing that is kept. One program owns a query.
@@ -11,7 +11,7 @@ from mrl_fast.kernels.search.plan import Buffers
 from mrl_fast.kernels.search.queries import ScanQueries
 from torch import Tensor
 
-INFINITY = tl.constexpr(0x7F800000)  # its bits, as of keys.ordered; −1 less as many are −infinity's
+INFINITY = tl.constexpr(0x7F800000)  # keys.ordered(inf); that of −inf is −1 − this
 
 
 @triton.jit(do_not_specialize=["rank", "seeds"])
@@ -20,16 +20,16 @@ def _narrow_kernel(
     count_ptr,  # [B] int32: how many were appended, those beyond C dropped; out: how many are left
     flag_ptr,  # [B] int32, set where a hit was dropped
     theta_ptr,  # [B] fp32, out: what a score must not be below
-    among_ptr,  # [B] int32: 0 of queries that have no hits
+    among_ptr,  # [B] int32: 0 for queries that have no hits
     q_norm_ptr,  # [B] fp32
-    q_error_ptr,  # [B] fp32, the norm of what the scan's queries leave out
+    q_error_ptr,  # [B] fp32, the norm of what the scan's form of the query lacks
     norm_ptr,  # [1], no row's norm is larger: fp32, or its bits
     rank,
     seeds,  # hits that are there beside those that were counted
-    least_norm,  # the bound of a query's norm, as of queries.NormBound
+    least_norm,  # the bound of a query's norm: queries.NormBound
     lost,
     factor,
-    e_a,  # the scan's error, as of metrics.Margin
+    e_a,  # the scan's error: metrics.Margin
     e_c,
     e_d,
     e_e,
@@ -87,12 +87,12 @@ def narrow(
     to: Buffers, q: ScanQueries, norm: Tensor, rank: int, *, seeds: int = 0,
     among: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Cuts each query's buffer to what may be among its ``rank`` best, where the scan may be wrong
-    by its margin, and by the queries' errors times the largest norm of a row.
+    """Cuts each query's buffer to the hits that may be among its ``rank`` best. A scan's score may
+    be off by its margin, plus the query's error times the largest norm of a row.
 
     Args:
         seeds: Hits that are in the buffer and were not counted.
-        among: ``[B]`` int32, 0 where a query has none.
+        among: ``[B]`` int32, 0 where a query has no hits.
     """
     B, C = to.hits.shape
     _narrow_kernel[(B,)](

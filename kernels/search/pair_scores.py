@@ -19,15 +19,15 @@ from torch import Tensor
 
 LINEAR = tl.constexpr(3)
 WHOLE_BLOCK = 64  # columns whose sum can be carried
-ROUNDED = dict(enable_fp_fusion=False)  # every product, every sum
-ROOMY = dict(maxnreg=168)  # registers of a thread; left to itself, ptxas spills to need fewer
+ROUNDED = dict(enable_fp_fusion=False)  # rounds every product and every sum
+ROOMY = dict(maxnreg=168)  # registers a thread may have; ptxas by itself takes fewer and spills
 INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
 def _product(x, y):
-    """Rounded by itself, whatever is added to it: for Blackwell, ptxas fuses pairs of fp32 products
-    with sums even where it is asked not to."""
+    """A product rounded by itself, whatever is added to it: for Blackwell, ptxas fuses pairs of
+    fp32 products with sums even where it is asked not to."""
     if INTERPRETED or x.dtype == tl.float64:
         product = x * y
     else:
@@ -39,8 +39,8 @@ def _product(x, y):
 
 @triton.jit
 def _sum_pairs(x, ROWS: tl.constexpr, LOG_COLUMNS: tl.constexpr):  # [ROWS, 2^LOG_COLUMNS]
-    """Sums of neighbours, then of neighbouring sums, two numbers at a time. tl.sum adds more in
-    an order that depends on how the loads were vectorised."""
+    """Sums of neighbours, then of neighbouring sums, two numbers at a time: tl.sum adds more than
+    two in an order that depends on how the loads were vectorised."""
     for i in tl.static_range(LOG_COLUMNS):
         x = tl.sum(tl.reshape(x, (ROWS, 1 << (LOG_COLUMNS - 1 - i), 2)), axis=2)
     return tl.reshape(x, (ROWS,))
@@ -53,7 +53,7 @@ def _add_blocks(total, x, ROWS: tl.constexpr, BLOCKS: tl.constexpr):  # [ROWS, B
         return total + _sum_pairs(x, ROWS, 6)
     x = tl.reshape(x, (ROWS * BLOCKS, 64))
     sums = tl.reshape(_sum_pairs(x, ROWS * BLOCKS, 6), (ROWS, BLOCKS))
-    for i in tl.static_range(BLOCKS):  # each sum picks one block; the others count as zeros
+    for i in tl.static_range(BLOCKS):  # the mask picks one block's sum; adding zeros changes no bit
         total += tl.sum(tl.where(tl.arange(0, BLOCKS)[None, :] == i, sums, 0.0), axis=1)
     return total
 
@@ -83,7 +83,7 @@ def pair_scores(
     for start in range(begin, dim, BLOCKS * 64):
         offs_d = start + tl.arange(0, BLOCKS * 64)
         mask_d = offs_d < dim
-        q = tl.load(q_ptr + offs_d, mask_d, other=0.0).to(tl.float32).to(ACC)  # float8: no way else
+        q = tl.load(q_ptr + offs_d, mask_d, other=0.0).to(tl.float32).to(ACC)  # by fp32, for float8
         x = tl.load(x_rows + offs_d[None, :], there[:, None] & mask_d[None, :], other=0.0)
         x = x.to(tl.float32).to(ACC)
         if METRIC == 2:
@@ -195,7 +195,7 @@ class Pairs:
         self.room = {} if plain else ROOMY
 
     def keys(self, rows: Tensor, *, begin: int = 0, sums: Tensor | None = None) -> Tensor:
-        """Of each query with its own rows ``[B, C]``, −1 for none."""
+        """The keys ``[B, C]`` of each query with its own rows ``[B, C]``, −1 for none."""
         B, C = rows.shape
         out = torch.empty(B, C, dtype=torch.int64, device=rows.device)
         if not out.numel():
@@ -211,7 +211,7 @@ class Pairs:
         return out
 
 
-RESCANNED = SORTED_AT_ONCE  # k of a rescan at most
+RESCANNED = SORTED_AT_ONCE  # the largest k of a rescan
 FEW_PAIRS = 1 << 13  # 128 programs of 64 rows, one a processor
 
 

@@ -1,4 +1,4 @@
-"""How a search by scans goes: its phases and buffers, and what is known of the rows."""
+"""The phases and buffers of a search by scans, and what is known of the rows it searches."""
 
 import functools
 import math
@@ -13,31 +13,31 @@ from torch import Tensor
 
 TEMPORARY_BYTES = 256 << 20
 BUFFER = 2048, 16384  # buckets a query, at least and at most
-FEW = 64  # queries, for which a phase more takes longer than a larger buffer
-LEAST_RANK = 16  # a threshold by the best of fewer varies too much
+FEW = 64  # queries; up to so many, a larger buffer takes less time than another phase
+LEAST_RANK = 16  # the k-th best score of a sample varies too much for a smaller k
 
 
 def fitting(bytes_each: int) -> int:
-    """How many of something fit what temporaries may take, at least one."""
+    """How many things of this size fit the memory for temporaries; at least one."""
     return max(1, TEMPORARY_BYTES // bytes_each)
 
 
 class Plan(NamedTuple):
     """Phases and buffers of a scan for k of N rows, for a tile's shape and a scan's margin."""
 
-    rank: int  # of the threshold
-    buffer: int  # buckets
+    rank: int  # the threshold is the rank-th best score so far
+    buffer: int  # buckets that a query's buffer holds
     kept: int  # buckets whose rows are scored again
-    ends: tuple[int, ...]  # of the phases, in tiles; the first seeds the threshold
+    ends: tuple[int, ...]  # ends of the phases, in tiles; the first phase seeds the threshold
 
     @classmethod
-    def of(cls, k: int, x: Tensor, config: Config, margin: Margin, queries: int) -> "Plan":
+    def from_sizes(cls, k: int, x: Tensor, config: Config, margin: Margin, queries: int) -> "Plan":
         size = *x.shape, config.BLOCK_N
         return _plan(max(k, LEAST_RANK), size, margin, queries <= FEW, BUFFER)
 
     @property
     def bytes(self) -> int:
-        """Of a query's temporaries."""
+        """Bytes of a query's temporaries."""
         return 8 * (self.buffer + self.kept * BUCKET)
 
 
@@ -45,11 +45,12 @@ class Plan(NamedTuple):
 def _plan(
     rank: int, size: tuple[int, int, int], margin: Margin, few: bool, limits: tuple[int, int]
 ) -> Plan:
-    """For rows, columns and rows of a tile, and the limits of a buffer."""
+    """``size`` is (rows, columns, rows of a tile), ``limits`` the least and the largest buffer."""
     rows, dim, tile = size
     tiles, (least, most) = cdiv(rows, tile), limits
-    # Cosines of vectors that lie anywhere have a deviation of dim^-0.5; the best of millions are
-    # 4.5 of it out, where so many more are within twice the error; in clusters more are.
+    # Cosines of random vectors have a standard deviation of dim^-0.5, and the best of millions lie
+    # 4.5 deviations out. Twice the error further in, there are `near` times as many (in clusters
+    # more).
     error = margin.c + margin.d + margin.e  # for norms of 1
     near = math.exp(min(9 * error * dim**0.5, 3.0))
     buffer = min(max(next_power_of_2(64 * rank), least), most)
@@ -64,8 +65,8 @@ def _plan(
 
 
 def _ends(buffer: int, rank: int, near: float, tiles: int, tile: int) -> tuple[int, ...]:
-    """Of the phases. Of the next r times as many rows as were seen, about r · near · rank buckets
-    are kept."""
+    """The ends of the phases. Of the next r times as many rows as were seen before, about
+    r · near · rank buckets are kept."""
     growth = max(1.0, (buffer - 2 * near * rank) / (3 * near * rank))
     ends = [min(tiles, buffer * BUCKET // tile)]
     while ends[-1] < tiles:
@@ -77,11 +78,11 @@ class KnownRows(NamedTuple):
     """What is known of the rows ``[N, dim]`` that are searched.
 
     Attributes:
-        terms: What a scan makes of a row's sum; with a term of −inf where it is not allowed.
+        terms: Of a scan's scores. The term of a row that is not allowed is −inf.
         norm: ``[1]`` fp32, as ``row_terms`` returns it.
         allowed: ``[N]`` uint8, 0 where a row may not be found.
-        ids: ``[N]`` int64, what rows are called in a result; None: their numbers.
-        linear: Scores are what ``terms`` makes of sums, not the metric's.
+        ids: ``[N]`` int64, the rows' ids in a result; None: their numbers.
+        linear: Final scores too are sums with ``terms``, not the metric's.
     """
 
     terms: SumTerms | None = None
@@ -104,13 +105,13 @@ class KnownRows(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """What a scan keeps of each query; ``count``, ``flag``, ``done`` and ``norm`` begin as 0.
+    """What a scan keeps for each query; ``count``, ``flag``, ``done`` and ``norm`` begin as 0.
 
     Attributes:
         hits: ``[B, C]`` int64: the bits of a bucket's best score above the bucket's number.
-        count: ``[B, at least]`` int32: how many were appended, of which C are there at most.
+        count: ``[B, at least]`` int32: how many hits were appended; those beyond C were dropped.
         flag: ``[B, at least]`` int32, not 0 where a hit was dropped.
-        done: ``[B, at least]`` int32: programs that a rescan is done with.
+        done: ``[B, at least]`` int32: programs of a rescan that have finished.
         norm: ``[1, at least]`` int32: the bits of the largest norm of a row.
         theta: ``[B]`` fp32: what a score must not be below.
     """

@@ -13,8 +13,8 @@ LOST_OF_A_NORM, UP = tl.constexpr(LOST), tl.constexpr(1 + ROUNDED)
 
 
 class NormBound(NamedTuple):
-    """What a query's norm is at most: ``factor · (norm + lost)``, by its rounded norm; infinity,
-    so that no score is bounded, where that is not above ``least``."""
+    """An upper bound of a query's norm from its rounded norm: ``factor · (norm + lost)``; infinity,
+    so that no score is bounded, where the rounded norm is not above ``least``."""
 
     least: float
     lost: float
@@ -22,15 +22,15 @@ class NormBound(NamedTuple):
 
 
 class ScanQueries(NamedTuple):
-    """The sum of one or two parts, and how far a scan's scores by them may be from the exact ones.
+    """Queries as the sum of one or two parts, and how far a scan's scores of these may be off.
 
     Attributes:
         q: ``[B, dim]`` of the rows' dtype.
-        low: ``[B, dim]``, the second part.
+        low: ``[B, dim]``, the second part; None where there is one part.
         norms: ``[B]`` fp32, rounded.
-        errors: ``[B]`` fp32, at least the norms of what both parts lack; None: nothing.
-        margin: Of a scan's scores.
-        bound: For the norms of both parts together.
+        errors: ``[B]`` fp32, at least the norms of what both parts lack; None: they lack nothing.
+        margin: The error of a scan's scores.
+        bound: Bounds the sum of both parts' norms.
     """
 
     q: Tensor
@@ -52,7 +52,7 @@ class ScanQueries(NamedTuple):
 
 
 def scan_queries(q: Tensor, x: Tensor, metric: str) -> ScanQueries:
-    dim, margin = x.shape[1], Margin.of(x, metric)
+    dim, margin = x.shape[1], Margin.from_rows(x, metric)
     bound = NormBound(LEAST_NORM[metric], dim * LOST, 1 + ROUNDED)
     if q.dtype == x.dtype:
         return ScanQueries(q, None, row_norms(q), None, margin, bound)
@@ -70,7 +70,7 @@ def scan_queries(q: Tensor, x: Tensor, metric: str) -> ScanQueries:
 @triton.jit(do_not_specialize=["dim"])
 def _split_kernel(
     q_ptr,  # [B, dim]
-    high_ptr,  # [B, dim] of a dtype of fewer bits, as the next
+    high_ptr,  # [B, dim] of the rows' dtype, which has fewer bits; as the next
     low_ptr,
     norm_ptr,  # [B] fp32
     error_ptr,  # [B] fp32

@@ -1,8 +1,8 @@
-"""Rows of a scan's buckets scored again; and, for queries whose hits were too many to keep, every
-row, found and done by the device.
+"""Scores the rows of a scan's buckets again; and, for queries whose hits were too many to keep,
+every row. The device itself finds those queries.
 
-Of few pairs, one launch does both: its last programs look for queries to be rescanned, and end at
-once where there are none. The program that is the last to rescan its share for a query merges all.
+Where pairs are few, one launch does both: its last programs look for queries to rescan, and end at
+once where there are none. The last program to finish its share of a query's rows merges all shares.
 """
 
 import functools
@@ -20,18 +20,17 @@ from mrl_fast.kernels.shared.tiling import cdiv, next_power_of_2
 from torch import Tensor
 
 RESCAN_BYTES = 64 << 20
-RESCANS = 3  # programs a multiprocessor, as many as it holds: most end at once
-TOGETHER = 1 << 17  # pairs, up to which a launch more takes longer than fewer programs at a time
-# Registers of a thread, for programs of both kinds; and where bytes are loaded one by one.
+RESCANS = 3  # programs a multiprocessor: no more than it holds, as most of them end at once
+TOGETHER = 1 << 17  # pairs; up to so many, one launch for both takes less time than two
+# Registers a thread may have in a launch of both kinds; and where bytes are loaded one by one.
 ROOMIER, ROOMIEST = dict(maxnreg=192), dict(maxnreg=224)
 LOOKED_AT = tl.constexpr(128)  # queries at a time
 
 
 @triton.jit
 def bucket_row(bucket, i, TILE: tl.constexpr, GROUPS: tl.constexpr):
-    """The i-th row of a bucket. A thread of a matrix product holds two neighbouring columns of
-    every eight, so a bucket is such pairs, GROUPS eights apart, and its best is found in one
-    thread."""
+    """The i-th row of a bucket: see scan_shape.Config.groups. A thread of a matrix product holds
+    two neighbouring rows of every eight, so the best row of a bucket is found in one thread."""
     OF_TILE: tl.constexpr = 4 * GROUPS
     within = bucket % OF_TILE
     eight = i // 2 * GROUPS + within // 4
@@ -40,8 +39,8 @@ def bucket_row(bucket, i, TILE: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def _best_of_both(best, new):
-    """Of as many in descending order as there are in no order: as one falls and the other rises,
-    the larger of each pair are the best."""
+    """The best half of ``best``, which is in descending order, and ``new``, as many in any order:
+    with one descending and the other ascending, it is the larger of each pair."""
     return tl.sort(tl.maximum(best, tl.sort(new)), descending=True)
 
 
@@ -71,8 +70,8 @@ def _rescan(
     BLOCKS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The best of a split's rows. Their place is also where KEPT new keys are gathered, tile by
-    tile, before they are sorted."""
+    """Writes the KEPT best of a split's rows. Their place also holds the next KEPT keys, made tile
+    by tile, until these are sorted."""
     parts_ptr += b * splits * KEPT
     part_ptr = parts_ptr + split * KEPT
     first = split.to(tl.int64) * rows_each
@@ -120,10 +119,10 @@ def _buckets_kernel(
     factor_ptr,  # [B]
     hits_ptr,  # [B, >= C] int64, of a scan
     count_ptr,  # [B] int32, how many there are
-    flag_ptr,  # [B] int32: to be rescanned; set where there are more than C
+    flag_ptr,  # [B] int32, not 0: to be rescanned; set where there are more than C hits
     allowed_ptr,  # [N] uint8
     parts_ptr,  # [B, splits, KEPT] int64: the best of each split of a rescan
-    done_ptr,  # [B] int32, 0: splits that are done
+    done_ptr,  # [B] int32, 0 at first: splits that are done
     keys_ptr,  # [B, C · rows of a bucket] int64, out
     B,
     N,
@@ -205,9 +204,9 @@ class Rescans(NamedTuple):
 
 
 def score_buckets(pairs: Pairs, to: Buffers, most: int, config: Config, k: int = 0) -> Tensor:
-    """Keys of every row of each query's buckets, ``most`` at most, ``[B, most · BUCKET]``. Where
-    there are more, or hits were dropped, the query is flagged: then the k best of all rows come
-    first, and nothing else does."""
+    """Keys of every row of each query's buckets, of which there may be ``most``:
+    ``[B, most · BUCKET]``. Where there are more, or hits were dropped, the query is flagged, and
+    its keys are the best of all rows, at least k of them; none where k is 0."""
     B, width = to.hits.shape[0], most * BUCKET
     keys = torch.empty(B, width, dtype=torch.int64, device=to.hits.device)
     if not k or B * width > TOGETHER:
@@ -222,7 +221,8 @@ def score_buckets(pairs: Pairs, to: Buffers, most: int, config: Config, k: int =
 
 @functools.lru_cache(maxsize=4096)
 def _rescans(B: int, N: int, k: int, most: int, rows: int, blocks: int) -> Rescans:
-    """As many as keep the device busy with one query, or with several within the bytes."""
+    """As many splits as keep the device busy with one query, fewer where the bytes of all queries
+    would be too many, and then as many groups of queries as keep it busy."""
     kept = max(32, next_power_of_2(k))
     splits = max(1, min(most, cdiv(N, kept), RESCAN_BYTES // (8 * kept * B)))
     rows_each = cdiv(cdiv(N, splits), kept) * kept

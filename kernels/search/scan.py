@@ -3,8 +3,8 @@
 One program owns BLOCK_B queries and walks tiles of BLOCK_N rows, one flat loop over the tiles'
 blocks of columns. Of each bucket of 16 rows that one thread holds, the best score is compared with
 the query's threshold; a bucket that is not below goes to the query's buffer. Scores are never
-written. Tiles are taken in an order in which any first few are spread over all rows: those first
-ones seed the threshold (all their buckets are kept), and it is tightened between phases.
+written. Tiles are taken in an order that spreads the first few over all rows. These seed the
+threshold, as all their buckets are kept, and it is tightened between phases.
 """
 
 import functools
@@ -30,9 +30,9 @@ from mrl_fast.kernels.shared.tiling import cdiv
 from torch import Tensor
 
 MAGIC = tl.constexpr(0x4B400000)  # an int32 sum that starts here reads as 1.5 · 2^23 + sum in fp32
-NOTHING = tl.constexpr((0xFF800000 - (1 << 32) << 32) | 0xFFFFFFFF)  # −inf, of no bucket's rows
+NOTHING = tl.constexpr((0xFF800000 - (1 << 32) << 32) | 0xFFFFFFFF)  # a hit of −inf, in no bucket
 LOST = tl.constexpr(LOST_OF_A_NORM)
-MAGIC_DIM = 256  # columns of int8 up to which it does
+MAGIC_DIM = 256  # the most columns of int8 whose sum MAGIC can read
 
 
 @triton.jit
@@ -47,7 +47,8 @@ def _added(q, x, acc, PRECISION: tl.constexpr, PROMOTED: tl.constexpr):
 
 @triton.jit
 def _best_of_buckets(v, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
-    """[BLOCK_B, BLOCK_N] -> [BLOCK_B, GROUPS, 4], of the rows that pair_scores.bucket_row names."""
+    """[BLOCK_B, BLOCK_N] -> [BLOCK_B, GROUPS, 4]: the largest of each bucket's rows, which are
+    those of rescan.bucket_row."""
     even, odd = tl.split(tl.reshape(v, (BLOCK_B, BLOCK_N // 8, 4, 2)))
     v = _larger(even, odd)
     eights: tl.constexpr = BLOCK_N // 8 // GROUPS
@@ -55,7 +56,7 @@ def _best_of_buckets(v, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl
     return tl.reduce(v, 1, _larger)
 
 
-# Sizes that no access is aligned by: one binary serves them all, whatever they are divisible by.
+# Sizes whose divisibility aligns no access: one binary serves them all.
 SIZES = "B N C tiles tile_step first last each window steps".split()
 
 
@@ -67,12 +68,12 @@ def _scan_kernel(
     scale_ptr,  # [N] fp32: factor of a row's product
     term_ptr,  # [N] fp32: added to it
     outer_ptr,  # [N] fp32: added times the query's factor
-    factor_ptr,  # [B] fp32; with norms of its own, the queries' norms
+    factor_ptr,  # [B] fp32; where NORMS is 0, the queries' norms
     theta_ptr,  # [B] fp32
-    among_ptr,  # [B] int32: 0 of queries that need no scan
+    among_ptr,  # [B] int32: 0 for queries that need no scan
     hits_ptr,  # [B, C] int64: the bits of a bucket's best score above the bucket's number
     count_ptr,  # [B] int32
-    norm_ptr,  # [1] int32: the bits of the largest norm so far, which as numbers have its order
+    norm_ptr,  # [1] int32: the bits of the largest norm so far, which as integers have its order
     B,
     N,
     dim,
@@ -82,8 +83,8 @@ def _scan_kernel(
     first,  # positions in the order of tiles, as the next two
     last,
     each,  # tiles of a program, a multiple of `window`
-    window,  # tiles that share a bucket's place, where all are kept
-    steps,  # blocks of columns that a program reads, of all its tiles
+    window,  # tiles whose buckets share a place, with DENSE
+    steps,  # blocks of columns that a program reads, over all its tiles
     bound,  # relative error of a sum
     stride_qb,  # in elements, as the next; last axes are contiguous
     stride_xn,
@@ -92,9 +93,9 @@ def _scan_kernel(
     HAS_OUTER: tl.constexpr,
     HAS_AMONG: tl.constexpr,
     HAS_LOW: tl.constexpr,
-    TWO_SUMS: tl.constexpr,  # of the two parts of a query
-    NORMS: tl.constexpr,  # the metric, where the scan finds the rows' norms itself; else −1
-    DENSE: tl.constexpr,  # 1: every bucket is kept, at its place; 2: the best of every window is
+    TWO_SUMS: tl.constexpr,  # one for each part of a query
+    NORMS: tl.constexpr,  # the metric's number where the scan finds the rows' norms itself, else −1
+    DENSE: tl.constexpr,  # 1: keeps every bucket, at its place; 2: the best of every window; else 0
     WHOLE: tl.constexpr,  # one block holds all columns
     MAGIC_SUMS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -102,7 +103,7 @@ def _scan_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    PROMOTED: tl.constexpr,  # columns of float8 after which sums are added up in fp32; 0: elsewhere
+    PROMOTED: tl.constexpr,  # columns of float8 after which sums go on in fp32; 0: never
 ):
     BUCKETS: tl.constexpr = 4 * GROUPS  # of a tile
     query_tiles = tl.cdiv(B, BLOCK_B)
@@ -119,7 +120,7 @@ def _scan_kernel(
     if HAS_OUTER or NORMS == 0:
         factor = tl.load(factor_ptr + queries)
     if NORMS == 0:
-        factor += dim * LOST  # as of metrics.upper
+        factor += dim * LOST  # as in metrics.upper
 
     lanes = tl.arange(0, BLOCK_N)
     group = tl.arange(0, GROUPS)[None, :, None]
@@ -242,8 +243,8 @@ def _scan_kernel(
                 if TWO_SUMS:
                     low_acc = tl.zeros((BLOCK_B, BLOCK_N), ACC)
             square = tl.zeros((BLOCK_N,), tl.float32)
-        # Outside the condition above, which waits for a product, so that the next block is
-        # loaded meanwhile.
+        # This stands outside the condition above, which waits for a product, so that the next
+        # block is loaded meanwhile.
         next_tile = tl.where(tile + tile_step >= tiles, tile + tile_step - tiles, tile + tile_step)
         # After a program's last tile the same tile comes again: rows beyond may not exist.
         tile = tl.where(ends & (position + 1 < last), next_tile, tile)
@@ -292,8 +293,9 @@ class Scan:
     def __call__(
         self, hits: Tensor, count: Tensor, theta: Tensor, first: int, last: int, *, window: int = 0
     ) -> None:
-        """Tiles at [first, last) of their order, to the buffers ``hits [B, C]``: what is not below
-        ``theta [B]``, counted, or, with a window, the best bucket of each so many tiles."""
+        """Scans the tiles at [first, last) of their order. Appends to ``hits [B, C]``, and counts,
+        the buckets that are not below ``theta [B]``; with a window, stores the best bucket of every
+        ``window`` tiles at its place instead."""
         if first >= last:
             return
         q, x, v, config = self.q.q, self.x, self.terms, self.config
@@ -317,7 +319,7 @@ def options(
     config: Config, dtype: torch.dtype, dim: int, norms: int, scale: bool, term: bool, outer: bool,
     among: bool, low: bool, two_sums: bool, precision: str, promoted: bool,
 ) -> tuple[list[str], dict[str, Any]]:  # fmt: skip
-    """Of the kernel, all but the way that hits are kept; and its name for each of these."""
+    """The kernel's names, one for each value of DENSE, and its other options."""
     flags = {
         "HAS_SCALE": scale,
         "HAS_TERM": term,
@@ -338,8 +340,8 @@ def options(
 
 @functools.lru_cache(maxsize=4096)
 def splits_of(query_tiles: int, slots: int) -> int:
-    """Of the rows, so that programs come in few waves and the last leaves little of the device
-    idle, which holds ``slots`` of them at a time."""
+    """Parts to cut the rows into, so that programs come in few waves and the last wave leaves
+    little of the device idle, which holds ``slots`` programs at a time."""
 
     def gain(splits: int) -> float:
         waves = cdiv(query_tiles * splits, slots)
@@ -350,8 +352,8 @@ def splits_of(query_tiles: int, slots: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def tile_step(tiles: int) -> int:
-    """A step through all tiles, modulo their number, whose first positions lie apart: the golden
-    section, made to have no common factor with it."""
+    """A step that visits all tiles, modulo their number, and spreads the first ones over all rows:
+    the golden section of that number, made coprime to it."""
     step = max(1, round(tiles * (5**0.5 - 1) / 2))
     while math.gcd(step, tiles) > 1:
         step += 1

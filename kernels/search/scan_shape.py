@@ -56,7 +56,8 @@ def _scan_config(
 
 
 def with_low_part(config: Config, x: Tensor) -> Config:
-    """For queries in two parts: a stage holds three blocks, and two programs share an SM."""
+    """The shape for queries in two parts, which put three blocks into a stage: with two stages, two
+    programs still fit a multiprocessor."""
     wide = x.shape[1] > config.BLOCK_D
     return config._replace(num_stages=2) if wide and hopper(x) else config
 
@@ -72,15 +73,15 @@ def hopper(x: Tensor) -> bool:
 
 
 def one_sum_a_product(x: Tensor) -> bool:
-    """Whether no second product may be added to a first one's sum: on Blackwell two products in a
-    row have been seen to give wrong sums (Triton's issue 10821). Its products of integers are the
-    older ones, and their two sums would not fit the registers."""
+    """Whether a second product may not be added to a first one's sum: on Blackwell two matrix
+    products in a row have been seen to give wrong sums (Triton's issue 10821). Products of integers
+    are not of that kind there, and two sums of them would not fit the registers."""
     return architecture(x) == 10 and x.dtype != torch.int8
 
 
 def scan_precision(x: Tensor) -> str:
-    """On tensor cores always, for what is returned is scored again: three products of TF32 halves,
-    or one where PyTorch may take that for a product, or where one sum may hold but one."""
+    """Always that of tensor cores, as rows are scored again before they are returned. fp32 products
+    are three of TF32 halves; one where PyTorch's setting allows TF32 or a sum may hold but one."""
     if x.dtype == torch.float32 and precision(x) == "ieee":
         return "tf32" if one_sum_a_product(x) else "tf32x3"
     return precision(x)

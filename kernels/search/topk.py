@@ -1,10 +1,9 @@
-"""Exact top-k by prefix dot products, rerank and the funnel, with no [B, N] score matrix and
-without waiting for the device.
+"""Exact top-k by prefix dot products, with no [B, N] score matrix and no wait for the device.
 
-A scan keeps the buckets of rows that its own rounding cannot exclude (scan.py); their rows are
-scored again, pair by pair, by the canonical routine (pairs.py), and what comes back is selected
-from those by (score, row) (keys.py). A query whose buffer overflows, as among thousands of equal
-rows, is flagged, and the device itself scans all rows for it by that routine.
+A scan keeps the buckets of rows that may be among the best within its rounding (scan.py). Their
+rows are scored again, pair by pair, by the canonical routine (pair_scores.py), and the k best are
+selected by (score, row) (keys.py). A query whose buffer overflows, as among thousands of equal
+rows, is flagged, and the device itself scores all rows for it by that routine (rescan.py).
 """
 
 from typing import NamedTuple
@@ -35,7 +34,7 @@ def topk(
     q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: KnownRows | None = None, *,
     double: bool = False,
 ) -> None:  # fmt: skip
-    """The k best of the rows ``x [N, dim]`` to ``result``; ``double`` sums scores in fp64."""
+    """Writes the k best of the rows ``x [N, dim]``; ``double`` sums scores in fp64."""
     rows, (B, _), (N, _) = rows or KnownRows(), q.shape, x.shape  # len(q) would take a microsecond
     if not N:
         result[0].fill_(-torch.inf)
@@ -45,11 +44,11 @@ def topk(
     if k > RESCANNED:
         return score_all(q, x, k, metric, result, rows, double=double)
     coarse, config = scan_queries(q, x, metric), scan_config(B, x)
-    plan = Plan.of(k, x, config, coarse.margin, B)
+    plan = Plan.from_sizes(k, x, config, coarse.margin, B)
     step = fitting(plan.bytes)
     step = step if step < 128 else step // 128 * 128  # whole tiles of queries
     if rows.terms is None and B > min(step, config.BLOCK_B):
-        terms, norm = row_terms(x, metric)  # rather than once a tile of queries
+        terms, norm = row_terms(x, metric)  # once, not once for every tile of queries
         rows = rows._replace(terms=terms, norm=norm)
     for part in chunks(B, step):
         its = rows.for_queries(part)
@@ -64,7 +63,7 @@ def part_of(x: Tensor, part: slice) -> Tensor:
 
 
 class Search(NamedTuple):
-    """Scans of the rows ``x [N, dim]`` for some queries' k best.
+    """The scans of the rows ``x [N, dim]`` that find some queries' k best.
 
     Attributes:
         among: ``[B]`` int32, 0 where a query needs no search; None: all do.
@@ -79,8 +78,8 @@ class Search(NamedTuple):
     among: Tensor | None = None
 
     def shortlist(self, q: ScanQueries, pairs: Pairs) -> Tensor:
-        """Keys of rows among which are each query's k best, ``[B, kept · BUCKET]``; of a query
-        that needs no search there are none."""
+        """Keys of rows that include each query's k best, ``[B, kept · BUCKET]``; all are empty for
+        a query that needs no search."""
         plan, rows, begin = self.plan, self.rows, 0
         to = buffers(q.q, plan.buffer)
         norm = to.norm if rows.terms is None else rows.norm
@@ -101,8 +100,8 @@ def score_all(
     q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: KnownRows, *,
     double: bool = False,
 ) -> None:  # fmt: skip
-    """The k best of all rows, every pair scored canonically; a chunk of queries and of rows at a
-    time, at least as many rows as are kept."""
+    """Writes the k best of all rows, with every pair scored canonically, by chunks of queries and
+    of rows. A chunk has at least k rows."""
     least = max(4096, k)
     for part in chunks(len(q), fitting(32 * (min(len(x), least) + k))):
         pairs = rows.for_queries(part).pairs(q[part], x, metric, double=double)

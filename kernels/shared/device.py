@@ -1,5 +1,5 @@
-"""The device that kernels run on: the one of the first tensor, which may be the first field of a
-NamedTuple; its architecture, and how many programs it holds at a time."""
+"""The device that kernels run on, which is that of the first tensor: its architecture, and how many
+programs it holds at a time."""
 
 import functools
 from typing import Any
@@ -13,7 +13,8 @@ _resident: dict[str, int] = {}
 
 
 def on_its_device(function):
-    """Triton launches on the current device, which need not be where the first tensor is."""
+    """Makes the first tensor's device the current one, where Triton launches. The first argument is
+    a tensor, or a NamedTuple whose first field is one."""
 
     @functools.wraps(function)
     def call(first, *args, **kwargs):
@@ -46,14 +47,14 @@ def multiprocessors(x: Tensor) -> int:
 
 
 def programs(x: Tensor, kernel: str) -> int:
-    """As many programs of a kernel as the device holds at a time: more would come in waves, of
-    which the last leaves it idle."""
+    """How many programs of a kernel the device holds at a time: more would come in waves, the last
+    of which leaves it partly idle."""
     return _resident.get(kernel, UNKNOWN) * multiprocessors(x)
 
 
 def remember(kernel: str, x: Tensor, binary: Any) -> None:
-    """What a launch returned: by registers, threads and shared memory, the programs that a
-    multiprocessor holds."""
+    """Notes how many programs a multiprocessor holds, by the registers, threads and shared memory
+    of the ``binary`` that a launch returned."""
     if not x.is_cuda or kernel in _resident or not getattr(binary, "n_regs", 0):
         return
     device, warps = _properties(x.device.index), binary.metadata.num_warps

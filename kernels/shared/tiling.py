@@ -28,9 +28,9 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# What ships, by the width of an element in bytes. Kernels that keep more of a tile than its scores
-# and their exponentials in registers, to store it say, take narrower ones; a matrix of masks on top
-# of gradients the narrowest.
+# Shapes of tiles, by the width of an element in bytes. Kernels that keep more of a tile than its
+# scores and their exponentials in registers, for example to store it, take narrower ones; gradients
+# with a matrix of masks take the narrowest.
 CONFIGS = {2: Config(128, 128, 64, 8, 3), 4: Config(64, 64, 32, 4, 3)}
 STORING_CONFIGS = {2: Config(128, 64, 64, 8, 3), 4: Config(64, 64, 32, 8, 3)}
 MASKING_CONFIGS = {2: Config(64, 64, 64, 8, 3), 4: Config(64, 64, 32, 8, 3)}
@@ -47,14 +47,14 @@ def interpreted() -> bool:
 
 def operand(x: Tensor) -> Tensor:
     """What a kernel reads in place of x: x itself where its last axis is contiguous, whatever the
-    row stride; else a copy, as always of floating point in the interpreter (fp32), and where rows
-    are so far apart that a tile's offsets need more than 32 bits, hence few."""
+    row stride, else a copy. Two more are copied: floating point in the interpreter, to fp32, and
+    rows so far apart, hence few, that offsets in a tile would need more than 32 bits."""
     x = x.float() if interpreted() and x.is_floating_point() else x
     return x if x.stride(-1) == 1 and x.stride(0) < 1 << 22 else x.contiguous()
 
 
 def columns(x: Tensor, dim: int) -> Tensor:
-    """The first ``dim``, as an operand."""
+    """The first ``dim`` columns, as an operand."""
     return operand(x if x.shape[1] == dim else x[:, :dim])
 
 
@@ -64,7 +64,7 @@ def aligned(x: Tensor) -> bool:
 
 
 def stored(dtype: torch.dtype) -> torch.dtype:
-    """Of a workspace: the interpreter cuts fp32 to bf16 short instead of rounding it."""
+    """The dtype of a workspace: the interpreter truncates fp32 to bf16 instead of rounding it."""
     return torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
 
 
@@ -75,8 +75,8 @@ def config(x: Tensor, configs: dict[int, Config] = CONFIGS) -> Config:
 def precision(x: Tensor) -> str:
     """How fp32 products are made, by PyTorch's own setting; half precision has one way only.
 
-    The setting of CUDA's products is what both of PyTorch's interfaces set; the older one's getter
-    raises once the newer one was used.
+    This reads the setting of CUDA's products, which both of PyTorch's interfaces set: the older
+    one's getter raises once the newer one was used.
     """
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
@@ -104,7 +104,7 @@ _captured: dict[int, Tensor] = {}  # schedules that CUDA graphs read, by address
 
 
 def schedule_of(x: Tensor, dims: Sequence[int], block_d: int) -> Tensor:
-    """Made once, and kept as long as a graph may read it."""
+    """The schedule of these dims: made once, and kept for ever where a CUDA graph reads it."""
     schedule = make_schedule(tuple(dims), block_d, x.device)
     if captures(x):
         _captured[schedule.data_ptr()] = schedule
@@ -115,9 +115,9 @@ def schedule_of(x: Tensor, dims: Sequence[int], block_d: int) -> Tensor:
 def make_schedule(dims: tuple[int, ...], block_d: int, device: torch.device) -> Tensor:
     """``[steps, 4]`` int16: a block's number, its columns [lo, hi) counted from its first in units
     of ``alignment(dims)``, and g where it ends slab g (else −1). A block that straddles two slabs
-    comes twice. 16 bits because Triton pipelines loads of 32 and more: that of an address would
-    take the stages meant for the tiles. Copied once, and waited for, as any stream may read it: a
-    CUDA graph can capture no copy from pageable memory."""
+    comes twice. The numbers have 16 bits because Triton pipelines loads of 32 and more: a load of
+    an address would take the stages meant for the tiles. The copy to the device is waited for, as
+    any stream may read it, and a CUDA graph can capture no copy from pageable memory."""
     entries, unit = [], alignment(dims)
     for g, slab in enumerate(slabs(dims)):
         for start in range(slab.start // block_d * block_d, slab.stop, block_d):
@@ -133,7 +133,7 @@ def chunks(size: int, step: int) -> Iterator[slice]:
 
 
 def row_step(bytes_a_row: int) -> int:
-    """Rows whose temporaries fit the workspace, and a grid."""
+    """How many rows to take at a time, so that their temporaries fit the workspace and a grid."""
     return min(MOST_ROWS, max(128, WORKSPACE_BYTES // max(1, bytes_a_row) // 128 * 128))
 
 
@@ -174,7 +174,7 @@ def add_block(
     slab, an infinity say, must not reach this one."""
     entry = schedule_ptr + step * 4
     lanes = tl.arange(0, BLOCK_D)
-    lo = tl.load(entry + 1).to(tl.int32) * ALIGNMENT  # a product is known to be a multiple
+    lo = tl.load(entry + 1).to(tl.int32) * ALIGNMENT  # so Triton knows that it is a multiple
     hi = tl.load(entry + 2).to(tl.int32) * ALIGNMENT
     mask_d = (lanes >= lo) & (lanes < hi)
     offs_d = tl.load(entry).to(tl.int32) * BLOCK_D + lanes
@@ -202,5 +202,5 @@ def score_offsets(stride, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr):
 
 
 def alignment(dims: Sequence[int]) -> int:
-    """What every slab's ends are a multiple of, as far as wide loads care."""
+    """A number that every slab's ends are a multiple of; 8 is enough for wide loads."""
     return 8 if all(d % 8 == 0 for d in dims) else 1

@@ -8,7 +8,7 @@ its target, and z · other_boost where it is not an own column; boosts change va
 gradients (dy/dz = 1). Excluded entries are −inf: where the mask is True, and every own column with
 ``exclude_own``. The forward sums y up by rows, and by columns; the backward makes y again.
 
-Here is what the two share: the inputs as kernels read them, and the device function for y.
+This file has what the two share: the inputs as kernels read them, and the device function for y.
 """
 
 from collections.abc import Callable
@@ -57,7 +57,7 @@ class Fold:
         self.row_scale = None if spec.row_scale is None else spec.row_scale.float().contiguous()
         self.col_scale = None if spec.col_scale is None else by_class(spec.col_scale.float())
         self.target = None
-        if target is not None:  # one that is no class is −1: it may not come back from 32 bits
+        if target is not None:  # −1 stands for a target that is no class: it may not fit 32 bits
             valid = (target >= 0) & (target < self.V)
             self.target = target.where(valid, -1).int().contiguous()
         self.mask = None if spec.mask is None else operand_bytes(spec.mask)
@@ -88,7 +88,7 @@ class Fold:
         self.schedule = schedule_of(x, spec.dims, self.blocks.BLOCK_D)
 
     def arguments(self, rows: slice, classes: slice) -> dict[str, Any]:
-        """What the forward and the backward kernel take alike, for one chunk of the scores."""
+        """The arguments that the forward and backward kernels share, for a chunk of the scores."""
         x, weight, soft = self.x[rows], self.weight[classes], self.soft
         if soft is not None:
             soft = soft[classes.start :] if soft.dim() == 1 else in_vectors(soft[rows, classes])
@@ -122,7 +122,7 @@ class Fold:
         }
 
     def copied_bytes(self) -> int:
-        """A score, by ``in_vectors``."""
+        """Bytes that ``in_vectors`` copies for each score."""
         matrices = [self.mask, self.soft if self.flags["SOFT"] == "matrix" else None]
         return sum(
             t.element_size() for t in matrices if t is not None and not in_vectors_already(t)
@@ -141,7 +141,7 @@ def operand_bytes(mask: Tensor) -> Tensor:
 
 
 def by_class(t: Tensor, fill: float = 0.0) -> Tensor:
-    """``[..., V]`` up to whole tiles: what belongs to columns is read without masks, as vectors."""
+    """Pads ``[..., V]`` to whole tiles, so that kernels read it in vectors and without masks."""
     size = t.shape[-1]
     return torch.nn.functional.pad(t, (0, whole_tiles(size) - size), value=fill).contiguous()
 
@@ -209,8 +209,8 @@ def values_of(
     BLOCK_B: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """y of one prefix; with a scale, −inf past the last class. What is read here is read at every
-    prefix: held, it would fill registers."""
+    """y of one prefix; with a scale, −inf past the last class. The inputs are read again at every
+    prefix: kept, they would fill the registers."""
     y = acc
     if HAS_SCALE:
         row_scale = tl.load(row_scale_ptr + g * stride_rg + rows)

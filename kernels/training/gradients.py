@@ -1,9 +1,9 @@
 """Gradients of the fold: scores are made again, prefix by prefix, and turn into their gradients.
 
 Each program writes A_g = dL/dS_g of its tile to a workspace that holds a chunk of the scores, then
-re-reads its own tiles from the widest prefix down and makes them the suffix sums
-T_g = Σ_{h >= g} A_h, which two matrix products a slab turn into the gradients of x and weight. What
-belongs to a row or a column alone, the scales and the bias, leaves as partial sums, one a tile.
+re-reads its own tiles from the widest prefix down and turns them into the suffix sums
+T_g = Σ_{h >= g} A_h, from which two matrix products a slab make the gradients of x and weight. The
+gradients of the scales and of the bias are written as partial sums, one a tile.
 
 At a target, 1 − p is taken in fp32 before anything is rounded: near p = 1 no digits would be left.
 """
@@ -31,7 +31,7 @@ from torch import Tensor
 # Half-precision workspaces hold gradients relative to the largest, which becomes this: fp16 keeps
 # eight more powers of two below it, and has as many above for the sums.
 LARGEST = 256.0
-UNUSUAL = 1e9  # scale of a vector with (almost) no norm, by which others are not to be measured
+UNUSUAL = 1e9  # larger scales are of vectors with (almost) no norm: no measure for the others
 
 Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -56,8 +56,8 @@ def _score_gradients_kernel(
     schedule_ptr,  # [steps, 4] int16
     row_max_ptr,  # [G, B] fp32, as the next four
     row_log_ptr,
-    d_row_ptr,  # of P, or of the sigmoid
-    d_target_ptr,  # with LINK "softmax" beside P − 1, else d_hit
+    d_row_ptr,  # factor of P, or of the sigmoid
+    d_target_ptr,  # what the target gets beside d_row · (P − 1); with LINK "sigmoid" d_hit
     d_soft_ptr,
     col_max_ptr,  # [G, width] fp32, as the next two
     col_log_ptr,
@@ -159,7 +159,7 @@ def _score_gradients_kernel(
                     grad += tl.load(d_soft_ptr + at)[:, None] * soft
             if HAS_MASK or OWN == "exclude":
                 grad = tl.where(y == -float("inf"), 0.0, grad)
-            if HAS_SCALE:  # past the last row stands the same again, past the last class 0
+            if HAS_SCALE:  # rows past the end repeat the last one; classes past the end have 0
                 part = (g * tl.num_programs(1) + tl.program_id(1)) * width + offs_v
                 if HAS_BIAS:
                     exists = mask_b[:, None].to(tl.float32)
@@ -186,7 +186,7 @@ def _score_gradients_kernel(
 
 
 def configs(flags: dict[str, Any]) -> dict[int, Config]:
-    """By the width of an element."""
+    """Shapes of tiles by the width of an element, for a kernel with these flags."""
     configs = MASKING_CONFIGS if flags["HAS_MASK"] else STORING_CONFIGS
     if flags["LINK"] == "sigmoid":  # with three stages ptxas spills for Blackwell
         configs = configs | {4: configs[4]._replace(num_stages=4)}
@@ -236,7 +236,7 @@ def kernel_inputs(fold: Fold, spec: Any, upstream: Any) -> KernelInputs:
     d_row, d_hit, d_soft, d_col = (
         None if d is None else (d / largest).contiguous() for d in (d_row, d_hit, d_soft, d_col)
     )
-    of_p, at_target = d_row, d_hit  # factor of P, and what a target has beside those of P − 1
+    of_p, at_target = d_row, d_hit  # the factor of P; what the target gets beside it
     if softmax:
         at_target = d_row if d_soft is None else d_row - d_soft * soft.sum(-1)
         of_p = at_target - d_hit if has_hit else at_target

@@ -151,7 +151,8 @@ def _statistics_kernel(
 
 
 def configs(flags: dict[str, Any]) -> dict[int, Config]:
-    """By the width of an element: narrower where more than scores and exponentials is held."""
+    """Shapes of tiles by the width of an element, for a kernel with these flags: narrower where it
+    keeps more than scores and exponentials."""
     extra = flags["HAS_BIAS"] or flags["SOFT"] != "none"  # beside scales
     light = not (flags["HAS_SCALE"] and extra or flags["HAS_MASK"] or flags["COLUMNS"])
     light = light and flags["OWN"] == "none" and flags["SOFT"] != "matrix"
@@ -172,9 +173,9 @@ def log_sum(total: Tensor) -> Tensor:
 
 
 def fold_forward(spec: Any) -> Statistics:
-    """Row maximum and log Σ_j exp(y − maximum); log-probability of the target and Σ_j soft · those
-    of all (fp64), each ``[G, B]``; column maximum and log-sum, ``[G, V]``. What is not asked for is
-    None; for the fields of ``spec`` see ``Fold``.
+    """Row maximum and log Σ_j exp(y − maximum); log-probability of the target; Σ_j soft ·
+    log-probability (fp64); each ``[G, B]``. Column maximum and log-sum, ``[G, V]``. What is not
+    asked for is None. For the fields of ``spec`` see ``Fold``.
 
     With link "sigmoid": 0, Σ softplus(y) over the columns but the target, logsigmoid(y) there.
     """
@@ -185,7 +186,7 @@ def fold_forward(spec: Any) -> Statistics:
     B, V, G = fold.B, fold.V, len(spec.dims)
     tiles = cdiv(V, fold.blocks.BLOCK_V)
     row_max, row_log = (torch.zeros(G, B, **fp32) for _ in range(2))
-    # a target that is no class is nobody's: NaN, not whatever stood there
+    # NaN where the target is no class, as nothing writes those
     hit = torch.full((G, B), torch.nan, **fp32) if fold.flags["HAS_HIT"] else None
     soft_sum = torch.empty(G, B, **fp64) if soft else None
     width = tiles * fold.blocks.BLOCK_V

@@ -1,34 +1,24 @@
-"""Building an index from a file, in steps that survive an interruption; adding to an index."""
+"""Building an index from files, in steps that survive an interruption."""
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from mrl_fast.cli.inputs import Vectors, check_width, naming_rows
-from mrl_fast.cli.output import progress, replacing, saying_on_interrupt
+from mrl_fast.cli import sidecars
+from mrl_fast.cli.inputs import Vectors, naming_rows
+from mrl_fast.cli.output import Checkpoints, progress
 from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.shared.arrays import as_tensor
 
-MARKER = "unfinished.json"  # in the index's folder while a build is not done
 CHECKPOINT_BYTES = 1 << 28  # of vectors as fp32
 FIT_BYTES = 1 << 28
-
-
-def unfinished(folder: Path) -> dict[str, Any] | None:
-    """The ``source`` and ``rows`` of a build that is not done; None where there is none."""
-    try:
-        found = json.loads((folder / MARKER).read_text())
-        return {"source": str(found["source"]), "rows": int(found["rows"])}
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MARKER}: expected a source and rows, got {error}") from None
+PIECES = 4
 
 
 def build(
@@ -64,57 +54,30 @@ def build(
         checkpoint = checkpoint or max(1, CHECKPOINT_BYTES // (4 * vectors.width))
         try:
             if not overwrite:
-                _mark(vectors, out)
+                sidecars.begin(out, vectors)
             index = _append_all(index, vectors, out, checkpoint, overwrite, quiet)
         except BaseException:
             if new:
                 _undo_an_empty_build(out)
             raise
-    (out / MARKER).unlink(missing_ok=True)
+    sidecars.finish(out)
     return {
         "index": out, "rows": len(index), "added": len(index) - done, "dims": index.dims,
         "seconds": time.perf_counter() - begun,
     }  # fmt: skip
 
 
-def add(vectors: Vectors, folder: Path, *, quiet: bool) -> dict[str, Any]:
-    """Appends the vectors and saves once; a summary."""
-    begun = time.perf_counter()
-    index = MatryoshkaIndex.load(folder)
-    if unfinished(folder):
-        raise ValueError(f"{folder}: expected a whole index, got an unfinished build: run it again")
-    check_width(vectors, index)
-    with saying_on_interrupt(
-        folder, f"nothing was added to {folder}", f"all rows were added to {folder}"
-    ):
-        with progress("add", vectors.rows, quiet=quiet) as bar:
-            for part, ids, row in vectors.chunks(vectors.chunk_rows):
-                with naming_rows(vectors.path, part, row, index.dtype):
-                    index.add(part, ids)
-                bar.update(len(part))
-        index.save(folder)
-    return {
-        "index": folder, "rows": len(index), "added": vectors.rows, "dims": index.dims,
-        "seconds": time.perf_counter() - begun,
-    }  # fmt: skip
-
-
 def _fit(index: MatryoshkaIndex, vectors: Vectors) -> None:
     samples = vectors.matrix(max(1, FIT_BYTES // (4 * vectors.width)))
-    with naming_rows(vectors.path, samples, 0):
+    with naming_rows(vectors, samples, 0):
         index.fit(samples)
-
-
-def _mark(vectors: Vectors, out: Path) -> None:
-    marker = {"source": str(vectors.path.absolute()), "rows": vectors.rows}
-    with replacing(out / MARKER) as file:
-        file.write_text(json.dumps(marker))
 
 
 def _undo_an_empty_build(out: Path) -> None:
     """Leaves a folder that was new as if nothing had been asked for, where no row was saved."""
     if not len(MatryoshkaIndex.load(out)):
-        for name in (MARKER, *manifests.files_of(manifests.read(out)), manifests.FILE):
+        sidecars.remove(out)
+        for name in (*manifests.files_of(manifests.read(out)), manifests.FILE):
             (out / name).unlink(missing_ok=True)
 
 
@@ -134,21 +97,26 @@ def _append_all(
     saved, again = len(index), "the same command"
     if overwrite:
         again += " without --overwrite"
-    chunk = checkpoint // -(-checkpoint // vectors.chunk_rows)
+    # At least PIECES a checkpoint: where files end, chunks are smaller, and few rows are left out.
+    chunk = max(1, checkpoint // max(PIECES, -(-checkpoint // vectors.chunk_rows)))
+    checkpoints = Checkpoints("build", vectors.rows, saved, quiet)
     try:
         with progress("build", vectors.rows, done=saved, quiet=quiet) as bar:
             for part, ids, row in vectors.chunks(chunk, saved):
-                with naming_rows(vectors.path, part, row, index.dtype):
+                if ids is None:
+                    ids = np.arange(row, row + len(part))
+                with naming_rows(vectors, part, row, index.dtype):
                     index.add(part, ids)
                 bar.update(len(part))
                 if len(index) + chunk > saved + checkpoint or len(index) == vectors.rows:
                     if overwrite and not saved:
-                        _mark(vectors, out)
+                        sidecars.begin(out, vectors)
                     index.save(out)
                     index = MatryoshkaIndex.load(out)
                     saved = len(index)
+                    checkpoints.passed(saved)
     except KeyboardInterrupt:  # it may come after a save whose rows are not counted here yet
-        if not saved and not unfinished(out):
+        if not saved and not sidecars.unfinished(out):
             raise KeyboardInterrupt(f"{out} is as it was") from None
         saved = len(MatryoshkaIndex.load(out))
         raise KeyboardInterrupt(
@@ -171,11 +139,16 @@ def _check_same(index: MatryoshkaIndex, wanted: dict[str, Any], out: Path) -> No
 
 
 def _check_rows(index: MatryoshkaIndex, vectors: Vectors, out: Path) -> None:
-    """The index holds the file's first rows, as far as its first and its last vector show."""
+    """The index holds the source's first rows, as far as its first and its last vector show."""
+    if index.removed:
+        raise ValueError(
+            f"--out: expected {out} as it was built, got {index.removed:,} rows removed since; "
+            "--overwrite builds anew"
+        )
     count = len(index)
     if count > vectors.rows:
         raise ValueError(
-            f"--out: expected at most the {vectors.rows:,} rows of {vectors.path} in {out}, got "
+            f"--out: expected at most the {vectors.rows:,} rows of {vectors.name} in {out}, got "
             f"{count:,}; --overwrite builds anew"
         )
     ids, dtype = index.ids, torch.finfo(getattr(torch, index.dtype))
@@ -188,6 +161,6 @@ def _check_rows(index: MatryoshkaIndex, vectors: Vectors, out: Path) -> None:
         rounding = dtype.eps * (norm + dtype.tiny * vectors.width**0.5) + 1e-5 * norm
         if int(ids[row]) != (row if given is None else given[0]) or not moved <= rounding:
             raise ValueError(
-                f"--out: expected {out} to hold the first rows of {vectors.path}, got another "
+                f"--out: expected {out} to hold the first rows of {vectors.name}, got another "
                 f"vector or id than in row {row:,}; --overwrite builds anew"
             )

@@ -1,8 +1,8 @@
-"""Vectors that commands are given: a file, the rows of it to read, their ids."""
+"""Vectors that commands are given: files, the rows of them to read, their ids."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mrl_fast.cli.sources import Parts, files_of, sorted_by_a_shell
 from mrl_fast.search.index import MatryoshkaIndex
-from mrl_fast.search.readers import open_vectors, read_ids
+from mrl_fast.search.readers import open_vectors, options_of, read_ids
 from mrl_fast.shared import memory
 from mrl_fast.shared.arrays import as_tensor
 from mrl_fast.shared.types import Stage
@@ -20,30 +21,47 @@ CHUNK_BYTES = 1 << 25  # of vectors as fp32, read and added at a time
 
 
 class Vectors:
-    """Rows [first, last) of a file and their ids.
+    """Rows [first, last) of files that are read as one, and their ids.
 
     Attributes:
-        ids: ``[rows of the file]`` int64 where they come from a file of their own, else None.
+        name: The files, as they were given.
+        where: The same, wherever a command is run.
+        ids: ``[rows of the files]`` int64 where they come from a file of their own, else None.
+        told: The options by which the files are read, by name.
+        notes: What a user may want to know of how they are read.
     """
 
     def __init__(
         self,
-        path: Path,
-        *,
+        *given: Path,
         column: str | None = None,
         key: str | None = None,
         id_column: str | None = None,
         ids: Path | None = None,
         skip: int = 0,
         limit: int | None = None,
+        remembered: Mapping[str, str] | None = None,
     ):
-        self.path, self.ids, self.first = path, None, skip
+        """``remembered`` are options as of ``told`` that hold where none is given."""
+        paths, self.notes, self.ids, self.first = files_of(given), [], None, skip
+        self.name, self.where = _range(given), _range([path.absolute() for path in given])
+        options = {"column": column, "key": key, "id_column": id_column}
         if ids is not None:
-            self.ids, id_column = read_ids(ids, id_column), None
-        self.source = open_vectors(path, column, key, id_column)
+            self.ids, options["id_column"] = read_ids(ids, id_column), None
+        known = {
+            name: value
+            for name, value in (remembered or {}).items()
+            if options[name] is None and name in options_of(paths[0])
+            if name != "id_column" or ids is None
+        }
+        options |= known
+        self.source = _opened(paths, options, known)
+        self.told = {name: value for name, value in options.items() if value is not None}
+        self.has_ids = ids is not None or "id_column" in self.told
+        self._note(given, known)
         if self.ids is not None and len(self.ids) != self.source.rows:
             raise ValueError(
-                f"{ids}: expected an id for each of the {self.source.rows:,} rows of {path}, "
+                f"{ids}: expected an id for each of the {self.source.rows:,} rows of {self.name}, "
                 f"got {len(self.ids):,}"
             )
         if skip >= self.source.rows:
@@ -53,9 +71,24 @@ class Vectors:
         self.width = self.source.width
         self.chunk_rows = max(1, CHUNK_BYTES // (4 * self.width))
 
+    def _note(self, given: tuple[Path, ...], known: dict[str, str]) -> None:
+        if swapped := sorted_by_a_shell(given):
+            self.notes.append(
+                f"{swapped[0].name} is read before {swapped[1].name}, as given; a pattern in "
+                "quotes, or a folder, is read in the order of numbers"
+            )
+        if known:
+            self.notes.append(f"{_as_options(known)}, as the index was built")
+        names = [name for name in self.source.id_columns if name.lower() == "id"]
+        if names and not self.has_ids:
+            self.notes.append(
+                f"{self.source.path} has a column of integers {names[0]!r}, which is not used; "
+                f"--id-column {names[0]} takes ids from it"
+            )
+
     def chunks(self, rows: int, start: int = 0) -> Iterator[tuple[Any, np.ndarray | None, int]]:
         """Vectors from row ``first + start`` on, their ids where these are given, and the first
-        one's row in the file."""
+        one's row in all files."""
         begin = self.first + start
         for vectors, ids in self.source.chunks(rows, begin, self.first + self.rows):
             if self.ids is not None:
@@ -76,26 +109,48 @@ class Vectors:
         return matrix
 
 
+def _range(paths: Sequence[Path]) -> str:
+    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
+
+
+def _opened(paths: list[Path], options: dict[str, Any], known: dict[str, str]) -> Parts:
+    try:
+        return Parts([open_vectors(path, **options) for path in paths])
+    except ValueError as error:
+        if known:
+            raise ValueError(f"{error} ({_as_options(known)} as the index was built)") from None
+        raise
+
+
+def _as_options(known: Mapping[str, str]) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in known.items())
+
+
 def check_width(vectors: Vectors, index: MatryoshkaIndex) -> None:
     if vectors.width != index.width:
         raise ValueError(
-            f"{vectors.path}: expected vectors of the index's width {index.width}, "
+            f"{vectors.name}: expected vectors of the index's width {index.width}, "
             f"got {vectors.width}"
         )
 
 
 @contextmanager
-def naming_rows(path: Path, vectors: Any, row: int, dtype: str = "float32") -> Iterator[None]:
-    """Errors about a NaN name its row in the file; ``row`` is that of the first vector."""
+def naming_rows(vectors: Vectors, part: Any, row: int, dtype: str = "float32") -> Iterator[None]:
+    """Errors about vectors name their file, those about a NaN its row there too; ``row`` is that of
+    the first vector of ``part``."""
     try:
         yield
-    except ValueError:
-        finite = torch.isfinite(as_tensor(vectors, "vectors").to(getattr(torch, dtype))).all(dim=1)
+    except ValueError as error:
+        path, _ = vectors.source.place(row)
+        finite = torch.isfinite(as_tensor(part, "vectors").to(getattr(torch, dtype))).all(dim=1)
         if not bool(finite.all()):
-            row += int((~finite).nonzero()[0])
+            path, row = vectors.source.place(row + int((~finite).nonzero()[0]))
             raise ValueError(
                 f"{path}: expected finite values as {dtype}, got NaN or infinity in row {row:,}"
             ) from None
+        argument, _, rest = str(error).partition(": ")
+        if argument in ("queries", "vectors", "samples"):
+            raise ValueError(f"{path}: {rest}") from None
         raise
 
 

@@ -3,14 +3,30 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 FORMATS = ".npy, .fvecs, .bvecs, .safetensors or .parquet"
 
+
+def _use_threads(threads: int | None) -> int | None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return threads
+
+
 Folder = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder that holds the index.")]
-Source = Annotated[Path, typer.Argument(metavar="SOURCE", help=f"File of vectors: {FORMATS}.")]
+Sources = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="SOURCE",
+        help=f"Vectors: one or more files of one format, {FORMATS}, folders of such files, or "
+        "patterns such as 'part-*.npy'. Files are read in the order given; those of a folder or a "
+        "pattern in quotes by name, part-2 before part-10.",
+    ),
+]
 Queries = Annotated[
-    Path, typer.Argument(metavar="QUERIES", help=f"File of query vectors: {FORMATS}.")
+    Path, typer.Argument(metavar="QUERIES", help=f"Query vectors, as SOURCE of build: {FORMATS}.")
 ]
 Column = Annotated[
     str | None,
@@ -30,16 +46,21 @@ Ids = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="An id for each row of SOURCE: .npy [n] of integers, .ivecs of width 1, .txt with one "
-        "a line, or .parquet with --id-column.  [default: 0, 1, 2, …, after the largest there is]",
+        help="An integer for each row of SOURCE: .npy [n] of integers, .ivecs of width 1, .txt "
+        "with one a line, or .parquet with --id-column.",
     ),
 ]
 IdColumn = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Parquet's column of ids, integers: of the file --ids, else of SOURCE."
+        metavar="NAME",
+        help="Parquet's column of ids, integers: of the file --ids, where there is one.",
     ),
 ]
+SELECTION = (
+    ".npy [n], .ivecs of width 1, .txt with one a line; or a mask, .npy [N] of bool or of uint8 0 "
+    "and 1, one for each row in the order of adding"
+)
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Read no more rows than this.")]
 K = Annotated[
     int, typer.Option("-k", "--k", min=1, help="Neighbours a query; at most all vectors.")
@@ -54,4 +75,10 @@ Device = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", callback=_use_threads, help="CPU threads.  [default: as PyTorch's]"
+    ),
+]

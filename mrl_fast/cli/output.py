@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +31,13 @@ EXTRAS = {
 
 
 @contextmanager
-def failing() -> Iterator[None]:
-    """Bad input ends in one line on stderr and code 2, Ctrl-C in code 130."""
+def failing(quiet: bool = False) -> Iterator[None]:
+    """Bad input ends in one line on stderr and code 2, Ctrl-C in code 130; a warning is a line, and
+    where it is quiet it is none."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}", quiet)
+            yield
     except BrokenPipeError:  # the reader of stdout has read enough; the code is that of SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(141) from None
@@ -51,16 +56,33 @@ def say(message: str) -> None:
     print(f"mrl-fast: {message}", file=sys.stderr)
 
 
+def note(message: str, quiet: bool) -> None:
+    if not quiet:
+        say(message)
+
+
 def shows_progress(quiet: bool) -> bool:
     return not quiet and sys.stderr.isatty()
 
 
 def progress(name: str, total: int, *, done: int = 0, unit: str = "rows", quiet: bool) -> tqdm:
-    """A bar with rows a second, on stderr."""
+    """A bar with rows a second, on stderr where that is a terminal."""
     return tqdm(
         desc=name, total=total, initial=done, unit=f" {unit}", unit_scale=True,
         disable=not shows_progress(quiet),
     )  # fmt: skip
+
+
+class Checkpoints:
+    """A line each, where no bar shows how far a command has come."""
+
+    def __init__(self, name: str, total: int, done: int, quiet: bool):
+        self.name, self.total, self.first, self.begun = name, total, done, time.perf_counter()
+        self.quiet = quiet or shows_progress(quiet)
+
+    def passed(self, done: int) -> None:
+        rate = (done - self.first) / max(time.perf_counter() - self.begun, 1e-9)
+        note(f"{self.name}: {done:,} of {self.total:,} rows, {rate:,.0f} a second", self.quiet)
 
 
 @contextmanager
@@ -102,9 +124,14 @@ def show_written(summary: dict[str, Any], vectors: Vectors, as_json: bool) -> No
         )
     else:
         print(
-            f"{summary['index']}: nothing to do, all {summary['rows']:,} rows of {vectors.path} "
+            f"{summary['index']}: nothing to do, all {summary['rows']:,} rows of {vectors.name} "
             "are there"
         )
+
+
+def show_notes(vectors: Vectors, quiet: bool) -> None:
+    for each in vectors.notes:
+        note(each, quiet)
 
 
 def show_fields(fields: dict[str, Any]) -> None:

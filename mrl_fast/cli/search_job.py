@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mrl_fast.cli.build_job import unfinished
+from mrl_fast.cli import sidecars
 from mrl_fast.cli.inputs import Vectors, check_width, naming_rows
-from mrl_fast.cli.output import progress, replacing, say, saying_on_interrupt, shows_progress
+from mrl_fast.cli.output import note, progress, replacing, saying_on_interrupt, shows_progress
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.readers import read_neighbours
 from mrl_fast.shared.arrays import as_tensor
@@ -35,16 +35,17 @@ class Asked(NamedTuple):
     k: int
     stages: list[Stage] | None
     exact: bool
-    allowed: np.ndarray | None  # ids
+    allowed: np.ndarray | None  # ids, or a mask
 
 
-def load(folder: Path, device: str) -> MatryoshkaIndex:
+def load(folder: Path, device: str, quiet: bool) -> MatryoshkaIndex:
     """An index to search; warns where its build was interrupted."""
     index = MatryoshkaIndex.load(folder, device=device)
-    if building := unfinished(folder):
-        say(
+    if building := sidecars.unfinished(folder):
+        note(
             f"warning: {folder} holds {len(index):,} of {building['rows']:,} rows of "
-            f"{building['source']}: its build was interrupted"
+            f"{building['source']}: its build was interrupted",
+            quiet,
         )
     return index
 
@@ -59,8 +60,8 @@ def search(
     shown: int,
     quiet: bool,
 ) -> dict[str, Any]:
-    """A summary, and the results of the first ``shown`` queries."""
-    check_width(queries, index)
+    """A summary, and the results of the first ``shown`` queries, which may be of the width of any
+    prefix that the index takes."""
     k, stages = asked.k, asked.stages
     known = None if truth is None else _neighbours(truth, queries, k)
     hits, seconds, results, result = 0, 0.0, [], None
@@ -72,7 +73,7 @@ def search(
         for part, _, row in queries.chunks(max(1, min(BATCH, MANY // k))):
             part = as_tensor(part, "queries")
             begun = time.perf_counter()
-            with naming_rows(queries.path, part, row):
+            with naming_rows(queries, part, row):
                 result = index.search(part, **asked._asdict())
             seconds += time.perf_counter() - begun
             if known is not None:
@@ -82,7 +83,8 @@ def search(
             write(done, result)
             done += len(part)
             bar.update(len(part))
-    if stages is None and not isinstance(result, ExactResult) and index.tuned is not None:
+    by_default = stages is None and not isinstance(result, ExactResult)
+    if by_default and index.tuned is not None and queries.width == index.width:
         stages = [*(index.tuned.stages or ())[:-1], (index.width, k)]
     summary: dict[str, Any] = {"queries": queries.rows, "k": k, "stages": stages}
     if known is not None:
@@ -110,7 +112,7 @@ def tune(
         folder, f"nothing was saved in {folder}", f"the stages are saved in {folder}"
     ):
         samples = queries.matrix()
-        with naming_rows(queries.path, samples, queries.first):
+        with naming_rows(queries, samples, queries.first):
             report = index.tune(samples, **target, progress=shows_progress(quiet))
         index.save(folder)
         if plot is not None:
@@ -135,8 +137,8 @@ def _hits(
 ) -> int:
     """How many of the true neighbours ``known``, ``[B, k]``, were found.
 
-    Where other ids were found, these and the true ones are scored alike, at full width, so that
-    ``count_found`` sees ties. True ids that the index does not have are missed.
+    Where other ids were found, these and the true ones are scored alike, at the queries' width, so
+    that ``count_found`` sees ties. True ids that the index does not have are missed.
     """
     differ = (found.ids.sort(dim=1).values != known.sort(dim=1).values).any(dim=1)
     hits = int((known[~differ] >= 0).sum())

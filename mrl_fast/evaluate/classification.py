@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrl_fast.evaluate.common import arange, check_labels, check_vectors, kind
+from mrl_fast.evaluate.common import arange, checked_labels, checked_vectors, numbered
 from mrl_fast.search.ops import prefix_topk
+from mrl_fast.shared.arrays import as_integers
 from mrl_fast.shared.checks import check_int
 from mrl_fast.training.heads import MRLLinear, matryoshka_predict
 from mrl_fast.training.modules import MatryoshkaCrossEntropyLoss
@@ -18,10 +21,10 @@ PREDICTED_ROWS = 1 << 14  # rows that are standardised and predicted at a time
 
 
 def nearest_neighbour_accuracy(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    train: Any,
+    train_labels: Any,
+    test: Any,
+    test_labels: Any,
     dims: Sequence[int],
     *,
     k: int = 1,
@@ -32,19 +35,21 @@ def nearest_neighbour_accuracy(
     Among labels of equally many neighbours the one of the nearest neighbour wins.
 
     Args:
-        train: ``[N, D]``; train_labels: ``[N]`` int64.
-        test: ``[M, D]``; test_labels: ``[M]`` int64.
-        dims: Prefix widths, strictly ascending, each in ``[1, D]``.
+        train: ``[N, D]``; train_labels: ``[N]``.
+        test: ``[M, D]``; test_labels: ``[M]``.
+        dims: Prefix widths, each in ``[1, D]``, in any order.
         k: Neighbours that vote, in ``[1, N]``.
         metric: As in ``prefix_topk``.
 
     Returns:
-        One accuracy in ``[0, 1]`` a dim.
+        One accuracy in ``[0, 1]`` a dim, in their order.
 
     Raises:
         ValueError, TypeError: An argument of the wrong shape, dtype, device or range; no rows.
     """
-    dims = _check_sets(train, train_labels, test, test_labels, dims)
+    (train, train_labels, test, test_labels), dims = _checked_sets(
+        train, train_labels, test, test_labels, dims
+    )
     k = check_int(k, "k", 1, len(train))
     predicted = []
     for dim in dims:
@@ -58,10 +63,10 @@ def nearest_neighbour_accuracy(
 
 
 def linear_probe_accuracy(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    train: Any,
+    train_labels: Any,
+    test: Any,
+    test_labels: Any,
     dims: Sequence[int],
     *,
     steps: int = 600,
@@ -75,20 +80,23 @@ def linear_probe_accuracy(
     prefix; fp32, on the vectors' device.
 
     Args:
-        train: ``[N, D]``; train_labels: ``[N]`` int64, from 0 to the number of classes.
-        test: ``[M, D]``; test_labels: ``[M]`` int64.
-        dims: Prefix widths, strictly ascending, each in ``[1, D]``.
+        train: ``[N, D]``; train_labels: ``[N]``, from 0 to the number of classes, or strings.
+        test: ``[M, D]``; test_labels: ``[M]``.
+        dims: Prefix widths, each in ``[1, D]``, in any order.
         steps: Of the optimiser. batch: Rows a step. seed: Of the weights and the batches' order.
         on_step: Called after each step, for a progress bar.
 
     Returns:
-        One accuracy in ``[0, 1]`` a dim.
+        One accuracy in ``[0, 1]`` a dim, in their order.
 
     Raises:
         ValueError, TypeError: An argument of the wrong shape, dtype, device or range; no rows.
     """
-    dims = _check_sets(train, train_labels, test, test_labels, dims)
+    (train, train_labels, test, test_labels), dims = _checked_sets(
+        train, train_labels, test, test_labels, dims
+    )
     steps, batch = check_int(steps, "steps", 1), check_int(batch, "batch", 1)
+    ascending = tuple(sorted(dims))
     with (
         torch.inference_mode(False),  # whatever the caller evaluates under
         torch.enable_grad(),
@@ -96,13 +104,14 @@ def linear_probe_accuracy(
         torch.autocast(train.device.type, enabled=False),
     ):
         heads, standardised = _trained_probe(
-            train.detach(), train_labels, dims, steps, batch, seed, on_step
+            train.detach(), train_labels, ascending, steps, batch, seed, on_step
         )
     predicted = [
-        matryoshka_predict(standardised(part), heads.weight, dims, bias=heads.bias).labels
+        matryoshka_predict(standardised(part), heads.weight, ascending, bias=heads.bias).labels
         for part in test.split(PREDICTED_ROWS)
     ]
-    return accuracy(torch.cat(predicted, dim=1), test_labels)
+    shares = accuracy(torch.cat(predicted, dim=1), test_labels)
+    return [shares[ascending.index(dim)] for dim in dims]
 
 
 def _trained_probe(
@@ -147,10 +156,10 @@ def _trained_probe(
 
 
 def few_shot_accuracy(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    train: Any,
+    train_labels: Any,
+    test: Any,
+    test_labels: Any,
     dims: Sequence[int],
     *,
     shots: int = 5,
@@ -163,13 +172,13 @@ def few_shot_accuracy(
     the order of labels. Every episode draws other training vectors, the same for every dim.
 
     Args:
-        train: ``[N, D]``; train_labels: ``[N]`` int64, at least ``shots`` of each label.
-        test: ``[M, D]``; test_labels: ``[M]`` int64; one that no training vector has is never hit.
-        dims: Prefix widths, strictly ascending, each in ``[1, D]``.
+        train: ``[N, D]``; train_labels: ``[N]``, at least ``shots`` of each label.
+        test: ``[M, D]``; test_labels: ``[M]``; one that no training vector has is never hit.
+        dims: Prefix widths, each in ``[1, D]``, in any order.
         shots: Training vectors a class. episodes: Draws that are averaged. seed: Of the draws.
 
     Returns:
-        One accuracy in ``[0, 1]`` a dim.
+        One accuracy in ``[0, 1]`` a dim, in their order.
 
     Raises:
         ValueError, TypeError: An argument of the wrong shape, dtype, device or range; no rows; a
@@ -177,11 +186,14 @@ def few_shot_accuracy(
 
     Source: Kusupati et al., Matryoshka Representation Learning, NeurIPS 2022, section 5.1.
     """
-    dims = _check_sets(train, train_labels, test, test_labels, dims)
+    given = train_labels
+    (train, train_labels, test, test_labels), dims = _checked_sets(
+        train, train_labels, test, test_labels, dims
+    )
     shots, episodes = check_int(shots, "shots", 1), check_int(episodes, "episodes", 1)
     labels, inverse, counts = train_labels.unique(return_inverse=True, return_counts=True)  # [C]
     if counts.min() < shots:
-        label, count = int(labels[counts.argmin()]), int(counts.min())
+        label, count = _given(given, inverse == counts.argmin()), int(counts.min())
         raise ValueError(
             f"shots: expected at most the rows of every class, got {shots}, "
             f"and {count} of label {label} in train_labels"
@@ -206,58 +218,74 @@ def few_shot_accuracy(
     return [total / episodes for total in sums]
 
 
-def accuracy(predicted: Tensor, labels: Tensor) -> list[float]:
+def _given(labels: Any, rows: Tensor) -> Any:
+    """The label of the first of some rows ``[N]`` bool, as it was given."""
+    row = int(rows.nonzero()[0])
+    return int(labels[row]) if isinstance(labels, Tensor) else np.asarray(labels)[row]
+
+
+def accuracy(predicted: Any, labels: Any) -> list[float]:
     """Share of rows that each prefix predicts right.
 
     Args:
-        predicted: ``[G, M]`` int64: ``matryoshka_predict(x, head.weight, head.dims,
-            bias=head.bias).labels``.
-        labels: ``[M]`` int64.
+        predicted: ``[G, M]``: ``matryoshka_predict(x, head.weight, head.dims,
+            bias=head.bias).labels``, or any labels.
+        labels: ``[M]``.
     """
     return _right(predicted, labels).double().mean(dim=1).tolist()
 
 
-def oracle_accuracy(predicted: Tensor, labels: Tensor) -> float:
+def oracle_accuracy(predicted: Any, labels: Any) -> float:
     """Share of rows that any prefix predicts right: a bound for every way to choose among them.
 
     Args:
-        predicted: ``[G, M]`` int64, as in ``accuracy``. labels: ``[M]`` int64.
+        predicted: ``[G, M]``, as in ``accuracy``. labels: ``[M]``.
     """
     return _right(predicted, labels).any(dim=0).double().mean().item()
 
 
-def superclass_accuracy(predicted: Tensor, labels: Tensor, superclass: Tensor) -> list[float]:
+def superclass_accuracy(predicted: Any, labels: Any, superclass: Any) -> list[float]:
     """Share of rows for which each prefix predicts a class of the right superclass.
 
     Args:
-        predicted: ``[G, M]`` int64, as in ``accuracy``. labels: ``[M]`` int64.
-        superclass: ``[V]`` int64, of each class.
+        predicted: ``[G, M]`` integers, as in ``accuracy``. labels: ``[M]`` integers.
+        superclass: ``[V]``, of each class.
     """
-    _right(predicted, labels)
-    classes = check_labels(superclass, "superclass", None, labels)
-    for x, name in ((predicted, "predicted"), (labels, "labels")):
+    rows, right = _checked_predictions(predicted, labels)
+    (superclass,) = numbered({"superclass": superclass})
+    of_class = checked_labels(superclass, "superclass", None, right)
+    classes = len(of_class)
+    for x, name in ((rows, "predicted"), (right, "labels")):
         if (wrong := x[(x < 0) | (x >= classes)]).numel():
             raise ValueError(
                 f"{name}: expected classes in [0, {classes}) as in superclass, got {int(wrong[0])}"
             )
-    return accuracy(superclass[predicted], superclass[labels])
+    return accuracy(of_class[rows], of_class[right])
 
 
-def _check_sets(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, dims: Sequence[int]
-) -> tuple[int, ...]:
-    dims = check_vectors(train, test, dims, names=("train", "test"))
-    check_labels(train_labels, "train_labels", len(train), train)
-    check_labels(test_labels, "test_labels", len(test), test)
-    return dims
+Sets = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _right(predicted: Tensor, labels: Tensor) -> Tensor:  # [G, M]
-    if not isinstance(predicted, Tensor) or predicted.dtype != torch.int64:
-        raise TypeError(f"predicted: expected an int64 tensor, got {kind(predicted)}")
-    if predicted.ndim != 2 or not predicted.numel():
+def _checked_sets(
+    train: Any, train_labels: Any, test: Any, test_labels: Any, dims: Sequence[int]
+) -> tuple[Sets, tuple[int, ...]]:
+    x, y, dims = checked_vectors(train, test, dims, names=("train", "test"))
+    of_x, of_y = numbered({"train_labels": train_labels, "test_labels": test_labels})
+    of_x = checked_labels(of_x, "train_labels", len(x), x)
+    return (x, of_x, y, checked_labels(of_y, "test_labels", len(y), y)), dims
+
+
+def _right(predicted: Any, labels: Any) -> Tensor:  # [G, M]
+    predicted, labels = numbered({"predicted": predicted, "labels": labels})
+    rows, right = _checked_predictions(predicted, labels)
+    return rows == right
+
+
+def _checked_predictions(predicted: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """``[G, M]`` and ``[M]`` int64."""
+    rows = as_integers(predicted, "predicted")
+    if rows.ndim != 2 or not rows.numel():
         raise ValueError(
-            f"predicted: expected shape [G, M], neither of them 0, got {list(predicted.shape)}"
+            f"predicted: expected shape [G, M], neither of them 0, got {list(rows.shape)}"
         )
-    check_labels(labels, "labels", predicted.shape[1], predicted)
-    return predicted == labels
+    return rows, checked_labels(labels, "labels", rows.shape[1], rows)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrl_fast.evaluate.common import arange, check_labels, check_vectors, kind
+from mrl_fast.evaluate.common import arange, checked_labels, checked_vectors, numbered
 from mrl_fast.search.ops import prefix_topk, rerank
+from mrl_fast.shared.arrays import as_integers, as_vectors
 from mrl_fast.shared.checks import check_choice, check_int
 from mrl_fast.shared.recall import count_found
 from mrl_fast.shared.types import SearchResult
@@ -39,14 +40,14 @@ class Qrels(NamedTuple):
     """Graded judgements of (query, row) pairs, in any order; pairs that are not there have grade 0.
 
     Attributes:
-        queries: ``[J]`` int64, places in ``[0, B)``.
-        ids: ``[J]`` int64, ids of rows, not negative.
-        grades: ``[J]`` int64, not negative; above 0 is relevant.
+        queries: ``[J]`` integers, places in ``[0, B)``.
+        ids: ``[J]`` integers, ids of rows, not negative.
+        grades: ``[J]`` integers, not negative; above 0 is relevant.
     """
 
-    queries: Tensor
-    ids: Tensor
-    grades: Tensor
+    queries: Any
+    ids: Any
+    grades: Any
 
     @classmethod
     def of(cls, judgements: Mapping[int, Mapping[int, int]]) -> Qrels:
@@ -57,10 +58,10 @@ class Qrels(NamedTuple):
 
 
 def retrieval(
-    queries: Tensor,
-    query_labels: Tensor,
-    database: Tensor,
-    database_labels: Tensor,
+    queries: Any,
+    query_labels: Any,
+    database: Any,
+    database_labels: Any,
     dims: Sequence[int],
     *,
     k: int = 10,
@@ -71,24 +72,25 @@ def retrieval(
     """How many of the k nearest rows by a prefix have the query's label, and how early.
 
     Args:
-        queries: ``[B, D]``; query_labels: ``[B]`` int64.
-        database: ``[N, D]``; database_labels: ``[N]`` int64.
-        dims: Prefix widths, strictly ascending, each in ``[1, D]``.
+        queries: ``[B, D]``; query_labels: ``[B]``.
+        database: ``[N, D]``; database_labels: ``[N]``.
+        dims: Prefix widths, each in ``[1, D]``, in any order.
         k: Neighbours a query, at least 1.
         exclude_self, divisor: As in ``retrieval_of``.
         metric: As in ``prefix_topk``.
 
     Returns:
-        One Retrieval a dim.
+        One Retrieval a dim, in their order.
 
     Raises:
         ValueError, TypeError: An argument of the wrong shape, dtype, device or range; no rows.
 
     Source: Kusupati et al., Matryoshka Representation Learning, NeurIPS 2022, section 4.3.
     """
-    dims = check_vectors(queries, database, dims)
-    check_labels(query_labels, "query_labels", len(queries), queries)
-    check_labels(database_labels, "database_labels", len(database), database)
+    queries, database, dims = checked_vectors(queries, database, dims)
+    mine, theirs = numbered({"query_labels": query_labels, "database_labels": database_labels})
+    query_labels = checked_labels(mine, "query_labels", len(queries), queries)
+    database_labels = checked_labels(theirs, "database_labels", len(database), database)
     k = check_int(k, "k", 1) + bool(exclude_self)
     found = (prefix_topk(queries, database, k, dim=dim, metric=metric).ids for dim in dims)
     return [
@@ -98,9 +100,9 @@ def retrieval(
 
 
 def retrieval_of(
-    ids: Tensor,
-    query_labels: Tensor,
-    database_labels: Tensor,
+    ids: Any,
+    query_labels: Any,
+    database_labels: Any,
     *,
     exclude_self: bool = False,
     divisor: str = "k",
@@ -108,8 +110,8 @@ def retrieval_of(
     """What any search found, judged by labels: rows of the query's label are relevant.
 
     Args:
-        ids: Rows found, best first: ``[B, k]`` int64, −1 where none.
-        query_labels: ``[B]`` int64. database_labels: ``[N]`` int64.
+        ids: Rows found, best first: ``[B, k]`` integers, −1 where none.
+        query_labels: ``[B]``. database_labels: ``[N]``.
         exclude_self: Query i is row i of the database: that row is taken out (where it is not
             there, the last), k is one less than ids are wide, and it is relevant to no one.
         divisor: mAP divides by ``"k"`` (the paper), or by the number of ``"relevant"`` rows, found
@@ -120,9 +122,11 @@ def retrieval_of(
         ValueError, TypeError: An argument of the wrong shape, dtype, device or range; a row that is
             found twice; no queries.
     """
-    _check_ids(ids)
-    check_labels(query_labels, "query_labels", len(ids), ids)
-    rows = check_labels(database_labels, "database_labels", None, ids)
+    ids = _checked_ids(ids)
+    mine, theirs = numbered({"query_labels": query_labels, "database_labels": database_labels})
+    query_labels = checked_labels(mine, "query_labels", len(ids), ids)
+    database_labels = checked_labels(theirs, "database_labels", None, ids)
+    rows = len(database_labels)
     if (largest := int(ids.max())) >= rows:
         raise ValueError(f"ids: expected rows in [0, {rows}) or -1, got {largest}")
     values, counts = database_labels.unique(return_counts=True)
@@ -143,11 +147,11 @@ def retrieval_of(
     return _averages(hits.double(), ideal, relevant, divisor)
 
 
-def judged(ids: Tensor, qrels: Qrels, *, gain: str = "linear", divisor: str = "k") -> Retrieval:
+def judged(ids: Any, qrels: Qrels, *, gain: str = "linear", divisor: str = "k") -> Retrieval:
     """What any search found, judged by grades.
 
     Args:
-        ids: Ids found, best first: ``[B, k]`` int64, −1 where none.
+        ids: Ids found, best first: ``[B, k]`` integers, −1 where none.
         qrels: The judgements, on the same device.
         gain: nDCG's gain of a row: its grade, ``"linear"`` (trec_eval, scikit-learn), or 2^grade −
             1, ``"exponential"``.
@@ -157,11 +161,12 @@ def judged(ids: Tensor, qrels: Qrels, *, gain: str = "linear", divisor: str = "k
         ValueError, TypeError: An argument of the wrong shape, dtype, device or range; an id that is
             found twice, a pair that is judged twice; no queries or no judgements.
     """
-    _check_ids(ids)
+    ids = _checked_ids(ids)
     size, k = ids.shape
-    count = check_labels(qrels.queries, "qrels.queries", None, ids)
-    check_labels(qrels.ids, "qrels.ids", count, ids)
-    check_labels(qrels.grades, "qrels.grades", count, ids)
+    asked = checked_labels(qrels.queries, "qrels.queries", None, ids)
+    count = len(asked)
+    named = checked_labels(qrels.ids, "qrels.ids", count, ids)
+    qrels = Qrels(asked, named, checked_labels(qrels.grades, "qrels.grades", count, ids))
     if (largest := int(qrels.queries.max())) >= size:
         raise ValueError(f"qrels.queries: expected places in [0, {size}), got {largest}")
     check_choice(gain, "gain", GAINS)
@@ -196,12 +201,12 @@ def judged(ids: Tensor, qrels: Qrels, *, gain: str = "linear", divisor: str = "k
 
 
 def recall_at_k(
-    ids: Tensor, exact: SearchResult, queries: Tensor, database: Tensor, *, metric: str = "ip"
+    ids: Any, exact: SearchResult, queries: Any, database: Any, *, metric: str = "ip"
 ) -> float:
     """Share of the k best that a search found; a row that ties with the k-th counts as one of them.
 
     Args:
-        ids: Rows found, ``[B, k]`` int64, −1 where none.
+        ids: Rows found, ``[B, k]`` integers, −1 where none.
         exact: The k best at full width, by ``prefix_topk`` with this metric.
         queries: ``[B, D]``. database: ``[N, D]``, of at least k rows.
         metric: As in ``prefix_topk``.
@@ -213,7 +218,10 @@ def recall_at_k(
         ValueError, TypeError: An argument of the wrong shape, dtype, device or range; a row that is
             found twice; no queries.
     """
-    _check_ids(ids)
+    ids, queries = _checked_ids(ids), as_vectors(queries, "queries", one=True)
+    database = as_vectors(database, "database")
+    scores = as_vectors(exact.scores, "exact.scores")
+    exact = SearchResult(scores, as_integers(exact.ids, "exact.ids"))
     k = check_int(ids.shape[1], "ids width", 1, len(database))
     if exact.scores.shape != ids.shape:
         raise ValueError(
@@ -225,8 +233,8 @@ def recall_at_k(
 
 
 def recall_by_dim(
-    queries: Tensor,
-    database: Tensor,
+    queries: Any,
+    database: Any,
     dims: Sequence[int],
     *,
     k: int = 10,
@@ -237,17 +245,17 @@ def recall_by_dim(
 
     Args:
         queries: ``[B, D]``. database: ``[N, D]``.
-        dims: Prefix widths, strictly ascending, each in ``[1, D]``.
+        dims: Prefix widths, each in ``[1, D]``, in any order.
         k: Neighbours, in ``[1, N]``.
         metric: As in ``prefix_topk``.
 
     Returns:
-        One recall in ``[0, 1]`` a dim.
+        One recall in ``[0, 1]`` a dim, in their order.
 
     Raises:
         ValueError, TypeError: An argument of the wrong shape, dtype, device or range; no rows.
     """
-    dims = check_vectors(queries, database, dims)
+    queries, database, dims = checked_vectors(queries, database, dims)
     k = check_int(k, "k", 1, len(database))
     exact = prefix_topk(queries, database, k, metric=metric)
     found = (prefix_topk(queries, database, k, dim=dim, metric=metric).ids for dim in dims)
@@ -276,9 +284,8 @@ def _discounts(k: int, like: Tensor) -> Tensor:
     return 1 / torch.arange(2, k + 2, dtype=torch.float64, device=like.device).log2()
 
 
-def _check_ids(ids: Tensor) -> None:
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-        raise TypeError(f"ids: expected an int64 tensor, got {kind(ids)}")
+def _checked_ids(x: Any) -> Tensor:
+    ids = as_integers(x, "ids")
     if ids.ndim != 2 or not ids.numel():
         raise ValueError(f"ids: expected shape [B, k], neither of them 0, got {list(ids.shape)}")
     if (least := int(ids.min())) < -1:
@@ -289,3 +296,4 @@ def _check_ids(ids: Tensor) -> None:
         raise ValueError(
             f"ids: expected an id once a query, got {order[query, place]} twice in row {query}"
         )
+    return ids

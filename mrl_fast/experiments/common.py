@@ -20,7 +20,7 @@ def cache_folder() -> Path:
 
 
 def principal_components(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Vectors rotated so that the variance of the first ones comes first."""
+    """Vectors centred and rotated so that the variance of ``train`` falls from column to column."""
     mean = train.mean(dim=0)
     _, axes = torch.linalg.eigh(torch.cov(train.T))
     return tuple((x - mean) @ axes.flip(1) for x in (train, *others))

@@ -13,7 +13,14 @@ from torch.nn import functional as F
 
 from mrl_fast.shared.checks import check_dims, check_int, check_matrix
 from mrl_fast.shared.dispatch import exporting
-from mrl_fast.training.heads import all_plain, call_heads, matryoshka_logits, plain_linears
+from mrl_fast.training.heads import (
+    MRLLinear,
+    all_plain,
+    call_heads,
+    check_unhooked,
+    matryoshka_logits,
+    plain_linears,
+)
 from mrl_fast.training.losses.cross_entropy import matryoshka_cross_entropy
 from mrl_fast.training.losses.reductions import weighted_sum
 
@@ -61,6 +68,24 @@ class MRL_Linear_Layer(nn.Module):
         for i, width in enumerate(self.nesting_list[-1:] if efficient else self.nesting_list):
             self.add_module(f"nesting_classifier_{i}", nn.Linear(width, self.num_classes, **kwargs))
 
+    @classmethod
+    def from_mrl_linear(cls, head: MRLLinear) -> MRL_Linear_Layer:
+        """A layer of the linear layers of an ``MRLLinear``: shared with it, not copied.
+
+        ``MRLLinear.from_raivn`` is the way back. ``from_mrl_linear(head).state_dict()`` is a
+        checkpoint that RAIVNLab/MRL loads.
+
+        Raises:
+            TypeError: Not an ``MRLLinear``, or one with hooks, which the layer would not run.
+        """
+        if not isinstance(head, MRLLinear):
+            raise TypeError(f"head: expected an MRLLinear, got {type(head).__name__}")
+        check_unhooked(head, "head")
+        layer = cls(head.dims, head.num_classes, head.tied, device="meta")  # replaced at once
+        for i, classifier in enumerate(head.heads):
+            setattr(layer, f"nesting_classifier_{i}", classifier)
+        return layer
+
     @property
     def classifiers(self) -> list[Any]:
         """``nn.Linear`` layers, or what has taken their place."""
@@ -88,8 +113,9 @@ class MRL_Linear_Layer(nn.Module):
         return [name for name in super().__dir__() if name != "head" or self.is_plain]
 
     def forward(self, x: Tensor) -> tuple[Any, ...]:
-        """``[B, D]`` → G logits ``[B, V]``, or ``(layer, x)`` if they are deferred."""
-        if self.deferred and self.training and self.is_plain:
+        """``[B, D]`` → G logits ``[B, V]``, or ``(layer, x)`` if they are deferred: never in an
+        export."""
+        if self.deferred and self.training and self.is_plain and not exporting():
             return self, x
         return self.logits(x)
 

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrl_fast.shared.arrays import as_tensor, result_like
+from mrl_fast.shared.arrays import as_integers, as_vectors, result_like
 from mrl_fast.shared.checks import (
     FLOATS,
     METRICS,
     check_choice,
     check_finite,
     check_int,
-    check_matrix,
     check_same_device,
     check_stages,
+    dtype_name,
 )
 from mrl_fast.shared.dispatch import choose, module_of
 from mrl_fast.shared.types import ApproxResult, SearchResult, Stage
@@ -50,7 +50,8 @@ def prefix_topk(
     Args:
         queries: ``[B, D]`` (or only as wide as the prefix), float32, float16, bfloat16, int8 or
             float8_e4m3fn (eight bits are scored as the numbers they are; on a CPU, and float8 on
-            GPUs without it, as a float16 copy); tensor, numpy array or DLPack object.
+            GPUs without it, as a float16 copy), float64 searched as float32; tensor, numpy array,
+            DLPack object or list of rows. A single query ``[D]`` is ``[1, D]``.
         database: ``[N, D]``, any row stride, on the same device.
         k: Neighbours a query, at least 1; beyond N they are missing.
         dim: Prefix width in ``[1, D]``; None is the full width.
@@ -134,11 +135,11 @@ def rerank(
     first. The scores are those that ``prefix_topk`` gives the same pairs.
 
     Args:
-        queries: ``[B, D]`` (or only as wide as the prefix), float32, float16 or bfloat16; tensor,
-            numpy array or DLPack object.
+        queries: ``[B, D]`` (or only as wide as the prefix), float32, float16 or bfloat16, as in
+            ``prefix_topk``. A single query ``[D]`` is ``[1, D]``.
         database: ``[N, D]``, any row stride, on the same device.
-        candidates: ``[B, C]`` int64 rows in ``[0, N)``, in any order; −1 is no candidate. A row
-            given twice counts twice.
+        candidates: ``[B, C]`` rows in ``[0, N)``, integers of any width, in any order; −1 is no
+            candidate. A row given twice counts twice. A single query's may be ``[C]``.
         k: Neighbours a query, at least 1; beyond the candidates they are missing.
         dim: Prefix width in ``[1, D]``; None is the full width.
         metric: As in ``prefix_topk``.
@@ -153,9 +154,8 @@ def rerank(
             infinite values (on a CPU).
     """
     q, x, dim = _check_vectors(queries, database, dim)
-    rows = as_tensor(candidates, "candidates")
-    if rows.dtype != torch.int64:
-        raise TypeError(f"candidates: expected int64, got {rows.dtype}")
+    rows = as_integers(candidates, "candidates")
+    rows = rows[None] if rows.ndim == len(q) == 1 else rows
     if rows.ndim != 2 or len(rows) != len(q):
         raise ValueError(f"candidates: expected shape [{len(q)}, C], got {list(rows.shape)}")
     check_same_device(rows, "candidates", q)
@@ -183,8 +183,8 @@ def funnel_search(
     stage adds only the columns that are new to it. Two stages are adaptive retrieval.
 
     Args:
-        queries: ``[B, D]`` (or only as wide as the prefix), float32, float16 or bfloat16; tensor,
-            numpy array or DLPack object.
+        queries: ``[B, D]`` (or only as wide as the prefix), float32, float16 or bfloat16, as in
+            ``prefix_topk``. A single query ``[D]`` is ``[1, D]``.
         database: ``[N, D]``, any row stride, on the same device.
         stages: ``(dim, keep)`` pairs, dims strictly ascending, keeps not growing: ``[(16, 200),
             (64, 50), (768, 10)]``.
@@ -224,8 +224,8 @@ def _check_vectors(
     queries: Any, database: Any, dim: int | None, dim_name: str = "dim"
 ) -> tuple[Tensor, Tensor, int]:
     """Both as tensors, and the width of the widest prefix; float64 is searched as float32."""
-    q = check_matrix(as_tensor(queries, "queries"), "queries", SEARCHED, given=queries)
-    x = check_matrix(as_tensor(database, "database"), "database", SEARCHED, given=database)
+    q = as_vectors(queries, "queries", SEARCHED, one=True)
+    x = as_vectors(database, "database", SEARCHED)
     if dim is None and q.shape[1] != x.shape[1]:
         raise ValueError(f"queries: expected width {x.shape[1]} as database, got {q.shape[1]}")
     width = min(q.shape[1], x.shape[1])
@@ -233,10 +233,9 @@ def _check_vectors(
         raise ValueError("database: expected vectors of at least one column, got none")
     dim = width if dim is None else check_int(dim, dim_name, 1, width)
     check_same_device(q, "queries", x)
+    q, x = (y.float() if y.dtype == torch.float64 else y for y in (q, x))
     if q.dtype != x.dtype:
-        raise TypeError(f"queries: expected {x.dtype} as database, got {q.dtype}")
-    if q.dtype == torch.float64:
-        q, x = q.float(), x.float()
+        raise TypeError(f"queries: expected {x.dtype} as database, got {dtype_name(queries)}")
     if q.element_size() == 1 and not _has_eight_bits(q):
         q, x = q.half(), x.half()  # exact
     if not q.is_cuda:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.ops import funnel_search, prefix_topk
-from mrl_fast.shared.arrays import as_tensor
-from mrl_fast.shared.checks import check_finite, check_int, check_matrix, check_stages
-from mrl_fast.shared.memory import HOST
+from mrl_fast.shared.arrays import as_vectors
+from mrl_fast.shared.checks import check_finite, check_int, check_stages
 from mrl_fast.shared.native import METRICS
 from mrl_fast.shared.types import SearchResult, Stage
 
@@ -45,7 +43,8 @@ def semantic_search(
 
     Args:
         query_embeddings: ``[B, D]``, or one query ``[D]``: tensor, numpy array, DLPack object, or a
-            list of rows. float64 is searched as fp32.
+            list of rows; or of a prefix ``[B, d]``: d is one of an index's dims, at least ``dim``.
+            float64 is searched as fp32.
         corpus_embeddings: ``[N, D]`` of the same dtype, or a MatryoshkaIndex.
         query_chunk_size, corpus_chunk_size: At least 1. There is no score matrix that they would
             have to bound: results, time and memory are the same for all.
@@ -70,7 +69,7 @@ def semantic_search(
     if dim is not None and stages is not None:
         raise ValueError(f"dim: expected None where stages are given, got {dim}")
     metric = None if score_function is None else _metric(score_function)
-    queries = _matrix(query_embeddings, "query_embeddings", one=True)
+    queries = as_vectors(query_embeddings, "query_embeddings", one=True)
     check_finite(queries, "query_embeddings")
     if isinstance(corpus_embeddings, MatryoshkaIndex):
         index = corpus_embeddings
@@ -79,10 +78,10 @@ def semantic_search(
                 f"score_function: expected one of the index's metric {index.metric!r}, "
                 f"got {metric!r}"
             )
-        metric, result = index.metric, _search_index(queries, index, k, dim, stages)
+        metric, result = index.metric, index.search(queries, k, dim=dim, stages=stages)
     else:
         metric = metric or "cosine"
-        corpus = _matrix(corpus_embeddings, "corpus_embeddings")
+        corpus = as_vectors(corpus_embeddings, "corpus_embeddings")
         result = _search_matrix(queries, corpus, k, metric, dim, stages)
     scores, terms = result.scores, METRICS[metric]
     if terms.differences:
@@ -93,24 +92,17 @@ def semantic_search(
     ]
 
 
-def _search_index(
-    queries: Tensor, index: MatryoshkaIndex, k: int, dim: int | None, stages: Any
-) -> SearchResult:
-    if dim is not None:
-        if dim not in index.dims:
-            raise ValueError(f"dim: expected one of {index.dims}, got {dim}")
-        stages = [(dim, k)]
-    return index.search(queries, k, stages=stages)
-
-
 def _search_matrix(
     queries: Tensor, corpus: Tensor, k: int, metric: str, dim: int | None, stages: Any
 ) -> SearchResult:
     queries = queries.to(corpus.device)
-    if queries.dtype != corpus.dtype or queries.shape[1] != corpus.shape[1]:
+    queries, corpus = (x.float() if x.dtype == torch.float64 else x for x in (queries, corpus))
+    width, prefix = queries.shape[1], dim is not None or stages is not None
+    if queries.dtype != corpus.dtype or (width != corpus.shape[1] and not prefix):
+        hint = f": pass dim={width}" if width < corpus.shape[1] else ""
         raise ValueError(
             f"query_embeddings: expected width {corpus.shape[1]} and {corpus.dtype} as "
-            f"corpus_embeddings, got {queries.shape[1]} and {queries.dtype}"
+            f"corpus_embeddings, got {width} and {queries.dtype}{hint}"
         )
     if stages is None:
         return prefix_topk(queries, corpus, min(k, max(1, len(corpus))), dim=dim, metric=metric)
@@ -131,23 +123,3 @@ def _metric(score_function: Any) -> str:
             f"sentence-transformers' function, got {score_function!r}"
         )
     return SIMILARITIES[name]
-
-
-def _matrix(x: Any, name: str, *, one: bool = False) -> Tensor:
-    """``[n, D]``, floating point; where ``one`` is set, ``[D]`` becomes ``[1, D]``."""
-    if isinstance(x, (list, tuple)) and x:
-        try:
-            x = torch.stack([_row(row, name) for row in x])
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name}: expected rows of one width, got {error}") from None
-    if isinstance(x, Tensor) and x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
-    tensor = as_tensor(x, name)
-    return check_matrix(tensor[None] if one and tensor.ndim == 1 else tensor, name)
-
-
-def _row(row: Any, name: str) -> Tensor:
-    """A tensor or an array as it is, a list of numbers or a number as fp32."""
-    if isinstance(row, (Tensor, np.ndarray)):
-        return as_tensor(row, name)
-    return torch.tensor(row, dtype=torch.float32, device=HOST)

@@ -1,25 +1,31 @@
-"""Arrays in, arrays of the same kind out: torch tensors, numpy arrays and DLPack objects."""
+"""Arrays in, arrays of the same kind out: tensors, numpy arrays and DLPack objects; and lists."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mrl_fast.shared.checks import check_dense
+from mrl_fast.shared.checks import FLOATS, check_dense, check_int, check_matrix, dtype_name
+from mrl_fast.shared.memory import HOST
+
+LOWEST, HIGHEST = -(1 << 63), (1 << 63) - 1  # of int64
+NO_INTEGERS = (torch.bool, torch.complex64, torch.complex128)
 
 
 def as_tensor(x: Any, name: str) -> Tensor:
     """``x`` as a dense tensor over the same memory; only the last axis is made contiguous, by a
     copy where it is not."""
+    if hasattr(x, "to_numpy") and not hasattr(x, "__dlpack__") and not _is_arrow(x):
+        x = x.to_numpy()  # of pandas
     if isinstance(x, Tensor):
         tensor = check_dense(x.detach(), name)
     elif isinstance(x, np.ndarray):
         tensor = _from_numpy(x, name)
-    elif type(x).__module__.partition(".")[0] == "pyarrow":
+    elif _is_arrow(x):
         tensor = _from_numpy(_from_arrow(x, name), name)
     elif hasattr(x, "__dlpack__"):
         try:
@@ -32,6 +38,79 @@ def as_tensor(x: Any, name: str) -> Tensor:
             f"{name}: expected a tensor, a numpy array or a DLPack object, got {type(x).__name__}"
         )
     return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def as_vectors(
+    x: Any, name: str, dtypes: tuple[torch.dtype, ...] = FLOATS, *, one: bool = False
+) -> Tensor:
+    """``[n, D]`` of one of the dtypes: an array, or a list of rows, which are arrays or lists of
+    numbers; these become fp32. Where ``one`` is set, a single vector ``[D]`` becomes ``[1, D]``."""
+    tensor = _of_rows(x, name) if isinstance(x, (list, tuple)) else as_tensor(x, name)
+    return check_matrix(tensor[None] if one and tensor.ndim == 1 else tensor, name, dtypes, given=x)
+
+
+def _of_rows(x: Sequence[Any], name: str) -> Tensor:
+    try:
+        if any(isinstance(row, (Tensor, np.ndarray)) for row in x):
+            return torch.stack([as_tensor(row, name) for row in x])
+        numbers = np.asarray(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected rows of one width, got {error}") from None
+    if numbers.dtype.kind not in "fiu":
+        raise TypeError(f"{name}: expected numbers, got {dtype_name(_innermost(x))}")
+    vectors = torch.from_numpy(numbers.astype(np.float64)).float()
+    if numbers.dtype.kind != "f" and not np.array_equal(vectors.numpy(), numbers):
+        raise ValueError(f"{name}: expected integers that float32 holds, got larger ones")
+    return vectors
+
+
+def _innermost(x: Sequence[Any]) -> Sequence[Any]:
+    """The first of nested lists that holds no lists."""
+    while x and isinstance(x[0], (list, tuple)):
+        x = x[0]
+    return x
+
+
+def as_numbers(x: Any, name: str) -> Tensor:
+    """An array, a Series or a number; or a list or a range of integers or of bools, or of rows of
+    them."""
+    if isinstance(x, (int, np.generic)):
+        x = np.asarray(x)
+    if not isinstance(x, (list, tuple, range)):
+        return as_tensor(x, name)
+    kinds = set(map(type, x))
+    if kinds <= {bool, np.bool_} and kinds:
+        return torch.from_numpy(np.asarray(x))
+    if kinds <= {int}:
+        try:
+            return torch.from_numpy(np.asarray(x, np.int64))
+        except OverflowError:
+            pass  # which one, is said below
+    if any(hasattr(row, "__len__") and not isinstance(row, str) for row in x):
+        rows = [as_integers(row, f"{name}[{i}]") for i, row in enumerate(x)]
+        if shapes := [list(row.shape) for row in rows if row.shape != rows[0].shape]:
+            raise ValueError(
+                f"{name}: expected rows of one shape, got {list(rows[0].shape)} and {shapes[0]}"
+            )
+        return torch.stack(rows)
+    numbers = [check_int(number, f"{name}[{i}]", LOWEST, HIGHEST) for i, number in enumerate(x)]
+    return torch.from_numpy(np.asarray(numbers, np.int64))
+
+
+def as_integers(x: Any, name: str) -> Tensor:
+    """int64, wherever they are: integers of any width, in what ``as_numbers`` takes."""
+    numbers = as_numbers(x, name)
+    if numbers.dtype.is_floating_point or numbers.dtype in NO_INTEGERS:
+        raise TypeError(f"{name}: expected integers, got {dtype_name(x)}")
+    integers = numbers.to(torch.int64)
+    if numbers.dtype == torch.uint64 and bool((integers < 0).any()):
+        number = int(integers[integers < 0].ravel()[0]) + (1 << 64)
+        raise ValueError(f"{name}: expected integers below 2^63, got {number} ({dtype_name(x)})")
+    return integers
+
+
+def _is_arrow(x: Any) -> bool:
+    return type(x).__module__.partition(".")[0] == "pyarrow"
 
 
 def _from_numpy(x: np.ndarray, name: str) -> Tensor:
@@ -98,11 +177,15 @@ def result_like(x: Any, result: Any, out: Any = None) -> Any:
     """A NamedTuple of tensors as arrays of the kind and on the device of ``x``; or written to
     ``out``, a tuple of contiguous tensors or arrays of the same fields."""
     convert = like(x)
-    found = map(convert, result) if out is None else _fill(out, result, as_tensor(x, "").device)
+    found = map(convert, result) if out is None else _fill(out, result, _place(x))
     converted = type(result)(*found)
     for name, value in getattr(result, "__dict__", {}).items():  # what it says beside its fields
         setattr(converted, name, convert(value) if isinstance(value, Tensor) else value)
     return converted
+
+
+def _place(x: Any) -> torch.device:
+    return HOST if isinstance(x, (list, tuple)) else as_tensor(x, "").device
 
 
 def _fill(out: Any, result: Any, device: torch.device) -> Any:

@@ -48,26 +48,32 @@ def check_number(
 
 
 def check_dims(
-    dims: Sequence[int], width: int | None = None, name: str = "dims"
+    dims: Sequence[int], width: int | None = None, name: str = "dims", *, ascending: bool = True
 ) -> tuple[int, ...]:
-    """Prefix widths, strictly ascending, each in [1, width]."""
+    """Prefix widths, none twice, each in [1, width]; strictly ascending, or in any order."""
     if isinstance(dims, (str, bytes)) or not hasattr(dims, "__iter__"):
         raise TypeError(f"{name}: expected a sequence of integers, got {type(dims).__name__}")
     checked = tuple(check_int(d, f"{name}[{i}]", 1) for i, d in enumerate(dims))
     if not checked:
         raise ValueError(f"{name}: expected at least one prefix width, got none")
-    if any(a >= b for a, b in zip(checked, checked[1:], strict=False)):
+    if ascending and any(a >= b for a, b in zip(checked, checked[1:], strict=False)):
         raise ValueError(f"{name}: expected strictly ascending widths, got {list(checked)}")
-    if width is not None and checked[-1] > width:
+    if len(set(checked)) < len(checked):
+        raise ValueError(f"{name}: expected no width twice, got {list(checked)}")
+    if width is not None and max(checked) > width:
         raise ValueError(
-            f"{name}: expected widths of at most {width} (the vectors' width), got {checked[-1]}"
+            f"{name}: expected widths of at most {width} (the vectors' width), got {max(checked)}"
         )
     return checked
 
 
 def dtype_name(x: Any) -> str:
-    """The dtype of what a user passed, as the user knows it: ``numpy.int32``, ``torch.int32``."""
+    """The dtype of what a user passed, as the user knows it: ``numpy.int32``, ``torch.int32``,
+    ``list of str``."""
     dtype = getattr(x, "dtype", None)
+    if isinstance(x, (list, tuple)) and x:
+        names = dict.fromkeys(type(value).__name__ for value in x)
+        return f"{type(x).__name__} of {' and '.join(names)}"
     if dtype is None:
         return type(x).__name__
     if isinstance(x, (np.ndarray, np.generic)):

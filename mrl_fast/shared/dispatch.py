@@ -1,8 +1,8 @@
 """The one place that decides which implementation runs.
 
 Each wing of the library, ``training`` and ``search``, has three modules with the same functions:
-``reference`` (plain PyTorch, the specification), ``cpp`` (C++ SIMD) and ``triton`` (kernels). None
-picks by device; a name that is given is used or refused, never replaced.
+``reference`` (plain PyTorch, the specification), ``cpp`` (C++ SIMD) and ``triton`` (kernels).
+``impl=None`` picks by device; a name that is given is used or refused, never replaced.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def choose(impl: str | None, *tensors: torch.Tensor) -> str:
 
 
 def exporting() -> bool:
-    """Whether a model is being written down for elsewhere, by ``torch.export``, ``torch.onnx`` or
-    ``torch.jit.trace``. Sizes are then symbols: a check of one would bind the export to it."""
+    """Whether a model is being exported, by ``torch.export``, ``torch.onnx`` or
+    ``torch.jit.trace``. Sizes are then symbols: a check of one would fix it in the export."""
     tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     return torch.compiler.is_exporting() or tracing or torch.onnx.is_in_onnx_export()
 

@@ -1,4 +1,4 @@
-"""Locks that a forked child finds free: the thread that held one in the parent is not there."""
+"""Locks that are free in a forked child, which lacks the thread that held one in the parent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Lock:
-    """As ``threading.RLock``, for ``with``."""
+    """A ``threading.RLock``, for the ``with`` statement."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

@@ -32,18 +32,18 @@ def arange(begin: int, end: int) -> Tensor:
 
 
 def lasting(*shape: int, dtype: torch.dtype) -> Tensor:
-    """As ``empty``, for what outlives the call: under ``torch.inference_mode`` too it can be
-    written to later."""
+    """As ``empty``, for tensors that outlive the call: they can be written to later, even if made
+    under ``torch.inference_mode``."""
     with torch.inference_mode(False):
         return empty(*shape, dtype=dtype)
 
 
 def address(x: Tensor | None, dtype: torch.dtype) -> int:
-    """Where native code finds x, 0 without one; its last axis is contiguous, other strides are the
-    caller's to pass on.
+    """The address of x for native code, 0 for None. The last axis is contiguous; the caller passes
+    other strides on.
 
     Raises:
-        TypeError: x is not what native code takes it for: a fault of ours, never of the user's.
+        TypeError: x is not what native code takes it for; a bug here, never the user's fault.
     """
     if x is None:
         return 0

@@ -31,9 +31,10 @@ __all__ = [
 DTYPES = {torch.float32: DType.F32, torch.float16: DType.F16, torch.bfloat16: DType.BF16}
 
 ISA = ""  # the instruction set; empty is the best this processor has. Tests set it.
-# PyTorch's own thread team, where it is GNU OpenMP's; else the kernels start threads of their own.
+# Whether kernels run in PyTorch's own thread team, which has to be GNU OpenMP's; else they start
+# threads of their own.
 OPENMP = any(map(_C.use_openmp, map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*"))))
-PACKED_BYTES = 8 << 20  # of columns packed at a time: they stay in the last cache
+PACKED_BYTES = 8 << 20  # of columns packed at a time: they stay in the last-level cache
 
 
 def run() -> tuple[str, int]:

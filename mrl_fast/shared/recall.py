@@ -25,10 +25,10 @@ def count_found(found: SearchResult, exact: SearchResult, *, tolerance: float = 
     Returns:
         ``[B]`` int64, at most the number of ids that are not −1 in each row of ``exact``.
     """
-    listed = exact.ids.sort(dim=1).values
-    place = torch.searchsorted(listed, found.ids).clamp_max(listed.shape[1] - 1)
+    sorted_ids = exact.ids.sort(dim=1).values
+    place = torch.searchsorted(sorted_ids, found.ids).clamp_max(sorted_ids.shape[1] - 1)
     present = found.ids >= 0
-    best = (listed.gather(1, place) == found.ids) & present
+    best = (sorted_ids.gather(1, place) == found.ids) & present
     known = found if exact.scores is None else exact
     counted = best if exact.scores is None else exact.ids >= 0
     worst = known.scores.where(counted, torch.inf).amin(dim=1, keepdim=True)  # [B, 1]

@@ -125,7 +125,7 @@ class ApproxResult(SearchResult):
     """The best rows of each query but for those that share a bucket with a better one.
 
     Attributes:
-        expected_recall: Share of the k best that is found where they lie anywhere.
+        expected_recall: The share of the k best that is found on average, were the rows shuffled.
     """
 
     expected_recall: float

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,25 @@ from mrl_fast.shared.checks import (
     check_vector,
 )
 from mrl_fast.shared.dispatch import exporting
-from mrl_fast.shared.types import Prediction
-from mrl_fast.training.heads import Biases, MRLLinear, Weights, is_fusible, matryoshka_predict
+from mrl_fast.training.heads import (
+    Biases,
+    MRLLinear,
+    Weights,
+    head_of_linears,
+    is_fusible,
+    matryoshka_predict,
+)
+from mrl_fast.training.thresholds import (
+    AdaptivePrediction,
+    AdaptiveReport,
+    cheapest,
+    first_level,
+    first_sure,
+    report_on,
+    smallest_best,
+)
 
-PRICES = 64  # of a dim, that calibration with a tolerance tries
+LOSS = 0.01  # share of rows that thresholds may lose before calibration warns
 
 
 class NestedHead(Protocol):
@@ -33,20 +48,6 @@ class NestedHead(Protocol):
     def bias(self) -> Biases: ...
     @property
     def dims(self) -> Sequence[int]: ...
-
-
-class AdaptivePrediction(NamedTuple):
-    """What a cascade predicts.
-
-    Attributes:
-        labels: ``[B]`` int64, by the prefix that each row ended at.
-        confidence: ``[B]``, its largest softmax.
-        dims: ``[B]`` int64, the width of that prefix.
-    """
-
-    labels: Tensor
-    confidence: Tensor
-    dims: Tensor
 
 
 class AdaptiveCost(NamedTuple):
@@ -77,24 +78,34 @@ class AdaptiveClassifier(nn.Module):
 
     An ``MRLLinear`` whose forward is more than the product with its weights (LoRA, hooks, pruning,
     quantization) is called for all prefixes of all rows, and each row's prefix chosen afterwards;
-    ``cost`` then counts what plain layers would need.
+    ``cost`` then counts what plain layers would need. So does an export or trace, which returns
+    the plain tuple ``(labels, confidence, dims)`` and needs no mrl_fast where it runs.
 
     Args:
-        head: An ``MRLLinear``, or anything with its ``weight``, ``bias`` and ``dims``.
+        head: An ``MRLLinear``, RAIVNLab/MRL's layer, a list of ``nn.Linear`` (one a prefix,
+            ascending ``in_features``; shared, not copied), or anything with an ``MRLLinear``'s
+            ``weight``, ``bias`` and ``dims``.
 
     Attributes:
-        thresholds: ``[G − 1]`` buffer, NaN until ``calibrate``. It is saved with the state.
+        head: The head; of a layer of RAIVNLab/MRL or a list, an ``MRLLinear`` of its layers.
+        thresholds: ``[G − 1]`` fp32 buffer, NaN until ``calibrate`` or ``set_thresholds`` (an
+            export made before sends every row to the full width). It is saved with the state.
 
     Source: Kusupati et al., Matryoshka Representation Learning, NeurIPS 2022, section 4.2.
     """
 
-    def __init__(self, head: NestedHead):
+    def __init__(self, head: NestedHead | nn.Module | list[Any]):
         super().__init__()
-        if not isinstance(head, MRLLinear):
+        if isinstance(head, list | nn.ModuleList):
+            head = head_of_linears(head, "head")
+        elif hasattr(head, "nesting_list"):
+            head = MRLLinear.from_raivn(head)
+        elif not isinstance(head, MRLLinear):
             for name in ("weight", "bias", "dims"):
                 if not hasattr(head, name):
                     got = f"{type(head).__name__} with no {name}"
                     raise TypeError(f"head: expected weight, bias and dims, got {got}")
+        head = cast(NestedHead, head)
         self.head = head
         self.dims = check_dims(head.dims)
         self.thresholds: Tensor
@@ -103,6 +114,40 @@ class AdaptiveClassifier(nn.Module):
                 (len(self.dims) - 1,), torch.nan, dtype=torch.float32, device=_device(head)
             )
         self.register_buffer("thresholds", empty)
+        self._report: AdaptiveReport | None = None
+
+    @property
+    def report(self) -> AdaptiveReport | None:
+        """What ``calibrate`` found on its holdout; None before, and where the thresholds are others
+        by now. It is pickled and copied, and no part of the state."""
+        found = self._report
+        return found if found and found.thresholds == tuple(self.thresholds.tolist()) else None
+
+    def set_thresholds(self, thresholds: Sequence[float] | Tensor) -> AdaptiveClassifier:
+        """Sets the thresholds by hand, instead of ``calibrate``.
+
+        Args:
+            thresholds: One for each dim but the last, in ``[0, 1]``: a row ends at ``dims[i]``
+                where its largest softmax is above ``thresholds[i]``. At 1 no row does.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError, TypeError: Another number of them, or one that is not in ``[0, 1]``.
+        """
+        count = len(self.dims) - 1
+        expected = f"thresholds: expected {count} numbers, one for each dim but the last"
+        values: Any = thresholds
+        if hasattr(values, "tolist"):
+            values = values.tolist()
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise TypeError(f"{expected}, got {type(thresholds).__name__}")
+        if len(values) != count:
+            raise ValueError(f"{expected}, got {len(values)}")
+        numbers = [check_number(t, f"thresholds[{i}]", high=1.0) for i, t in enumerate(values)]
+        self.thresholds.copy_(torch.tensor(numbers, dtype=torch.float32, device="cpu"))
+        return self
 
     def calibrate(
         self, x: Tensor, y: Tensor, *, grid: int = 100, tolerance: float | None = None
@@ -118,6 +163,10 @@ class AdaptiveClassifier(nn.Module):
         from the last to the first, as above, where going on is worth what the rest of the cascade
         then gets (1 where it is right, less the price of its width); of the cascades within the
         tolerance the cheapest is taken.
+
+        ``print(classifier.report)`` tells what they do on the holdout. The paper's thresholds of a
+        head that is not trained to the end may be right far less often than its full width: where
+        it is more than a point, a ``UserWarning`` says so.
 
         Args:
             x: ``[M, D]``, as in ``predict``, at least one row.
@@ -142,19 +191,27 @@ class AdaptiveClassifier(nn.Module):
         if low < 0 or high >= self._classes:
             wrong = low if low < 0 else high
             raise ValueError(f"y: expected classes in [0, {self._classes}), got {wrong}")
-        predict = self._stages(x)
-        found = [predict(slice(None), g) for g in range(len(self.dims))]
-        labels, confidence = zip(*found, strict=True)
-        right, confidence = torch.stack(labels) == y, torch.stack(confidence)  # [G, M]
+        with torch.no_grad():
+            labels, confidence = self._every_prefix(x)
+        right = labels == y  # [G, M]
         levels = torch.linspace(0, 1, grid, dtype=torch.float32, device=x.device)
-        first = _first_level(confidence[:-1], levels)  # [G - 1, M]
+        first = first_level(confidence[:-1], levels)  # [G - 1, M]
         if tolerance is None:
             gains = right.long().diff(dim=0)
-            chosen = [_smallest_best(f, gain, grid) for f, gain in zip(first, gains, strict=True)]
+            chosen = [smallest_best(f, gain, grid) for f, gain in zip(first, gains, strict=True)]
         else:
-            chosen = _cheapest(right, first, self.dims, grid, tolerance)
+            chosen = cheapest(right, first, self.dims, grid, tolerance)
         for g, level in enumerate(chosen):
             self.thresholds[g] = levels[level]
+        self._report = report = report_on(right, confidence, self.thresholds, self.dims)
+        if tolerance is None and report.accuracy < report.full_accuracy - LOSS:
+            warnings.warn(
+                f"AdaptiveClassifier.calibrate: by the paper's thresholds {report.accuracy:.3f} of "
+                f"the holdout is right, where the full width has {report.full_accuracy:.3f}; "
+                f"calibrate(x, y, tolerance={LOSS}) loses no more than that share of rows, and "
+                "print(classifier.report) shows each dim",
+                stacklevel=2,
+            )
         return self
 
     def predict(self, x: Tensor) -> AdaptivePrediction:
@@ -164,26 +221,29 @@ class AdaptiveClassifier(nn.Module):
             x: ``[B, D]``, any row stride, as ``matryoshka_predict`` takes it.
 
         Raises:
-            RuntimeError: Before ``calibrate``.
+            RuntimeError: Before ``calibrate`` or ``set_thresholds``.
             ValueError, TypeError: x of the wrong shape, dtype or device.
         """
         if exporting():
-            raise RuntimeError(
-                "AdaptiveClassifier.predict: the data decide which prefixes are computed, which an "
-                "export or trace cannot hold; expected its head to be exported instead"
-            )
+            chosen = first_sure(*self._every_prefix(x), self.thresholds, self.dims)
+            return cast(AdaptivePrediction, tuple(chosen))  # a type that is known elsewhere
         if self.thresholds.isnan().any():
-            raise RuntimeError("thresholds: expected calibrate before predict, got none")
+            raise RuntimeError(
+                "thresholds: expected calibrate or set_thresholds before predict, got none"
+            )
         check_dims(self.dims, check_matrix(x, "x").shape[1])
-        predict = self._stages(x)
-        labels, confidence = predict(slice(None), 0)
+        if self._is_called:
+            with torch.no_grad():
+                found = self._every_prefix(x)
+            return first_sure(*found, self.thresholds, self.dims)
+        labels, confidence = self._predict(x, 0)
         stages = torch.zeros_like(labels)
         rows = torch.arange(len(labels), dtype=torch.int64, device=labels.device)
         for g, threshold in enumerate(self.thresholds, start=1):
             rows = rows[~(confidence[rows] > threshold)]
             if not len(rows):
                 break
-            labels[rows], confidence[rows] = predict(rows, g)
+            labels[rows], confidence[rows] = self._predict(x, g, rows)
             stages[rows] = g
         return AdaptivePrediction(labels, confidence, stages.new_tensor(self.dims)[stages])
 
@@ -209,72 +269,37 @@ class AdaptiveClassifier(nn.Module):
         weight = self.head.weight
         return len(weight if isinstance(weight, Tensor) else weight[0])
 
-    @torch.no_grad()
-    def _stages(self, x: Tensor) -> Callable[[Tensor | slice, int], tuple[Tensor, Tensor]]:
-        """Labels and confidences ``[rows]`` of some of x's rows by one prefix."""
-        if isinstance(self.head, MRLLinear) and not is_fusible(self.head):
-            logits = self.head(x)
+    @property
+    def _is_called(self) -> bool:
+        """Whether the head's weights are not all that its call uses."""
+        return isinstance(self.head, MRLLinear) and not is_fusible(self.head)
+
+    def _every_prefix(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels and confidences ``[G, B]`` of all rows by all prefixes."""
+        if self._is_called:
+            logits = cast(MRLLinear, self.head)(x).detach()
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            confidence, labels = logits.softmax(-1).max(-1)  # [G, B]
-            return lambda rows, g: (labels[g, rows].clone(), confidence[g, rows].clone())
+            confidence, labels = logits.softmax(-1).max(-1)
+            return labels, confidence
+        if exporting():
+            return matryoshka_predict(x, self.head.weight, self.dims, bias=self.head.bias)
+        found = [self._predict(x, g) for g in range(len(self.dims))]
+        labels, confidence = zip(*found, strict=True)
+        return torch.stack(labels), torch.stack(confidence)
 
-        def predict(rows: Tensor | slice, g: int) -> tuple[Tensor, Tensor]:
-            found = self._predict(x[:, : self.dims[g]][rows], g)
-            return found.labels[0], found.confidence[0]
-
-        return predict
-
-    def _predict(self, x: Tensor, g: int) -> Prediction:
-        """By prefix g alone: ``[1, B]`` each."""
+    def _predict(
+        self, x: Tensor, g: int, rows: Tensor | slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Labels and confidences ``[rows]`` of some of x's rows by prefix g alone."""
         weight, bias, dim = self.head.weight, self.head.bias, self.dims[g]
         if not isinstance(weight, Tensor):
             weight = weight[g]
             bias = None if bias is None else bias[g]
-        return matryoshka_predict(x, weight, (dim,), bias=bias)
+        found = matryoshka_predict(x[:, :dim][rows], weight, (dim,), bias=bias)
+        return found.labels[0], found.confidence[0]
 
 
 def _device(head: NestedHead) -> torch.device:
     if isinstance(head, MRLLinear):  # quantized layers have no parameters
         return next((p.device for p in head.parameters()), torch.device("cpu"))
     return (head.weight if isinstance(head.weight, Tensor) else head.weight[0]).device
-
-
-def _first_level(confidence: Tensor, levels: Tensor) -> Tensor:
-    """The first level that a row's confidence is not above: from it the row goes on. NaN is above
-    none."""
-    return torch.searchsorted(levels.to(confidence.dtype), confidence.nan_to_num(0.0))
-
-
-def _smallest_best(first: Tensor, gain: Tensor, grid: int) -> Tensor:
-    """The level at which the gains ``[M]`` of the rows that go on sum to the most."""
-    return gain.new_zeros(grid).index_add_(0, first, gain).cumsum(0).argmax()  # the first of equals
-
-
-def _cheapest(
-    right: Tensor, first: Tensor, dims: Sequence[int], grid: int, tolerance: float
-) -> list[Tensor]:
-    """Levels of the cheapest cascade that is right as often as the last prefix, but for a share
-    ``tolerance`` of rows; ``right`` ``[G, M]``, ``first`` ``[G - 1, M]``.
-
-    At price 0 no step loses to going on always, so that one cascade is within any tolerance.
-    """
-    last, rows = len(dims) - 1, right.shape[1]
-    worth = right.double()
-    widths = torch.tensor(dims, dtype=torch.int64, device=right.device)
-    enough = int(right[-1].sum()) - tolerance * rows
-    # of a dim: from nothing and a row in all at full width to as much as a right answer
-    lowest = -math.log10(rows * dims[-1])
-    prices = torch.logspace(lowest, 0, PRICES, dtype=torch.float32, device="cpu").tolist()
-    found = []
-    for price in (0.0, *prices):
-        ahead = worth[-1] - price * dims[-1]  # [M], what the rest of the cascade gets
-        end = torch.full_like(right[0], last, dtype=torch.int64)  # the prefix that a row ends at
-        chosen: list[Tensor] = []
-        for g in reversed(range(last)):
-            here = worth[g] - price * dims[g]
-            chosen.insert(0, _smallest_best(first[g], ahead - here, grid))
-            stops = first[g] > chosen[0]
-            ahead, end = here.where(stops, ahead), end.masked_fill(stops, g)
-        if int(right.gather(0, end[None]).sum()) >= enough:
-            found.append((int(widths[end].sum()), chosen))
-    return min(found, key=lambda cascade: cascade[0])[1]

@@ -1,4 +1,4 @@
-"""Nested scores on the CPU: chunks of columns, each walked once by the C++ engine.
+"""Nested scores on the CPU: chunks of columns, each walked once by the C++ kernels.
 
 Scores never leave its cache blocks in the forward; the backward holds a workspace of score
 gradients. Results do not depend on the number of threads.

@@ -70,7 +70,6 @@ def matryoshka_logits(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-@torch.no_grad()
 def matryoshka_predict(
     x: Tensor,
     weight: Weights,
@@ -108,7 +107,8 @@ def matryoshka_predict(
     impl = choose(impl, x, heads[0].weight)
     if impl == "reference":
         return reference.matryoshka_predict(x, *prefixes(heads))
-    parts = [ops.predict(x, h.weight, h.bias, list(h.dims), impl) for h in heads]
+    with torch.no_grad():
+        parts = [ops.predict(x, h.weight, h.bias, list(h.dims), impl) for h in heads]
     labels, confidence = zip(*parts, strict=True)
     return Prediction(torch.cat(labels), torch.cat(confidence))
 
@@ -121,7 +121,8 @@ class MRLLinear(nn.Module):
 
     Plain and parametrized heads are multiplied in one fused pass. Any other head (replaced by LoRA,
     quantized, pruned, with hooks) is called once a prefix; a tied one is given each prefix padded
-    by zeros to ``dims[-1]``. An exported or traced model is made of PyTorch's own ops.
+    by zeros to ``dims[-1]``. An exported or traced model is made of PyTorch's own ops, and
+    ``plain`` gives ordinary linear layers: both run where mrl_fast is not installed.
 
     Args:
         dims: Prefix widths, strictly ascending.
@@ -150,6 +151,55 @@ class MRLLinear(nn.Module):
         widths = self.dims[-1:] if tied else self.dims
         options: dict[str, Any] = dict(bias=bias, device=device, dtype=dtype)
         self.heads = nn.ModuleList(nn.Linear(d, self.num_classes, **options) for d in widths)
+
+    @classmethod
+    def from_raivn(cls, layer: Any) -> MRLLinear:
+        """A head of the linear layers of an ``MRL_Linear_Layer``: shared with it, not copied.
+
+        Its logits are one tensor ``[G, B, V]`` where the layer returns a tuple of G.
+        ``mrl_fast.integrations.raivn.MRL_Linear_Layer.from_mrl_linear`` is the way back.
+
+        Args:
+            layer: RAIVNLab/MRL's own, or ``mrl_fast.integrations.raivn``'s.
+
+        Raises:
+            TypeError: Not such a layer, or one with hooks, which the head would not run.
+        """
+        for name in ("nesting_list", "num_classes", "efficient", "nesting_classifier_0"):
+            if not hasattr(layer, name):
+                got = f"{type(layer).__name__} with no {name}"
+                raise TypeError(f"layer: expected an MRL_Linear_Layer of RAIVNLab/MRL, got {got}")
+        check_unhooked(layer, "layer")
+        # on meta: its own linear layers are replaced at once
+        head = cls(layer.nesting_list, layer.num_classes, tied=layer.efficient, device="meta")
+        names = [f"nesting_classifier_{i}" for i in range(len(head.heads))]
+        head.heads = nn.ModuleList(getattr(layer, name) for name in names)
+        return head
+
+    @torch.no_grad()
+    def plain(self) -> nn.ModuleList:
+        """Ordinary linear layers with the values of this head, for where mrl_fast is not installed.
+
+        ``torch.stack([layer(x[:, : layer.in_features]) for layer in head.plain()])`` equals
+        ``head(x)``. Each is an ``nn.Linear(dims[g], num_classes)`` with a copy of the weight: of a
+        tied head, of the prefix's columns. Parametrizations are folded in.
+
+        Raises:
+            TypeError: The call of the head or of a layer uses more than the weights (LoRA, hooks,
+                pruning, quantization): merge or remove that first.
+        """
+        named = _named_heads(self.weight, self.dims, self.bias)
+        if not is_plain(self, MRLLinear):
+            got = type(self).__name__
+            raise TypeError(f"head: expected an MRLLinear without hooks or own forward, got {got}")
+        layers = nn.ModuleList()
+        for weight, bias in zip(*prefixes([head for _, _, head in named]), strict=True):
+            layer = nn.Linear(weight.shape[1], self.num_classes, bias is not None, device="meta")
+            layer.weight = nn.Parameter(weight.clone())
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.clone())
+            layers.append(layer)
+        return layers
 
     @property
     def weight(self) -> Tensor | list[Tensor]:
@@ -214,13 +264,37 @@ def all_plain(heads: Any) -> bool:
     return all(is_plain(head, nn.Linear) for head in heads)
 
 
+def check_unhooked(module: nn.Module, name: str) -> None:
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        raise TypeError(f"{name}: expected a module without hooks, got {type(module).__name__}")
+
+
+def head_of_linears(layers: Iterable[Any], name: str) -> MRLLinear:
+    """A head of one linear layer a prefix, or of what has taken its place: shared, not copied."""
+    layers = list(layers)
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, nn.Module) or not hasattr(layer, "in_features"):
+            raise TypeError(f"{name}[{i}]: expected an nn.Linear, got {type(layer).__name__}")
+    dims = check_dims([layer.in_features for layer in layers], name=name)
+    classes = [layer.out_features for layer in layers]
+    for i, count in enumerate(classes):
+        if count != classes[0]:
+            raise ValueError(
+                f"{name}[{i}]: expected {classes[0]} classes as {name}[0], got {count}"
+            )
+    head = MRLLinear(dims, classes[0], device="meta")
+    head.heads = nn.ModuleList(layers)
+    return head
+
+
 def plain_linears(heads: Iterable[nn.Module], name: str) -> list[nn.Linear]:
     """The heads, as linear layers whose weight and bias may be read instead of a call."""
     for i, head in enumerate(heads):
         if not is_plain(head, nn.Linear):
             raise TypeError(
                 f"{name}[{i}]: expected an nn.Linear without hooks, whose weight is all that its "
-                f"call uses, got {type(head).__name__}; call the module for its logits"
+                f"call uses, got {type(head).__name__}; call the module for its logits, or first "
+                "merge or remove what was added to the layer"
             )
     return cast(list[nn.Linear], list(heads))
 

@@ -42,6 +42,11 @@ def matryoshka_cross_entropy(
 def matryoshka_predict(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> Prediction:
+    """Half precision is read as fp32, so that no two scores are equal by rounding alone."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # detached one by one: an export that holds torch.no_grad cannot be loaded again
+    x, weights = x.detach().to(dtype), [weight.detach().to(dtype) for weight in weights]
+    biases = [None if bias is None else bias.detach().to(dtype) for bias in biases]
     best = matryoshka_logits(x, weights, biases).softmax(-1).max(-1)
     return Prediction(best.indices, best.values)
 

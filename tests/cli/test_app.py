@@ -5,9 +5,17 @@ import re
 import subprocess
 import sys
 
+import pytest
+import torch
 from typer.testing import CliRunner
 
+from mrl_fast import __version__
 from mrl_fast.cli.app import app
+
+# That compute.
+COMMANDS = (
+    "demo", "reproduce", "build", "add", "update", "remove", "compact", "search", "tune"
+)  # fmt: skip
 
 
 def mrl_fast(*arguments, **environment):
@@ -24,6 +32,31 @@ def test_help():
     for arguments in (["demo", "--help"], []):
         assert "Usage: " in CliRunner().invoke(app, arguments).output
     assert "--ask" in CliRunner().invoke(app, ["demo", "--help"]).stdout
+
+
+def test_version():
+    text = CliRunner().invoke(app, ["--version"]).stdout
+    assert text == f"mrl-fast {__version__} (torch {torch.__version__})\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_threads(command):
+    """Set for the process before the work, which here fails for want of a file."""
+    before = torch.get_num_threads()
+    arguments = {
+        "demo": ["demo", "why"],
+        "reproduce": ["reproduce", "--data", "no-such-folder", "--only", "none"],
+        "build": ["index", "build", "none.npy", "--out", "none"],
+        "remove": ["index", "remove", "none", "1"],
+        "compact": ["index", "compact", "none"],
+    }.get(command, ["index", command, "none", "none.npy"])
+    try:
+        done = CliRunner().invoke(app, [*arguments, "--threads", "3"])
+        assert done.exit_code == 2 and done.stderr.startswith("mrl-fast: "), done.output
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert CliRunner().invoke(app, [*arguments, "--threads", "0"]).exit_code == 2
 
 
 def test_missing_extra():

@@ -159,7 +159,7 @@ inputs.CHUNK_BYTES, store.BLOCK_ROWS = 1 << 22, (1 << 12, 1 << 10)
 used = int(re.search(r"VmData:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) << 10
 resource.setrlimit(resource.RLIMIT_DATA, (used + (96 << 20),) * 2)
 try:
-    app(["index", "build", "x.npy", "--out", "i", "--checkpoint", sys.argv[1]])
+    app(["index", "build", "x.npy", "--out", "i", "--checkpoint", sys.argv[1], "-q"])
 except RuntimeError as error:
     sys.exit("no memory" if "memory" in str(error) else str(error))
 """

@@ -13,6 +13,12 @@ from mrl_fast.cli.app import app
 from mrl_fast.search.index.tuning import TuneReport
 from tests.helpers.cli_index import BASE, QUERIES, build, run_json, same_as, saved
 
+DONE = {
+    "update": ("replaced in", "all vectors were replaced in"),
+    "remove": ("removed from", "all of them were removed from"),
+    "compact": ("changed in", "the room was freed in"),
+}
+
 
 @pytest.fixture
 def built(tmp_path):
@@ -42,11 +48,13 @@ def interrupting(monkeypatch, owner, name, *, when, call=1):
 
 
 def stopped(*arguments):
-    """What stderr says."""
+    """What stderr says, after a line a checkpoint."""
     done = CliRunner().invoke(app, ["index", *map(str, arguments)], prog_name="mrl-fast")
     assert done.exit_code == 130 and done.stdout == "", (done.output, done.exception)
-    assert done.stderr.startswith("mrl-fast: interrupted") and done.stderr.count("\n") == 1
-    return done.stderr
+    *checkpoints, last = done.stderr.splitlines()
+    assert all(line.startswith("mrl-fast: build: ") for line in checkpoints), done.stderr
+    assert last.startswith("mrl-fast: interrupted")
+    return last
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +76,35 @@ def test_add(built, queries, monkeypatch, when):
     else:
         assert f"all rows were added to {built}" in said
         assert len(MatryoshkaIndex.load(built, verify=True)) == len(BASE) + len(QUERIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [("change", "before"), ("change", "after"), ("save", "before"), ("save", "after")],
+)
+@pytest.mark.parametrize("command", ["update", "remove", "compact"])
+def test_update_remove_and_compact(tmp_path, built, queries, monkeypatch, command, name, when):
+    index = MatryoshkaIndex.load(built)
+    index.remove([3])
+    index.save(built)
+    before = MatryoshkaIndex.load(built)
+    ids = saved(tmp_path / "ids.npy", np.arange(len(QUERIES)) + 5)
+    arguments = {"update": [queries, "--ids", ids], "remove": [7, 8], "compact": []}[command]
+    interrupting(monkeypatch, MatryoshkaIndex, command if name == "change" else name, when=when)
+    said = stopped(command, built, *arguments)
+    monkeypatch.undo()
+    if (name, when) != ("save", "after"):
+        assert f"nothing was {DONE[command][0]} {built}" in said
+        same_as(built, before)
+        return
+    assert f"{DONE[command][1]} {built}" in said
+    change = {
+        "update": lambda: index.update(np.arange(len(QUERIES)) + 5, QUERIES),
+        "remove": lambda: index.remove([7, 8]),
+        "compact": index.compact,
+    }[command]
+    change()
+    assert same_as(built, index).removed == index.removed
 
 
 @pytest.mark.parametrize(

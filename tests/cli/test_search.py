@@ -10,11 +10,12 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.cli.app import app
-from mrl_fast.shared.types import Tuned
+from mrl_fast.shared.types import SearchResult, Tuned
 from tests.helpers.cli_index import (
     BASE,
     DIMS,
@@ -29,7 +30,9 @@ from tests.helpers.cli_index import (
 )
 from tests.helpers.search import METRICS
 
-COMMANDS = ("build", "add", "search", "tune", "info", "verify")
+COMMANDS = (
+    "build", "add", "update", "remove", "compact", "search", "tune", "info", "verify"
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -99,6 +102,21 @@ def test_stages_exact_and_allowed(tmp_path, built, queries):
     )
     with np.load(tmp_path / "r.npz") as arrays:
         assert (arrays["ids"][:, 2:] == -1).all() and np.isneginf(arrays["scores"][:, 2:]).all()
+
+
+def test_queries_of_another_width_are_the_indexs_to_judge(tmp_path, built, monkeypatch):
+    whole = MatryoshkaIndex.search
+
+    def of_prefixes(index, queries, *args, **kwargs):
+        padded = np.pad(queries.numpy(), ((0, 0), (0, WIDTH - queries.shape[1])))
+        return SearchResult(*map(torch.from_numpy, whole(index, padded, *args, **kwargs)))
+
+    monkeypatch.setattr(MatryoshkaIndex, "search", of_prefixes)
+    narrow = saved(tmp_path / "narrow.npy", np.ascontiguousarray(QUERIES[:9, :8]))
+    found = run_json("search", built, narrow, "-k", 3)["results"]
+    padded = np.pad(QUERIES[:9, :8], ((0, 0), (0, WIDTH - 8)))
+    expected = whole(MatryoshkaIndex.load(built), padded, 3)
+    assert [each["ids"] for each in found] == expected.ids.tolist()
 
 
 def test_recall_of_truth(tmp_path, built, queries):
@@ -267,7 +285,7 @@ def scene(tmp_path_factory):
         (["build", "{base}", "--out", "{folder}"], "expected an index or an empty folder"),
         (["build", "{base}", "--out", "{new}", "--dims", "8,16"], "the vectors' width 32"),
         (["build", "{base}", "--out", "{new}", "--dims", "32,8"], "the vectors' width 32"),
-        (["build", "{base}", "--out", "{new}", "--dims", "8,8,32"], "strictly ascending"),
+        (["build", "{base}", "--out", "{new}", "--dims", "8,8,32"], "no width twice"),
         (["build", "{base}", "--out", "{new}", "--dims", "8;32"], "--dims: expected numbers"),
         (["build", "{base}", "--out", "{new}", "--column", "v"], "column: expected none for .npy"),
         (["build", "{base}", "--out", "{new}", "--id-column", "v"], "id_column: expected none"),
@@ -275,7 +293,7 @@ def scene(tmp_path_factory):
         (["add", "{none}", "{base}"], "expected a folder that holds an index"),
         (["add", "{index}", "{base}", "--skip", "3000"], "--skip: expected less than 3,000"),
         (["search", "{folder}", "{base}"], "expected a folder that holds an index"),
-        (["search", "{index}", "{narrow}"], "narrow.npy: expected vectors of the index's width"),
+        (["search", "{index}", "{narrow}"], "narrow.npy: expected .*, got 31"),
         (["search", "{index}", "{nan}"], "nan.npy: expected finite values as float32, got .* 1"),
         (["search", "{index}", "{base}", "--stages", "8"], "--stages: expected dim:keep"),
         (["search", "{index}", "{base}", "--stages", "9:50,32:10"], "dim: expected one of"),

@@ -7,7 +7,7 @@
 #include <string>
 
 inline std::string scenario;  // set by one thread while no other runs
-inline double seconds = 2;    // how long a test goes on that could for ever, each time
+inline double seconds = 2;    // how long each part of a test runs that has no end of its own
 
 template <class... Values>
 [[noreturn]] void fail(const char* file, int line, const char* what, const Values&... values) {

@@ -2,7 +2,7 @@
 //
 //   run [FILTER...]    the tests whose names contain one of the words; all without one
 //   run --list         their names
-//   run --seconds=S    how long a test goes on that could for ever, each time
+//   run --seconds=S    how long each part of a test runs that has no end of its own
 #include <chrono>
 #include <cstdio>
 #include <cstring>

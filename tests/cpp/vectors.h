@@ -15,14 +15,14 @@
 #include "check.h"
 #include "cpu/search/search.h"
 
-// For naive loops, which neither race nor overrun and take minutes where each step is watched.
+// For naive loops, which neither race nor overrun, and would take minutes under a sanitizer.
 #define UNWATCHED __attribute__((no_sanitize("address", "thread", "undefined")))
 
 using namespace mrl;
 
 constexpr double ROUNDING = 1.0 / (1 << 24);  // of fp32, relative
-// ThreadSanitizer sees every read and write: it needs what several threads do once, and no cases
-// that one thread does, which the other build runs.
+// ThreadSanitizer sees every read and write, so what several threads do is run once, and the cases
+// of one thread are left to the other builds.
 #ifdef __SANITIZE_THREAD__
 constexpr bool RACES_ONLY = true;
 constexpr int THREADS[] = {4};
@@ -140,7 +140,7 @@ inline Table make_table(int64_t n, int64_t width, DType dtype, std::mt19937& ran
     return table;
 }
 
-// Its rows times the factors, again and again.
+// The table's rows times the factors, which repeat.
 inline Table scaled(const Table& table, const std::vector<float>& factors, DType dtype) {
     Table out = {table.n, table.width, dtype, table.values};
     for (int64_t row = 0; row < table.n; ++row)
@@ -149,7 +149,7 @@ inline Table scaled(const Table& table, const std::vector<float>& factors, DType
     return out;
 }
 
-// Rows of a table, distorted; the third is 0. Wider apart than they are long.
+// Rows of a table, distorted; the third is 0. In memory they are further apart than they are wide.
 class QueryRows {
   public:
     QueryRows(const Table& table, int64_t n, std::mt19937& random)

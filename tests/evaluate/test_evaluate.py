@@ -23,10 +23,7 @@ from mrl_fast.evaluate import (
     retrieval_of,
     superclass_accuracy,
 )
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int64)
+from tests.helpers.labelled import blobs, ints
 
 
 def two_classes(count, seed):
@@ -35,14 +32,6 @@ def two_classes(count, seed):
     labels = torch.arange(count) % 2
     noise = torch.randn(count, generator=generator)
     return torch.stack([noise, 10.0 * labels - 5.0], dim=1), labels
-
-
-def blobs(rows, classes, seed, width=12):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(classes, (rows,), generator=generator)
-    x = torch.randn(rows, width, generator=generator)
-    x[torch.arange(rows), labels % width] += 2
-    return x, labels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -238,16 +227,22 @@ def test_bad_vectors_and_labels():
         for name, value, error, message in [
             ("test", x[:0], ValueError, "test: expected at least one row, got none"),
             ("train", x[:0], ValueError, "train: expected at least one row, got none"),
-            ("train", x.tolist(), TypeError, "train: expected a torch.Tensor, got list"),
+            ("train", ["text"], TypeError, "train: expected numbers, got list of str"),
             ("test", x[:, :5], ValueError, "test: expected width 12 as train, got 5"),
             ("test", x.half(), TypeError, "test: expected torch.float32 as train"),
             ("test", x / 0, ValueError, "test: expected finite values"),
             ("test_labels", labels - 3, ValueError, "test_labels: expected labels from 0 on, got"),
             ("train_labels", labels[:3], ValueError, r"train_labels: expected shape \[20\]"),
-            ("train_labels", labels.int(), TypeError, "train_labels: expected torch.int64"),
-            ("train_labels", labels.tolist(), TypeError, "train_labels: expected a torch.Tensor"),
+            ("train_labels", labels.numpy() / 1, TypeError, "train_labels: .* got numpy.float"),
+            (
+                "train_labels",
+                [*"ab"] * 10,
+                TypeError,
+                "test_labels: expected strings, as",
+            ),
+            ("train_labels", ["a", 1] * 10, TypeError, r"train_labels\[0\]: .* got str"),
             ("dims", (2, 13), ValueError, "dims: expected widths of at most 12"),
-            ("dims", (4, 2), ValueError, "dims: expected strictly ascending"),
+            ("dims", (4, 4), ValueError, "dims: expected no width twice"),
         ]:
             with pytest.raises(error, match=message):
                 measure(**(sets | {name: value}))
@@ -264,7 +259,7 @@ def test_bad_results_and_judgements():
         (lambda: few_shot_accuracy(**sets, shots=0), ValueError, "shots: expected an integer >= 1"),
         (lambda: accuracy(two, two), ValueError, r"predicted: expected shape \[G, M\]"),
         (lambda: accuracy(ids[:, :0], two[:0]), ValueError, r"predicted: .*, got \[2, 0\]"),
-        (lambda: accuracy(ids.float(), two), TypeError, "predicted: expected an int64 tensor"),
+        (lambda: accuracy(ids.float(), two), TypeError, "predicted: .* got torch.float32"),
         (lambda: oracle_accuracy(ids, ints(1)), ValueError, r"labels: expected shape \[2\]"),
         (
             lambda: superclass_accuracy(ids.abs(), two, ints(0, 0)),

@@ -13,7 +13,7 @@ DIMS, CLASSES, ROWS = (3, 8, 20), 11, 17
 
 
 class LoraLinear(nn.Module):
-    """As PEFT's: in the place of a linear layer, whose weight it shows as its own."""
+    """Like PEFT's: stands in the place of a linear layer and shows that one's weight as its own."""
 
     def __init__(self, base):
         super().__init__()
@@ -47,10 +47,10 @@ def spectral_norm(head):
 
 def hook_weight_norm(head):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and used
+        warnings.simplefilter("ignore")  # deprecated, but in use
         head = nn.utils.weight_norm(head)
     with torch.no_grad():
-        head.weight_g.mul_(3)  # the weight that was made last is stale
+        head.weight_g.mul_(3)  # the weight computed before is now stale
     return head
 
 
@@ -80,7 +80,7 @@ def replaced_forward(head):  # as accelerate does
 
 def quantized(head):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and used
+        warnings.simplefilter("ignore")  # deprecated, but in use
         return torch.ao.quantization.quantize_dynamic(nn.Sequential(head), {nn.Linear})[0]
 
 
@@ -104,7 +104,7 @@ def changed(tied, change):
 
 
 def by_calls(head, x):
-    """A tied layer has only the columns of the prefix."""
+    """Each prefix's logits by calls of the layers; a tied layer gets zeros beyond the prefix."""
     if not head.tied:
         return [layer(x[:, :d]) for layer, d in zip(head.heads, DIMS, strict=True)]
     keep = torch.arange(DIMS[-1])

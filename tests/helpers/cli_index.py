@@ -13,7 +13,7 @@ DIMS = "8,32"
 
 
 def vectors(rows, seed):
-    """Whose first columns hold most of them."""
+    """Random vectors whose first columns are the largest."""
     noise = np.random.default_rng(seed).standard_normal((rows, WIDTH), np.float32)
     return noise / np.sqrt(1 + np.arange(WIDTH, dtype=np.float32))
 
@@ -29,6 +29,13 @@ def run(*arguments, code=0):
     return done.stdout if code == 0 else done.stderr
 
 
+def said(*arguments):
+    """stderr of a command that ends well."""
+    done = CliRunner().invoke(app, ["index", *map(str, arguments)], prog_name="mrl-fast")
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stderr
+
+
 def run_json(*arguments):
     return json.loads(run(*arguments, "--json"))
 
@@ -39,13 +46,13 @@ def saved(path, array):
 
 
 def build(folder, source):
-    """An index of a file of vectors."""
+    """Builds an index of a file of vectors."""
     run("build", source, "--out", folder, "--dims", DIMS)
     return folder
 
 
 def same_as(folder, index):
-    """The folder holds these vectors under these ids, and searching it gives the same."""
+    """Checks that the folder holds the index's vectors and ids, and gives the same results."""
     loaded = MatryoshkaIndex.load(folder, verify=True)
     assert loaded.ids.tolist() == index.ids.tolist()
     assert loaded.reconstruct(loaded.ids).equal(index.reconstruct(index.ids))

@@ -80,8 +80,8 @@ def creates(name, *args):
 
 
 class Failing(Disk):
-    """Call number ``at`` calls ``fail``: before it does what it does, or after; or it and every
-    later one, where the disk stays full."""
+    """Calls ``fail`` at call number ``at``: before the call does its work, or after it; with mode
+    "stays", as where a disk stays full, before it and every later one."""
 
     def __init__(self, at, fail, mode):
         self.at, self.fail, self.mode, self.calls, self.failed = at, fail, mode, -1, False

@@ -133,13 +133,13 @@ class Problem:
         out = kernels.fold_backward(self.spec(compute_dtype), given)
         return dict(zip(GRADIENTS, out, strict=True))
 
-    def engine(self):
+    def by_kernels(self):
         f = self.forward()
         return f | self.backward(f)
 
     def check(self, actual=None, names=None, kept=lambda name, t: t):
-        """Results of some names, ``kept`` of each, within the budget."""
-        actual, exact = actual or self.engine(), self.native(torch.double)
+        """Checks the named results, or of each the part that ``kept`` gives, against the budget."""
+        actual, exact = actual or self.by_kernels(), self.native(torch.double)
         native, bounds = self.native(torch.float), cache(self.bounds)
         for name in names or actual:
             check(name, kept(name, actual[name]), exact[name], native[name],
@@ -156,7 +156,7 @@ def check(name, actual, exact, native, bound):
     assert (actual is None) == (exact is None), name
     if exact is None:
         return
-    odd = ~exact.isfinite()  # there: the same infinity, or NaN
+    odd = ~exact.isfinite()  # the result must be the same infinity there, or NaN
     assert torch.equal(actual[odd].double().nan_to_num(), exact[odd].nan_to_num()), name
     assert not actual[~odd].isnan().any(), name
     actual, exact, native = (t.masked_fill(odd, 0.0) for t in (actual, exact, native))

@@ -2,9 +2,9 @@
 
     python -m tests.helpers.host_time
 
-Tensors are the host's, whose memory is never touched, as a stand-in's Python would be measured too;
-torch's own few operations are included. The least of many calls, as on an idle core: where a loop
-of plain Python takes longer than there, the machine is busy.
+Tensors are on the host, where their memory is never touched: a stand-in for a GPU would add Python
+of its own. torch's own few operations are included. The time is the least of many calls; where a
+loop of plain Python takes longer than on an idle core, the time is scaled down by as much.
 """
 
 import time
@@ -47,7 +47,7 @@ def named(self, key, signature, device, *_):
 
 def main() -> None:
     JITFunction._do_compile = named  # pyright: ignore
-    # What is asked of tensors on the host alone.
+    # These two are asked of tensors on the host, but not of those on a GPU.
     mrl_fast.shared.dispatch.triton_is_interpreted = lambda: True
     mrl_fast.search.ops.check_finite = lambda *_: None
     q, x = (torch.empty(n, 64, dtype=torch.bfloat16, device="cpu") for n in (1, 10_000_000))

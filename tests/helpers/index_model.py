@@ -17,7 +17,7 @@ from mrl_fast.search.index.config import DTYPES
 from mrl_fast.testing import assert_same_topk
 from tests.helpers.search import brute_force
 
-# How many times as long as in the test suite random tests run; `make fuzz` sets it.
+# How many times as long random tests run as in the test suite; `make fuzz` sets it.
 TIMES = int(os.environ.get("MRL_FAST_FUZZ", "1"))
 ROOT = Path(__file__).parents[2]
 DIMS = (5, 20)
@@ -80,7 +80,7 @@ class Answers:
     ):
         x = model.matrix
         rotation = index._rows.rotation
-        if rotation is not None and len(x):  # exactness is that of what is stored
+        if rotation is not None and len(x):  # exact means by the vectors as stored
             x, q = rotation.apply(x), rotation.apply(q)
         self.ids = torch.tensor(model.ids, dtype=torch.int64)
         self.scores = brute_force(q, x.to(DTYPES[index.dtype]), index.metric)  # [B, N]
@@ -103,7 +103,8 @@ class Answers:
         torch.testing.assert_close(result.scores, scores.float(), rtol=2e-7, atol=1e-30)
 
     def check_staged(self, result: Any) -> None:
-        """Of stages that keep every row: fp32 scores, so that close ones may change places."""
+        """Checks a search by stages that keep every row. It ranks by fp32 scores, so close ones may
+        change places."""
         rows = {i: row for row, i in enumerate(self.ids.tolist())}
         rows[-1] = -1
         assert set(result.ids.ravel().tolist()) <= set(rows)
@@ -128,7 +129,7 @@ class Answers:
 
 
 def assert_same(index: MatryoshkaIndex, model: Model, seed: int = 0) -> None:
-    """Ids, vectors and a few exact answers."""
+    """Compares ids, vectors and a few exact answers."""
     assert len(index) == len(model.vectors) and index.ids.tolist() == model.ids
     back = index.reconstruct(index.ids)
     if index.rotation is None:
@@ -162,7 +163,7 @@ def change(index: MatryoshkaIndex, model: Model, seed: int = 5) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch):
-    """Nothing waits for the disk."""
+    """Saves do not wait for the disk."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -175,6 +176,6 @@ def names(folder: Path) -> list[str]:
 
 
 def strays(folder: Path, *known: str) -> list[str]:
-    """The files beside an index that are not of it."""
+    """Files in an index's folder that do not belong to it."""
     manifest = json.loads((folder / manifests.FILE).read_text())
     return sorted(set(names(folder)) - manifests.files_of(manifest) - {manifests.FILE, *known})

@@ -8,7 +8,7 @@ from mrl_fast.integrations.langchain import MatryoshkaVectorStore
 
 
 class Letters(Embeddings):
-    """How often each of 26 letters occurs."""
+    """A text's vector is how often each of 26 letters occurs in it."""
 
     def embed_query(self, text):
         return [float(text.count(chr(ord("a") + i))) for i in range(26)]

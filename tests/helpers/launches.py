@@ -1,8 +1,8 @@
-"""What calls launch and wait for on a device that is not there, one JSON object a case.
+"""What each call launches and waits for, on a stand-in for a GPU: one JSON object a case.
 
     python -m tests.helpers.launches
 
-A process of its own, as Triton must not be interpreted.
+It runs in a process of its own, as Triton must not be interpreted.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def cases() -> dict[str, Callable[[], Any]]:
 
 
 def impossible(x: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """What a graph cannot hold, one reason each, so that the stub is seen to find it."""
+    """Calls that a CUDA graph cannot capture, one for each reason, to see that the stub notices."""
     return {
         "item": lambda: x.amax().item(),
         "bool": lambda: bool((x > 0).any()),
@@ -88,7 +88,7 @@ def impossible(x: torch.Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def seen(call: Callable[[], Any]) -> dict[str, Any]:
-    call()  # what is kept from call to call is made
+    call()  # makes what is kept from call to call
     with stub.recorded() as record:
         call()
     return asdict(record) | {"kernels": record.kernels(), "capturable": record.capturable}

@@ -32,7 +32,7 @@ TEACHER = tuple(t.detach() for t in tensors((19, 60), (30, 60), seed=1))
 BOTH_WAYS = ("query_to_doc", "doc_to_query")
 ALL_WAYS = (*BOTH_WAYS, "query_to_query", "doc_to_doc")
 
-# of x [19, 48], w [30, 48] and impl
+# Functions of x [19, 48], w [30, 48] and impl.
 LOSSES = {
     "cross_entropy": lambda x, w, impl=None: matryoshka_cross_entropy(
         x, w, TARGET, DIMS, label_smoothing=0.1, dim_weights=(1, 0.5, 2), impl=impl
@@ -59,15 +59,16 @@ LOSSES = {
 
 
 def judge(fused, plain, make, dtype=torch.float32):
-    """A loss, each prefix's and the gradients within the budget; in fp64, where only the reference
-    runs, close. Four problems as one: PyTorch's own error on a few numbers says little.
+    """Checks a loss, each prefix's loss and the gradients against the budget; in fp64, where only
+    the reference runs, that they are close. Four problems are judged as one, as PyTorch's own error
+    on a few numbers says little.
 
     Args:
-        fused: Gives the NestedLoss under test, of the inputs.
+        fused: Gives the NestedLoss under test, from the inputs.
         plain: Gives each prefix's loss, ``[G]``, by PyTorch's own ops, in the inputs' dtype.
-        make: Gives the inputs of a seed, all of them to be differentiated by; or a pair of these
-            and of a list of tensors that both functions take as ``given``.
-        dtype: Of the inputs under test.
+        make: Gives a seed's inputs, all of which get gradients; or a pair of these and a list of
+            tensors that both functions take as ``given``.
+        dtype: The dtype of the inputs under test.
     """
 
     def run(loss, dtype, seed):

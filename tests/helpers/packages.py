@@ -12,7 +12,7 @@ WORDS = ["".join(pair) for pair in product(SYLLABLES, SYLLABLES)]
 def install(
     folder: Path, name: str, files: Mapping[str, str | bytes], version: str = "1.0"
 ) -> None:
-    """A distribution in a folder of sys.path, with the Python files of its RECORD."""
+    """Makes a distribution in a folder of sys.path, with Python files and their RECORD."""
     for file, text in files.items():
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,6 @@ RUNS = [(impl, metric) for impl in ("cpp", "triton") for metric in metrics_of(im
 
 
 def brute_force(q, x, metric):
-    """Scores ``[B, N]`` in fp64. Equal rows have equal ones to the bit, wherever they stand."""
+    """Scores ``[B, N]`` in fp64. Equal rows have scores of the same bits, wherever they stand."""
     distinct, which = torch.unique(x.double(), dim=0, return_inverse=True)
     return SCORES[metric](q.double(), distinct)[:, which]

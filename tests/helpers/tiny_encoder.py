@@ -39,7 +39,7 @@ def encoder_in(folder, width=48, seed=0):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """For work this small, waiting for a second one costs more than it does."""
+    """For work this small, waiting for a second thread costs more time than it saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

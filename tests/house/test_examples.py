@@ -2,7 +2,9 @@
 
 import re
 import runpy
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,42 @@ def test_readme(capsys, recwarn):
     exec(re.findall(r"```python\n(.*?)```", readme, re.S)[0], {})
     found = capsys.readouterr().out.split("\n")[:3]
     assert any("name='inv'" in line for line in found), found
+
+
+ELSEWHERE = "# elsewhere\n"  # the first line of a block that runs where mrl_fast is not
+FOUND = """
+found = [x, by_export, by_trace, by_onnx, exported, traced, evaluated, features, logits, short]
+torch.save(found, "found.pt")
+"""
+
+
+def test_deploying(tmp_path, monkeypatch, capsys):
+    """Every block of the page runs, and what runs elsewhere gives the values of what was made."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    page = (EXAMPLES.parent / "docs/deploying.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    elsewhere = [block for block in blocks if block.startswith(ELSEWHERE)]
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters' own
+        exec("".join(block for block in blocks if block not in elsewhere), names)
+    assert "rows ended" in capsys.readouterr().out  # the report
+    code = "".join(["import sys; sys.modules['mrl_fast'] = None\n", *elsewhere, FOUND])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    x, *found = torch.load("found.pt", weights_only=False)
+    head, classifier = names["head"], names["classifier"]
+    with torch.no_grad():
+        features = names["backbone"](x)
+        expected = [head(features)] * 3 + [classifier(features)] * 3
+    for actual, wanted in zip(found[:6], expected, strict=True):
+        torch.testing.assert_close([*map(torch.as_tensor, actual)], [*wanted])
+    features, logits, short = found[6:]
+    torch.testing.assert_close(torch.stack(logits), head(features))
+    assert torch.equal(short, logits[0])
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from mrl_fast import AdaptiveClassifier, MRLLinear
 from mrl_fast.integrations.raivn import FixedFeatureLayer, Matryoshka_CE_Loss, MRL_Linear_Layer
 from mrl_fast.testing import assert_within_budget, rounding_bounds
 
@@ -106,6 +107,53 @@ def test_state_dict_both_ways(efficient, bias):
     with pytest.raises(RuntimeError, match="Unexpected key"):
         layer.load_state_dict(parallel)  # as torch: whose prefix it is strips it
     assert Matryoshka_CE_Loss([1, 2, 3]).state_dict() == {}  # theirs is a plain list
+
+
+class Theirs(nn.Module):
+    """What RAIVNLab/MRL's own layer has, by the same names."""
+
+    def __init__(self, efficient, bias):
+        super().__init__()
+        self.nesting_list, self.num_classes, self.efficient = NESTING, CLASSES, efficient
+        for i, d in enumerate(NESTING[-1:] if efficient else NESTING):
+            layer = nn.Linear(d, CLASSES, bias=bias, dtype=torch.float64)
+            setattr(self, f"nesting_classifier_{i}", layer)
+        self.load_state_dict(checkpoint(efficient, bias))
+
+
+@pytest.mark.parametrize("make", [loaded, Theirs])
+@KINDS
+def test_to_an_mrl_linear_and_back(efficient, bias, make):
+    layer, (x, _) = make(efficient, bias), batch()
+    head = MRLLinear.from_raivn(layer)
+    expected = torch.stack(plain_logits(checkpoint(efficient, bias), x, efficient)).detach()
+    torch.testing.assert_close(head(x).detach(), expected, rtol=1e-13, atol=1e-13)
+    back = MRL_Linear_Layer.from_mrl_linear(head)
+    assert list(back.state_dict()) == list(checkpoint(efficient, bias))
+    torch.testing.assert_close(torch.stack(back(x)).detach(), expected, rtol=1e-13, atol=1e-13)
+    for other in (head, back):  # shared: what trains one trains the other
+        for mine, theirs in zip(layer.parameters(), other.parameters(), strict=True):
+            assert mine is theirs
+    found = AdaptiveClassifier(layer).set_thresholds([0.6, 0.7]).predict(x.detach())
+    assert set(found.dims.tolist()) == set(NESTING)
+    stage = torch.searchsorted(torch.tensor(NESTING), found.dims)
+    assert torch.equal(found.labels, expected.argmax(-1)[stage, torch.arange(ROWS)])
+
+
+def test_what_is_not_taken_for_a_layer():
+    layer, head = loaded(True, True), MRLLinear(NESTING, CLASSES)
+    with pytest.raises(
+        TypeError, match="layer: expected an MRL_Linear_Layer of .* got Linear with"
+    ):
+        MRLLinear.from_raivn(nn.Linear(3, 4))
+    with pytest.raises(TypeError, match="head: expected an MRLLinear, got MRL_Linear_Layer"):
+        MRL_Linear_Layer.from_mrl_linear(layer)
+    for module in (layer, head):
+        module.register_forward_hook(lambda module, args, out: None)
+    with pytest.raises(TypeError, match="layer: expected a module without hooks, got MRL_Linear"):
+        AdaptiveClassifier(layer)
+    with pytest.raises(TypeError, match="head: expected a module without hooks, got MRLLinear"):
+        MRL_Linear_Layer.from_mrl_linear(head)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

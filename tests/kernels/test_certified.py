@@ -102,7 +102,7 @@ def test_bounds_that_are_the_scores(metric, k, triton_device, monkeypatch):
     q = x[::240] + 0.3 * make_rows(3, triton_device, structure=False)
     q[:, PREFIX:] = 0
     rows, prefix = known(x, metric)
-    margin = metrics.Margin.of(x[:, :PREFIX], metric)
+    margin = metrics.Margin.from_rows(x[:, :PREFIX], metric)
     low = 0.99 * margin.error(torch.linalg.vector_norm(q, dim=1), prefix.bounds.norm)
 
     class Low(certified.Scan):

@@ -57,7 +57,7 @@ def test_the_last_wave_leaves_little_idle(query_tiles, slots):
 def test_few_queries_take_two_phases():
     x = SimpleNamespace(shape=(10_000_000, 64))
     config, margin = scan_shape.Config(16, 256, 64, 4, 3), Margin(1e-5, 0.0, d=1e-5)
-    few, many = (plan.Plan.of(100, x, config, margin, queries) for queries in (1, 1024))
+    few, many = (plan.Plan.from_sizes(100, x, config, margin, queries) for queries in (1, 1024))
     assert len(few.ends) == 2 and len(many.ends) == 3
     assert few.buffer > many.buffer and few.ends[-1] == many.ends[-1] == 39063
 

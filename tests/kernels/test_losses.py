@@ -1,4 +1,4 @@
-"""The Triton loss engine below the public ops, against a plain fold of materialised scores."""
+"""The Triton kernels of losses, below the public ops, against a plain fold in memory."""
 
 import pytest
 import torch
@@ -60,16 +60,16 @@ def test_shapes(B, V, dims, triton_device):
 
 def test_any_stride(triton_device):
     problem = Problem(triton_device, scaled=True, mask=True, soft="matrix", columns=True, V=32)
-    expected = problem.engine()
+    expected = problem.by_kernels()
     for name in ("x", "weight", "mask", "soft", "row_scale", "col_scale"):
         setattr(problem, name, getattr(problem, name).T.contiguous().T)  # columns apart
     for name in ("bias", "target"):
         setattr(problem, name, torch.stack([getattr(problem, name)] * 2, dim=1)[:, 0])
     problem.upstream = [d.T.contiguous().T for d in problem.upstream]
-    torch.testing.assert_close(problem.engine(), expected)
+    torch.testing.assert_close(problem.by_kernels(), expected)
     for name in ("mask", "soft"):  # rows apart, and not at multiples of 16 bytes
         setattr(problem, name, F.pad(getattr(problem, name), (3, 2))[:, 3:-2])
-    torch.testing.assert_close(problem.engine(), expected)
+    torch.testing.assert_close(problem.by_kernels(), expected)
     problem.x = problem.x[:1].expand(20, -1)  # rows on one another
     problem.mask = problem.mask[:1].expand(20, -1)
     problem.soft = problem.soft.masked_fill(problem.mask, 0.0)
@@ -97,11 +97,11 @@ def test_logits_of_more_rows_than_a_grid_has(triton_device, monkeypatch):
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 def test_hidden_columns_stay_hidden(triton_device):
     problem = Problem(triton_device, scaled=True, columns=True)
-    expected = problem.engine()
+    expected = problem.by_kernels()
     for hidden in (torch.inf, torch.nan):
         problem.x[:, DIMS[-1] :] = hidden
         problem.weight[:, DIMS[-1] :] = hidden
-        for name, actual in problem.engine().items():
+        for name, actual in problem.by_kernels().items():
             assert actual is expected[name] is None or torch.equal(actual, expected[name]), name
     assert all((expected[name][:, DIMS[-1] :] == 0).all() for name in ("dx", "dw"))
     problem.weight[:, 8] = torch.nan  # seen by the widest prefix only
@@ -120,7 +120,7 @@ def test_excluded_columns(how, triton_device):
         problem.bias[130:] = -torch.inf
     else:
         problem.mask = (torch.arange(300, device=triton_device) >= 130).expand(20, -1)
-    actual = problem.engine()
+    actual = problem.by_kernels()
     assert (actual["dw"][130:] == 0).all() and (actual["db"][130:] == 0).all()
     assert ((actual["col_max"] + actual["col_log"])[:, 130:] == -torch.inf).all()
     problem.mask = None
@@ -134,7 +134,7 @@ def test_rows_with_nothing_left(triton_device):
     problem = Problem(triton_device, scaled=True, columns=True, mask=True, soft="row")
     problem.mask[3], problem.mask[:, 5] = True, True
     problem.soft *= 0
-    actual = problem.engine()
+    actual = problem.by_kernels()
     assert (actual["row_max"][:, 3] == -torch.inf).all() and (actual["row_log"][:, 3] == 0).all()
     assert (actual["col_max"][:, 5] == -torch.inf).all() and (actual["col_log"][:, 5] == 0).all()
     assert (actual["hit"][:, 3] == -torch.inf).all() and (actual["soft_sum"] == 0).all()
@@ -146,7 +146,7 @@ def test_rows_with_nothing_left(triton_device):
 def test_not_a_number_stays(triton_device):
     problem = Problem(triton_device, columns=True)
     problem.x[3] = torch.nan
-    f = problem.engine()
+    f = problem.by_kernels()
     assert f["row_log"][:, 3].isnan().all() and f["row_log"].isnan().sum() == 4
     assert f["col_log"].isnan().all()
     assert f["dx"][3, : DIMS[-1]].isnan().all() and f["dw"][:, : DIMS[-1]].isnan().all()
@@ -185,7 +185,7 @@ def test_sigmoid_keeps_digits_on_both_sides(triton_device):
     problem.x *= 0.1
     for offset in (-60.0, -10.0, 10.0, 60.0):
         problem.bias.fill_(offset)
-        exact, f = problem.native(torch.double), problem.engine()
+        exact, f = problem.native(torch.double), problem.by_kernels()
         for name in ("row_log", "hit", "db"):
             error = (f[name].double() / exact[name] - 1).abs().max()
             assert error < 1e-5, (name, offset)
@@ -215,7 +215,7 @@ def test_a_vector_without_norm_leaves_the_others_their_gradients(dtype, triton_d
     problem.upstream = [d * 1e-6 for d in problem.upstream]  # below what fp16 holds
     exact = problem.native(torch.double)
     problem.x, problem.weight = problem.x.to(dtype), problem.weight.to(dtype)
-    actual = problem.engine()
+    actual = problem.by_kernels()
     ordinary = torch.arange(20) != 3, torch.arange(37) != 5
     for name, rows in zip(("dx", "dw"), ordinary, strict=True):
         mine, theirs = actual[name][rows].double(), exact[name][rows]
@@ -254,7 +254,7 @@ def test_predict(triton_device):
 
 def test_no_rows(triton_device):
     problem = Problem(triton_device, B=0, scaled=True, columns=True, mask=True, soft="matrix")
-    results = problem.engine()
+    results = problem.by_kernels()
     shapes = {"row_max": (4, 0), "soft_sum": (4, 0), "col_max": (4, 37), "dx": (0, 14)}
     shapes |= {"dw": (37, 14), "db": (37,), "d_row_scale": (4, 0), "d_col_scale": (4, 37)}
     for name, shape in shapes.items():

@@ -139,8 +139,8 @@ def test_margins_leave_few_rows_to_be_scored_again(dtype, metric, k, dim, monkey
     monkeypatch.setattr(metrics, "scan_precision", lambda x: "tf32")
     q, x = (make_vectors(n, dim, "cpu", seed=n) for n in (4, 100_000))
     q, x = (torch.nn.functional.normalize(v).to(dtype) for v in (q, x))
-    margin, config = metrics.Margin.of(x, metric), scan_shape.Config(64, 128, 64, 4, 3)
-    planned = plan.Plan.of(k, x, config, margin, len(q))
+    margin, config = metrics.Margin.from_rows(x, metric), scan_shape.Config(64, 128, 64, 4, 3)
+    planned = plan.Plan.from_sizes(k, x, config, margin, len(q))
     q, x = q.float(), x.float()
     scores = q @ x.T - (x.square().sum(1) / 2 if metric == "l2" else 0)
     error = margin.error(q.norm(dim=1), x.norm(dim=1).max())[:, None]
@@ -188,7 +188,7 @@ def test_errors_of_the_scan_within_its_margin_change_nothing(
         def noisy(self, hits, count, *rest, factor=factor, worst=worst, random=generator, **more):
             before = count[: len(hits)].clone()
             scan(self, hits, count, *rest, **more)
-            margin = metrics.Margin.of(x, metric).error(norms[1], norms[0])
+            margin = metrics.Margin.from_rows(x, metric).error(norms[1], norms[0])
             score = (hits >> 32).int().view(torch.float32)
             noise = 2 * torch.rand(score.shape, generator=random).to(score) - 1
             if worst:

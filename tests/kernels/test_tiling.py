@@ -1,4 +1,4 @@
-"""How the Triton loss engine cuts its work."""
+"""How the Triton kernels of losses cut their work."""
 
 import subprocess
 import sys

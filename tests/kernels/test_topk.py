@@ -1,4 +1,4 @@
-"""The Triton search engine: selection, rescans, reranking, and what may not change a score."""
+"""The Triton kernels of search: selection, rescans, reranking, and what may not change a score."""
 
 import pytest
 import torch

@@ -88,6 +88,29 @@ def test_equals_the_index_on_the_cpu(metric, options):
     assert found.lims[-1] == count
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_by_a_prefix(metric):
+    x, indexes = vectors(130), []
+    x[::3, 8:] *= 30  # norms of whole vectors say nothing of a prefix
+    for device in ("cpu", "cuda"):
+        index = MatryoshkaIndex((8, 16, 24), device=device, metric=metric, prefix_dtype="int8")
+        index.add(x)
+        index.remove(range(5, 20))
+        indexes.append(index)
+    theirs, mine = indexes
+    q, some = vectors(2, seed=1), torch.arange(0, 130, 3)
+    check_equal(mine.search(q, 5, dim=8), theirs.search(q, 5, dim=8))
+    expected = theirs.search(q, 5, dim=16, allowed=some)
+    check_equal(mine.search(q[:, :16], 5, allowed=some), expected)
+    check_equal(mine.search(q, 5, dim=16, allowed=some), expected)
+    stages = [(8, 60), (16, 5)]
+    check_equal(mine.search(q[:, :16], 5, stages=stages), theirs.search(q, 5, stages=stages))
+    threshold, count = in_a_gap(theirs.search(q, len(theirs), dim=16).scores)
+    found = mine.range_search(q[:, :16], threshold)
+    assert torch.equal(found.ids, theirs.range_search(q, threshold, dim=16).ids)
+    assert found.lims[-1] == count
+
+
 def test_stages_that_scan_a_longer_prefix():
     theirs, mine = both(prefix_dtype="int8")
     q = vectors(2, seed=1)

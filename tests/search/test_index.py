@@ -95,7 +95,9 @@ def test_many_small_adds_fill_few_blocks():
         (lambda i: i.add(vectors(2)[:, :5]), ValueError, "vectors: expected width 96, got 5"),
         (lambda i: i.add(vectors(2) * torch.nan), ValueError, "vectors: expected finite .* row 0"),
         (lambda i: i.add(vectors(2).int()), TypeError, "vectors: expected a floating-point"),
-        (lambda i: i.add([[0.0] * 96]), TypeError, "vectors: expected a tensor"),
+        (lambda i: i.add(["text"]), TypeError, "vectors: expected numbers, got list of str"),
+        (lambda i: i.add([[0.0] * 96, [0.0]]), ValueError, "vectors: expected rows of one width"),
+        (lambda i: i.add(vectors(1)[0]), ValueError, r"vectors: expected shape \[rows, width\]"),
         (lambda i: i.add(vectors(2), ids=[8, 2]), ValueError, "that are not in use, got 2"),
         (lambda i: i.add(vectors(2), ids=torch.ones(2)), TypeError, "ids: expected integers"),
         (
@@ -109,7 +111,27 @@ def test_many_small_adds_fill_few_blocks():
             "ids: .* at least 0, got -1",
         ),
         (lambda i: i.search(vectors(1), 0), ValueError, "k: expected an integer >= 1"),
-        (lambda i: i.search(vectors(1)[0], 1), ValueError, "queries: expected shape"),
+        (
+            lambda i: i.search(vectors(1)[:, :40]),
+            ValueError,
+            r"queries: expected width 96, or of a prefix in \(16, 32\), got 40: .*\[:, :32\]",
+        ),
+        (lambda i: i.search(vectors(1), dim=40), ValueError, "dim: expected one of .* got 40"),
+        (
+            lambda i: i.range_search(vectors(1)[:, :16], 0.5, dim=32),
+            ValueError,
+            "dim: expected at most 16, the queries' width, got 32",
+        ),
+        (
+            lambda i: i.search(vectors(1)[:, :32], 1, stages=[(16, 4), (96, 1)]),
+            ValueError,
+            r"stages\[1\] dim: expected at most 32, the queries' width, got 96",
+        ),
+        (
+            lambda i: i.search(vectors(1), 1, dim=32, stages=[(16, 4)]),
+            ValueError,
+            "dim: expected None where stages are given, got 32",
+        ),
         (
             lambda i: i.search(vectors(1), 5, stages=[(16, 4)]),
             ValueError,
@@ -126,7 +148,7 @@ def test_many_small_adds_fill_few_blocks():
             "exact: expected False where stages are given",
         ),
         (lambda i: i.reconstruct(torch.tensor([3, 99])), ValueError, "ids: expected ids .* got 99"),
-        (lambda i: MatryoshkaIndex((8, 8)), ValueError, "dims: expected strictly ascending"),
+        (lambda i: MatryoshkaIndex((8, 8)), ValueError, "dims: expected no width twice"),
         (lambda i: MatryoshkaIndex((8,), metric="dot"), ValueError, "metric: expected one of"),
         (lambda i: MatryoshkaIndex((8,), dtype="int8"), ValueError, "dtype: expected one of"),
         (

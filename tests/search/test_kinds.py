@@ -4,11 +4,22 @@ import numpy as np
 import pytest
 import torch
 
-from mrl_fast import MatryoshkaIndex, funnel_search, prefix_topk, rerank
+from mrl_fast import (
+    MatryoshkaIndex,
+    SearchResult,
+    approx_topk,
+    funnel_search,
+    prefix_topk,
+    rerank,
+    semantic_search,
+)
 from tests.helpers.index_model import one_thread  # noqa: F401
 
 X = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+
+
+MASK = ("uint8", "torch.uint8")  # which `allowed` takes for a mask
 
 
 def of_tensor(dtype):
@@ -51,7 +62,12 @@ def test_ids_of_any_kind(kind):
     asked = make(range(21, 28, 2))
     assert list(index.contains(asked)) == [True, True, False, True]
     known = make(range(21, 24))
+    if kind in MASK:
+        with pytest.raises(ValueError, match="allowed: expected a 0 or 1, as uint8 is a mask, for"):
+            index.search(X[:2], 3, allowed=known)
+        make = KINDS["int16"]
     assert np.array_equal(index.reconstruct(known), plain.reconstruct(torch.arange(21, 24)))
+    known, asked = make(range(21, 24)), make(range(21, 28, 2))
     for result in (index.search(X[:2], 3, allowed=known), index.search(X[:2], 9, allowed=asked)):
         assert set(result.ids.ravel().tolist()) <= {21, 22, 23, 27, -1}
     assert index.search(X[8:9], 1, allowed=known).ids.tolist() == [[22]]
@@ -79,7 +95,9 @@ WRONG = [
     (np.array([5, 1 << 63], np.uint64), ValueError, r"got 9223372036854775808 \(numpy.uint64\)"),
     (np.array([(1 << 64) - 1], np.uint64), ValueError, r"got 18446744073709551615 \(numpy"),
     (torch.tensor([1 << 63], dtype=torch.uint64), ValueError, r"got 922.*08 \(torch.uint64\)"),
-    ([[2], [3]], TypeError, r"\[0\]: expected an integer, got list"),
+    ([[2], [3]], ValueError, r"expected shape \[n\], got \[2, 1\]"),
+    ([[2], [3, 4]], ValueError, r"expected rows of one shape, got \[1\] and \[2\]"),
+    ([[2], [3.0]], TypeError, r"\[1\]\[0\]: expected an integer, got float"),
     (np.array([[2]]), ValueError, r"expected shape \[n\], got \[1, 1\]"),
     (np.array(["2"]), TypeError, "expected a numeric dtype, got <U1"),
     (np.array([2j]), TypeError, "expected integers, got numpy.complex128"),
@@ -88,7 +106,7 @@ WRONG = [
 ]
 NO_MASK = [
     (True, TypeError, "expected integers, got bool"),
-    ([True], TypeError, "expected integers, got list"),
+    ([True], TypeError, "expected integers, got list of bool"),
     (np.array([True]), TypeError, "expected integers, got numpy.bool"),
     (np.bool_(True), TypeError, "expected integers, got numpy.bool"),
     (torch.tensor([True]), TypeError, "expected integers, got torch.bool"),
@@ -119,21 +137,131 @@ def test_ids_below_zero_say_what_they_are():
     index = MatryoshkaIndex((5, 20))
     with pytest.raises(ValueError, match=r"ids: .* of at least 0, got -3 \(numpy.int16\)"):
         index.add(X[:2], np.array([4, -3], np.int16))
-    with pytest.raises(ValueError, match=r"ids: .* of at least 0, got -3 \(list\)"):
+    with pytest.raises(ValueError, match=r"ids: .* of at least 0, got -3 \(list of int\)"):
         index.add(X[:2], [4, -3])
 
 
-def test_a_list_of_bools_is_a_mask():
+MASKS = {
+    "list": list,
+    "numpy": lambda mask: np.array(mask),
+    "numpy.uint8": lambda mask: np.array(mask, np.uint8),
+    "torch.uint8": lambda mask: torch.tensor(mask, dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_masks_of_any_kind(kind, device):
+    index = MatryoshkaIndex((5, 20), device=device)
+    index.add(X[:4], [0, 1, 2, 3])
+    index.remove([1])
+    found = index.search(X[:2], 3, allowed=MASKS[kind]([False, True, True])).ids
+    assert [set(row) for row in found.tolist()] == [{2, 3, -1}] * 2  # neither ids 0 and 1, nor 0
+
+
+def test_what_is_no_mask():
     index = MatryoshkaIndex((5, 20))
     index.add(X[:3])
-    assert set(index.search(X[:2], 3, allowed=[True, False, True]).ids.ravel().tolist()) == {
-        0,
-        2,
-        -1,
-    }
+    for mask, message in (
+        (np.array([0, 1, 2], np.uint8), "expected 0 or 1 in a mask of numpy.uint8, got 2"),
+        (torch.tensor([1, 255, 1], dtype=torch.uint8), "mask of torch.uint8, got 255"),
+        (np.array([1], np.uint8), r"expected a 0 or 1, .* for each of 3 ids, got shape \[1\]"),
+    ):
+        with pytest.raises(ValueError, match=f"allowed: .*{message}"):
+            index.search(X[:1], 1, allowed=mask)
 
 
 # --- vectors
+
+
+LISTS = {
+    "lists": lambda x: x.tolist(),
+    "tuple of lists": lambda x: tuple(x.tolist()),
+    "arrays": lambda x: [*x.numpy()],
+    "tensors": lambda x: [*x],
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists_of_rows(kind):
+    make, index = LISTS[kind], MatryoshkaIndex((5, 20), metric="ip")
+    index.add(make(X))
+    assert torch.equal(index.reconstruct(range(12)), X)
+    expected = prefix_topk(X[:2], X, 3)
+    out = SearchResult(torch.zeros(2, 3), torch.zeros(2, 3).long())
+    for found in (
+        index.search(make(X[:2]), 3),
+        prefix_topk(make(X[:2]), make(X), 3, out=out),
+        funnel_search(make(X[:2]), X, [(5, 12), (20, 3)]),
+        rerank(make(X[:2]), X, [list(range(12))] * 2, 3),
+        rerank(X[:2], X, np.tile(np.arange(12, dtype=np.int32), (2, 1)), 3),
+    ):
+        assert isinstance(found.ids, torch.Tensor) and torch.equal(found.ids, expected.ids)
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.clone, torch.Tensor.numpy, torch.Tensor.tolist])
+def test_a_single_query_is_one_row(make):
+    index, one = MatryoshkaIndex((5, 20), metric="ip"), X[3]
+    index.add(X)
+    expected = prefix_topk(one[None], X, 4)
+    for found in (
+        index.search(make(one), 4),
+        index.search(make(one), 4, stages=[(5, 12), (20, 4)]),
+        prefix_topk(make(one), X if make is not torch.Tensor.numpy else X.numpy(), 4),
+        approx_topk(make(one), X, 4),
+        funnel_search(make(one), X, [(5, 12), (20, 4)]),
+        rerank(make(one), X, range(12), 4),
+        rerank(make(one), X, [range(12)], 4),
+    ):
+        assert found.ids.shape == (1, 4) and found.ids.tolist() == expected.ids.tolist()
+    assert index.range_search(make(one), -1e9).lims.tolist() == [0, 12]
+    (hits,) = semantic_search(make(one), index)
+    assert hits[0]["corpus_id"] == expected.ids[0, 0]
+
+
+def test_float64_is_searched_as_float32():
+    expected = prefix_topk(X[:2], X, 3)
+    for q, x in ((X[:2].double(), X), (X[:2], X.double().numpy()), (X[:2].double(), X.double())):
+        assert torch.equal(prefix_topk(q, x, 3).scores, expected.scores)
+    with pytest.raises(TypeError, match="queries: expected torch.float32 as database, got numpy.f"):
+        prefix_topk(X[:2].half().numpy(), X, 3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ([1, 1 << 24 | 1], ValueError, "expected integers that float32 holds"),
+        ([1j], TypeError, "expected numbers, got list of complex"),
+        ([[0.5, "a"]], TypeError, "expected numbers, got list of float and str"),
+        ([True], TypeError, "expected numbers, got list of bool"),
+        ([1.0, None], TypeError, "expected numbers, got list of float and NoneType"),
+        (np.array([1], np.int32), TypeError, "expected a floating-point.*, got numpy.int32"),
+    ],
+    ids=str,
+)
+def test_what_is_no_query(wrong, error, message):
+    with pytest.raises(error, match=f"queries: {message}"):
+        MatryoshkaIndex((1, 2)).search(wrong)
+
+
+def test_what_is_no_candidate():
+    for rows, error, message in (
+        (np.zeros((1, 2), np.float32), TypeError, "expected integers, got numpy.float32"),
+        ([["0"]], TypeError, r"\[0\]\[0\]: expected an integer, got str"),
+        (np.array([[1 << 63]], np.uint64), ValueError, "expected integers below 2.63, got 922"),
+        ([[0, 12]], ValueError, r"expected rows in \[0, 12\) or -1, got 12"),
+        (torch.tensor([0, 1]), ValueError, r"expected shape \[2, C\], got \[2\]"),
+    ):
+        with pytest.raises(error, match=f"candidates.*{message}"):
+            rerank(X[:2] if isinstance(rows, torch.Tensor) else X[:1], X, rows, 1)
+
+
+@pytest.mark.parametrize("dims", [(20, 5), [12, 20, 5], np.array([20, 5, 12], np.int32)])
+def test_dims_in_any_order(dims):
+    index = MatryoshkaIndex(dims)
+    assert index.dims == tuple(sorted(int(d) for d in dims)) and index.width == 20
+    index.add(X)
+    assert index.search(X[:1], 1).ids.tolist() == [[0]]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -182,7 +310,7 @@ def test_pyarrow_vectors_are_not_copied():
             ValueError,
             "expected no nulls, got one in row 2",
         ),
-        (lambda pa: pa.array([1.0]), ValueError, r"expected shape \[rows, width\], got \[1\]"),
+        (lambda pa: pa.array([[[1.0]]]), TypeError, "expected numbers or .* got list<"),
         (lambda pa: pa.table({"a": [1.0]}), TypeError, "expected a pyarrow array, got Table"),
         (lambda pa: X.to_sparse(), TypeError, "expected a dense tensor, got torch.sparse_coo"),
         (lambda pa: X.to_sparse_csr(), TypeError, "expected a dense tensor, got torch.sparse_csr"),

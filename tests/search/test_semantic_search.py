@@ -98,7 +98,14 @@ def test_prefixes():
     index.add(corpus)
     short = semantic_search(queries[:, :16], corpus[:, :16].contiguous())
     assert semantic_search(queries, corpus, dim=16) == short
-    assert semantic_search(queries, index, dim=16) == short
+    assert semantic_search(queries[:, :16], corpus, dim=16) == short
+    for found in (
+        semantic_search(queries, index, dim=16),
+        semantic_search(queries[:, :16], index),
+        semantic_search(queries[:, :16].tolist(), index, dim=16),
+    ):
+        assert split(found)[0] == split(short)[0]
+        torch.testing.assert_close(split(found)[1], split(short)[1], atol=1e-6, rtol=1e-5)
     assert split(short)[0] == cosines(queries[:, :16], corpus[:, :16]).topk(10).indices.tolist()
     stages = [(16, 60), (96, 12)]
     staged = semantic_search(queries, corpus, stages=stages)
@@ -146,7 +153,7 @@ def test_bad_vectors():
     x, index = vectors(20), MatryoshkaIndex((16, 96), metric="ip")
     index.add(x)
     for queries, corpus, error, message in (
-        (x[:, :5], x, ValueError, "query_embeddings: expected width 96 and .* got 5"),
+        (x[:, :5], x, ValueError, "query_embeddings: expected width 96 and .* got 5 .* dim=5"),
         (x, x.half(), ValueError, "query_embeddings: .* torch.float16 as corpus_emb.*float32"),
         (x * torch.nan, x, ValueError, "query_embeddings: expected finite values"),
         (x, x * torch.inf, ValueError, "expected finite values"),
@@ -155,7 +162,7 @@ def test_bad_vectors():
         (x.int(), x, TypeError, "query_embeddings: expected a floating-point tensor"),
         ([[1.0], [1.0, 2.0]], x, ValueError, "query_embeddings: expected rows of one width"),
         ("text", x, TypeError, "query_embeddings: expected a tensor"),
-        (x[:, :5], index, ValueError, "queries: expected width 96, got 5"),
+        (x[:, :5], index, ValueError, r"queries: expected width 96, or of a .*\(16,\), got 5"),
     ):
         with pytest.raises(error, match=message):
             semantic_search(queries, corpus)

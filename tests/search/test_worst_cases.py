@@ -28,6 +28,8 @@ def rows_of(kind, rows, width):
         return x[:1] + 1e-6 * x
     if kind == "near-duplicates of two":  # whose mean is near neither
         return x[some % 2] + 1e-6 * x
+    if kind == "near-duplicates of ten and others":
+        return torch.where((some % 50 == 0)[:, None], 3 * x, x[some % 10] + 1e-6 * x)
     if kind == "near-duplicates and zeros":
         return torch.where((some % 50 == 0)[:, None], 0.0, x[:1] + 1e-6 * x)
     if kind == "norms spread":
@@ -72,6 +74,18 @@ def test_rows_that_score_alike(kind, prefix_dtype, metric):
         left = torch.arange(ROWS)[torch.arange(ROWS) % 5 != 0]
         assert_right(index, x, queries, 10, metric, left)
         assert_right(index, x, queries, 10, metric, left[::100])  # gathered
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("prefix_dtype", CODINGS)
+def test_clusters_of_near_duplicates(prefix_dtype, metric):
+    x = rows_of("near-duplicates of ten and others", ROWS, WIDTH)
+    queries = torch.randn(100, WIDTH, generator=torch.Generator().manual_seed(4))
+    index = MatryoshkaIndex((9, WIDTH), metric=metric, **coding(prefix_dtype))
+    index.add(x)
+    index.remove(torch.arange(0, ROWS, 5))
+    left = torch.arange(ROWS)[torch.arange(ROWS) % 5 != 0]
+    assert_right(index, x, queries, 10, metric, left)
 
 
 @pytest.mark.parametrize("prefix_dtype", CODINGS)

@@ -1,13 +1,20 @@
 """The cascade against a plain loop over rows, and its calibration against every threshold."""
 
+import copy
+import pickle
+import warnings
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
+from torch import nn
 
 from mrl_fast import AdaptiveClassifier, MRLLinear, matryoshka_predict
 from mrl_fast.evaluate import accuracy
+from mrl_fast.training.thresholds import AdaptiveReport, report_on
 
+PAPER = pytest.mark.filterwarnings("ignore:AdaptiveClassifier.calibrate")  # heads are random
 DIMS = (2, 4, 8, 16, 32, 64)
 
 
@@ -51,7 +58,7 @@ def test_table():
     # logits (w x, 0) of two classes: a softmax of 1 / (1 + exp(-|w x|))
     weight = [torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0, 10.0], [0.0, 0.0]])]
     classifier = AdaptiveClassifier(SimpleNamespace(weight=weight, bias=None, dims=(1, 2)))
-    classifier.thresholds[0] = 0.8
+    classifier.set_thresholds([0.8])
     x = torch.tensor([[2.0, -1.0], [-2.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [0.0, 0.0]])
     labels, confidence, dims = classifier.predict(x)
     assert labels.tolist() == [0, 1, 1, 0, 0]
@@ -67,7 +74,7 @@ def test_table():
 def test_is_a_loop_over_rows_whatever_the_batch(tied, dtype):
     head, x, y = random_head(tied, dtype)
     classifier = AdaptiveClassifier(head)
-    classifier.thresholds.copy_(torch.tensor([0.6, 0.8, 0.95]))
+    classifier.set_thresholds([0.6, 0.8, 0.95])
     labels, confidence, dims = classifier.predict(x)
     expected = [predict_row(classifier, row) for row in x]
     assert list(zip(labels.tolist(), confidence.tolist(), dims.tolist(), strict=True)) == expected
@@ -79,6 +86,7 @@ def test_is_a_loop_over_rows_whatever_the_batch(tied, dtype):
             assert torch.equal(part, whole[rows])
 
 
+@PAPER
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "separate"])
 def test_thresholds_of_the_paper(tied):
     head, x, y = random_head(tied)
@@ -91,8 +99,8 @@ def test_thresholds_of_the_paper(tied):
             cascade.thresholds[:] = 1.0
             cascade.thresholds[:g] = -0.0
             stages = [cascade._predict(x, h) for h in (g, g + 1)]
-            stops = stages[0].confidence[0] > level
-            labels = torch.where(stops, stages[0].labels[0], stages[1].labels[0])
+            (first, confidence), (second, _) = stages
+            labels = torch.where(confidence > level, first, second)
             chosen.append((int((labels == y).sum()), -float(level)))
     best = [max(chosen[40 * g : 40 * g + 40]) for g in range(3)]
     assert classifier.thresholds.tolist() == [-level for _, level in best]
@@ -120,7 +128,11 @@ def test_a_tolerance_sees_beyond_the_next_prefix():
     weight = [torch.zeros(2, 1), torch.zeros(2, 2), torch.eye(3)[1:]]
     head = SimpleNamespace(weight=weight, bias=None, dims=(1, 2, 3))
     x, y = torch.tensor([[0.0, 0.0, 9.0]] * 4), torch.ones(4, dtype=torch.int64)
-    assert AdaptiveClassifier(head).calibrate(x, y).predict(x).dims.tolist() == [1] * 4
+    with pytest.warns(
+        UserWarning, match="0.000 of the holdout is right, where the full width has 1"
+    ):
+        paper = AdaptiveClassifier(head).calibrate(x, y)
+    assert paper.predict(x).dims.tolist() == [1] * 4
     classifier = AdaptiveClassifier(head).calibrate(x, y, tolerance=0.0)
     assert classifier.predict(x).labels.tolist() == [1] * 4
 
@@ -136,7 +148,11 @@ def test_calibration_reaches_its_target():
     for tolerance in (0.0, 0.001, 1.0):
         classifier = AdaptiveClassifier(head).calibrate(x, y, tolerance=tolerance)
         held_out, prediction = classifier.predict(x), classifier.predict(unseen)
-        assert accuracy(held_out.labels[None], y)[0] >= full - tolerance
+        report = classifier.report
+        assert report.accuracy == pytest.approx(accuracy(held_out.labels[None], y)[0])
+        assert report.accuracy >= full - tolerance
+        assert report.expected_dims == pytest.approx(classifier.cost(held_out).dims)
+        assert report.full_accuracy == pytest.approx(full)
         costs.append(classifier.cost(prediction).dims)
         if tolerance == 0.001:
             assert accuracy(prediction.labels[None], answers)[0] >= test - 0.003
@@ -146,16 +162,123 @@ def test_calibration_reaches_its_target():
     assert accuracy(paper.predict(unseen).labels[None], answers)[0] >= test - 0.01
 
 
+def test_report_by_hand():
+    right = torch.tensor([[1, 0, 1, 0, 0], [1, 1, 0, 0, 1], [1, 1, 1, 0, 1]]).bool()
+    confidence = torch.tensor(
+        [[0.9, 0.6, 0.4, 0.3, 0.5], [0.1, 0.1, 0.9, 0.7, 0.8], [0.2, 0.2, 0.2, 0.2, 0.2]]
+    )
+    report = report_on(right, confidence, torch.tensor([0.5, 0.75]), (2, 4, 8))
+    assert report == AdaptiveReport(
+        dims=(2, 4, 8),
+        thresholds=(0.5, 0.75),
+        shares=(0.4, 0.4, 0.2),
+        accuracies=(0.5, 0.5, 0.0),
+        prefix_accuracies=(0.4, 0.6, 0.8),
+        rows=5,
+        accuracy=0.4,
+        expected_dims=4.0,
+    )
+    assert report.full_accuracy == 0.8
+    assert str(report).split("\n") == [
+        "   dim  threshold  rows ended  accuracy  if all did",
+        "     2     0.5000      40.00%    0.5000      0.4000",
+        "     4     0.7500      40.00%    0.5000      0.6000",
+        "     8                 20.00%    0.0000      0.8000",
+        "5 rows: accuracy 0.4000 at 4.0 dims a row; the full width: 0.8000 at 8",
+    ]
+    none = report_on(right, confidence, torch.tensor([0.0, 0.0]), (2, 4, 8))
+    assert str(none).split("\n")[2:4] == [
+        "     4     0.0000       0.00%         –      0.6000",
+        "     8                  0.00%         –      0.8000",
+    ]
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_a_loss_of_more_than_a_point_is_told(wrong):
+    # the first prefix says class 0 of every row, the second too, the third is right
+    weight = [torch.zeros(2, 1), torch.zeros(2, 2), torch.eye(3)[1:]]
+    head = SimpleNamespace(weight=weight, bias=None, dims=(1, 2, 3))
+    y = (torch.arange(100) < wrong).long()
+    x = torch.stack([torch.zeros(100), 1.0 - y, y], dim=1)
+    classifier = AdaptiveClassifier(head)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        classifier.calibrate(x, y)
+    report = classifier.report
+    assert (report.accuracy, report.full_accuracy) == (pytest.approx(1 - wrong / 100), 1.0)
+    assert len(caught) == wrong - 1
+    for warning in caught:
+        assert issubclass(warning.category, UserWarning) and warning.filename == __file__
+        for part in ("0.980 of the holdout", "full width has 1.000", "tolerance=0.01", "report"):
+            assert part in str(warning.message)
+    assert classifier.calibrate(x, y, tolerance=0.01).report.accuracy >= 0.99
+    cheapest = classifier.calibrate(x, y, tolerance=0.5).report  # says nothing: it was asked for
+    assert cheapest.accuracy == pytest.approx(1 - wrong / 100) and cheapest.expected_dims == 1.0
+
+
+@PAPER
 def test_thresholds_are_saved():
     head, x, y = random_head(tied=False)
     classifier = AdaptiveClassifier(head)
-    with pytest.raises(RuntimeError, match="thresholds: expected calibrate before predict"):
+    message = "thresholds: expected calibrate or set_thresholds before predict"
+    with pytest.raises(RuntimeError, match=message):
         classifier.predict(x)
     assert classifier.calibrate(x, y) is classifier
+    report = classifier.report
     other = AdaptiveClassifier(MRLLinear(head.dims, 30))
     other.load_state_dict(classifier.state_dict())
+    assert other.report is None  # no part of the state
+    for copied in (copy.deepcopy(classifier), pickle.loads(pickle.dumps(classifier))):
+        assert copied.report == report
+        other.load_state_dict(copied.state_dict())
     for mine, theirs in zip(classifier(x), other(x), strict=True):
         assert torch.equal(mine, theirs)
+    classifier.load_state_dict(other.set_thresholds([0.1, 0.2, 0.3]).state_dict())
+    assert classifier.report is None  # it was of other thresholds
+
+
+def test_thresholds_by_hand():
+    head, x, _ = random_head(tied=True)
+    classifier = AdaptiveClassifier(head)
+    for thresholds in ([0, 0.25, 1], torch.tensor([0.0, 0.25, 1.0]), numpy.array([0, 0.25, 1])):
+        assert classifier.set_thresholds(thresholds) is classifier
+        assert classifier.thresholds.tolist() == [0.0, 0.25, 1.0]
+    assert classifier.predict(x).dims.unique().tolist() == [3]
+    count = r"thresholds: expected 3 numbers, one for each dim but the last, got "
+    for thresholds, error, message in [
+        ([0.5, 0.5], ValueError, count + "2"),
+        (torch.zeros(4), ValueError, count + "4"),
+        (0.5, TypeError, count + "float"),
+        (torch.tensor(0.5), TypeError, count + "Tensor"),
+        ("0.5", TypeError, count + "str"),
+        ([0.5, 0.5, 1.5], ValueError, r"thresholds\[2\]: expected a number in \[0, 1\], got 1.5"),
+        ([0.5, -0.1, 0.5], ValueError, r"thresholds\[1\]: expected a number in \[0, 1\], got -0.1"),
+        ([torch.nan, 0.5, 0.5], ValueError, r"thresholds\[0\]: expected a number .* got nan"),
+        ([0.5, None, 0.5], TypeError, r"thresholds\[1\]: expected a number .* got NoneType"),
+        (torch.zeros(3, 1), TypeError, r"thresholds\[0\]: expected a number .* got list"),
+    ]:
+        with pytest.raises(error, match=message):
+            classifier.set_thresholds(thresholds)
+        assert classifier.thresholds.tolist() == [0.0, 0.25, 1.0]
+
+
+@pytest.mark.parametrize("kind", [list, nn.ModuleList])
+def test_a_list_of_layers(kind):
+    head, x, _ = random_head(tied=False)
+    expected = AdaptiveClassifier(head).set_thresholds([0.6, 0.8, 0.95])
+    classifier = AdaptiveClassifier(kind(head.heads)).set_thresholds([0.6, 0.8, 0.95])
+    assert classifier.head.heads[0] is head.heads[0]
+    for mine, theirs in zip(classifier.predict(x), expected.predict(x), strict=True):
+        assert torch.equal(mine, theirs)
+    assert classifier.state_dict().keys() == expected.state_dict().keys()
+    for layers, error, message in [
+        ([], ValueError, "head: expected at least one prefix width, got none"),
+        ([nn.Linear(8, 3), nn.Linear(4, 3)], ValueError, r"head: expected strictly .* \[8, 4\]"),
+        ([nn.Linear(4, 3), nn.Linear(8, 5)], ValueError, r"head\[1\]: expected 3 classes .* got 5"),
+        ([nn.Linear(4, 3), nn.ReLU()], TypeError, r"head\[1\]: expected an nn.Linear, got ReLU"),
+    ]:
+        with pytest.raises(error, match=message):
+            AdaptiveClassifier(kind(layers))
 
 
 def test_one_prefix_is_the_plain_head():
@@ -167,6 +290,7 @@ def test_one_prefix_is_the_plain_head():
     assert dims.tolist() == [8] * 20
 
 
+@PAPER
 def test_a_row_of_nan_goes_to_the_end():
     head, x, y = random_head(tied=True)
     classifier = AdaptiveClassifier(head).calibrate(x, y)
@@ -175,6 +299,7 @@ def test_a_row_of_nan_goes_to_the_end():
     assert (labels[3], dims[3]) == (0, 40) and confidence[3].isnan()
 
 
+@PAPER
 def test_bad_input():
     head, x, y = random_head(tied=False)
     classifier = AdaptiveClassifier(head)

@@ -37,6 +37,13 @@ def called(layer):
     return layer
 
 
+def cascade(head, thresholds):
+    classifier = AdaptiveClassifier(head).set_thresholds(thresholds)
+    for parameter in classifier.parameters():
+        nn.init.normal_(parameter)
+    return classifier
+
+
 MODELS = {
     "tied": lambda: MRLLinear(DIMS, CLASSES, tied=True),
     "separate": lambda: MRLLinear(DIMS, CLASSES),
@@ -47,6 +54,8 @@ MODELS = {
     "MRL": lambda: MRL_Linear_Layer(list(DIMS), CLASSES),
     "MRL-E": lambda: MRL_Linear_Layer(list(DIMS), CLASSES, efficient=True),
     "FF": lambda: FixedFeatureLayer(DIMS[1], CLASSES),
+    "cascade": lambda: cascade(MRLLinear(DIMS, CLASSES, tied=True), [0.285, 0.32]),
+    "called cascade": lambda: cascade(called(MRLLinear(DIMS, CLASSES, tied=True)), [0.62, 0.71]),
 }
 
 
@@ -96,7 +105,7 @@ def test_trace(name, tmp_path):
         trace = traced(module, inputs(4))
         assert "mrl_fast::" not in str(trace.inlined_graph)
         torch.testing.assert_close(tensors(trace(inputs(13))), tensors(module(inputs(13))))
-    if name in ("tied", "MRL"):
+    if name == "MRL":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             torch.jit.save(trace, tmp_path / "model.pt")
@@ -112,9 +121,10 @@ def test_export(name, strict, tmp_path):
     exported = torch.export.export(module, (inputs(4),), dynamic_shapes=shapes, strict=strict)
     called = [node.target for node in exported.graph.nodes if node.op == "call_function"]
     assert called and not [target for target in called if "mrl_fast" in str(target)]
+    assert not [target for target in called if "grad" in str(target)]  # it could not be loaded
     expected = tensors(module(inputs(13)))
     torch.testing.assert_close(tensors(exported.module()(inputs(13))), expected)
-    if name in ("tied", "MRL") and not strict:
+    if name == "MRL" and not strict:
         assert not [target for target in called if "pad" in str(target)]  # only for called heads
         torch.export.save(exported, tmp_path / "model.pt2")
         load = f"torch.export.load({str(tmp_path / 'model.pt2')!r}).module()"
@@ -122,7 +132,7 @@ def test_export(name, strict, tmp_path):
 
 
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
-@pytest.mark.parametrize("name", ["tied", "separate", "MRL", "MRL-E"])
+@pytest.mark.parametrize("name", ["tied", "separate", "MRL", "MRL-E", "cascade"])
 def test_onnx(name, dynamo):
     """Standard operators, with the same values for another batch, by ONNX's own evaluator."""
     onnx = pytest.importorskip("onnx")
@@ -151,15 +161,38 @@ def test_onnx(name, dynamo):
     torch.testing.assert_close([torch.from_numpy(x) for x in found], expected)
 
 
-def test_a_cascade_is_not_exported():
-    head, x = MRLLinear(DIMS, CLASSES), torch.randn(30, WIDTH)
-    classifier = AdaptiveClassifier(head).calibrate(x, torch.arange(30) % CLASSES)
-    message = "AdaptiveClassifier.predict: the data decide which prefixes are computed"
-    with pytest.raises(RuntimeError, match=message):
-        traced(classifier, x)
-    with pytest.raises(RuntimeError, match=message):
-        torch.export.export(classifier, (x,), strict=False)
-    assert len(classifier.predict(x).labels) == 30
+@pytest.mark.parametrize("name", ["cascade", "called cascade"])
+def test_rows_of_a_cascade_end_everywhere(name):
+    """Nor does a threshold that exports are tested with lie on a confidence."""
+    module = model(name)
+    assert set(module(inputs(13)).dims.tolist()) == set(DIMS)
+    confidence = module[-1]._every_prefix(module[:2](inputs(13)))[1]
+    assert (confidence[:-1] - module[-1].thresholds[:, None]).abs().min() > 0.01
+
+
+def test_a_cascade_in_half_precision():
+    """As by the kernels: scores that bfloat16 would round to the same are told apart."""
+    torch.manual_seed(0)
+    classifier = cascade(MRLLinear(DIMS, 200, tied=True), [0.0, 0.0])
+    classifier.head.bfloat16()
+    x = torch.randn(300, WIDTH).bfloat16()
+    confidence = classifier._every_prefix(x)[1].sort(1).values
+    classifier.set_thresholds(confidence[:-1, 149:151].mean(1))  # between two
+    trace = traced(classifier, x[:5])
+    labels, confidence, dims = trace(x)
+    expected = classifier.predict(x)
+    assert confidence.dtype == torch.float32 and not confidence.requires_grad
+    assert torch.equal(labels, expected.labels) and torch.equal(dims, expected.dims)
+    assert set(dims.tolist()) == set(DIMS)
+    torch.testing.assert_close(confidence, expected.confidence)
+
+
+def test_a_deferred_layer_is_exported_in_training_mode():
+    layer = MRL_Linear_Layer(list(DIMS), CLASSES)
+    layer.deferred = True
+    x = torch.randn(4, WIDTH)
+    exported = torch.export.export(layer, (x,), strict=False)
+    torch.testing.assert_close(tensors(exported.module()(x)), tensors(layer.eval()(x)))
 
 
 def test_an_implementation_that_was_asked_for_is_exported():

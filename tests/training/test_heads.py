@@ -100,6 +100,38 @@ def test_a_plain_head_keeps_no_logits_in_memory(monkeypatch):
             assert torch.equal(MatryoshkaCrossEntropyLoss()(head, x, target), expected)
 
 
+@TIED
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("change", [None, *FUSED], ids=["plain", "weight norm", "spectral norm"])
+def test_plain_layers(tied, bias, change):
+    """Linear layers and nothing else, with the head's values, and none of its memory."""
+    torch.manual_seed(0)
+    head, (x, _) = MRLLinear(DIMS, CLASSES, tied=tied, bias=bias), batch()
+    if change is not None:
+        head.heads = nn.ModuleList(map(change, head.heads))
+    head = head.double().requires_grad_(False)
+    expected = by_calls(head, x.double())
+    layers = head.plain()
+    assert [type(module) for module in layers.modules()] == [nn.ModuleList, *[nn.Linear] * 3]
+    assert [layer.in_features for layer in layers] == list(DIMS)
+    assert all((layer.bias is not None) == bias for layer in layers)
+    for parameter in head.parameters():
+        parameter.zero_()
+    for layer, d, logits in zip(layers, DIMS, expected, strict=True):
+        torch.testing.assert_close(layer(x[:, :d].double()), logits)
+        assert layer.weight.requires_grad and layer.weight.is_leaf
+
+
+@TIED
+@pytest.mark.parametrize("change", CALLED, ids=lambda change: change.__name__)
+def test_no_plain_layers_of_what_a_weight_does_not_tell(tied, change):
+    with pytest.raises(TypeError, match=r"heads\[0\]: expected .* first merge or remove what was"):
+        changed(tied, change).plain()
+    head = scaled_output(changed(tied, lambda layer: layer))
+    with pytest.raises(TypeError, match="head: expected an MRLLinear without hooks or own forward"):
+        head.plain()
+
+
 def test_hooks_of_the_whole_head_run():
     x, target = batch()
     head = changed(True, lambda layer: layer)
@@ -159,7 +191,7 @@ def test_a_cascade_calls_the_head(tied, change):
     classifier = AdaptiveClassifier(head).calibrate(x, target, tolerance=0.0)
     assert not classifier.thresholds.isnan().any()
     thresholds = expected.values[:-1].median(dim=1).values  # half of the rows go on
-    classifier.thresholds.copy_(thresholds)
+    classifier.set_thresholds(thresholds)
     labels, confidence, dims = classifier.predict(x)
     stops = expected.values > F.pad(thresholds, (0, 1), value=-1.0)[:, None]
     stage = stops.byte().argmax(0)  # the first

@@ -7,8 +7,8 @@
 namespace mrl {
 namespace {
 
-// A threshold just below x: NaN, which drops nothing, where that is beyond fp32. The constant is
-// more than what sums of denormal products lose.
+// An fp32 threshold just below x; NaN, which drops no row, where that is beyond fp32. Sums of
+// denormal products lose less than 1e-36.
 float below(double x) {
     const float least = std::nextafter(float(x - 1e-36), -INFINITY);
     return std::isinf(least) ? NAN : least;
@@ -34,7 +34,8 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
       margin(1.01 * std::ldexp(double(dim_ + 64), -24)),
       theta(queries.n),
       touched(queries.n) {
-    if (!rows.levels.empty()) stops.assign(rows.levels.begin() + 1, rows.levels.end());
+    if (is_whole()) levels = rows.levels;
+    if (!levels.empty()) stops.assign(levels.begin() + 1, levels.end());
     stops.push_back(dim);
     const float* centre = laddered() ? rows.ladder.centre : nullptr;
     const double centre_square = centre ? kernels.dot64(centre, centre, dim) : 0.0;
@@ -48,7 +49,7 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
         head.push_back(std::sqrt(kernels.dot64(less.data(), less.data(), prefix())));
         theta[q] = -INFINITY;
         touched[q] = 0;
-        for (int64_t level : rows.levels)
+        for (int64_t level : levels)
             tails.push_back(std::sqrt(kernels.dot64(query + level, query + level, dim - level)));
         if (coded()) codes.push_back(code_query(kernels, source(), less.data(), prefix()));
         base.push_back(centre ? kernels.dot64(query, centre, dim) - centre_square : 0.0);
@@ -56,14 +57,15 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
 }
 
 float Problem::threshold(int64_t q, double theta) const {
-    // What is of the query alone: a term of each row where norms divide.
+    // The part of a score that depends on the query alone moves to the threshold. Where norms
+    // divide, it depends on the row's norm too, and the scan adds it to each row.
     if (terms.normalized) return below(theta);
     if (terms.squares == 0.0f) return below(theta - terms.product * base[q]);
     const double size = laddered() ? head[q] : norm[q];
     return below(theta + terms.squares * size * size * (1.0 - SLACK));
 }
 
-double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
+const float* Problem::columns(int64_t row, std::vector<float>* x) const {
     const Span& span = span_of(rows, row);
     const int64_t local = row - span.first, packed = rows.packed_dim, lane = local % TILE;
     x->resize(dim + 1);
@@ -72,14 +74,20 @@ double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
         values[c] = span.packed[(local / TILE * packed + c) * TILE + lane];
     kernels.widen_row(suffix_at(rows, span, local, packed), rows.dtype, dim - packed,
                       values + packed);
+    return values;
+}
+
+double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
+    const float* values = columns(row, x);
     if (terms.source == Source::DIFFERENCE)
         return score_of(q, distance64(data[q], values, dim), 0.0);
     const double square = terms.normalized ? kernels.dot64(values, values, dim) : 0.0;
     return score_of(q, kernels.dot64(data[q], values, dim), std::sqrt(square));
 }
 
-// Terms, in order: prefix norm, tail norm, code error, the squared norm. Of a ladder: norms of the
-// row and of what its codes stand for, the latter, code error, the row's own term, its inverse.
+// The factors of one query for the terms that prepare() gives each row. Those are, in order: prefix
+// norm, tail norm, code error, squared norm. With a ladder: the sum of the row's norm and its
+// codes' norm, the codes' norm, code error, the row's own term, the row's inverse norm.
 void Pass::factor(const Panel::Group& group, int64_t i) {
     const int64_t at = group.first + i, q = queries_[at];
     const double unit = p_.unit(q), room = p_.margin * (p_.norm[q] + p_.centre_norm);
@@ -100,14 +108,14 @@ void Pass::prepare(Scan* scan) {
     scan->row_scale = row_scale_;
     scan->term_values = terms_[0];
     if (p_.laddered()) return prepare_ladder(scan);
-    const bool coded = p_.coded(), tails = !p_.rows.levels.empty();
-    const float *prefix = reader_.stat(PREFIX_NORM), *unit = reader_.stat(CODE_SCALE),
+    const bool coded = p_.coded(), tails = !p_.levels.empty();
+    const float *prefix = reader_.stat(PREFIX_NORM), *scale = reader_.stat(CODE_SCALE),
                 *error = reader_.stat(CODE_ERROR), *tail = reader_.stat(TAIL_NORM);
     for (int r = 0; r < scan->rows; ++r) {
         const float rest = tails ? tail[r] : 0.0f, square = prefix[r] * prefix[r] + rest * rest;
         float inverse = 1.0f;
         if (p_.terms.normalized) inverse = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f;
-        row_scale_[r] = coded ? unit[r] * inverse : inverse;
+        row_scale_[r] = coded ? scale[r] * inverse : inverse;
         if (!ordinary(square) || (square == 0.0f && prefix[r] + rest > 0.0f)) row_scale_[r] = NAN;
         terms_[0][r] = prefix[r] * inverse;
         terms_[1][r] = rest * inverse;
@@ -116,10 +124,11 @@ void Pass::prepare(Scan* scan) {
     }
 }
 
-// Loops without branches, which compilers make vectors of: rows are cheap to scan.
+// Loops without branches, which compilers vectorize: a row's terms must not cost more than its
+// scan.
 void Pass::prepare_ladder(Scan* scan) {
     const int64_t dims = p_.rows.ladder.dims.size(), last = SIGN_FACTOR + dims - 1;
-    const float *norm = reader_.stat(PREFIX_NORM), *unit = reader_.stat(CODE_SCALE),
+    const float *norm = reader_.stat(PREFIX_NORM), *scale = reader_.stat(CODE_SCALE),
                 *error = reader_.stat(CODE_ERROR), *code_norm = reader_.stat(CODE_NORM),
                 *low_error = reader_.stat(LOW_ERROR), *own = reader_.stat(last + dims),
                 *inverse = p_.terms.normalized ? reader_.stat(last + 2 * dims) : ones_;
@@ -130,7 +139,7 @@ void Pass::prepare_ladder(Scan* scan) {
     for (int r = 0; r < n; ++r) terms_[2][r] = error[r] * inverse[r];
     for (int r = 0; r < n; ++r) terms_[3][r] = own[r] * room;
     std::copy_n(inverse, n, terms_[4]);
-    for (int r = 0; r < n; ++r) row_scale_[r] = unit[r] * inverse[r];
+    for (int r = 0; r < n; ++r) row_scale_[r] = scale[r] * inverse[r];
     for (int r = 0; r < n; ++r) low_scale_[r] = row_scale_[r] * 0.0625f;
     for (int r = 0; r < n; ++r)
         low_gain_[r] = terms_[2][r] - low_error[r] * inverse[r] * float(1.0 + SLACK);
@@ -165,13 +174,12 @@ bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
     return finite;
 }
 
-// Whether a row can still be among the best after the columns before a level.
+// Whether a row's bound by the columns before a level still reaches θ.
 bool Pass::possible(size_t i, const Span& span, int64_t local, double sum, size_t level) const {
     const int64_t q = queries_[i];
     const double prefix = span.stats[PREFIX_NORM * span.stats_stride + local];
-    const double tail =
-        p_.rows.levels.empty() ? 0.0 : span.stats[TAIL_NORM * span.stats_stride + local];
-    const double rest = level < p_.rows.levels.size()
+    const double tail = p_.levels.empty() ? 0.0 : span.stats[TAIL_NORM * span.stats_stride + local];
+    const double rest = level < p_.levels.size()
                             ? span.stats[(TAIL_NORM + level) * span.stats_stride + local]
                             : 0.0;
     const double square = prefix * prefix + tail * tail, norm = std::sqrt(square);
@@ -185,7 +193,8 @@ bool Pass::possible(size_t i, const Span& span, int64_t local, double sum, size_
     return !(bound < thetas_[i]);
 }
 
-// Carries a chunk's rows of one query through the later bounds; scores those that remain in fp64.
+// Takes the rows of a chunk that passed one query's scan through its later bounds, and scores those
+// that remain in fp64.
 void Pass::finish(size_t i, bool counting) {
     poll();
     const int64_t q = queries_[i];

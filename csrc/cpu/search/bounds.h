@@ -1,10 +1,12 @@
-// Bounds on scores from what is known of rows' prefixes and tails, for certified exact search.
+// Upper bounds on scores by the first columns of rows, for certified exact search.
 //
-// After the columns before a level, ⟨q, x⟩ <= S + ‖q_tail‖·‖x_tail‖; where S is of int8 codes,
-// ⟨q, x⟩ <= ⟨q̂, x̂⟩ + ‖q − q̂‖·‖x̂‖ + ‖q‖·‖x − x̂‖ + ‖q_tail‖·‖x_tail‖; a ladder's codes are of all
-// columns, and of rows and queries less a centre: see Ladder for what is added. Each bound has room
-// for the rounding of what it is computed from. A row is dropped where its bound is below θ, the
-// k-th best fp64 score of rows seen so far.
+// Let S be the sum over the columns before a level, and the tail the columns from there on:
+//   ⟨q, x⟩ <= S + ‖q_tail‖·‖x_tail‖.
+// Where the prefix has int8 codes, which stand for q̂ and x̂:
+//   ⟨q, x⟩ <= ⟨q̂, x̂⟩ + ‖q − q̂‖·‖x̂‖ + ‖q‖·‖x − x̂‖ + ‖q_tail‖·‖x_tail‖.
+// A ladder codes all columns of q − c and x − c, c a centre; Ladder lists the terms that this adds.
+// Each bound has room for the rounding of what it is computed from. A row is dropped where its
+// bound is below θ, the k-th best fp64 score of the rows seen so far.
 #pragma once
 
 #include <atomic>
@@ -18,7 +20,8 @@ constexpr int64_t CHUNK_TILES = 16;  // rows of a chunk serve all queries while 
 constexpr int64_t CHUNK_ROWS = CHUNK_TILES * TILE;
 constexpr double SLACK = 1e-6;  // relative: more than 8 roundings to fp32 of a norm or its square
 
-// Squared norms that fp32 bounds can be made of; rows and queries beyond are never dropped.
+// Squared norms for which bounds hold in fp32. A row beyond them is never dropped, and a query
+// beyond them drops no row.
 constexpr double SMALLEST = 1e-30, LARGEST = 1e30;
 inline bool ordinary(double square) {
     return square == 0.0 || (square > SMALLEST && square < LARGEST);
@@ -38,32 +41,41 @@ inline void raise(std::atomic<double>& value, double to) {
     }
 }
 
-// What is fixed of a search: the queries' norms, from which every bound is made.
+// The fixed part of a search: its rows, and its queries with the norms that every bound needs.
 struct Problem {
     Problem(const Kernels& kernels, const Rows& rows, const Queries& queries, Metric metric,
             int64_t dim, int64_t k);
     Source source() const {
-        return laddered() ? Source::NIBBLES : rows.code_dim ? Source::CODES : Source::PRODUCT;
+        return laddered()                        ? Source::NIBBLES
+               : rows.code_dim && is_described() ? Source::CODES
+                                                 : Source::PRODUCT;
     }
+    // Whether the statistics are of the columns that are searched: all, or those of the prefix.
+    bool is_described() const {
+        const bool prefix =
+            rows.ladder.dims.empty() && dim == std::max(rows.packed_dim, rows.code_dim);
+        return is_whole() || prefix;
+    }
+    bool is_whole() const { return rows.width == 0 || dim == rows.width; }
     bool laddered() const { return !rows.ladder.dims.empty() && rows.ladder.dims.back() == dim; }
     bool coded() const { return of_codes(source()); }
-    // Columns that the first bound is of.
+    // The number of columns that the first bound reads.
     int64_t prefix() const { return laddered() ? dim : coded() ? rows.code_dim : rows.packed_dim; }
-    // Bytes that a scan reads of such a column.
+    // The bytes that a scan reads of each of them.
     double column_bytes() const { return laddered() ? 0.5 : coded() ? 1.0 : 4.0; }
     // Whether a bound costs less than a score.
-    bool prunes() const { return coded() || !rows.levels.empty(); }
+    bool prunes() const { return coded() || !levels.empty(); }
     double tail(int64_t q, size_t level) const {
-        return level < rows.levels.size() ? tails[q * rows.levels.size() + level] : 0.0;
+        return level < levels.size() ? tails[q * levels.size() + level] : 0.0;
     }
     // A factor that turns inner products with this query into the metric's scores.
     double unit(int64_t q) const {
         if (terms.normalized) return norm[q] > 0.0 ? terms.product / norm[q] : 0.0;
         return terms.product;
     }
-    // θ as what a gate compares with: a row below it is below θ.
+    // θ in the terms of a scan's gate: a row below this threshold has a score below θ.
     float threshold(int64_t q, double theta) const;
-    // A score from Σ q·x, or Σ (q − x)², and the row's norm, where it divides.
+    // A score is made of Σ q·x or Σ (q − x)² and, where norms divide, of the row's norm.
     double scale() const {
         return terms.source == Source::DIFFERENCE ? -terms.squares : terms.product;
     }
@@ -72,20 +84,24 @@ struct Problem {
         const double length = norm[q] * row_norm;
         return length > 0.0 ? terms.product * sum / length + 0.0 : 0.0;
     }
+    // The columns of a row that are searched, in `x`.
+    const float* columns(int64_t row, std::vector<float>* x) const;
     // The fp64 score of a row; `x` is room for its columns.
     double score(int64_t q, int64_t row, std::vector<float>* x) const;
 
     const Kernels& kernels;
-    const Rows& rows;  // whose tiles are read in place: none are gathered
+    const Rows& rows;  // read in place: none are gathered
     const Metric metric;
     const MetricTerms terms;
     const int64_t dim, k;
-    const double margin;         // of rounding, times ‖q‖·‖x‖
-    std::vector<int64_t> stops;  // columns up to which sums go on after the first bound
+    const double margin;          // room for rounding, as a share of ‖q‖·‖x‖
+    std::vector<int64_t> levels;  // the rows', where all columns are searched
+    std::vector<int64_t> stops;   // ends of the ranges of columns that follow the first bound
     std::vector<const float*> data;
-    std::vector<double> norm, head, tails;  // of all columns, of the prefix; [n, levels]
-    std::vector<double> base;               // of a ladder: what of ⟨q, x⟩ is of the query alone
-    double centre_norm;                     // ‖c‖
+    std::vector<double> norm, head;  // [n]: ‖q‖; the prefix's norm, less the centre
+    std::vector<double> tails;       // [n, levels]: the norm of q from a level on
+    std::vector<double> base;        // [n]: ⟨q, c⟩ − ‖c‖² where there is a centre, else 0
+    double centre_norm;              // ‖c‖
     std::vector<CodedQuery> codes;
     std::vector<std::atomic<double>> theta;
     std::vector<std::atomic<int64_t>> touched;
@@ -117,12 +133,13 @@ class Pass {
         std::fill(ones_, ones_ + TILE, 1.0f);
     }
 
-    // A guess at each query's θ, and columns beyond which counting them may stop.
+    // A guess at each query's θ, and the number of columns beyond which counting may stop.
     struct Trial {
         const std::vector<double>& theta;
         double budget;
     };
-    // Tiles [begin, end), at most a chunk. A trial finds nothing but columns_read.
+    // Scans tiles [begin, end), at most a chunk; false if a value is not finite. A trial finds no
+    // rows: it only adds to columns_read.
     bool run(int64_t begin, int64_t end, const Trial* trial);
 
   private:

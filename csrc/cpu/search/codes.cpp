@@ -7,7 +7,7 @@
 namespace mrl {
 namespace {
 
-// Four columns as a kernel reads them.
+// Writes four codes of a query as a kernel reads them: see Kernels::quad_bytes.
 void put_quad(const int8_t* codes, int64_t bytes, char* quad) {
     const int16_t wide[4] = {codes[0], codes[2], codes[1], codes[3]};
     if (bytes == 4)
@@ -16,13 +16,14 @@ void put_quad(const int8_t* codes, int64_t bytes, char* quad) {
         std::memcpy(quad, wide, 8);
 }
 
-// Tables of the sums ±q of four columns each, in units so that all fit 6 bits, and their sum 16.
+// Tables of the sums ±q over four columns each, in a unit such that every entry fits 6 bits and the
+// sum of one entry of each table fits 16.
 CodedQuery signs_of(const float* x, int64_t dim) {
     const int64_t steps = code_steps(Source::SIGNS, dim), tables = 2 * steps;
     const double most = std::min<double>(63, 65535 / tables);
     double largest = 0.0, total = 0.0;
     auto at = [&](int64_t c) { return c < dim ? double(x[c]) : 0.0; };
-    auto reach = [&](int64_t t) {  // the greatest sum; the least is less than 0 by as much
+    auto reach = [&](int64_t t) {  // the greatest sum of a table; the least is its negative
         double sum = 0.0;
         for (int64_t j = 0; j < 4; ++j) sum += std::abs(at(4 * t + j));
         return sum;
@@ -53,7 +54,7 @@ Codes encode(const float* x, int64_t dim) {
     Codes coded = {std::vector<int8_t>((dim + 3) / 4 * 4), 0.0f, 0.0};
     float largest = 0.0f;
     for (int64_t c = 0; c < dim; ++c) largest = std::max(largest, std::abs(x[c]));
-    if (largest < TINY) largest = 0.0f;  // the error says so
+    if (largest < TINY) largest = 0.0f;  // all codes are 0, and the error is the norm
     coded.scale = largest / 127.0f;
     const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
     double error = 0.0;
@@ -107,7 +108,7 @@ LadderCoder::LadderCoder(const Kernels& kernels, const Ladder& ladder)
         each->resize(ladder.dims.size());
 }
 
-// Loops of one simple operation each: compilers make vectors of them.
+// Each loop does one simple operation, so that compilers vectorize it.
 const LadderStats& LadderCoder::code(const float* x) {
     const int64_t width = ladder_.dims.back();
     float *y = beside_.data(), *sign = signs_.data();
@@ -120,7 +121,7 @@ const LadderStats& LadderCoder::code(const float* x) {
             most[i] = most[i] > size ? most[i] : size;
         }
     float largest = *std::max_element(most, most + LANES);
-    if (largest < TINY) largest = 0.0f;  // the error says so
+    if (largest < TINY) largest = 0.0f;  // the scale is 0, and the error is the norm
     const float inverse = largest > 0.0f ? 128.0f / largest : 0.0f;
     for (int64_t c = 0; c < width; ++c) {
         const float at = y[c] * inverse + 128.0f;
@@ -134,18 +135,18 @@ const LadderStats& LadderCoder::code(const float* x) {
     return stats_;
 }
 
-// The error of codes without their last bits.
-double LadderCoder::error_of(float unit, int shift, float zero) {
+// The norm of y less what the codes stand for without their last `shift` bits.
+double LadderCoder::error_of(float scale, int shift, float zero) {
     const int64_t width = ladder_.dims.back();
     const float* y = beside_.data();
     float* rest = rest_.data();
-    for (int64_t c = 0; c < width; ++c) rest[c] = y[c] - (float(codes_[c] >> shift) - zero) * unit;
+    for (int64_t c = 0; c < width; ++c) rest[c] = y[c] - (float(codes_[c] >> shift) - zero) * scale;
     const double error = std::sqrt(kernels_.dot64(rest, rest, width));
     // With room for the rounding of y, of what the codes stand for and of their difference.
     return error + std::ldexp(4.0, -24) * (2.0 * stats_.size + error);
 }
 
-// The statistics of each prefix; y and its signs are known.
+// Computes the statistics of each prefix from x, y and the signs of y.
 void LadderCoder::describe(const float* x) {
     const MetricTerms& terms = terms_of(ladder_.metric);
     const float *y = beside_.data(), *sign = signs_.data(), *centre = ladder_.centre;
@@ -183,7 +184,7 @@ void LadderCoder::put(int64_t row, const SpanArrays& to) const {
             nibbles[j] = uint8_t(highs >> 8 * j);
             lows[j] = uint8_t(others >> 8 * j);
         }
-        // The product gathers the bytes' bits in its last byte.
+        // The product gathers the eight bytes' bits in its highest byte.
         *signs = uint8_t((codes >> 7 & 0x0101010101010101u) * 0x0102040810204080u >> 56);
     }
 }

@@ -1,9 +1,9 @@
-// Codes of rows and of queries: how they are made, and how a scan holds them. All of a source lie
-// in tiles [steps, TILE, bytes of a step]; the columns past the last have codes of queries that
-// count for nothing.
+// Codes of rows and of queries: how they are made, and how they lie in memory. Rows' codes lie in
+// tiles [steps, TILE, bytes of a step]. A last step may reach past the last column: there the
+// query's codes add 0 to every sum.
 //
-// CODES: int8 codes of the first columns. A code times the vector's scale is a value to within half
-// a scale; a step is of four columns, each plus 128.
+// CODES: int8 codes of the first columns. A code times the vector's scale is the value to within
+// half a scale. A step holds four columns, each as its code plus 128.
 //
 // The ladder: eight bits of every column, of which the first is the sign. The first four, a number
 // u of 0 to 15, stand for (u − 7.5) · scale; the last four, l, for (l − 7.5) · scale / 16 more.
@@ -25,50 +25,51 @@ inline int64_t code_tile_bytes(Source source, int64_t dim) {
     return code_steps(source, dim) * TILE * (source == Source::SIGNS ? 1 : 4);
 }
 
-// A query as a scan multiplies rows' codes with it.
+// A query in the form that a scan multiplies rows' codes with.
 struct CodedQuery {
-    std::vector<char> steps;
+    std::vector<char> steps;  // [steps, step_bytes]
     int64_t step_bytes;
-    int32_t offset;
-    float shift;   // of the sums, as offset; see Scan
-    float scale;   // of a sum, beside the row's
-    double error;  // norm of the query less what its codes stand for; not of signs
+    int32_t offset;  // added to sums of CODES
+    float shift;     // added to sums of SIGNS and NIBBLES
+    float scale;     // the value of a sum of 1, but for the row's scale
+    double error;    // norm of the query less what its codes stand for; 0 for SIGNS
 };
 CodedQuery code_query(const Kernels& kernels, Source source, const float* x, int64_t dim);
 
-// int8 codes of a row, to its tile.
+// int8 codes of a row or a query.
 struct Codes {
     std::vector<int8_t> codes;  // [dim, rounded up to whole quads]
     float scale;
     double error;  // norm of the prefix less what the codes stand for
 };
 Codes encode(const float* x, int64_t dim);
+// Writes a row's codes to its tile.
 void put_codes(const Codes& codes, int64_t row, uint8_t* tiles);
 
 // y = x − centre, which may be null.
 void centred(const float* x, const float* centre, int64_t dim, float* y);
 
-// What is known of a row beside its codes; norms are not rounded up.
+// The statistics of a row beside its codes; norms are not rounded up yet.
 struct LadderStats {
     double norm;       // of the row
     double size;       // of the row less the centre
-    double error;      // of the row less the centre and what four bits stand for, or more
+    double error;      // of the row less the centre and what four bits stand for, rounded up
     double low_error;  // the same of eight bits
     float scale;       // of four bits' codes
     std::vector<float> factors, terms, inverses;  // [dims], see Ladder
 };
 
-// Codes rows less the centre, one after the other.
+// Codes rows less the centre, one at a time.
 class LadderCoder {
   public:
     LadderCoder(const Kernels& kernels, const Ladder& ladder);
     const LadderStats& code(const float* x);
-    // The codes of the last row to their tiles.
+    // Writes the codes of the row that was coded last to its tile.
     void put(int64_t row, const SpanArrays& to) const;
 
   private:
     void describe(const float* x);
-    double error_of(float unit, int shift, float zero);
+    double error_of(float scale, int shift, float zero);
     const Kernels& kernels_;
     const Ladder& ladder_;
     std::vector<uint8_t> codes_;                // [steps, 8], eight bits

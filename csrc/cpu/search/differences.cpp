@@ -143,7 +143,7 @@ Shortlist shortlist_by_differences(const Problem& p, const Rows& rows,
     });
     if (!finite) list.status = Status::NOT_FINITE;
     // What underflows of a square is less than 1e-44 a column.
-    const double far = std::sqrt(1.001 * double(largest) + 1e-43 * double(p.dim)),
+    const double far = std::sqrt((1.0 + 2.0 * p.margin) * double(largest) + 1e-43 * double(p.dim)),
                  beyond = (2.0 * length + far) * far, room = 2.0 * p.margin;
     const bool inside = far * far < LARGEST && length * length < LARGEST;
     each(n, threads, [&](int64_t i) {

@@ -1,96 +1,75 @@
 #include "cpu/search/equal_rows.h"
 
 #include <algorithm>
-#include <cstring>
-#include <mutex>
-#include <tuple>
-
-#include "cpu/threads.h"
 
 namespace mrl {
 namespace {
 
-struct Hashed {
-    uint64_t hash;
-    int64_t row, bit;  // of the mask
-    bool operator<(const Hashed& other) const {
-        return std::tie(hash, row) < std::tie(other.hash, other.row);
+// Whether most rows with the same sums are equal, by a sample of such pairs.
+bool mostly_equal(const Problem& p, const std::vector<Projected>& sorted) {
+    constexpr size_t SAMPLED = 64;
+    const size_t step = sorted.size() / SAMPLED + 1;
+    std::vector<float> one, other;
+    int equal = 0, pairs = 0;
+    for (size_t i = 1; i < sorted.size(); i += step) {
+        if (!sorted[i].same_sums(sorted[i - 1])) continue;
+        p.columns(sorted[i - 1].row, &one);
+        p.columns(sorted[i].row, &other);
+        equal += std::equal(one.begin(), one.begin() + p.dim, other.begin());
+        ++pairs;
     }
-};
-
-// Of each lane of a tile; equal rows have equal ones.
-void hash_tile(const Scan& scan, uint64_t* hashes) {
-    std::fill(hashes, hashes + TILE, 0);
-    for (const Segment& segment : scan.segments)
-        for (int64_t c = 0; c < segment.cols; ++c)
-            for (int r = 0; r < TILE; ++r) {
-                uint32_t bits;
-                std::memcpy(&bits, segment.tile + c * TILE + r, sizeof bits);
-                hashes[r] = (hashes[r] ^ bits) * 0x9e3779b97f4a7c15u;
-                hashes[r] ^= hashes[r] >> 29;
-            }
-}
-
-bool equal(const Rows& rows, int64_t a, int64_t b, int64_t dim) {
-    const Span *of_a = &span_of(rows, a), *of_b = &span_of(rows, b);
-    a -= of_a->first, b -= of_b->first;
-    const int64_t packed = std::min(rows.packed_dim, dim);
-    if (dim > packed &&
-        std::memcmp(suffix_at(rows, *of_a, a, packed), suffix_at(rows, *of_b, b, packed),
-                    (dim - packed) * element_size(rows.dtype)) != 0)
-        return false;
-    const auto at = [&](const Span& span, int64_t row, int64_t c) {
-        return span.packed + (row / TILE * rows.packed_dim + c) * TILE + row % TILE;
-    };
-    for (int64_t c = 0; c < packed; ++c)
-        if (std::memcmp(at(*of_a, a, c), at(*of_b, b, c), sizeof(float)) != 0) return false;
-    return true;
+    return 2 * equal > pairs;
 }
 
 }  // namespace
 
-EqualRows::EqualRows(const Kernels& kernels, const Rows& rows, int64_t dim, int threads) {
-    const int64_t tiles = TileReader::count(rows, Source::PRODUCT);
-    threads = threads_for(double(tiles) * TILE * dim * 4, threads);
-    std::vector<Hashed> hashed;
-    std::mutex merging;
-    Ranges ranges(tiles, 8);
-    parallel(threads, [&](int) {
-        TileReader reader(kernels, rows, Source::PRODUCT, dim, 1);
-        std::vector<Hashed> mine;
-        uint64_t hashes[TILE];
-        Scan scan = {};
-        for (int64_t at, last; ranges.next(&at, &last);)
-            for (; at < last; ++at) {
-                reader.read(at, &scan);
-                hash_tile(scan, hashes);
-                const int64_t number = rows.mask ? rows.tiles[at] : at;
-                for (uint64_t lanes = scan.wanted; lanes; lanes &= lanes - 1) {
-                    const int r = __builtin_ctzll(lanes);
-                    mine.push_back({hashes[r], scan.first_row + r, number * TILE + r});
-                }
-            }
-        const std::lock_guard<std::mutex> lock(merging);
-        hashed.insert(hashed.end(), mine.begin(), mine.end());
-    });
-    std::sort(hashed.begin(), hashed.end());
-    std::vector<int64_t> first(hashed.size());  // of those with the same hash
-    for (size_t i = 0; i < hashed.size(); ++i)
-        first[i] = i > 0 && hashed[i].hash == hashed[i - 1].hash ? first[i - 1] : int64_t(i);
-    members_.resize(hashed.size());
-    each(hashed.size(), threads, [&](int64_t i) {
-        const int64_t row = hashed[i].row, other = hashed[first[i]].row;
-        // Other vectors may have the same hash: such a row stands for itself.
-        members_[i] = {row == other || !equal(rows, row, other, dim) ? row : other, row};
-    });
-    int64_t words = 0;
-    for (const Span& span : rows.spans) words += span.tiles();
-    mask_.assign(words, 0);
-    for (size_t i = 0; i < hashed.size(); ++i)
-        if (members_[i].first == hashed[i].row) {
-            mask_[hashed[i].bit / TILE] |= uint64_t(1) << hashed[i].bit % TILE;
-            ++distinct_;
+EqualRows::EqualRows(const Problem& p, const std::vector<Projected>& sorted, int threads)
+    : mask_(words_of(p.rows)) {
+    std::vector<int64_t> starts;  // of rows with the same sums
+    for (size_t i = 0; i < sorted.size(); ++i)
+        if (i == 0 || !sorted[i].same_sums(sorted[i - 1])) starts.push_back(i);
+    const int64_t groups = starts.size();
+    distinct_ = p.rows.eligible();
+    if (groups * FEW > distinct_ || !mostly_equal(p, sorted)) return;
+    starts.push_back(sorted.size());
+    struct Place {
+        int64_t group, member;
+    };
+    std::vector<Place> places(mask_.size() * TILE);
+    std::vector<float> firsts(groups * p.dim), row;
+    members_.resize(sorted.size());
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t first = sorted[starts[group]].row;
+        p.columns(first, &row);
+        std::copy(row.begin(), row.begin() + p.dim, firsts.begin() + group * p.dim);
+        for (int64_t i = starts[group]; i < starts[group + 1]; ++i) {
+            places[sorted[i].bit] = {group, i};
+            members_[i] = {first, sorted[i].row};
         }
+    }
+    std::atomic<int64_t> others{0};
+    each_tile({p.kernels, threads}, p.rows, p.dim, [&](const Scan& scan, int64_t number) {
+        const Place* mine = places.data() + number * TILE;
+        bool differs[TILE] = {};
+        int64_t before = 0;  // columns
+        for (const Segment& segment : scan.segments) {
+            for (int r = 0; r < TILE; ++r) {
+                const float* first = firsts.data() + mine[r].group * p.dim + before;
+                for (int64_t c = 0; c < segment.cols; ++c)
+                    differs[r] |= segment.tile[c * TILE + r] != first[c];
+            }
+            before += segment.cols;
+        }
+        for (uint64_t lanes = scan.wanted; lanes; lanes &= lanes - 1) {
+            const int r = __builtin_ctzll(lanes);
+            // Other vectors may have the same sums: such a row stands for itself.
+            auto& [first, row] = members_[mine[r].member];
+            if (differs[r]) first = row;
+            if (first == row) mask_[number] |= uint64_t(1) << r;
+            others += first != row;
+        }
+    });
+    distinct_ -= others;
     std::sort(members_.begin(), members_.end());
 }
 

@@ -1,15 +1,17 @@
-// Rows whose vectors are the same bit for bit: they have one score, so a search of the first of
-// each is a search of all.
+// Rows whose vectors are the same: they have one score, so a search of the first of each is a
+// search of all.
 #pragma once
 
-#include "cpu/search/bounds.h"
+#include "cpu/search/projected.h"
 
 namespace mrl {
 
 class EqualRows {
   public:
-    // By the first `dim` columns of these rows, none of which are gathered.
-    EqualRows(const Kernels& kernels, const Rows& rows, int64_t dim, int threads);
+    static constexpr int64_t FEW = 8;
+    // Of the problem's rows, as `project` has them. They are not compared, and count as different,
+    // where there are fewer than FEW of each, or a sample says so.
+    EqualRows(const Problem& p, const std::vector<Projected>& sorted, int threads);
     // How many different vectors there are.
     int64_t count() const { return distinct_; }
     // The first row of each vector.

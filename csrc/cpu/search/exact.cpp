@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "cpu/search/bounds.h"
+#include "cpu/search/clusters.h"
 #include "cpu/search/equal_rows.h"
 #include "cpu/search/shortlist.h"
 #include "cpu/search/wide.h"
@@ -124,15 +125,21 @@ Status search_firsts(Problem& p, const EqualRows& equal, const std::vector<int64
     return Status::OK;
 }
 
-// Searches rows of which many score alike: one of each vector where many are equal and there are
-// queries enough to pay for finding them, else by what sets them apart, else every row in fp64.
+// Searches rows of which many score alike: one of each vector where many are equal, and tight
+// clusters, where there are queries enough to pay for finding them; else by what sets rows apart,
+// else every row in fp64.
 Status search_alike(Problem& p, const Rows& rows, const std::vector<int64_t>& which, int threads,
                     std::vector<std::vector<Final>>* best) {
-    constexpr size_t ENOUGH = 16;
+    constexpr size_t ENOUGH = 16, ENOUGH_FOR_CLUSTERS = 96;
     if (which.size() >= ENOUGH) {
-        const EqualRows equal(p.kernels, p.rows, p.dim, threads);
+        const std::vector<Projected> sorted = project({p.kernels, threads}, p.rows, p.dim);
+        const EqualRows equal(p, sorted, threads);
         if (2 * equal.count() <= p.rows.eligible())
             return search_firsts(p, equal, which, threads, best);
+        if (which.size() >= ENOUGH_FOR_CLUSTERS) {
+            Clusters clusters(p, sorted, threads);
+            if (clusters.narrow(p, which)) return clusters.search(p, threads, best);
+        }
     }
     bool alike;
     Status status = sees_alike(p, rows, which, shortlist_by_differences, threads, &alike);
@@ -314,7 +321,12 @@ Status range_search(const Run& run, const Rows& rows, const Queries& queries, Me
         std::vector<int64_t> all(n);
         std::iota(all.begin(), all.end(), 0);
         std::vector<std::vector<Final>> best(n);
-        if (!scan_bounded(*problem, all, run.threads, &best)) return Status::NOT_FINITE;
+        // Bounds are made of statistics.
+        const Status status =
+            !problem->is_described() ? scan_wide(*problem, rows, all, run.threads, &best)
+            : scan_bounded(*problem, all, run.threads, &best) ? Status::OK
+                                                              : Status::NOT_FINITE;
+        if (status != Status::OK) return status;
         each(n, run.threads, [&](int64_t q) {
             std::sort(best[q].begin(), best[q].end());
             for (const Final& final : best[q]) {

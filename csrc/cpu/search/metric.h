@@ -1,9 +1,9 @@
-// What a metric's scores are made of, one row a metric:
+// The terms of each metric's scores, one row a metric:
 // score = (product · ⟨q, x⟩ − squares · (‖q‖² + ‖x‖²)) / (normalized ? ‖q‖ · ‖x‖ : 1),
-// all of the columns of a prefix; 0 where a norm that is divided by is 0. A scan sums products,
-// which say nothing of squares, or −Σ (q − x)² = 2⟨q, x⟩ − ‖q‖² − ‖x‖².
+// over the columns of a prefix; 0 where a norm that divides is 0. A scan sums either products,
+// Σ q·x, for metrics without squares, or −Σ (q − x)² = 2⟨q, x⟩ − ‖q‖² − ‖x‖².
 //
-// A row here and its formula in mrl_fast/search/reference.py are all that a metric owes on the CPU.
+// On the CPU a new metric needs a row here and its formula in mrl_fast/search/reference.py.
 #pragma once
 
 #include "cpu/simd/kernels.h"
@@ -17,7 +17,7 @@ struct MetricTerms {
     Source source;  // what a scan of columns sums for it
     float product, squares;
     bool normalized;
-    // What a sum of a source is multiplied by in a score.
+    // The factor of a source's sum in a score.
     constexpr float factor(Source of) const { return of == Source::DIFFERENCE ? squares : product; }
 };
 
@@ -25,14 +25,15 @@ constexpr MetricTerms METRIC_TERMS[] = {
     {"ip", Source::PRODUCT, 1.0f, 0.0f, false},
     {"cosine", Source::PRODUCT, 1.0f, 0.0f, true},
     {"l2", Source::DIFFERENCE, 2.0f, 1.0f, false},  // −‖q − x‖²
-#ifdef MRL_TEST_METRICS  // in tests/cpp: no coefficient is 1 where those above are
+#ifdef MRL_TEST_METRICS  // for tests/cpp: no coefficient is 1 where that of the metric above is
     {"test ip", Source::PRODUCT, 0.75f, 0.0f, false},
     {"test cosine", Source::PRODUCT, 3.0f, 0.0f, true},
     {"test l2", Source::DIFFERENCE, 1.0f, 0.5f, false},
 #endif
 };
 
-constexpr float LARGEST_PRODUCT = 16.0f;  // bounds have room for what denormal sums lose, so often
+// Bounds have room for what sums of denormal products lose, times this.
+constexpr float LARGEST_PRODUCT = 16.0f;
 
 constexpr bool all_metrics_are_summed() {
     for (const MetricTerms& m : METRIC_TERMS) {

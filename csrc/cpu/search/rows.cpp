@@ -24,7 +24,7 @@ void pack_flags(const uint8_t* flags, int64_t count, uint64_t* words) {
         uint64_t word = 0;
         int64_t i = 0;
         for (; i + 8 <= n; i += 8) {
-            uint64_t eight;  // 0x01 or 0x00 a byte; the product gathers their bits in its last byte
+            uint64_t eight;  // bytes 0x00 or 0x01; the product gathers their bits in its highest
             std::memcpy(&eight, flags + first + i, 8);
             word |= (eight * 0x0102040810204080u) >> 56 << i;
         }
@@ -34,7 +34,7 @@ void pack_flags(const uint8_t* flags, int64_t count, uint64_t* words) {
 }
 
 Rows Rows::restricted(const uint64_t* to) const {
-    Rows result = {spans, packed_dim, code_dim, dtype, levels, ladder};
+    Rows result = {spans, packed_dim, code_dim, dtype, levels, ladder, width};
     const int64_t all = tiles_of(*this);
     result.mask = to;
     result.tiles.reserve(all);
@@ -119,7 +119,7 @@ bool TileReader::read(int64_t tile, Scan* scan) {
     scan->rows = int(std::min<int64_t>(TILE, span_->rows - first));
     scan->wanted = ~uint64_t(0) >> (TILE - scan->rows);
     if (rows_.mask) scan->wanted &= rows_.mask[here.number];
-    // Prefetches the tile that is so far ahead that memory answers in time.
+    // The tile this many bytes ahead is prefetched: far enough for memory to answer in time.
     constexpr int64_t FAR = 16 << 10;
     const int64_t steps = code_steps(source_, dim_), step_bytes = source_ == Source::SIGNS ? 1 : 4,
                   bytes = TILE *
@@ -130,7 +130,7 @@ bool TileReader::read(int64_t tile, Scan* scan) {
         scan->steps = steps;
         scan->codes = codes(here);
         if (source_ == Source::NIBBLES) scan->lows = span_->lows + here.tile * code_bytes_;
-        // A step of signs, a line, is read together with the next.
+        // A step of signs is one cache line, and a scan reads two steps at once.
         ahead(scan, codes(later), source_ == Source::SIGNS ? steps / 2 : steps,
               TILE * std::max<int64_t>(step_bytes, 2));
         return true;

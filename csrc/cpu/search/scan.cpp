@@ -10,8 +10,8 @@
 namespace mrl {
 namespace {
 
-constexpr double MULTIPLIES_A_THREAD =
-    2e6;  // below this, starting a thread costs more than it brings
+// Below this, starting a thread costs more than it brings.
+constexpr double MULTIPLIES_A_THREAD = 2e6;
 
 // Whether the best or the worst of sorted entries has a score that is infinite or NaN.
 bool beyond_float(const Entry* sorted, int64_t count) {
@@ -19,7 +19,7 @@ bool beyond_float(const Entry* sorted, int64_t count) {
                           std::isfinite(score_of(sorted[count - 1].key)));
 }
 
-// What turns a tile's sums into a metric's scores.
+// The scales and terms that turn a tile's sums into a metric's scores.
 class Scaling {
   public:
     Scaling(const Kernels& kernels, const Rows& rows, const Queries& queries,
@@ -31,7 +31,7 @@ class Scaling {
           place_(ladder_.place(stage.dim)),
           query_scale_(queries.n, 1.0f),
           factors_(queries.n * 2) {
-        // What is of the query alone changes no order.
+        // Terms that depend on the query alone change no order and are left out.
         const float* centre = of_codes(source_) ? ladder_.centre : nullptr;
         const double square = centre ? kernels.dot64(centre, centre, stage.dim) : 0.0;
         for (int64_t q = 0; q < queries.n; ++q) {
@@ -46,17 +46,17 @@ class Scaling {
         }
         std::fill(row_scale_, row_scale_ + TILE, 1.0f);
     }
-    // For the tile that was read last.
+    // Sets the scales and terms of the tile that was read last.
     void prepare(const TileReader& tiles, Scan* scan) {
         if (source_ == Source::SIGNS || source_ == Source::NIBBLES) {
             const int64_t dims = ladder_.dims.size(), first = SIGN_FACTOR + place_;
             if (source_ == Source::SIGNS) {
                 scan->row_scale = whole(tiles.stat(first), scan->rows, row_scale_);
             } else {
-                const float* unit = tiles.stat(CODE_SCALE);
+                const float* scale = tiles.stat(CODE_SCALE);
                 const float* inverse = tiles.stat(first + (metric_.normalized ? 2 * dims : 0));
                 for (int r = 0; r < scan->rows; ++r)
-                    row_scale_[r] = metric_.normalized ? unit[r] * inverse[r] : unit[r];
+                    row_scale_[r] = metric_.normalized ? scale[r] * inverse[r] : scale[r];
                 scan->row_scale = row_scale_;
             }
             if (!ladder_.has_terms()) return;
@@ -65,10 +65,10 @@ class Scaling {
                 std::copy_n(tiles.stat(first + 2 * dims), scan->rows, terms_ + TILE);
             scan->term_values = terms_;
         } else if (source_ == Source::CODES) {
-            const float *unit = tiles.stat(CODE_SCALE), *norm = tiles.stat(PREFIX_NORM);
+            const float *scale = tiles.stat(CODE_SCALE), *norm = tiles.stat(PREFIX_NORM);
             for (int r = 0; r < scan->rows; ++r) {
-                row_scale_[r] = unit[r];
-                if (metric_.normalized) row_scale_[r] = norm[r] > 0 ? unit[r] / norm[r] : 0;
+                row_scale_[r] = scale[r];
+                if (metric_.normalized) row_scale_[r] = norm[r] > 0 ? scale[r] / norm[r] : 0;
                 terms_[r] = norm[r] * norm[r];  // ‖q‖² changes no order
             }
             scan->row_scale = row_scale_;
@@ -93,7 +93,7 @@ class Scaling {
     }
 
   private:
-    // [TILE] values, of which others may be writing those past the rows.
+    // Values [TILE]. A tile that is not full is copied: another thread may be writing the rest.
     static const float* whole(const float* values, int rows, float* copy) {
         return rows == TILE ? values : (std::copy_n(values, rows, copy), copy);
     }
@@ -102,8 +102,8 @@ class Scaling {
     const Ladder& ladder_;
     const MetricTerms metric_;
     const Source source_;
-    const int64_t place_;                       // of the stage's dim on the ladder
-    std::vector<float> query_scale_, factors_;  // factors: [queries, 2], of the first terms
+    const int64_t place_;                       // of the stage's dim among the ladder's
+    std::vector<float> query_scale_, factors_;  // factors: [queries, 2], of the first two terms
     float row_scale_[TILE], sqnorm_[TILE], terms_[TERMS * TILE] = {}, of_group_[TERMS * MAX_GROUP];
 };
 
@@ -118,9 +118,9 @@ class Scanner {
           coded_(code_all(run.kernels, rows.ladder, queries, stage)),
           panel_(of_codes(stage.source) ? Panel(coded_) : Panel(queries, stage.dim)) {}
 
-    // Appends to `best` at least the `keep` best of tiles tile_at(0), ..., tile_at(tiles - 1) that
-    // beat their query's gate: a sample keeps less than the stage. tile_at ascends. False if a
-    // value is not finite.
+    // Appends to best[q] at least the `keep` best rows of tiles tile_at(0), ..., tile_at(tiles − 1)
+    // that beat the query's gate. tile_at ascends. A sample keeps fewer rows than the stage does.
+    // False if a value is not finite.
     template <class TileAt>
     bool run(int64_t tiles, const TileAt& tile_at, int64_t keep, const std::vector<float>& gates,
              std::vector<std::vector<Entry>>* best) const;
@@ -150,8 +150,8 @@ bool Scanner::run(int64_t tiles, const TileAt& tile_at, int64_t keep,
                   const std::vector<float>& gates, std::vector<std::vector<Entry>>* best) const {
     const int threads =
         threads_for(double(tiles) * TILE * stage_.dim * (queries_.n + 1), run_.threads);
-    // Many queries are shared out, each thread seeing every row: its gates close sooner than those
-    // of two threads that see half the rows each. Few queries: the rows are shared out.
+    // Many queries are divided among the threads, and each thread sees every row: its gates close
+    // sooner than if it saw a part of them. With few queries, the rows are divided.
     const std::vector<Panel::Group>& groups = panel_.groups();
     const int64_t parts = int64_t(groups.size()) >= 2 * threads ? threads : 1;
     auto first_group = [&](int64_t part) { return part * int64_t(groups.size()) / parts; };
@@ -205,7 +205,7 @@ void cut(std::vector<Entry>& entries, int64_t keep) {
     std::sort(entries.begin(), entries.end(), better);
 }
 
-// Entries beyond k before a cut: as many again halve the cuts' cost, a few let the gate close soon.
+// Room for entries beyond the k best: more room makes cuts rarer, less closes the gate sooner.
 static int64_t spare(int64_t k) { return std::max<int64_t>(k, 32); }
 
 Kept::Kept(const float* gates, int64_t queries, int64_t k, int64_t rows)
@@ -257,8 +257,8 @@ Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const 
     if (queries.n < MAX_GROUP || rows.eligible() < 16 * SAMPLE * keep * step) {
         finite = scanner.run(tiles, every, keep, gates, &best);
     } else {
-        // A sample gates the rest: of the k best, about k / SAMPLE are in it, hardly ever as many
-        // as `guess`. Rows that the last of these beats are dropped.
+        // A sample gates the rest. It holds about keep / SAMPLE of the `keep` best, hardly ever
+        // `guess` of them, so rows below the sample's guess-th score are dropped.
         const double mean = double(keep) / SAMPLE;
         const int64_t guess = int64_t(mean + 4.0 * std::sqrt(mean) + 4.0);
         auto sampled = [&](int64_t i) { return (i * SAMPLE + SAMPLE - 1) * step; };
@@ -281,7 +281,7 @@ Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const 
     };
     each(queries.n, threads, [&](int64_t q) {
         cut(best[q], keep);
-        // Where fewer than k beat the gate it was no bound, so that query goes without one.
+        // Where fewer than `keep` rows beat the gate, it was too high: that query is scanned again.
         missed[q] = !std::isnan(gates[q]) &&
                     !(int64_t(best[q].size()) == keep && score_of(best[q].back().key) > gates[q]);
         if (!missed[q]) finish(q, best[q]);
@@ -317,7 +317,8 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
         (terms.normalized ? query_scale(query, to) : 1.0f) * terms.factor(terms.source);
     const int64_t count = candidates.size();
     tile.resize(COLUMN_BLOCK * TILE);
-    // Where row i of the candidates begins; the last stands for those beyond.
+    // Points to a column of each of the TILE candidates from `first` on; the last candidate stands
+    // for those beyond the end.
     auto point = [&](int64_t first, int64_t column, const void** pointers) {
         for (int r = 0; r < TILE; ++r) {
             const int64_t row = row_of(candidates[std::min(first + r, count - 1)].key);

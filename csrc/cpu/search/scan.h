@@ -1,4 +1,4 @@
-// A pass over all rows, as the first stage of a search and certified exact search make it.
+// A pass over all rows, which the first stage of a search and certified exact search both make.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ inline float inverse_norm(float sqnorm) {
     if (std::isinf(sqnorm)) return std::numeric_limits<float>::quiet_NaN();
     return sqnorm > 0.0f ? 1.0f / std::sqrt(sqnorm) : 0.0f;
 }
-float query_scale(const float* query, int64_t dim);  // its inverse norm
+float query_scale(const float* query, int64_t dim);  // the inverse norm of its first columns
 
 bool finite(const Queries& queries, int64_t dim);
 
@@ -37,7 +37,7 @@ inline int64_t id_of(const Rows& rows, int64_t row) {
     const Span& span = span_of(rows, row);
     return span.ids ? span.ids[row - span.first] : row;
 }
-// Where a column of the suffix lies; `row` counts from the span's first.
+// The address of a column of the suffix; `row` counts from the span's first.
 inline const void* suffix_at(const Rows& rows, const Span& span, int64_t row, int64_t column) {
     return static_cast<const char*>(span.suffix) +
            (row * span.stride + column - rows.packed_dim) * element_size(rows.dtype);
@@ -54,11 +54,11 @@ class Panel {
         const void* data;
     };
     Panel(const Queries& queries, int64_t dim);
-    // Of codes instead of columns.
+    // Codes instead of columns.
     explicit Panel(const std::vector<CodedQuery>& coded);
 
     const std::vector<Group>& groups() const { return groups_; }
-    // What a scan needs of a group.
+    // Makes `scan` one of this group's queries.
     void put(const Group& group, Scan* scan) const {
         scan->panel = group.data;
         scan->offsets = offsets_.data() + group.first;
@@ -74,12 +74,12 @@ class Panel {
     std::vector<Group> groups_;
 };
 
-// Reads the tiles that hold rows to be found, one after the other; packs columns that lie
-// row-major. Gathers rows.gathered_rows, 64 a tile, unless codes are read: a scan then numbers the
-// gathered rows.
+// Reads the tiles that hold rows to be found, one after the other, and packs columns that lie
+// row-major. Where rows are listed in gathered_rows and no codes are read, these rows are gathered,
+// TILE a tile; a scan's row numbers are then places in that list.
 class TileReader {
   public:
-    // `groups` of queries will scan each tile.
+    // `groups` is the number of groups of queries that scan each tile.
     TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
                int64_t groups);
     static bool gathers(const Rows& rows, Source source) {
@@ -118,10 +118,10 @@ class TileReader {
     int64_t local_ = 0;  // the last tile read, counted from its span's first
 };
 
-// The best `keep` first, in order.
+// Leaves the best `keep` entries, in order.
 void cut(std::vector<Entry>& entries, int64_t keep);
 
-// One thread's kept rows of each query, of so many rows at most.
+// The entries that one thread keeps for each query, of at most `rows` rows.
 struct Kept {
     Kept(const float* gates, int64_t queries, int64_t k, int64_t rows);
     std::unique_ptr<Entry[]> entries;

@@ -9,29 +9,31 @@
 
 namespace mrl {
 
-// Statistics of each row, fp32 [.., rows of a span]; norms are rounded up.
+// Statistics of each row, fp32 [statistics, rows of a span]; norms are rounded up.
 enum Stat : int {
     PREFIX_NORM,  // norm of the columns that are packed or have codes
     CODE_SCALE,   // the value of a code of 1
     CODE_ERROR,   // norm of the prefix less what its codes stand for
     TAIL_NORM,    // [levels]: norm of the suffix from a level on
-    // Of a ladder, which has no levels, and whose PREFIX_NORM is the whole row's:
-    CODE_NORM = TAIL_NORM,  // norm of what the codes stand for, of four bits or of eight
-    LOW_ERROR,              // as CODE_ERROR, of eight bits
+    // With a ladder, which has no levels. Its PREFIX_NORM is the whole row's, its CODE_ERROR that
+    // of four bits.
+    CODE_NORM = TAIL_NORM,  // at least the norm of what four bits stand for, and of what eight do
+    LOW_ERROR,              // CODE_ERROR of eight bits
     SIGN_FACTOR,  // [dims], then terms [dims] and, where norms divide, inverses [dims]; see Ladder
 };
 
-// Codes of all columns, of which a first stage may read the signs of a prefix or all bits; see
-// codes.h. With y the row and p the query less the centre c, S = Σ ±p by the signs of y estimates
-// ⟨p, y⟩ as S · ‖y‖² / ‖y‖₁, and what else there is of a score is known of each row:
-//   ⟨q, x⟩ = ⟨q, c⟩ + ⟨p, y⟩ + ⟨c, y⟩,  −‖q − x‖² = 2⟨p, y⟩ − ‖y‖² − ‖p‖².
-// Of each prefix a row has a factor, ‖y‖² / ‖y‖₁, and a term: ⟨c, x⟩, or ‖y‖² where squares count;
-// where norms divide, factor and term are over ‖x‖, and there is an inverse, 1 / ‖x‖.
+// Codes of all columns, of which a first stage reads the signs of a prefix or the first four bits;
+// see codes.h. Let c be the centre, y = x − c and p = q − c. Then S = Σ ±p, by the signs of y,
+// estimates ⟨p, y⟩ as S · ‖y‖² / ‖y‖₁, and a score is
+//   ⟨q, x⟩ = ⟨q, c⟩ + ⟨p, y⟩ + ⟨c, y⟩  or  −‖q − x‖² = 2⟨p, y⟩ − ‖y‖² − ‖p‖².
+// For each prefix of dims a row has a factor, ‖y‖² / ‖y‖₁, and a term: ⟨c, x⟩, or ‖y‖² where
+// squares count. Where norms divide, factor and term are divided by ‖x‖, and there is an inverse, 1
+// / ‖x‖.
 struct Ladder {
     std::vector<int64_t> dims;  // ascending; the last is all columns; none: there are no such codes
     const float* centre;        // [width]; null is 0
     Metric metric;
-    // Whether there is anything else than ⟨p, y⟩ of a row.
+    // Whether a row's score has a term beside ⟨p, y⟩.
     bool has_terms() const { return terms_of(metric).squares > 0.0f || centre; }
     int64_t place(int64_t dim) const {
         return std::find(dims.begin(), dims.end(), dim) - dims.begin();
@@ -56,8 +58,9 @@ struct Rows {
     std::vector<Span> spans;  // in order
     int64_t packed_dim, code_dim;
     DType dtype;                  // of the suffix
-    std::vector<int64_t> levels;  // columns from which TAIL_NORM is known; first the prefix's end
+    std::vector<int64_t> levels;  // columns from which TAIL_NORM sums; the first ends the prefix
     Ladder ladder = {};
+    int64_t width = 0;  // columns that the statistics are of; 0: those that are searched
 
     // The rows that may be found; without a mask all of them.
     const uint64_t* mask = nullptr;           // live mask: [tiles of the spans], bit r is row r
@@ -86,7 +89,7 @@ struct Queries {
 
 struct Stage {
     int64_t dim, keep;
-    int64_t bits = 0;  // that it ranks by, of a ladder: 1 or 4; 0: by columns
+    int64_t bits = 0;  // of a ladder's codes that rank, 1 or 4; 0: columns rank
 };
 
 // Where a search writes the `keep` best of each query: [queries, keep], best first; id −1 and score
@@ -118,8 +121,8 @@ struct Candidates {
 Status rerank(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
               const Candidates& candidates, Stage stage, const Results& results);
 
-// The best, ranked by scores summed in fp64. touched[q] is the number of rows that were read beyond
-// their prefix.
+// The best by `dim` columns, ranked by scores summed in fp64. touched[q] is the number of rows that
+// were read beyond their prefix.
 Status exact_search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
                     Stage stage, const Results& results, int64_t* touched);
 
@@ -135,7 +138,7 @@ struct NewRows {
     int64_t n, dim;
 };
 
-// The arrays of a span, to be filled; any may be null. As in Span.
+// The arrays of a span to be filled, as in Span; any may be null.
 struct SpanArrays {
     float* packed;
     uint8_t* codes;

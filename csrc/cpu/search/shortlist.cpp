@@ -13,15 +13,34 @@ constexpr int64_t PROBE_STEP = 16;  // every 16th tile tells whether rows score 
 // How many rows an fp32 scan keeps: most ties end among these.
 int64_t length(const Problem& p) { return std::min(2 * p.k + 128, p.rows.eligible()); }
 
-// The least and the greatest norm of a row that is not 0.
-std::pair<double, double> norms(const Rows& rows) {
+// The norm of a row's columns that are searched, or less, where the statistics are of others;
+// infinite where it is 0. `room` is for its columns.
+double least_norm(const Problem& p, const Span& span, int64_t row, std::vector<float>* room) {
+    const auto stat = [&](int64_t which) { return span.stats[which * span.stats_stride + row]; };
+    const std::vector<int64_t>& dims = p.rows.ladder.dims;
+    const int64_t inverse = SIGN_FACTOR + 2 * dims.size() + p.rows.ladder.place(p.dim);
+    const double known = 0.99 * (dims.empty() ? stat(PREFIX_NORM) : 1.0 / stat(inverse));
+    if (known * known > SMALLEST) return known;
+    const float* x = p.columns(span.first + row, room);
+    const double norm = std::sqrt(p.kernels.dot64(x, x, p.dim));
+    return norm > 0.0 ? norm : INFINITY;
+}
+
+// The least norm of a row that is not 0, and the greatest; or what bounds these.
+std::pair<double, double> norms(const Problem& p, const Rows& rows) {
+    // Of columns without statistics, only cosines ask for the least.
+    const bool known = p.is_described() || !p.terms.normalized,
+               tails = !(p.is_described() ? p.levels : rows.levels).empty();
+    double shortest = INFINITY;
     float least = INFINITY, greatest = 0.0f;
+    std::vector<float> room;
     auto see = [&](const Span& span, int64_t row) {
         const float* stats = span.stats + row;
-        const float tail = rows.levels.empty() ? 0.0f : stats[TAIL_NORM * span.stats_stride],
+        const float tail = tails ? stats[TAIL_NORM * span.stats_stride] : 0.0f,
                     norm = stats[PREFIX_NORM * span.stats_stride] + tail;  // within a factor √2
         greatest = std::max(greatest, norm);
         if (norm > 0.0f) least = std::min(least, norm);
+        if (norm > 0.0f && !known) shortest = std::min(shortest, least_norm(p, span, row, &room));
     };
     if (rows.gathered_rows.empty())
         for (const Span& span : rows.spans)
@@ -30,7 +49,7 @@ std::pair<double, double> norms(const Rows& rows) {
         const Span& span = span_of(rows, row);
         see(span, row - span.first);
     }
-    return {least * 0.7, greatest};
+    return {known ? least * 0.7 : shortest, greatest};
 }
 
 }  // namespace
@@ -38,7 +57,7 @@ std::pair<double, double> norms(const Rows& rows) {
 Shortlist shortlist_by_scores(const Problem& p, const Rows& rows, const std::vector<int64_t>& which,
                               int64_t keep, int64_t step, int threads) {
     Shortlist list(p, which, keep);
-    const auto [least, greatest] = norms(rows);
+    const auto [least, greatest] = norms(p, rows);
     // Squares must stay within fp32.
     const bool inside =
         greatest * greatest < LARGEST && (least * least > SMALLEST || least > greatest);

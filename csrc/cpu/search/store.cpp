@@ -1,4 +1,4 @@
-// Stores row-major vectors as a search reads them: vertical tiles, int8 codes, norms.
+// Stores row-major vectors as a search reads them: vertical tiles, codes, norms.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -109,7 +109,7 @@ class Writer {
         const bool bounded = ordinary(stats.norm * stats.norm);
         stat(CODE_ERROR) = bounded ? above(stats.error, width) : NAN;
         stat(LOW_ERROR) = above(stats.low_error, width);
-        stat(CODE_NORM) = above(stats.size + stats.error, width);  // no less than of either's codes
+        stat(CODE_NORM) = above(stats.size + stats.error, width);  // by the triangle inequality
         for (int64_t i = 0; i < dims; ++i) {
             stat(SIGN_FACTOR + i) = stats.factors[i];
             stat(SIGN_FACTOR + dims + i) = stats.terms[i];

@@ -33,7 +33,7 @@ class KeptFinals {
     const std::vector<Final>& all() const { return all_; }
 
     double threshold() const { return threshold_; }
-    // Lanes of a tile above the threshold; row_at names a lane's row.
+    // Keeps the lanes above the threshold among these; row_at(lane) is a lane's row.
     template <class RowAt>
     void keep(const double* scores, uint64_t lanes, const RowAt& row_at) {
         for (; lanes; lanes &= lanes - 1) {
@@ -106,7 +106,7 @@ Status scan_wide(Problem& p, const Rows& rows, const std::vector<int64_t>& which
             all.insert(all.end(), kept[i].all().begin(), kept[i].all().end());
         }
     });
-    for (int64_t q : which) p.touched[q] = rows.eligible();
+    for (int64_t q : which) p.touched[q] += rows.eligible();
     return finite ? Status::OK : Status::NOT_FINITE;
 }
 

@@ -1,10 +1,10 @@
 // Sums of a tile's codes of 1 and of 4 bits with a group of queries. Included like tile_kernels.h.
 
-// A query's table of four columns has a value below 64 for each of the 16 signs that these can
-// have, so that four such values fit a byte.
+// A query has a table for every four columns: one value below 64 for each of their 16 combinations
+// of signs, so that the sum of four values fits a byte.
 template <int Q>
 inline void sum_signs(Scan& s, const uint8_t* tables, int64_t apart, int block, float* sums) {
-    typename Simd::U16 all[Q] = {}, odd[Q] = {};  // of bytes in pairs; of each pair's second
+    typename Simd::U16 all[Q] = {}, odd[Q] = {};  // sums of pairs of bytes; of each second byte
     const uint8_t* x = s.codes + block;
     for (int64_t i = 0; i < s.steps; i += 2, x += 2 * TILE) {
         s.ahead.prefetch();
@@ -44,7 +44,7 @@ void sum_signs(Scan& s, float* sums) {
     }
 }
 
-// Makes the scores of W rows from r on closer, of one of Q queries.
+// Adds what the last four bits say to one query's scores of the W rows from r on.
 template <int Q>
 inline void refine(const Scan& s, int q, int r, float* scores) {
     Simd::Int dot[2] = {Simd::broadcast_int(0), Simd::broadcast_int(0)};

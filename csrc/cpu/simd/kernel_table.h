@@ -1,4 +1,4 @@
-// The table of one instruction set: every kernel, over the `Simd` type that was declared before.
+// The table of one instruction set: every kernel, over a `Simd` type declared before the #include.
 
 #include "cpu/simd/tile_kernels.h"
 
@@ -6,7 +6,7 @@
 #include "cpu/simd/nested_kernels.h"
 #include "cpu/simd/wide_kernels.h"
 
-// Vectors of rows a group; both halves of what has four bits take registers too.
+// Vectors of rows that are scored at a time. Those of NIBBLES take two registers each, one a half.
 template <Source S>
 constexpr int rows_of(int group) {
     return S == Source::NIBBLES && group > 3 ? 2 : Simd::rows_of(group);

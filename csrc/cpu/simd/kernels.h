@@ -17,13 +17,13 @@ constexpr int MAX_GROUP = 6;  // queries scored together
 constexpr int TERMS = 5;      // that a score may have besides its sum; see Scan
 
 enum class DType : int { F32, F16, BF16 };
-// What a scan sums: Σ q·x, −Σ (q − x)²; of codes Σ code·code of 8 bits, Σ ±q by signs, and
-// Σ code·code of 4 bits. See codes.h.
+// What a scan sums, in the order of the names: Σ q·x; −Σ (q − x)²; Σ code·code of 8 bits; Σ ±q by
+// signs; Σ code·code of 4 bits. See codes.h for the last three.
 enum class Source : int { PRODUCT, DIFFERENCE, CODES, SIGNS, NIBBLES };
 constexpr int SOURCES = 5;
 constexpr bool of_codes(Source source) { return int(source) >= int(Source::CODES); }
 
-constexpr int64_t SIGN_TABLES = 32, NIBBLE_BYTES = 8;  // of a query, for eight columns
+constexpr int64_t SIGN_TABLES = 32, NIBBLE_BYTES = 8;  // bytes of a query for eight columns
 
 // A kept row. Keys sorted descending are scores descending, then rows ascending; key 0 is no row.
 struct Entry {
@@ -133,12 +133,12 @@ struct Segment {
 struct Scan {
     Segment segments[2];     // fp32 columns
     const uint8_t* codes;    // [steps, TILE, bytes of a step]
-    int64_t steps;           // groups of four columns, of eight where codes have fewer bits
+    int64_t steps;           // groups of four columns of CODES, of eight of SIGNS and NIBBLES
     const void* panel;       // [cols, group] fp32; of codes [steps, group, bytes of a step]
-    const int32_t* offsets;  // [group], −128 · Σ of a query's codes of 8 bits
-    const float* shifts;     // [group], added to sums of fewer bits
-    // Of NIBBLES: four bits more, as codes, which make a score closer where the gate lets a row
-    // pass: it grows by sum · low_scale · query_scale − low_gain · low_factors.
+    const int32_t* offsets;  // [group], added to sums of CODES: −128 · Σ of the query's codes
+    const float* shifts;     // [group], added to sums of SIGNS and NIBBLES
+    // Only for NIBBLES: the last four bits, laid out like `codes`, refine the score of a row that
+    // passes the gate. They add sum · low_scale · query_scale − low_gain · low_factors to it.
     const uint8_t* lows;
     const float *low_scale, *low_gain;  // [TILE]; null: scores stay as they are
     const float* low_factors;           // [group]
@@ -155,7 +155,8 @@ struct Scan {
     float* thresholds;  // [group]; a row is dropped where its score is <= this
 };
 
-// Σ q·x in fp64 is of every eighth column first: eight chains. Σ (q − x)² is one.
+// The fp64 Σ q·x is the sum of eight chains, each over every eighth column. Σ (q − x)² is one
+// chain.
 constexpr int64_t chains_of(Source source) { return source == Source::DIFFERENCE ? 1 : 8; }
 
 struct Product;
@@ -183,15 +184,16 @@ struct Kernels {
     void (*widen_row)(const void* row, DType dtype, int64_t cols, float* out);
     // Σ x·y in fp64: eight sums, each of every eighth column, then the sum of these in order.
     double (*dot64)(const float* x, const float* y, int64_t cols);
-    // The same of whole tiles, [product or difference]: a tile's two segments as doubles
-    // [cols · TILE], columns by chain; scores [group, TILE] of queries [cols, group], columns by
-    // chain too: Σ q·x with dot64's bits or Σ (q − x)² column by column; and Σ x² [TILE] likewise.
+    // The same for whole tiles; [2] is products, then differences. widen_tile writes a tile's two
+    // segments as doubles [cols · TILE], columns by chain. scores64 writes [group, TILE] for
+    // queries [cols, group], columns by chain too: Σ q·x with dot64's bits, or Σ (q − x)² column by
+    // column. squares64 writes Σ x² [TILE].
     void (*widen_tile[2])(const Segment* segments, double* out);
     void (*scores64[2][MAX_GROUP])(const double* tile, const double* queries, int64_t cols,
                                    Ahead* ahead, double* out);
     void (*squares64)(const double* tile, int64_t cols, double* out);
-    // Makes scores [TILE] of such sums: scale · sum, over norm · row_norms[r] where row_norms is
-    // given (0 where that is 0). Returns the lanes whose score is above the threshold.
+    // Turns such sums [TILE] into scores: scale · sum, divided by norm · row_norms[r] where
+    // row_norms is given (0 where that is 0). Returns the lanes whose score is above the threshold.
     uint64_t (*finish64)(double scale, double norm, const double* row_norms, double threshold,
                          double* sums);
     // See nested.h.
@@ -206,7 +208,7 @@ const Kernels* avx512_kernels();
 const Kernels* avx512vnni_kernels();
 const Kernels* neon_kernels();
 
-// What this processor runs, best first.
+// The kernels that this processor can run, best first.
 std::vector<const Kernels*> available_kernels();
 
 // How a call runs: by which kernels, on how many threads at most.

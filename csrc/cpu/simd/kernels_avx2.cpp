@@ -26,7 +26,8 @@ struct Simd {
     static uint32_t bits(Mask m) { return _mm256_movemask_ps(m); }
     static constexpr int WIDTH = 8;
     static constexpr bool TRANSPOSES = true;
-    // Vectors of rows a group: enough chains to hide the latency, few enough to stay in registers.
+    // Vectors of rows scored at a time, by the size of a group: enough chains to hide the latency,
+    // few enough to stay in registers.
     static constexpr int rows_of([[maybe_unused]] int group) {
         return group == 1 ? 8 : group == 2 ? 4 : 2;
     }
@@ -92,7 +93,7 @@ struct Simd {
         for (int i = 0; i < 4; ++i)
             store(out + 8 * i, _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(rows[i])));
     }
-    // A sum of two products is at most 15 · 256.
+    // A sum of two products is at most 15 · 256 and fits 16 bits.
     static Int dot4_nibbles(U8 row, const char* query, Int sum) {
         int32_t quad;
         __builtin_memcpy(&quad, query, 4);

@@ -1,5 +1,5 @@
-// The kernels for AVX-512: 16 lanes, 32 registers. Compiled a second time with VNNI, the byte
-// products of newer processors.
+// The kernels for AVX-512: 16 lanes, 32 registers. kernels_avx512vnni.cpp compiles this file again
+// with VNNI, the byte products of newer processors.
 #include "cpu/simd/kernels.h"
 #include "cpu/training/nested.h"
 
@@ -41,7 +41,8 @@ struct Simd {
     static uint32_t bits(Mask m) { return m; }
     static constexpr int WIDTH = 16;
     static constexpr bool TRANSPOSES = true;
-    // Vectors of rows a group: enough chains to hide the latency, few enough to stay in registers.
+    // Vectors of rows scored at a time, by the size of a group: enough chains to hide the latency,
+    // few enough to stay in registers.
     static constexpr int rows_of([[maybe_unused]] int group) { return 4; }
 
     static Vec load(const float* x) { return _mm512_loadu_ps(x); }

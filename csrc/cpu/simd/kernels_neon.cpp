@@ -20,7 +20,8 @@ struct Simd {
     }
     static constexpr int WIDTH = 4;
     static constexpr bool TRANSPOSES = true;
-    // Vectors of rows a group: enough chains to hide the latency, few enough to stay in registers.
+    // Vectors of rows scored at a time, by the size of a group: enough chains to hide the latency,
+    // few enough to stay in registers.
     static constexpr int rows_of(int group) { return group == 1 ? 16 : group == 2 ? 8 : 4; }
 
     static Vec load(const float* x) {
@@ -114,7 +115,7 @@ struct Simd {
         const U16 even = all - (odd << 8);
         for (int i = 0; i < 8; ++i) out[2 * i] = even[i], out[2 * i + 1] = odd[i];
     }
-    // A product is at most 15 · 128, and so is a sum of two of them below 2^15.
+    // A product is at most 15 · 128, so a sum of two is below 2^15.
     static Int dot4_nibbles(U8 row, const char* query, Int sum) {
         int32_t quad;
         __builtin_memcpy(&quad, query, 4);

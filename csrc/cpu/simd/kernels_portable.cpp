@@ -11,7 +11,7 @@ struct Simd {
     typedef Int Mask;
     static constexpr int WIDTH = 4;
     static constexpr bool TRANSPOSES = false;
-    static constexpr int rows_of(int) { return 2; }  // vectors of rows a group
+    static constexpr int rows_of(int) { return 2; }  // vectors of rows scored at a time
 
     static Vec load(const float* x) {
         Vec v;

@@ -105,8 +105,8 @@ inline const float* soft_row(const ScoreBlock& b, int r, float* padded) {
 inline Vec exp_bounded(Vec x) {
     const Vec low = Simd::broadcast(-87.0f);
     const Vec clamped = Simd::max(low, x);  // in this order NaN stays NaN
-    const Vec magic =
-        Simd::broadcast(12582912.0f);  // 1.5 · 2^23: rounds to an integer in the low bits
+    // Adding 1.5 · 2^23 rounds to an integer, which stands in the low bits.
+    const Vec magic = Simd::broadcast(12582912.0f);
     const Vec shifted = Simd::fma(clamped, Simd::broadcast(1.44269504088896341f), magic);
     const Vec n = shifted - magic;
     Vec r = Simd::fnma(n, Simd::broadcast(0.693145751953125f), clamped);
@@ -220,7 +220,7 @@ void fold_block(const ScoreBlock& b, const Statistics& s) {
             read_scores(b, g, r, own, y);
             if (own.target >= 0 && s.hit) s.hit[g * s.hit_apart + r] = y[own.target];
             if (b.sigmoid) {
-                if (own.target >= 0) y[own.target] = NEGATIVE_INFINITY;  // hit stands for it
+                if (own.target >= 0) y[own.target] = NEGATIVE_INFINITY;  // `hit` is its part
                 Vec sum = Simd::load(s.sum + at * MAX_WIDTH);
                 for (int c = 0; c < TILE; c += W) sum += softplus(Simd::load(y + c));
                 Simd::store(s.sum + at * MAX_WIDTH, sum);

@@ -1,8 +1,8 @@
 // Scores in fp64, a group of queries against a tile of 64 rows. Included like tile_kernels.h.
 //
 // Each score has the bits that dot64, or a plain sum of squared differences, gives the pair alone:
-// CHAINS sums of every CHAINS-th column each, then these in order. So columns lie by chain: those
-// of the first, those of the second, ...
+// it adds up CHAINS sums in order, each over every CHAINS-th column. So columns lie by chain: first
+// those of the first sum, then those of the second, ...
 
 constexpr int L = W / 2;  // lanes of a vector of doubles
 typedef float Narrow __attribute__((vector_size(4 * L)));
@@ -12,8 +12,8 @@ constexpr int WIDE_ROWS = Simd::rows_of(MAX_GROUP) * L;  // scored together
 template <Source S>
 constexpr int64_t CHAINS = chains_of(S);
 
-// out[TILE / WIDE_ROWS][cols][WIDE_ROWS]. Columns are read in the order of memory, which is slower
-// than arithmetic.
+// Writes out[TILE / WIDE_ROWS][cols][WIDE_ROWS]. Columns are read in memory order, since memory is
+// slower than arithmetic.
 template <Source S>
 void widen_tile(const Segment* segments, double* out) {
     const int64_t cols = segments[0].cols + segments[1].cols;
@@ -39,9 +39,10 @@ inline Wide load_wide(const double* x) {
     return wide;
 }
 
-// Keeps a product apart from the sum it is added to: fused, it would not be rounded.
+// Keeps the compiler from fusing a product with the sum it is added to, which would leave it
+// unrounded.
 inline Wide rounded(Wide product) {
-#if defined(__x86_64__)  // elsewhere nothing is fused that is not written so
+#if defined(__x86_64__)  // on ARM, setup.py turns fusing off
     asm("" : "+v"(product));
 #endif
     return product;

@@ -6,7 +6,7 @@
 namespace mrl {
 namespace {
 
-constexpr int64_t SEGMENT_ROWS = 5 * ROWS;  // a unit of work: so many rows of one tile of columns
+constexpr int64_t SEGMENT_ROWS = 5 * ROWS;  // a unit of work is these rows of a tile of columns
 
 // A [G, cols] array as [G, tiles · TILE], padded with 0.
 std::vector<float> padded(const float* data, const Scores& s, int64_t apart) {
@@ -58,7 +58,8 @@ void add_block(const float* block, int rows, const Piece& piece, float* out, int
     }
 }
 
-// One chunk of columns, some of its rows at a time: as many as the workspace holds gradients of.
+// The backward of one chunk of columns, for as many rows at a time as the workspace can hold the
+// score gradients of.
 class Backward {
   public:
     Backward(const Run& run, const Scores& s, const Given& from, int64_t workspace_bytes,
@@ -194,7 +195,7 @@ void Backward::gradients_of(int64_t tile, int64_t segment, float* scores) {
     }
 }
 
-// Where the gradients of a block of rows, counted from the first one held, are read from and go.
+// What score_gradients reads and writes for a block of rows; `row` counts from the first row held.
 ScoreGradients Backward::destination(int64_t row, int64_t tile, int64_t segment) {
     ScoreGradients to = {};
     to.suffix = suffix_.get() + (tile * capacity_ + row) * TILE;
@@ -223,7 +224,7 @@ ScoreGradients Backward::destination(int64_t row, int64_t tile, int64_t segment)
     return to;
 }
 
-// dx += T · w and dw += Tᵀ · x, slab by slab; a unit owns what it adds to.
+// dx += T · w and dw += Tᵀ · x, slab by slab; no two units add to the same element.
 void Backward::multiply() {
     const int64_t of_x = blocks_of(count_, ROWS) * depth_blocks_;
     for_each(threads_, of_x + tiles_ * depth_blocks_, [&](int64_t unit) {

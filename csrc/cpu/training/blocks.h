@@ -16,7 +16,7 @@ constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
 inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-// Memory that is written before it is read; in huge pages where it is large, as columns are walked.
+// Memory without initial values; in huge pages where it is large.
 struct Buffer {
     explicit Buffer(int64_t size);
     float* get() const { return data.get(); }
@@ -43,7 +43,7 @@ void for_each(int threads, int64_t units, const Fn& fn) {
 // blocks `apart` apart.
 void pack_blocks(Matrix m, int64_t begin, int64_t end, int64_t cols, float* out, int64_t apart);
 
-// Columns of scores, rows of w, as a vertical tile [depth, TILE].
+// TILE rows of w, which are columns of scores, as a vertical tile [depth, TILE].
 void pack_tile(const Kernels& kernels, const Scores& s, int64_t tile, float* out);
 
 // A range of x's and w's columns that crosses neither a block of columns nor a slab's end.
@@ -60,11 +60,11 @@ struct Columns {
     std::vector<float> scale, bias;
 };
 
-// A block of rows and a tile of columns of a chunk.
+// The scores of a block of rows and a tile of columns, and how a loss reads them.
 ScoreBlock block_of(const Scores& s, const Columns& columns, const float* scores, int64_t row,
                     int rows, int64_t tile);
 
-// The blocks of all prefixes, from one walk over the columns of x and w.
+// Makes the score blocks of all prefixes in one walk over the columns of x and w.
 // x: [blocks][rows, TILE] `x_apart` apart; w: a vertical tile; scores: [G, ROWS, TILE].
 void make_scores(const Kernels& kernels, const std::vector<Step>& steps, const float* x,
                  int64_t x_apart, int rows, const float* w, float* scores);

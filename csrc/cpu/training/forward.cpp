@@ -110,7 +110,7 @@ class Folder {
                 fold_lanes(statistics(scratch, row, 0), g, row, (row - begin) % ROWS);
     }
 
-    // Once all groups are done.
+    // Merges the column statistics of all groups, once these are done.
     void fold_columns() const {
         if (!out_.col_max) return;
         const int64_t groups = blocks_of(s_.rows, GROUP_ROWS);
@@ -130,7 +130,7 @@ class Folder {
   private:
     float* column_part(int64_t group) const { return column_parts_.get() + group * 3 * plane_; }
 
-    // Where the statistics of a block of rows and a tile of columns lie.
+    // The addresses of the statistics of a block of rows and a tile of columns.
     Statistics statistics(Scratch& scratch, int64_t row, int64_t tile) const {
         const int64_t block = row % GROUP_ROWS / ROWS * prefixes_ * ROWS;
         Statistics to = {};
@@ -157,7 +157,7 @@ class Folder {
         const float *top = from.top + at * MAX_WIDTH, *sum = from.sum + at * MAX_WIDTH;
         const auto column = [&](int lane) { return from.best[at * MAX_WIDTH + lane] + lane; };
         int best = 0;
-        double total = 0.0;  // in fp64: a sure score's 1 beside the small rest
+        double total = 0.0;  // in fp64: the largest score adds 1, and the others may be tiny
         for (int lane = 0; lane < kernels_.width; ++lane) {
             total += sum[lane];
             if (top[lane] > top[best] ||

@@ -41,9 +41,9 @@ struct ScoreBlock {
     const float* col_scale;  // [prefixes, TILE], likewise; padded with 0
     int64_t col_apart;
     const float* bias;      // [TILE], padded with −inf: a score past the last column counts for 0
-    const int64_t* target;  // [rows] or null: the column of a row's positive, and its residue
+    const int64_t* target;  // [rows] or null: the column of a row's positive
     int64_t first_col;      // of this block
-    int64_t period;         // a row's own columns equal its target modulo this
+    int64_t period;         // a row's own columns are those equal to its target modulo this
     bool exclude_own;
     float own_boost, other_boost;  // factors of own columns but the target, of all others
     const float* soft;             // [rows, cols] or null; stride 0 serves every row
@@ -53,8 +53,9 @@ struct ScoreBlock {
     bool sigmoid;  // Σ softplus instead of log Σ exp
 };
 
-// Running statistics of a block's rows, by lanes, which are folded at the end. Σ exp is relative to
-// `ref`, the row's maximum so far: the largest score counts exactly 1.
+// Running statistics of a block's rows. Those with MAX_WIDTH are kept lane by lane and folded at
+// the end. Σ exp is relative to `ref`, the row's maximum so far: the largest score counts
+// exactly 1.
 struct Statistics {
     float* ref;      // [prefixes, ROWS]
     float* top;      // [prefixes, ROWS, MAX_WIDTH]
@@ -64,16 +65,16 @@ struct Statistics {
     double* weight;  // [ROWS]: Σ soft
     float* hit;      // [prefixes, rows], hit_apart apart: y at the target; or null
     int64_t hit_apart;
-    float* col_ref;  // [prefixes, TILE], likewise; or null
+    float* col_ref;  // [prefixes, TILE], stats_apart apart; or null, as the next two
     float* col_top;
     float* col_sum;
-    int64_t stats_apart;  // of the column statistics' prefixes
+    int64_t stats_apart;
 };
 
 // Turns gradients of the log-sums, of the targets' and of the soft targets' log-probabilities into
 // the scores' gradients A_g, and sums these over the prefixes from each one on.
 struct ScoreGradients {
-    const float* row_max;  // [prefixes, rows] with rows of prefixes `apart` apart, as the next four
+    const float* row_max;  // [prefixes, rows], prefixes `apart` apart, as the next four
     const float* row_log;
     const float* d_row;
     const float* d_hit;   // or null
@@ -98,8 +99,9 @@ struct Matrix {
     int64_t stride;
 };
 
-// rows × cols of one chunk of columns. Pointers are at the chunk's first column; row arrays are
-// [G, rows], column arrays [G, cols] with prefixes `cols_apart` apart.
+// The scores of one chunk of columns, rows × cols of them, as in ScoreBlock. Pointers are at the
+// chunk's first column; row arrays are [G, rows], column arrays [G, cols] with prefixes
+// `cols_apart` apart.
 struct Scores {
     Matrix x, w;
     int64_t rows, cols;
@@ -136,7 +138,7 @@ void store_scores(const Run& run, const Scores& scores, float* out, int64_t out_
 // The inputs of a backward: statistics and their gradients, or the scores' gradients themselves.
 struct Given {
     const float *row_max, *row_log, *d_row, *d_hit, *d_soft, *col_max, *col_log, *d_col;
-    const float* soft_total;  // Σ_j soft of each row, or the one of all
+    const float* soft_total;  // Σ_j soft of each row, or of the one that serves all
     const float* grad;        // [G, rows, cols]: gradients of the scores themselves; or null
     int64_t grad_apart, grad_stride;
 };

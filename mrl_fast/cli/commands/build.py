@@ -7,8 +7,8 @@ import typer
 
 from mrl_fast.cli import build_job
 from mrl_fast.cli.inputs import Vectors, numbers_of
-from mrl_fast.cli.options import Column, IdColumn, Ids, Json, Key, Limit, Quiet, Source
-from mrl_fast.cli.output import failing, show_written
+from mrl_fast.cli.options import Column, IdColumn, Ids, Json, Key, Limit, Quiet, Sources, Threads
+from mrl_fast.cli.output import failing, show_notes, show_written
 from mrl_fast.search.index.validate import default_dims
 from mrl_fast.shared.checks import METRICS, check_choice
 
@@ -75,7 +75,7 @@ Overwrite = Annotated[
 
 
 def build(
-    source: Source,
+    source: Sources,
     out: Out,
     dims: Dims = None,
     metric: Metric = "cosine",
@@ -90,10 +90,13 @@ def build(
     limit: Limit = None,
     checkpoint: Checkpoint = None,
     overwrite: Overwrite = False,
+    threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Build an index of the vectors in SOURCE.
+
+    Rows get the ids 0, 1, 2, … in their order, unless --ids or --id-column gives others.
 
     After an interruption, even of a killed process, the same command, without --overwrite, goes on
     after the last checkpoint. Before that it compares the settings, and the first and the last row
@@ -103,12 +106,14 @@ def build(
     Examples:
       mrl-fast index build base.npy --out my-index --dims 64,256,768
       mrl-fast index build docs.parquet --id-column id --out my-index
+      mrl-fast index build 'parts/part-*.npy' --out my-index
     """
-    with failing():
+    with failing(quiet):
         check_choice(metric, "--metric", METRICS)
         vectors = Vectors(
-            source, column=column, key=key, id_column=id_column, ids=ids, limit=limit
+            *source, column=column, key=key, id_column=id_column, ids=ids, limit=limit
         )  # fmt: skip
+        show_notes(vectors, quiet)
         widths = list(default_dims(vectors.width)) if dims is None else numbers_of(dims, "--dims")
         settings: dict[str, Any] = {
             "metric": metric, "dtype": dtype, "prefix_dtype": prefix_dtype, "codes": codes,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mrl_fast.cli.options import Threads
 from mrl_fast.cli.output import failing
 
 
@@ -36,6 +37,7 @@ def demo(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the training.")] = False,
+    threads: Threads = None,
 ) -> None:
     """Search the documentation of the Python packages that are installed here.
 

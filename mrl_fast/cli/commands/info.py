@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mrl_fast.cli.build_job import unfinished
+from mrl_fast.cli import sidecars
 from mrl_fast.cli.options import Folder, Json
 from mrl_fast.cli.output import failing, show_fields, show_json, shown_stages
 from mrl_fast.search.disk import manifest as manifests
@@ -34,7 +34,8 @@ def info(index: Folder, json: Json = False) -> None:
             "files": files,
             "bytes": sum(files.values()),
             "tuned": None if loaded.tuned is None else loaded.tuned._asdict(),
-            "unfinished": unfinished(index),
+            "unfinished": sidecars.unfinished(index),
+            "columns": sidecars.columns(index),
         }
         if json:
             show_json(fields)
@@ -50,6 +51,7 @@ def _in_words(fields: dict[str, Any]) -> dict[str, Any]:
     words["rows"] = f"{fields['rows']:,}"
     if source:
         words["rows"] += f" of {source['rows']:,} of {source['source']}: unfinished"
+    words["columns"] = ", ".join(f"{n} {value}" for n, value in fields["columns"].items()) or "none"
     words["rotation"] = fields["rotation"] or "none"
     words["codes"] = fields["codes"] or "none"
     words["removed"] = f"{fields['removed']:,}"

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mrl_fast.cli.extras import needs_extra
+from mrl_fast.cli.options import Threads
 from mrl_fast.cli.output import failing, say, shows_progress
 
 
@@ -28,6 +29,7 @@ def reproduce(
     quick: Annotated[
         bool, typer.Option("--quick", help="Small sets, to see that it runs: under two minutes.")
     ] = False,
+    threads: Threads = None,
 ) -> None:
     """Train MRL, MRL-E and the baselines, and say which of the paper's claims hold here.
 

@@ -7,9 +7,21 @@ import typer
 
 from mrl_fast.cli import search_job
 from mrl_fast.cli.inputs import Vectors, stages_of
-from mrl_fast.cli.options import Column, Device, Folder, Json, K, Key, Limit, Queries, Quiet
-from mrl_fast.cli.output import failing, say, show_json, show_rows, shown_stages
-from mrl_fast.search.readers import PARQUET, read_ids
+from mrl_fast.cli.options import (
+    SELECTION,
+    Column,
+    Device,
+    Folder,
+    Json,
+    K,
+    Key,
+    Limit,
+    Queries,
+    Quiet,
+    Threads,
+)
+from mrl_fast.cli.output import failing, note, show_json, show_rows, shown_stages
+from mrl_fast.search.readers import PARQUET, read_selection
 
 SHOWN = 3  # queries whose neighbours are printed
 SHOWN_K = 10
@@ -27,9 +39,7 @@ Exact = Annotated[
 ]
 Allowed = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help="Search these ids only: .npy [n], .ivecs of width 1 or .txt."
-    ),
+    typer.Option(metavar="FILE", help=f"Search these ids only: {SELECTION}."),
 ]
 Truth = Annotated[
     Path | None,
@@ -63,6 +73,7 @@ def search(
     key: Key = None,
     limit: Limit = None,
     device: Device = "cpu",
+    threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -77,17 +88,19 @@ def search(
       mrl-fast index search my-index queries.npy -k 10 --out results.npz
       mrl-fast index search my-index queries.npy --stages 64:200,768:10
       mrl-fast index search my-index queries.fvecs --truth truth.ivecs
+      mrl-fast index search my-index queries.npy --allowed english.npy
     """
-    with failing():
+    with failing(quiet):
         if exact and stages is not None:
             raise ValueError(f"--exact: expected no --stages beside it, got {stages}")
         if allowed is not None and allowed.suffix.lower() in PARQUET:
             raise ValueError(f"--allowed: expected .npy, .ivecs or .txt, got {allowed}")
         vectors = Vectors(queries, column=column, key=key, limit=limit)
-        loaded = search_job.load(index, device)
-        only = None if allowed is None else read_ids(allowed)
-        if only is not None and not (there := loaded.contains(only)).all():
-            say(f"warning: {int(there.sum()):,} of the {len(only):,} ids in {allowed} are there")
+        loaded = search_job.load(index, device, quiet)
+        only = None if allowed is None else read_selection(allowed, len(loaded))
+        if only is not None and only.dtype != bool and not (there := loaded.contains(only)).all():
+            got = f"{int(there.sum()):,} of the {len(only):,} ids in {allowed} are there"
+            note(f"warning: {got}", quiet)
         asked = search_job.Asked(k, None if stages is None else stages_of(stages), exact, only)
         shown = SHOWN if not json else 0 if out else vectors.rows
         summary = search_job.search(

@@ -7,7 +7,18 @@ import typer
 
 from mrl_fast.cli import search_job
 from mrl_fast.cli.inputs import Vectors
-from mrl_fast.cli.options import Column, Device, Folder, Json, K, Key, Limit, Queries, Quiet
+from mrl_fast.cli.options import (
+    Column,
+    Device,
+    Folder,
+    Json,
+    K,
+    Key,
+    Limit,
+    Queries,
+    Quiet,
+    Threads,
+)
 from mrl_fast.cli.output import failing, show_json
 
 Recall = Annotated[
@@ -46,6 +57,7 @@ def tune(
     key: Key = None,
     limit: Limit = None,
     device: Device = "cpu",
+    threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -60,9 +72,9 @@ def tune(
     Example:
       mrl-fast index tune my-index samples.npy -k 10 --recall 0.99
     """
-    with failing():
+    with failing(quiet):
         vectors = Vectors(queries, column=column, key=key, limit=limit)
-        loaded = search_job.load(index, device)
+        loaded = search_job.load(index, device, quiet)
         if k > len(loaded):
             raise ValueError(f"-k: expected at most the index's {len(loaded):,} rows, got {k:,}")
         report = search_job.tune(

@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     """A sentence, and where it stands."""
 
     package: str
-    name: str  # "Class.method" that it describes; of comments and private names, the module
+    name: str  # the "Class.method" it describes; for comments and private names, the module
     sentence: str
 
 
@@ -40,12 +40,12 @@ class Corpus(NamedTuple):
     """What was read, in the order of packages, files and lines.
 
     Attributes:
-        names: Documented public names with their docstrings' first sentences, which are distinct:
-            each has the first name that it describes.
+        names: Documented public names, each with its docstring's first sentence. A sentence that
+            describes several names is kept once, with the first of them.
         others: The other distinct sentences of all docstrings and comments, where everything was
             asked for.
         files: How many files were read.
-        unparsed: Those of them that are no Python of this version, within site-packages.
+        unparsed: Those of them that this Python cannot parse, as paths within site-packages.
         missing: Packages that are not installed.
     """
 
@@ -69,13 +69,13 @@ def read_corpus(
     cache: Path | None = None,
     on_file: Callable[[int, int], object] = lambda done, files: None,
 ) -> Corpus:
-    """The documentation of installed packages, by processes that parse and import nothing.
+    """Reads the documentation of installed packages, in processes that parse and import nothing.
 
     Args:
         packages: Names of distributions; an installed one with no Python files is allowed.
         everything: Read all sentences and comments too, not first sentences alone.
         cache: A folder that keeps what was read, by packages and their versions.
-        on_file: Called with how many of how many files are done.
+        on_file: Called with the number of files done and the number of all.
 
     Raises:
         ValueError: None of the packages is installed.
@@ -150,7 +150,7 @@ def extract_all(
             json.dump([paths[i] for i in mine], stream)
         for i, line in zip(mine, process.stdout, strict=False):
             found[i] = json.loads(line)
-            done += 1  # a few may be lost between threads: for the bar only
+            done += 1  # threads may lose a few counts: only the progress bar reads them
             on_file(done, len(paths))
         if code := process.wait():
             raise RuntimeError(f"a process that reads packages ended with code {code}")
@@ -191,7 +191,7 @@ def module_of(file: str) -> str:
 
 
 def load(path: Path) -> Corpus | None:
-    """What is cached; None where there is nothing, or nothing whole."""
+    """The corpus in a cached file; None where there is none, or a damaged one."""
     try:
         names, others, *rest = json.loads(path.read_text(encoding="utf-8"))
         return Corpus([Entry(*e) for e in names], [Entry(*e) for e in others], *rest)

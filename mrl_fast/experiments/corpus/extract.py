@@ -31,8 +31,8 @@ class Found(NamedTuple):
     """A docstring, or a file's comments."""
 
     name: str  # within its module, "Class.method"; "" where it is not public, and for comments
-    summary: str  # the first sentence of what has a public name; "" where that is none
-    sentences: list[str]  # all of them, where all are asked for
+    summary: str  # the first sentence, if the name is public and the sentence prose; else ""
+    sentences: list[str]  # all sentences, where all are asked for
 
 
 def extract(source: str, *, everything: bool) -> list[Found]:
@@ -58,8 +58,8 @@ def extract(source: str, *, everything: bool) -> list[Found]:
 
 
 def documented(node: ast.AST, name: str, public: bool) -> Iterator[tuple[str, str]]:
-    """Name and docstring of a node and of what it defines. The name is "" where it is not public,
-    as is everything inside a function."""
+    """Name and docstring of a node and of what it defines. The name is "" where it is not public;
+    nothing inside a function is."""
     assert isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
     if text := ast.get_docstring(node, clean=False):
         yield name if public else "", inspect.cleandoc(text)
@@ -110,8 +110,8 @@ def sentences_of(text: str) -> Iterator[str]:
 
 
 def items_of(paragraph: str) -> Iterator[str]:
-    """A paragraph in one line; of a list, and of parameters, one item after the other. Code and
-    rules are left out."""
+    """A paragraph as one line; a list, or a list of parameters, as a line an item. Code and rules
+    are left out."""
     item: list[str] = []
     depth = 0
     for raw in paragraph.split("\n"):
@@ -150,7 +150,7 @@ def is_prose(sentence: str) -> bool:
 
 
 def main(everything: bool) -> None:
-    gc.disable()  # a syntax tree is many objects and no cycle
+    gc.disable()  # a syntax tree has many objects and no cycle
     for path in json.load(sys.stdin):
         try:
             with open(path, encoding="utf-8") as file:

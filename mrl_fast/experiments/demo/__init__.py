@@ -1,2 +1,2 @@
-"""The main job, end to end: nested vectors of the documentation of what is installed, trained,
-evaluated, indexed, searched, and asked in words."""
+"""The main job, end to end: nested vectors for the documentation of installed packages are trained,
+evaluated, indexed, searched, and asked questions in words."""

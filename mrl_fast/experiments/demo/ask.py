@@ -52,18 +52,18 @@ def show(console: Console, answer: Answer, seconds: float) -> None:
 
 
 def run_ask(folder: Path, question: str | None) -> None:
-    """Answers a question, or without one those that are typed, one a line, until there are no more.
+    """Answers a question; without one, every line that is typed, until an empty one.
 
     Raises:
-        ValueError: A folder that no demo wrote, or a question that cannot be answered; one that is
-            typed gets the message for an answer.
+        ValueError: A folder that no demo wrote, or a question that cannot be answered; a typed one
+            gets the message as its answer.
     """
     console = Console()
     begin = time.perf_counter()
     library = Library(folder)
     if question is not None:
         answer = ask(library, question)
-        show(console, answer, time.perf_counter() - begin)  # the opening included
+        show(console, answer, time.perf_counter() - begin)  # the time to open the folder included
         return
     typed = sys.stdin.isatty()
     if typed:
@@ -78,7 +78,7 @@ def run_ask(folder: Path, question: str | None) -> None:
 
 
 def next_question(typed: bool) -> str:
-    """ "" after the last."""
+    """The next question, "" after the last."""
     try:
         return input("? " if typed else "").strip()
     except EOFError:

@@ -1,4 +1,4 @@
-"""Which names the encoder learns from, and which it is asked for."""
+"""Which names the encoder learns from, and which are held out to be asked for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mrl_fast.experiments.corpus import Entry
 
 DIMS = (16, 32, 64, 128, 256)
 HELD = 6144
-FEWEST = 1536  # names, so that what is held out is enough to choose stages by
+FEWEST = 1536  # names; of fewer, too few would be held out to choose stages by
 
 
 class Pairs(NamedTuple):
@@ -20,13 +20,13 @@ class Pairs(NamedTuple):
     Attributes:
         entries: All; their sentences are distinct.
         taught: Places of those that the encoder learns from, ascending.
-        held: Places of the others, at random. A third of them are reported, by the rest stages are
-            chosen.
+        held_out: Places of the others, in random order. The first third is reported; stages are
+            chosen by the rest.
     """
 
     entries: list[Entry]
     taught: list[int]
-    held: list[int]
+    held_out: list[int]
 
     @property
     def sentences(self) -> list[str]:
@@ -35,20 +35,20 @@ class Pairs(NamedTuple):
     @property
     def asked(self) -> list[str]:
         """The names that are held out."""
-        return [self.entries[i].name for i in self.held]
+        return [self.entries[i].name for i in self.held_out]
 
     @property
     def reported(self) -> int:
-        return len(self.held) // 3
+        return len(self.held_out) // 3
 
     def trained(self) -> tuple[list[str], list[str]]:
-        """Names and sentences."""
+        """The names and the sentences that the encoder learns from."""
         chosen = [self.entries[i] for i in self.taught]
         return [entry.name for entry in chosen], [entry.sentence for entry in chosen]
 
 
 def split(entries: Sequence[Entry], *, seed: int = 0) -> Pairs:
-    """Holds out 6,144 names, of a small corpus a quarter.
+    """Holds out 6,144 names, or a quarter where that is less.
 
     Raises:
         ValueError: Too few entries.

@@ -1,4 +1,4 @@
-"""The encoder: a text's vector is the mean of its words', trained on pairs of texts."""
+"""The encoder: a text's vector is the mean of its words' vectors, trained on pairs of texts."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def split_words(text: str) -> list[str]:
 
 
 class Bags(NamedTuple):
-    """Texts as numbers of words."""
+    """Texts as lists of their words' numbers, laid end to end."""
 
     words: Tensor  # [T] int64, one text after the other
-    offsets: Tensor  # [n + 1] int64, where each begins
+    offsets: Tensor  # [n + 1] int64, where each text begins, and where the last ends
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -56,7 +56,7 @@ class TextEncoder(nn.Module):
         self.bag = nn.EmbeddingBag(
             len(self.words), width, mode="mean", sparse=True, include_last_offset=True
         )
-        nn.init.normal_(self.bag.weight, std=0.3)  # steps of Adam turn short vectors more
+        nn.init.normal_(self.bag.weight, std=0.3)  # short: a step of Adam turns them more
 
     def bags(self, texts: Iterable[str]) -> Bags:
         flat: list[int] = []
@@ -77,12 +77,12 @@ class TextEncoder(nn.Module):
         return torch.cat([self(bags.select(part)) for part in parts])
 
     def save(self, path: Path) -> None:
-        """As safetensors, with the words in its header."""
+        """Writes a safetensors file with the words in its header."""
         save_file({"vectors": self.bag.weight.detach()}, path, {"words": json.dumps(self.words)})
 
     @classmethod
     def load(cls, path: Path) -> TextEncoder:
-        """ValueError, OSError: not a file that ``save`` wrote."""
+        """Reads a file that ``save`` wrote; any other raises a ValueError or an OSError."""
         try:
             with safe_open(path, "pt") as file:
                 vectors = file.get_tensor("vectors")
@@ -97,7 +97,7 @@ class TextEncoder(nn.Module):
 
 
 def vocabulary(texts: Iterable[str], least: int = 2) -> list[str]:
-    """Words that stand in at least so many places, the most frequent first."""
+    """Words that occur at least so many times, the most frequent first."""
     counts = Counter(word for text in texts for word in split_words(text))
     return sorted((w for w in counts if counts[w] >= least), key=lambda w: (-counts[w], w))
 
@@ -112,7 +112,7 @@ def train(
     seed: int = 0,
     on_step: Callable[[TextEncoder, Tensor], object] = lambda encoder, per_dim: None,
 ) -> TextEncoder:
-    """An encoder whose every prefix of ``dims`` finds a query's document among a batch's others.
+    """Trains an encoder each of whose prefixes finds a query's document among those of a batch.
 
     With ``dims=(D,)`` this is ordinary training; everything else is the same.
 

@@ -21,7 +21,7 @@ def quality(
     dims: Sequence[int],
     on_dim: Callable[[], object] = lambda: None,
 ) -> Quality:
-    """MRR@10 and R@10, recall, of queries that one document each is relevant to.
+    """MRR@10 and recall@10 of queries, each with one relevant document, by prefix.
 
     Args:
         queries: ``[B, D]``. documents: ``[N, D]``. relevant: ``B`` places of documents.

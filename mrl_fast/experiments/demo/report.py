@@ -25,7 +25,7 @@ LABELS = {
 }
 COLOURS = {"nested": "#0072B2", "truncated": "#D55E00", "PCA": "#009E73"}  # Okabe and Ito's
 LEFT = ("search", "setting")  # columns of text
-LEAST_RECALL = 0.8  # of a point that is drawn
+LEAST_RECALL = 0.8  # points below it are not drawn
 
 Cells = tuple[str, list[str], list[list[str]]]  # title, header, rows
 

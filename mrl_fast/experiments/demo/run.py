@@ -21,7 +21,7 @@ from mrl_fast.experiments.demo.evaluate import Quality, quality
 from mrl_fast.experiments.demo.search import BATCH, GRAPH_ROWS, Queries, Searched, compare
 
 Step = Callable[[str], object]  # takes a note on what is done
-SHOWN = 8  # files and packages that are named where many were left out
+SHOWN = 8  # files or packages that are named, where more were left out
 
 
 class Settings(NamedTuple):
@@ -125,8 +125,8 @@ def train(pairs: Pairs, dims: Sequence[int], settings: Settings, on_step: Step) 
 def evaluate(
     pairs: Pairs, nested: TextEncoder, plain: TextEncoder, on_step: Step
 ) -> dict[str, Quality]:
-    """Of the reported names, over all documented sentences."""
-    names, relevant = pairs.asked[: pairs.reported], pairs.held[: pairs.reported]
+    """The quality of each kind of vectors, for the reported names over all documented sentences."""
+    names, relevant = pairs.asked[: pairs.reported], pairs.held_out[: pairs.reported]
     vectors: dict[str, tuple[Tensor, ...]] = {
         "nested": (nested.encode(pairs.sentences), nested.encode(names)),
         "truncated": (plain.encode(pairs.sentences), plain.encode(names)),

@@ -1,4 +1,4 @@
-"""What a demo leaves behind: an encoder, an index and the entries that it finds, in a folder."""
+"""The folder that a demo leaves behind: an encoder, an index, and the entries of its rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Library:
     """An encoder and an index with the entries of its rows, mapped: only what is found is read."""
 
     def __init__(self, folder: Path):
-        """ValueError: the folder is not there, or not what a demo wrote."""
+        """Raises a ValueError where the folder is missing or not what a demo wrote."""
         if not folder.is_dir():
             raise ValueError(f"--out: expected a folder that a demo wrote, got {folder}, {NONE}")
         for name in (ENCODER, INDEX, ENTRIES, LINES):
@@ -59,7 +59,8 @@ NONE = "which is none: `mrl-fast demo` makes one"
 def save(
     folder: Path, encoder: TextEncoder, index: MatryoshkaIndex, entries: Sequence[Entry]
 ) -> None:
-    """Ids of the index are places of the entries. Each file is replaced once it is whole."""
+    """Saves all of it; the index's ids are places of the entries. Each file is replaced once it is
+    whole."""
     lines = ["\t".join(entry).encode() + b"\n" for entry in entries]
     encoder.save(partial := folder / f".{ENCODER}")
     os.replace(partial, folder / ENCODER)

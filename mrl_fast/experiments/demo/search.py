@@ -21,7 +21,7 @@ from mrl_fast.search.ops import prefix_topk
 K = 10
 BATCH = 256
 RECALL = 0.99
-GRAPH_ROWS = 100_000  # above these HNSW, whose building takes minutes, is left out
+GRAPH_ROWS = 100_000  # with more rows HNSW, which would take minutes to build, is left out
 FLAT = ("FAISS flat", "torch")
 JUDGED = 1024  # queries that recall is measured on, at most
 EFFORTS = (16, 32, 48, 64, 80, 96, 128, 192, 256)
@@ -31,7 +31,7 @@ Stages = list[tuple[int, ...]]  # (dim, keep), or (dim, bits, keep)
 
 
 class Entrant(NamedTuple):
-    """One who searches, as it stands in the table or the plot."""
+    """A search to be compared, and its names in the table or the plot."""
 
     name: str
     setting: str
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 class Searched(NamedTuple):
-    """The index to keep, the table's rows, and those of the plot alone."""
+    """The index to keep, the rows of the table, and those that only the plot shows."""
 
     kept: MatryoshkaIndex
     rows: list[Row]
@@ -57,7 +57,7 @@ class Searched(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Settings are chosen by one part, recall and time are reported on the other."""
+    """Settings are chosen by the held-out part; recall and time are reported on the other."""
 
     reported: Tensor  # [B, D]
     held_out: Tensor  # [B', D]
@@ -70,10 +70,10 @@ def compare(
     repetitions: dict[int, int],
     on_step: Callable[[str], object],
 ) -> Searched:
-    """Indexes the rows, chooses settings, and has all take turns on the same queries.
+    """Indexes the rows, chooses settings, and lets all searches take turns on the same queries.
 
     Args:
-        repetitions: By the number of queries a call.
+        repetitions: How often each is timed, by the number of queries a call.
     """
     unit = F.normalize(database)
     judged = Queries(*(q[:JUDGED] for q in queries))
@@ -133,7 +133,7 @@ def our_entrants(
 
 
 def adaptive(index: MatryoshkaIndex, stages: Stages | None) -> Search:
-    """By stages; None is exact search."""
+    """A search by these stages; None is exact search."""
     return lambda q: index.search(q, K, stages=stages, exact=stages is None).ids
 
 
@@ -156,7 +156,7 @@ def flat_entrants(unit: Tensor) -> list[Entrant]:
 
 
 def graph_entrants(unit: Tensor) -> list[Entrant]:
-    """HNSW32 by rising effort."""
+    """One HNSW32 graph, searched with rising effort."""
     begin = time.perf_counter()
     graph = faiss.IndexHNSWFlat(unit.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction = 200  # 40 by default, which needs an efSearch three times as large
@@ -183,7 +183,8 @@ def measure(
     repetitions: int,
     on_step: Callable[[str], object],
 ) -> list[list[float]]:
-    """Seconds a call of each, all taking turns on the same queries, in another order every time."""
+    """Seconds of each entrant's calls; all take turns on the same queries, each time in a new
+    order."""
     times: list[list[float]] = [[] for _ in entrants]
     order = list(range(len(entrants)))
     for repetition in range(-1, repetitions):  # the first is not counted
@@ -211,7 +212,8 @@ def written(stages: Stages | None) -> str:
 
 @contextmanager
 def blas_from(queries: int):
-    """FAISS uses BLAS from 128,000 / d queries by default; it pays much sooner."""
+    """Has FAISS use BLAS from so many queries: by default it does from 128,000 / d, though BLAS is
+    faster much sooner."""
     before = faiss.cvar.distance_compute_blas_threshold
     faiss.cvar.distance_compute_blas_threshold = queries
     try:

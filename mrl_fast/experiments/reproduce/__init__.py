@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mrl_fast.experiments.reproduce import data, report
 from mrl_fast.experiments.reproduce.measure import measure, steps_of
 
-RECIPE = 1  # to be raised with every change after which a cell would have other numbers
+RECIPE = 1  # raise it with every change that changes a cell's numbers
 SETS = ("synthetic", "Fashion-MNIST", "banking77")
 PROBE_STEPS = 600
 
@@ -80,7 +80,7 @@ def run_reproduce(
         return out / "cells" / f"{'quick-' * quick}{name}-{seed}.json"
 
     for seed in range(seeds):
-        for name in reversed(wanted):  # what may be missing is noticed before anything is trained
+        for name in reversed(wanted):  # sets read from files first: a missing one is noticed early
             if read(path(name, seed), name, seed) is not None:
                 continue
             task = load(name, seed)

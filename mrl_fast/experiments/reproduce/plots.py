@@ -62,7 +62,7 @@ def draw(folder: Path, cells: SetCells) -> None:
 
 
 def line(axis: Axes, xs: Sequence[float], rows: Sequence[Sequence[float]], name: str) -> None:
-    """``rows``: one a seed, of shares."""
+    """Draws the mean and the band of ``rows``: shares, one row a seed."""
     intervals = [Interval.of([100 * v for v in values]) for values in zip(*rows, strict=True)]
     colour, marker, style = LOOKS[name]
     means = [i.mean for i in intervals]

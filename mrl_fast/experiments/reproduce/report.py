@@ -143,7 +143,7 @@ def percent(values: Sequence[float]) -> str:
 
 
 def method_tables(cells: SetCells, measure: str) -> list[str]:
-    """One a set: a row a dim, a column a method."""
+    """A table for each set: a row for each dim, a column for each method."""
     lines = []
     for name, found in cells.items():
         methods = list(found[0][measure])

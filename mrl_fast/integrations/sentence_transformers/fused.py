@@ -146,7 +146,7 @@ def _joint_rows(
         return torch.cat(scores, dim=2).logsumexp(2) - hit
     folds = []
     for x, y, mask in blocks:
-        r, c = Side.of(x, dims), Side.of(y, dims)
+        r, c = Side.from_embeddings(x, dims), Side.from_embeddings(y, dims)
         scales = dict(row_scale=r.scaled(scale), col_scale=c.inverse)
         options: dict[str, Any] = scales | dict(target=None if folds else target, mask=mask)
         spec = FoldSpec(r.x, c.x, dims, compute_dtype=r.compute_dtype, **options)

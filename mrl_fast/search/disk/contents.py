@@ -21,10 +21,10 @@ class Contents(NamedTuple):
     """The state of an index that a folder holds.
 
     Attributes:
-        fields: The index's own in the manifest, as JSON.
+        fields: The manifest's fields of the index itself, as JSON.
         blocks, counts: Blocks of rows and how many rows each has: whole tiles in all but the last.
         alive: ``[tiles]`` int64, the live mask; None: no row was removed.
-        axes: ``[n, D]`` fp32, what vectors are given in: the rotation's, then codes' centre.
+        axes: ``[n, D]`` fp32: the rotation's axes, then the centre of the codes.
     """
 
     fields: dict[str, Any]
@@ -35,7 +35,8 @@ class Contents(NamedTuple):
     axes: Tensor | None
 
     def pieces(self, begin: int) -> dict[str, Iterator[Tensor]]:
-        """What ``rows_file`` holds of the rows from ``begin`` on, which begins a tile."""
+        """The tensors of ``rows_file``, in pieces, for the rows from ``begin`` on, where a tile
+        begins."""
         ranges, first = [], 0  # blocks with their rows [first, last)
         for block, count in zip(self.blocks, self.counts, strict=True):
             if first + count > begin:
@@ -80,7 +81,7 @@ class IndexFile(NamedTuple):
 
 
 def rows_file(layout: Layout, rows: int) -> IndexFile:
-    """Whole tiles of rows."""
+    """The arrays of so many rows, which are whole tiles."""
     return IndexFile("rows", layout.parts(rows), scattered="tail")
 
 
@@ -90,7 +91,7 @@ def alive_file(count: int) -> IndexFile:
 
 
 def axes_file(layout: Layout) -> IndexFile:
-    """The rotation's axes and codes' centre."""
+    """The rotation's axes and the centre of the codes."""
     return IndexFile("axes", {"axes": (torch.float32, (layout.axes, layout.width))})
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-# What a file system answers to an operation that it does not have, or not for folders.
+# Errors of an operation that a file system lacks, or lacks for folders.
 LACKING = {
     errno.EBADF,
     errno.EINVAL,
@@ -27,9 +27,9 @@ LACKING = {
     errno.EOPNOTSUPP,
     errno.EPERM,
 }
-# Beside hidden files: what desktops and file systems put into folders that people call empty.
+# Files, beside hidden ones, that desktops and file systems put into folders people call empty.
 CLUTTER = {"desktop.ini", "ehthumbs.db", "icon\r", "lost+found", "thumbs.db"}
-# Operations, and what their lack means.
+# Operations, and the consequence where one is lacking.
 LOCK = "lock a folder", "let only one process at a time save to it"
 SYNC = "sync files and folders", "a power cut may undo or damage what was saved last"
 
@@ -37,7 +37,7 @@ _warned: set[tuple[Path, str]] = set()
 
 
 class FileSystemWarning(UserWarning):
-    """A file system lacks an operation that saving is safer with."""
+    """A file system lacks an operation that makes saving safer."""
 
 
 def make_folder(path: Path) -> None:
@@ -64,7 +64,7 @@ def locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                gc.collect()  # frees the lock of a save that was interrupted while it let go
+                gc.collect()  # frees the lock of a save that was interrupted while releasing it
                 fcntl.flock(opened, fcntl.LOCK_EX)
         yield
     finally:
@@ -99,6 +99,7 @@ def synced(path: Path, mode: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _if_there_is(folder: Path, operation: str, otherwise: str) -> Iterator[None]:
+    """Does without an operation that the folder's file system lacks, and warns once."""
     try:
         with _naming(folder):
             yield

@@ -29,7 +29,7 @@ from mrl_fast.search.disk.contents import (
 from mrl_fast.search.index.blocks import Block, Layout
 from mrl_fast.shared.native import TILE
 
-# So many of the last files, if none is larger than what is added, are merged with it.
+# Where this many of the last files are each no larger than what is added, they are merged with it.
 TIER = 7
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ def save(
 
     Args:
         saved: What the index saved or loaded last.
-        saved_prefix_rows: So many of the first rows are as they are in ``saved``.
+        saved_prefix_rows: How many of the first rows are still as they are in ``saved``.
         replaced: Called as soon as the folder holds this state, whatever fails after that.
 
     Raises:
@@ -116,7 +116,7 @@ def load(
             index, layout = make({name: manifest[name] for name in manifests.INDEX_FIELDS})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path / manifests.FILE}: {error}") from error
-        # All files are opened before any is read: they stay, whoever deletes them.
+        # All files are opened before any is read: an open file stays readable if it is deleted.
         files = Files.opened(path, manifest, layout)
         if verify:
             files.verify()
@@ -191,7 +191,7 @@ class _NewFiles:
         self._written.append(path)
         try:
             return {"file": path.name, "sha256": tensorfile.write(path, file.parts, pieces)}
-        except FileExistsError:  # of another process, where folders cannot be locked
+        except FileExistsError:  # another process made it, where folders cannot be locked
             self._written.remove(path)
             raise
 

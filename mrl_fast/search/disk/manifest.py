@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 from mrl_fast.shared.native import TILE
 
 FORMAT, VERSION = "mrl_fast index", 2
-VERSIONS = 1, VERSION  # that are read
+VERSIONS = 1, VERSION  # that can be read
 FILE = "manifest.json"
 NAME = re.compile(r"(rows|alive|axes)-(\d{8})\.safetensors")
 MANIFEST_BYTES = 1 << 20  # at most; parsed, it may take 25 times that
 ROWS = (1 << 32) - 1  # at most
 INDEX_FIELDS = ("dims", "metric", "dtype", "prefix_dtype", "codes", "rotation", "next_id", "tuned")
 FIELDS = ("format", "version", "generation", *INDEX_FIELDS, "segments", "alive", "axes", "sha256")
-PATIENCE_S = 20.0  # for a folder that is saved to again and again
+PATIENCE_S = 20.0  # to wait for a folder that is saved to again and again
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def parse(file: Path, text: bytes) -> dict[str, Any]:
 
 
 def completed(fields: dict[str, Any]) -> dict[str, Any]:
-    """An index's fields of any version with those that its version did not have."""
+    """The fields of an index of any version, with those added that its version did not have."""
     return {"codes": None, **fields}
 
 
@@ -112,7 +112,7 @@ def files_of(manifest: dict[str, Any]) -> set[str]:
 
 
 def _check(file: Path, manifest: dict[str, Any], digest: str | None) -> None:
-    """The index's own fields are not checked here but by the index that is made of them."""
+    """Checks the fields; of INDEX_FIELDS most are checked by the index that is made of them."""
 
     def need(ok: Any, name: str, expected: str, got: Any) -> None:
         if not ok:

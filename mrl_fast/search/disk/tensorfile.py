@@ -1,5 +1,5 @@
-"""Safetensors files whose whole header is known beforehand: written in one pass, read by memory
-map, nothing in them trusted.
+"""Safetensors files whose whole header is known beforehand: written in one pass, memory-mapped to
+be read, and not trusted.
 
 A reader knows which tensors a file must hold, so it compares the header and never parses it. The
 header is padded so that data begin at a multiple of 64 bytes, for SIMD and for pages.
@@ -32,7 +32,7 @@ NAMES = {
     torch.uint8: "U8",
 }
 ALIGNMENT = 64
-# Between two looks for Ctrl-C: so many bytes are hashed, and at most so many wait for the disk.
+# Bytes that are hashed, and bytes that wait for the disk, between two looks for Ctrl-C.
 HASHED_BYTES, UNSYNCED_BYTES = 1 << 24, 1 << 26
 
 Parts = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # by name, in the file's order
@@ -66,7 +66,8 @@ def write(path: Path, parts: Parts, pieces: Mapping[str, Iterable[Tensor]]) -> s
         pieces: Each part's elements in order, cut anywhere.
 
     Raises:
-        TypeError: Pieces of another dtype or number of elements than their part: a fault of ours.
+        TypeError: Pieces with another dtype or number of elements than their part; a bug here,
+            never the user's fault.
     """
     digest, unsynced = hashlib.sha256(), 0
     with filesystem.synced(path, "xb") as file:
@@ -101,7 +102,7 @@ class TensorFile:
     """A file that is mapped to memory.
 
     Attributes:
-        tensors: By name, over the file's pages; not to be written to.
+        tensors: By name, over the file's pages; must not be written to.
 
     Args:
         parts: What the file must hold.

@@ -64,7 +64,9 @@ class Layout:
     def rows(self, spans: list[tuple[int, ...]]) -> _C.Rows:
         code_dim = 0 if self.code.exact or self.code.whole else self.coded
         ladder = (self.ladder, address(self.centre, F32), self.metric.number)
-        return _C.Rows(spans, self.packed, code_dim, DTYPES[self.dtype], self.levels, ladder)
+        return _C.Rows(
+            spans, self.packed, code_dim, DTYPES[self.dtype], self.levels, ladder, self.width
+        )
 
 
 class Block:

@@ -15,7 +15,7 @@ from mrl_fast.kernels.search.pair_scores import Pairs
 from mrl_fast.kernels.search.plan import KnownRows, fitting
 from mrl_fast.kernels.search.topk import topk
 from mrl_fast.kernels.shared.device import captures, on_its_device
-from mrl_fast.kernels.shared.tiling import operand
+from mrl_fast.kernels.shared.tiling import columns, operand
 from mrl_fast.search.index.blocks import Layout
 from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.search.index.device_metrics import DEVICE_METRICS
@@ -89,7 +89,7 @@ def exact_search(
     """The k best by fp64 scores rounded to fp32; and how many rows of each query were read beyond
     their prefix."""
     _in_use(rows)
-    result, x = empty(q, k), operand(rows.vectors)
+    result, q, x = empty(q, k), columns(q, dim), columns(rows.vectors, dim)
     whole = _known(rows, dim, metric, ids=rows.ids)
     touched = certified.exact_topk(q, x, k, metric, result, whole, _prefix(rows, dim, metric))
     return *result, touched
@@ -102,8 +102,8 @@ def range_search(
     """Limits, scores and ids of every row that reaches the threshold, as exact search scores it.
     Waits for the device."""
     _in_use(rows)
-    whole = _known(rows, dim, metric, ids=rows.ids)
-    return certified.range_search(q, operand(rows.vectors), threshold, metric, whole)
+    whole, x = _known(rows, dim, metric, ids=rows.ids), columns(rows.vectors, dim)
+    return certified.range_search(columns(q, dim), x, threshold, metric, whole)
 
 
 def _known(rows: DeviceRows, dim: int, metric: str, *, ids: Tensor | None = None) -> KnownRows:
@@ -121,7 +121,7 @@ def _factors(rows: DeviceRows, g: int, metric: str) -> Tensor | None:
 
 def _prefix(rows: DeviceRows, dim: int, metric: str) -> certified.Prefix | None:
     first = rows.dims[0]
-    if first == dim:
+    if first == dim or dim < rows.dims[-1]:  # the norms of suffixes are those of all columns
         return None
     whole = _known(rows, dim, metric)
     assert whole.terms is not None

@@ -13,6 +13,7 @@ from mrl_fast.search.index import cost, tuning
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.search.index.persistence import Persistent
+from mrl_fast.search.index.queries import checked_queries
 from mrl_fast.search.index.rows import IndexRows
 from mrl_fast.search.index.snapshot import Snapshot
 from mrl_fast.search.index.stages import checked_stages, plain_stages, tuned_now
@@ -46,6 +47,10 @@ def of_rows(
 class MatryoshkaIndex(Persistent):
     """Exact and adaptive search over vectors whose prefixes are embeddings.
 
+    Whole vectors are added, and queries may be prefixes: what sentence-transformers encodes with
+    ``truncate_dim=d`` searches the first d columns of every vector. An index of vectors that were
+    truncated themselves has a D of that width.
+
     Any number of threads may search while others add, remove, update or save, which take turns: a
     search sees the index as one of them left it. Pickled, an index that was loaded and not changed
     since is its folder's path; any other is its vectors. A copy is independent.
@@ -54,8 +59,9 @@ class MatryoshkaIndex(Persistent):
     that malloc keeps for the next search: 35 MiB after 256 queries that keep 2,000 rows each.
 
     Args:
-        dims: Prefix widths that stages may use, strictly ascending. The last is the vectors' width
-            D; the first is laid out for scanning, so it should be the dim that searches start with.
+        dims: Prefix widths that stages and queries may have, in any order, none twice. The largest
+            is the vectors' width D; the smallest is laid out for scanning, so it should be the dim
+            that searches start with.
         metric: As in ``prefix_topk``: ``"cosine"``, ``"ip"`` or ``"l2"``.
         dtype: What vectors are stored as: ``"float32"``, ``"float16"`` or ``"bfloat16"``. They are
             rounded to it as they are added.
@@ -76,7 +82,7 @@ class MatryoshkaIndex(Persistent):
             CUDA graph, whose replays search the rows of its time as long as the index lives.
 
     Raises:
-        ValueError, TypeError: Dims that do not ascend, an unknown metric, dtype or rotation.
+        ValueError, TypeError: A dim given twice, an unknown metric, dtype or rotation.
     """
 
     def __init__(
@@ -91,7 +97,15 @@ class MatryoshkaIndex(Persistent):
         device: str = "cpu",
     ):
         self._make(
-            IndexConfig(check_dims(dims), metric, dtype, prefix_dtype, codes, rotation, device)
+            IndexConfig(
+                tuple(sorted(check_dims(dims, ascending=False))),
+                metric,
+                dtype,
+                prefix_dtype,
+                codes,
+                rotation,
+                device,
+            )
         )
 
     dims = property(lambda self: self.config.dims)
@@ -149,55 +163,62 @@ class MatryoshkaIndex(Persistent):
         queries: Any,
         k: int = 10,
         *,
+        dim: int | None = None,
         stages: Sequence[Stage] | None = None,
         exact: bool = False,
         allowed: Any = None,
         out: SearchResult | None = None,
     ) -> SearchResult:
-        """The k nearest vectors of each query.
+        """The k nearest vectors of each query, by all columns or by a prefix.
 
         Args:
-            queries: ``[B, D]`` floating point: tensor, numpy array or DLPack object.
+            queries: ``[B, D]`` floating point, or ``[B, d]`` of a prefix, d in ``dims``: tensor,
+                numpy array, DLPack object or list of rows. A single query ``[D]`` is ``[1, D]``,
+                with results ``[1, k]``. With a rotation, which mixes all columns, only ``[B, D]``.
             k: Neighbours a query, at least 1; beyond the vectors there are they are missing.
+            dim: Search by the first ``dim`` columns, in ``dims`` and at most the queries' width;
+                None is all that the queries have. An error together with stages.
             stages: ``(dim, keep)`` pairs, dims of the index ascending, keeps not growing, the last
                 at least k: search all rows by the first dim and rerank what each stage keeps by the
                 next. With codes the first may be ``(dim, 1, keep)``, by the signs of any prefix, or
-                ``(D, 4, keep)``, by four bits of every column. None: the stages that ``tune``
-                chose, where it did, for at least this k, and at most a tenth of the vectors were
-                added since; else exact, and where they have lapsed a warning says so once.
-            exact: The k best at width D by fp64 scores, provably: a row is dropped only where a
-                bound on its score excludes it. On a device scores that are equal in fp32 are
-                equal. An error together with stages.
+                ``(D, 4, keep)``, by four bits of every column. No dim may be larger than the
+                queries' width. None: the stages that ``tune`` chose, where it did, for at least
+                this k, at most a tenth of the vectors were added since, and all D columns are
+                searched by; else exact, and where they have lapsed a warning says so once.
+            exact: The k best by fp64 scores, provably: a row is dropped only where a bound on its
+                score excludes it. By a dim between the first and D no bounds are known, and that
+                prefix of every row is read. On a device scores that are equal in fp32 are equal. An
+                error together with stages.
             allowed: Searches these vectors only: ``[n]`` ids, as in ``add``, of which unknown ones
-                are ignored, or ``[N]`` bool, aligned with ``ids``. On the CPU, where they are few
-                (one in 32), they alone are read. A bool mask already on the device is used in place
-                if nothing was removed; other filters pass through the host.
+                are ignored, or ``[N]`` bool or uint8 (0 or 1, never ids), aligned with ``ids``. On
+                the CPU, where they are few (one in 32), they alone are read. A bool mask already on
+                the device is used in place if nothing was removed; other filters pass through the
+                host.
             out: A SearchResult of contiguous ``[B, k]`` fp32 and int64 tensors or arrays, of the
                 kind and on the device of the queries, to write to.
 
         Returns:
-            SearchResult: scores ``[B, k]`` fp32 at the last stage's dim and ids ``[B, k]`` int64,
-                best first, equal scores in the order of adding, of the kind and on the device of
-                the queries; −inf and −1 where missing. Its ``stages`` are those it came by: None
-                where the search was exact, which returns an ExactResult.
+            SearchResult: scores ``[B, k]`` fp32 at the last stage's dim, or the dim searched by,
+                and ids ``[B, k]`` int64, best first, equal scores in the order of adding, of the
+                kind and on the device of the queries; −inf and −1 where missing. Its ``stages`` are
+                those it came by: None where the search was exact, which returns an ExactResult.
 
         Raises:
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, stages that do
                 not fit.
         """
-        q = self._rows.backend.queries(inputs.matrix(queries, "queries", self.width), self.config)
-        k = check_int(k, "k", 1)
-        if exact and stages is not None:
-            raise ValueError("exact: expected False where stages are given, got True")
-        now = self._rows.snapshot
+        if stages is not None and (exact or dim is not None):
+            name, expected, got = ("exact", False, exact) if exact else ("dim", None, dim)
+            raise ValueError(f"{name}: expected {expected} where stages are given, got {got}")
+        q, dim = checked_queries(queries, self.config, dim)
+        k, now, checked = check_int(k, "k", 1), self._rows.snapshot, None
         if stages is not None:
-            checked = checked_stages(stages, self.config, k)
-        else:
-            said = self._lapses_said
-            checked = None if exact else plain_stages(self._tuned, k, now.size, said)
+            checked = checked_stages(stages, self.config, k, dim)
+        elif dim == self.width and not exact:
+            checked = plain_stages(self._tuned, k, now.size, self._lapses_said)
         rows, q, _keepalive = self._searched(now, allowed, q)
         if checked is None:
-            *found, touched = self._rows.backend.exact_search(q, rows, self.width, k, self.metric)
+            *found, touched = self._rows.backend.exact_search(q, rows, dim, k, self.metric)
             result = ExactResult(*found)
             result.rows_touched = touched
         else:
@@ -205,15 +226,17 @@ class MatryoshkaIndex(Persistent):
             result.stages = checked
         return result_like(queries, result, out)
 
-    def range_search(self, queries: Any, threshold: float, *, allowed: Any = None) -> RangeResult:
-        """Every vector whose score at width D is at least a threshold, provably.
+    def range_search(
+        self, queries: Any, threshold: float, *, dim: int | None = None, allowed: Any = None
+    ) -> RangeResult:
+        """Every vector whose score, by all columns or by a prefix, is at least a threshold,
+        provably.
 
         Equals what an exact search for all vectors returns, down to the threshold.
 
         Args:
-            queries: ``[B, D]`` floating point.
+            queries, dim, allowed: As in ``search``.
             threshold: Of scores: with ``"l2"``, −r² for the vectors within a distance r.
-            allowed: As in ``search``.
 
         Returns:
             RangeResult: limits ``[B + 1]``, and the scores and ids of one query after the other.
@@ -221,10 +244,10 @@ class MatryoshkaIndex(Persistent):
         Raises:
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values.
         """
-        q = self._rows.backend.queries(inputs.matrix(queries, "queries", self.width), self.config)
+        q, dim = checked_queries(queries, self.config, dim)
         least, now = inputs.number(threshold, "threshold"), self._rows.snapshot
         rows, q, _keepalive = self._searched(now, allowed, q)
-        found = self._rows.backend.range_search(q, rows, self.width, least, self.metric)
+        found = self._rows.backend.range_search(q, rows, dim, least, self.metric)
         return result_like(queries, RangeResult(*found))
 
     def tune(
@@ -275,6 +298,7 @@ class MatryoshkaIndex(Persistent):
 
     def _searched(self, now: Snapshot, allowed: Any, q: Tensor) -> tuple[Any, Tensor, Any]:
         """The rows to search, the queries in their space, and a keepalive for both."""
+        q = self._rows.backend.queries(q, self.config)
         rows, keepalive = self._rows.backend.restricted(now, inputs.allowed(allowed, now.size))
         rotation = self._rows.rotation
         if rotation is not None and now.count:

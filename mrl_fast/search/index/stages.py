@@ -14,13 +14,20 @@ MANY = 1 << 62  # more than there are rows, and yet an int64
 GROWTH = 1.1  # times the vectors that an index was tuned with: up to so many its stages hold
 
 
-def checked_stages(x: Any, config: IndexConfig, k: int | None = None) -> list[Stage]:
-    """Stages by dims, and codes, of the index, the last of which keeps k where that is given."""
+def checked_stages(
+    x: Any, config: IndexConfig, k: int | None = None, width: int | None = None
+) -> list[Stage]:
+    """Stages by dims, and codes, of the index, the last of which keeps k where that is given; none
+    goes past the queries' ``width`` where that is."""
     dims, code = config.dims, config.code
     checked = list(check_stages(x, code.bits if code.whole and config.device == "cpu" else ()))
     for i, (dim, *_) in enumerate(checked):
         if dim not in dims:
             raise ValueError(f"stages[{i}] dim: expected one of {tuple(dims)}, got {dim}")
+        if width is not None and dim > width:
+            raise ValueError(
+                f"stages[{i}] dim: expected at most {width}, the queries' width, got {dim}"
+            )
     dim, *bits = checked[0][:-1]
     if bits and bits[0] > 1 and dim < config.width:
         raise ValueError(

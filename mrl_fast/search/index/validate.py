@@ -6,26 +6,17 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mrl_fast.shared.arrays import as_tensor
-from mrl_fast.shared.checks import (
-    check_finite,
-    check_int,
-    check_matrix,
-    dtype_name,
-)
+from mrl_fast.shared.arrays import as_integers, as_numbers, as_vectors
+from mrl_fast.shared.checks import check_finite, dtype_name
 from mrl_fast.shared.dispatch import triton_is_interpreted
 from mrl_fast.shared.memory import HOST
 
 NARROWEST = 64  # of dims that nobody named
-NO_IDS = (torch.bool, torch.complex64, torch.complex128)
-LOWEST, HIGHEST = -(1 << 63), (1 << 63) - 1  # of int64
 
 
 def device(x: Any) -> str:
@@ -57,12 +48,16 @@ def default_dims(width: int) -> tuple[int, ...]:
 
 def matrix(x: Any, name: str, width: int) -> Tensor:
     """``[n, width]``, floating point."""
-    checked = check_matrix(as_tensor(x, name), name, given=x)
+    checked = valued(as_vectors(x, name), name)
     if checked.shape[1] != width:
         raise ValueError(f"{name}: expected width {width}, got {checked.shape[1]}")
-    if checked.is_meta:
-        raise ValueError(f"{name}: expected values, got a tensor on meta")
     return checked
+
+
+def valued(x: Tensor, name: str) -> Tensor:
+    if x.is_meta:
+        raise ValueError(f"{name}: expected values, got a tensor on meta")
+    return x
 
 
 def vectors(x: Any, name: str, width: int) -> Tensor:
@@ -75,44 +70,13 @@ def vectors(x: Any, name: str, width: int) -> Tensor:
 def ids(x: Any, name: str = "ids") -> Tensor:
     """``[n]`` int64, on the CPU: of integers of any width, in an array, a list, a range or a pandas
     Series, or of a single one."""
-    return _as_ids(_numbers(x, name), x, name)
+    return _of_ids(as_integers(x, name), name)
 
 
-def _as_ids(numbers: Tensor, given: Any, name: str) -> Tensor:
-    kind = dtype_name(given)
-    if numbers.dtype.is_floating_point or numbers.dtype in NO_IDS:
-        raise TypeError(f"{name}: expected integers, got {kind}")
-    if numbers.ndim > 1:
-        raise ValueError(f"{name}: expected shape [n], got {list(numbers.shape)}")
-    checked = numbers.to(HOST, torch.int64).reshape(-1)
-    if numbers.dtype == torch.uint64 and bool((checked < 0).any()):
-        number = int(checked[checked < 0][0]) + (1 << 64)
-        raise ValueError(f"{name}: expected ids below 2^63, got {number} ({kind})")
-    return checked
-
-
-def _numbers(x: Any, name: str) -> Tensor:
-    """What an array, a list, a range, a Series or a number holds, as a tensor."""
-    if isinstance(x, (int, np.generic)):
-        x = np.asarray(x)
-    elif isinstance(x, (list, tuple, range)):
-        x = _listed(x, name)
-    elif hasattr(x, "to_numpy") and not hasattr(x, "__dlpack__"):
-        x = x.to_numpy()
-    return as_tensor(x, name)
-
-
-def _listed(x: Sequence[Any], name: str) -> np.ndarray:
-    kinds = set(map(type, x))
-    if kinds <= {bool, np.bool_} and kinds:
-        return np.asarray(x)
-    if kinds <= {int}:
-        try:
-            return np.asarray(x, np.int64)
-        except OverflowError:
-            pass  # which one, is said below
-    numbers = [check_int(number, f"{name}[{i}]", LOWEST, HIGHEST) for i, number in enumerate(x)]
-    return np.asarray(numbers, np.int64)
+def _of_ids(x: Tensor, name: str) -> Tensor:
+    if x.ndim > 1:
+        raise ValueError(f"{name}: expected shape [n], got {list(x.shape)}")
+    return x.to(HOST).reshape(-1)
 
 
 def new_ids(x: Any, count: int) -> Tensor:
@@ -135,13 +99,19 @@ def allowed(x: Any, size: int) -> Tensor | None:
     """``[n]`` int64, or ``[size]`` bool wherever it is; None is all."""
     if x is None:
         return None
-    numbers = _numbers(x, "allowed")
-    if numbers.dtype != torch.bool:
-        return _as_ids(numbers, x, "allowed")
+    numbers = as_numbers(x, "allowed")
+    if numbers.dtype not in (torch.bool, torch.uint8):
+        return _of_ids(as_integers(x, "allowed"), "allowed")
     if numbers.shape != (size,):
+        kind = "bool" if numbers.dtype == torch.bool else "0 or 1, as uint8 is a mask,"
         got = list(numbers.shape)
-        raise ValueError(f"allowed: expected a bool for each of {size} ids, got shape {got}")
-    return numbers
+        raise ValueError(f"allowed: expected a {kind} for each of {size} ids, got shape {got}")
+    if numbers.dtype == torch.uint8 and bool((numbers > 1).any()):
+        raise ValueError(
+            f"allowed: expected 0 or 1 in a mask of {dtype_name(x)}, got {int(numbers.max())} "
+            "(ids are of another dtype)"
+        )
+    return numbers.bool()
 
 
 def number(x: Any, name: str) -> float:

@@ -1,6 +1,6 @@
 """Vectors and ids in files, read a chunk at a time: one module a format, and the table of them.
 
-Nothing that a file says of its own size is believed before it was compared with the file's.
+A size that a file states in its header is compared with the file's own size before it is used.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mrl_fast.search.readers import npy
 from mrl_fast.search.readers.base import Source, existing
 
 
@@ -19,8 +20,8 @@ class Format(NamedTuple):
     """The module that reads a format, imported when it is needed: its package may be an extra.
 
     Attributes:
-        vectors: The options of its ``open_vectors``; None: it holds none.
-        integers: The options of its ``read_integers``; None: it holds none.
+        vectors: The options of its ``open_vectors``; None: the format holds no vectors.
+        integers: The options of its ``read_integers``; None: the format holds no integers.
     """
 
     module: str
@@ -90,6 +91,28 @@ def read_ids(path: str | os.PathLike[str], column: str | None = None) -> np.ndar
     if ids.ndim != 1:
         raise ValueError(f"{path}: expected ids [n], got shape {list(ids.shape)}")
     return ids
+
+
+def read_selection(
+    path: str | os.PathLike[str], size: int, column: str | None = None
+) -> np.ndarray:
+    """Ids ``[n]`` int64 as of ``read_ids``, or a mask ``[size]`` bool of an index's rows.
+
+    Args:
+        path: As of ``read_ids``; or ``.npy`` ``[size]`` of bool, or of uint8 that are 0 or 1.
+
+    Raises:
+        FileNotFoundError, ValueError: As in ``open_vectors``; a mask of another size.
+    """
+    file = existing(path)
+    mask = npy.read_mask(file, size) if file.suffix.lower() == ".npy" else None
+    return read_ids(file, column) if mask is None else mask
+
+
+def options_of(path: Path) -> tuple[str, ...]:
+    """The options that ``open_vectors`` takes for this file."""
+    row = FORMATS.get(path.suffix.lower())
+    return (row and row.vectors) or ()
 
 
 def read_neighbours(path: str | os.PathLike[str]) -> np.ndarray:

@@ -13,8 +13,21 @@ import numpy as np
 Chunk = tuple[Any, "np.ndarray | None"]  # vectors [n, D], an array or a tensor; ids [n] int64
 
 
+# Where ids are not integers.
+ADVICE = (
+    "; ids are int64: keep a table of your own from its strings to numbers, and number the rows by "
+    "it; rows without ids are 0, 1, 2, … in their order"
+)
+
+
 class Source(ABC):
-    """Vectors ``[rows, width]`` in a file."""
+    """Vectors ``[rows, width]`` in a file.
+
+    Attributes:
+        id_columns: Names of the file's columns that could be ids.
+    """
+
+    id_columns: tuple[str, ...] = ()
 
     def __init__(self, path: Path, rows: int, width: int):
         self.path, self.rows, self.width = path, rows, width
@@ -29,7 +42,7 @@ class Source(ABC):
 
 
 class SeekableSource(Source):
-    """Vectors any of whose rows are found without reading others; the file has no ids."""
+    """Vectors in a file without ids, any rows of which can be read without the others."""
 
     def chunks(self, rows: int, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
         stop = self.rows if stop is None else min(stop, self.rows)
@@ -58,7 +71,7 @@ def existing(path: str | os.PathLike[str]) -> Path:
 
 
 def read_numbers(path: Path, dtype: np.dtype, offsets: Sequence[int], count: int) -> np.ndarray:
-    """``[offsets, count]``: so many numbers from each offset on, which is in bytes.
+    """``[offsets, count]``: ``count`` numbers from each offset on, which is in bytes.
 
     They are read, not mapped: memory stays bounded, and a file that is cut meanwhile is an error.
     """

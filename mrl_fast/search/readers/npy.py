@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib import format as npy_format
 
-from mrl_fast.search.readers.base import SeekableSource, Source, as_int64, read_numbers
+from mrl_fast.search.readers.base import ADVICE, SeekableSource, Source, as_int64, read_numbers
 
 VECTORS = {"float16", "float32", "float64", "int8", "uint8"}
 HEADERS = {
@@ -49,10 +49,33 @@ def read_integers(path: Path) -> np.ndarray:
     header = _header(path)
     if header.dtype.kind not in "iu" or len(header.shape) not in (1, 2):
         got = f"shape {list(header.shape)} of {header.dtype.name}"
+        if header.dtype.kind in "SUOV":
+            got += ADVICE
         raise ValueError(f"{path}: expected integers [n] or [n, k], got {got}")
     if not math.prod(header.shape):
         return np.empty(header.shape, np.int64)
     return as_int64(path, _rows(path, header, 0, header.shape[0]).reshape(header.shape))
+
+
+def read_mask(path: Path, size: int) -> np.ndarray | None:
+    """``[size]`` bool, of bool or of bytes that are 0 or 1; None where the array holds ids.
+
+    Bytes 0 and 1 alone are ids where these are one or two, and ``size`` is another.
+    """
+    header = _header(path)
+    kind, shape = header.dtype.name, header.shape
+    if kind not in ("bool", "uint8") or len(shape) != 1:
+        return None
+    as_bytes = header._replace(dtype=np.dtype(np.uint8))
+    values = _rows(path, as_bytes, 0, shape[0])[:, 0] if shape[0] else np.empty(0, np.uint8)
+    if kind == "uint8" and (values.max(initial=0) > 1 or (len(values) < 3 and shape != (size,))):
+        return None
+    if shape != (size,):
+        raise ValueError(
+            f"{path}: expected a mask of the index's {size:,} rows, or ids, got shape "
+            f"{list(shape)} of {kind}"
+        )
+    return values != 0
 
 
 def _rows(path: Path, header: _Header, begin: int, end: int) -> np.ndarray:
@@ -85,7 +108,7 @@ def _header(path: Path) -> _Header:
             raise ValueError(f"{path}: expected an undamaged .npy file, got {error}") from error
         offset = file.tell()
     expected = offset + math.prod(shape) * dtype.itemsize
-    if size != expected or min(shape, default=0) < 0:
+    if not dtype.hasobject and size != expected or min(shape, default=0) < 0:
         got = f"{size} for shape {list(shape)} of {dtype.name}"
         raise ValueError(f"{path}: expected {expected} bytes, got {got}")
     return _Header(shape, fortran, dtype, offset)

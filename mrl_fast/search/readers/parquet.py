@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mrl_fast.search.readers.base import Chunk, Source, as_int64
+from mrl_fast.search.readers.base import ADVICE, Chunk, Source, as_int64
 
-BUFFER_BYTES = 1 << 20  # of a column's pages; by default a row group's, or a file's, are held
-SKIPPED = 1 << 12  # rows at a time, at least
-IDS = 1 << 16  # read at a time
+BUFFER_BYTES = 1 << 20  # of a column's pages; by default all of a row group or file are kept
+SKIPPED = 1 << 12  # the fewest rows of a batch: those before the first wanted one are skipped
+IDS = 1 << 16  # rows of ids that are read at a time
 
 
 class _Column(NamedTuple):
@@ -32,7 +32,7 @@ class _Column(NamedTuple):
     def of(self, batch: Any) -> Any:
         array = batch.column(self.path[0])
         if len(self.path) > 1:
-            # null where the struct is null
+            # A field is null where its struct is null.
             array = pc.call_function(
                 "struct_field", [array], pc.StructFieldOptions(list(self.path[1:]))
             )
@@ -53,6 +53,7 @@ class _Parquet(Source):
         self.columns = [vectors]
         if id_column is not None:
             self.columns.append(_find_ids(path, id_column, columns))
+        self.id_columns = tuple(c.name for c in columns if pa.types.is_integer(c.type))
         self.ends = np.cumsum(groups)  # of the row groups
         super().__init__(path, sum(groups), 0)
         if self.rows:
@@ -188,11 +189,7 @@ def _find(
 
 
 def _find_ids(path: Path, name: str | None, columns: list[_Column]) -> _Column:
-    advice = (
-        "; ids are int64: number the rows in a column of integers, or leave the option out, and "
-        "they are 0, 1, 2, … in the order of rows"
-    )
-    return _find(path, "id_column", name, columns, pa.types.is_integer, "integers", advice)
+    return _find(path, "id_column", name, columns, pa.types.is_integer, "integers", ADVICE)
 
 
 def _check_no_nulls(path: Path, name: str, array: Any, begin: int) -> None:
@@ -207,7 +204,7 @@ def _first_null(array: Any) -> int:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Gives what pyarrow raises the file's name."""
+    """Raises pyarrow's errors again with the file's name."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:

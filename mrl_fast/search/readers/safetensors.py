@@ -32,7 +32,7 @@ class _Safetensors(SeekableSource):
         super().__init__(path, *kinds[key][0])
 
     def _read(self, begin: int, end: int) -> Any:
-        # Opened anew, so that pages that were read are let go.
+        # The file is opened for each read, so that pages read before leave memory.
         with _opened(self.path) as file, HOST:
             return file.get_slice(self.key)[begin:end]
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mrl_fast.search.readers.base import ADVICE
+
 
 def read_integers(path: Path) -> np.ndarray:
     """``[n]`` int64."""
@@ -15,7 +17,12 @@ def read_integers(path: Path) -> np.ndarray:
             try:
                 ids.append(np.int64(int(line)))
             except (ValueError, OverflowError):
-                raise ValueError(
-                    f"{path}: expected an int64 in line {number}, got {line.rstrip()[:40]!r}"
-                ) from None
+                got = no_id(line)
+                raise ValueError(f"{path}: expected an int64 in line {number}, got {got}") from None
     return np.array(ids, np.int64)
+
+
+def no_id(text: str) -> str:
+    """What errors say of a text that is no int64."""
+    advice = ADVICE if text.strip().strip("-+0123456789.") else ""
+    return f"{text.rstrip()[:40]!r}{advice}"

@@ -87,7 +87,8 @@ def matryoshka_cross_entropy(
             ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
         )  # fmt: skip
 
-    # t_ij = hit_i·[j = y_i] + keep_i·soft_j, and a row's loss is −Σ_j t_ij · logp_ij
+    # A row's loss is −Σ_j t_ij · logp_ij with t_ij = (1 − ε)·hit_i·[j = y_i] + keep_i·soft_j, where
+    # ε is label_smoothing.
     if class_weight is None:
         hit = keep.float()  # [B]
     else:

@@ -55,7 +55,7 @@ def matryoshka_distill(
         dims: Prefix widths, strictly ascending, each in ``[1, D]``.
         dim_weights: c_g, ``[G]``; default all 1: a sum over prefixes, not a mean.
         temperature: T > 0, of both sides; the loss is multiplied by T².
-        teacher_kind: ``"vectors"`` or ``"scores"``. None sees it by the shapes: one tensor beside a
+        teacher_kind: ``"vectors"`` or ``"scores"``. None tells by the shapes: one tensor beside a
             pair is scores; beside a single student it is vectors, or an error where ``[B, B]``
             could be either.
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
@@ -79,8 +79,8 @@ def matryoshka_distill(
     if impl == "reference":
         kl = reference.distill_rows(queries, documents, dims, rows, cols, temperature)
     else:
-        q = Side.of(queries, dims)
-        d = q if single else Side.of(documents, dims)
+        q = Side.from_embeddings(queries, dims)
+        d = q if single else Side.from_embeddings(documents, dims)
         if cols is not None:
             rows, cols = F.normalize(rows.float()), F.normalize(cols.float())
         spec = DistillSpec(
@@ -92,7 +92,7 @@ def matryoshka_distill(
 
 
 def _check_sides(pair: Any, name: str) -> tuple[Tensor, Tensor]:
-    """A tensor twice, or the two of a pair."""
+    """The two sides: a tensor twice, or the two tensors of a pair."""
     sides = (pair, pair) if isinstance(pair, Tensor) else pair
     if not isinstance(sides, (tuple, list)) or len(sides) != 2:
         kind = f"{len(pair)} of them" if isinstance(pair, (tuple, list)) else type(pair).__name__
@@ -161,7 +161,8 @@ class DistillSpec(NamedTuple):
         for begin in range(0, len(self.rows), step):
             part = slice(begin, min(begin + step, len(self.rows)))
             rows, cols = self.rows[part], self.cols
-            with torch.autocast(rows.device.type, enabled=False):  # the same in every context
+            # The backward makes these again, and must get the same in any autocast context.
+            with torch.autocast(rows.device.type, enabled=False):
                 scores = rows.float() if cols is None else rows @ cols.T
                 logp = (scores / self.temperature).log_softmax(1)
             yield (
@@ -175,7 +176,7 @@ class DistillSpec(NamedTuple):
 
 
 class Student(NamedTuple):
-    """Statistics of the forward, and the loss's derivative by the KL; all ``[G, B]``."""
+    """Statistics of the forward, and the loss's derivative with respect to the KL: ``[G, B]``."""
 
     row_max: Tensor
     row_log: Tensor

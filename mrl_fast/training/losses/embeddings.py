@@ -17,8 +17,8 @@ from mrl_fast.training.ops import inverse_norms
 class Side(NamedTuple):
     """Embeddings in fp32 with the inverse norm of each prefix.
 
-    Gradients of the direct and of the radial part meet in fp32: in half precision most digits of
-    their sum would be lost.
+    A gradient is the sum of two, through the vector and through its norms. They are added in fp32:
+    in half precision most digits of their sum would be lost.
     """
 
     x: Tensor  # [B, D] fp32
@@ -26,7 +26,7 @@ class Side(NamedTuple):
     compute_dtype: torch.dtype | None  # of the products
 
     @classmethod
-    def of(cls, x: Tensor, dims: tuple[int, ...], normalize: bool = True) -> Side:
+    def from_embeddings(cls, x: Tensor, dims: tuple[int, ...], normalize: bool = True) -> Side:
         wide = x.float()
         if normalize:
             inverse = inverse_norms(wide, dims)
@@ -98,7 +98,7 @@ class _Gather(torch.autograd.Function):
 
 
 def check_ranks(group: Any, queries: Tensor, blocks: Sequence[Tensor]) -> None:
-    """Raises on every rank where one has other shapes, which gathering would hang on or abort.
+    """Raises on every rank where one has other shapes, on which gathering would hang or abort.
 
     Shapes are compared on the host, which waits for a GPU and cannot be compiled; a compiled loss
     takes them to be equal.

@@ -89,7 +89,7 @@ def matryoshka_info_nce(
         group: A ``torch.distributed`` process group: documents, and queries where a direction needs
             them, are gathered from all ranks, with their gradients; the loss is that of the local
             rows. ``torch.distributed.group.WORLD`` is all ranks; None gathers nothing. Every rank
-            needs as many rows.
+            needs the same number of rows.
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
 
     Returns:
@@ -146,7 +146,7 @@ def matryoshka_info_nce(
 
 def _rows(spec: InfoNCESpec, impl: str) -> Tensor:  # [G, B]
     def side(x: Tensor) -> Side:
-        return Side.of(x, spec.dims, spec.normalize)
+        return Side.from_embeddings(x, spec.dims, spec.normalize)
 
     def statistics(left: Side, right: Side, direction: str, **options: Any) -> Fold:
         fold_spec = FoldSpec(
@@ -160,7 +160,8 @@ def _rows(spec: InfoNCESpec, impl: str) -> Tensor:  # [G, B]
     own: dict[str, Any] = dict(target=spec.own_document, period=spec.period)
     boosts = _boosts(spec)
     both_ways, one_rank = "doc_to_query" in spec.directions, spec.all_queries is spec.queries
-    # A document's scores are a column of the queries' unless something tells the two apart.
+    # The scores of doc_to_query are the columns of query_to_doc, unless boosts, masks or ranks make
+    # the two differ.
     by_columns = both_ways and not boosts and not spec.mask and one_rank
     to_doc = statistics(q, d, "query_to_doc", columns=by_columns, **own, **boosts)
     parts = [(to_doc.row_max, to_doc.row_log)]  # maximum and log-sum of each direction
@@ -179,7 +180,8 @@ def _rows(spec: InfoNCESpec, impl: str) -> Tensor:  # [G, B]
         f = statistics(p, d, "doc_to_doc", exclude_own=True, **own)
         parts.append((f.row_max, f.row_log))
 
-    # Relative to the positive's own log-sum, so that a sure one's small loss keeps its digits.
+    # Relative to the log-sum of query_to_doc, so that the small loss of a confident row keeps its
+    # digits.
     logs = [log + (top - to_doc.row_max) - to_doc.row_log for top, log in parts]
     if spec.partition_mode == "per_direction":
         return torch.stack(logs).mean(0) - to_doc.hit
@@ -187,7 +189,7 @@ def _rows(spec: InfoNCESpec, impl: str) -> Tensor:  # [G, B]
 
 
 def _boosts(spec: InfoNCESpec) -> dict[str, float]:
-    """The factors of a fold for hardness: z + strength · cosine is z · (1 + strength / scale)."""
+    """The fold's factors for hardness: z + strength · cosine is z · (1 + strength / scale)."""
     if spec.hardness_mode is None or not spec.hardness_strength:
         return {}
     value = spec.scale.detach() if isinstance(spec.scale, Tensor) else spec.scale
@@ -225,7 +227,7 @@ def _check_directions(directions: Sequence[str], partition_mode: str) -> None:
 def _check_mask(
     mask: Masks, widths: Mapping[str, int], directions: Sequence[str], like: Tensor
 ) -> dict[str, Tensor]:
-    """Masks by direction; ``widths``: documents and queries there are in all."""
+    """Masks by direction; ``widths`` has the number of documents and of queries on all ranks."""
     masks = {"query_to_doc": mask} if isinstance(mask, Tensor) else dict(mask or {})
     for name, value in masks.items():
         label = "mask" if isinstance(mask, Tensor) else f"mask[{name!r}]"

@@ -27,7 +27,7 @@ def nested_loss(
 
 
 def weighted_sum(dim_weights: Tensor, per_dim: Tensor) -> Tensor:
-    """Over the first axis; no matrix product, which autocast would round."""
+    """The sum over the first axis; not by a matrix product, which autocast would round."""
     weights = dim_weights.to(per_dim.dtype).reshape(-1, *[1] * (per_dim.ndim - 1))
     return (weights * per_dim).sum(0)
 
@@ -47,8 +47,8 @@ def check_dim_weights(
 
 
 def check_classes(target: Tensor, count: int, otherwise: str = "") -> None:
-    """Targets in [0, count). A GPU would have to be waited for, and a graph broken: there a wrong
-    target makes the loss NaN."""
+    """Raises where a target is not in [0, count). On a GPU, which would have to be waited for, and
+    in a compiled graph, which would break, a wrong target makes the loss NaN instead."""
     if target.is_cuda or not target.numel() or torch.compiler.is_compiling():
         return
     low, high = target.aminmax()
@@ -76,6 +76,6 @@ def check_scalar(value: Tensor | float, name: str, like: Tensor) -> Tensor | flo
 
 
 def check_scale(value: Tensor | float, name: str, like: Tensor) -> Tensor | float:
-    """A positive scale; the value of a tensor is not asked for."""
+    """A positive scale; the value of a tensor is not read."""
     value = check_scalar(value, name, like)
     return check_number(value, name, above=True) if isinstance(value, float) else value

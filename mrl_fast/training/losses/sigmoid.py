@@ -74,7 +74,7 @@ def matryoshka_sigmoid_loss(
     if impl == "reference":
         rows = reference.sigmoid_rows(queries, everything, dims, scale, bias, target)
     else:
-        q, d = Side.of(queries, dims), Side.of(everything, dims)
+        q, d = Side.from_embeddings(queries, dims), Side.from_embeddings(everything, dims)
         spec = FoldSpec(
             q.x, d.x, dims, _row(bias, len(everything), queries),
             row_scale=q.scaled(scale), col_scale=d.inverse, target=target, link="sigmoid",

@@ -1,4 +1,4 @@
-// The fp32 scores that a search is made of, one row after the other: to the bit what it returns.
+// The fp32 scores that a search ranks by, computed one row at a time: it returns them to the bit.
 #pragma once
 
 #include <map>
@@ -18,7 +18,7 @@ class Chains {
     Chains(const Kernels& kernels, const Table& table, const QueryRows& queries, Metric metric)
         : fused_(fuses(kernels)), table_(table), queries_(queries), terms_(terms_of(metric)) {}
 
-    // Of the first columns: [queries, n].
+    // Scores by the first columns: [queries, n].
     const std::vector<float>& columns(int64_t dim) {
         std::vector<float>& scores = columns_[dim];
         if (!scores.empty()) return scores;
@@ -28,7 +28,7 @@ class Chains {
         return scores;
     }
 
-    // Of the rows' int8 codes: [queries, n].
+    // Scores by the rows' int8 codes: [queries, n].
     const std::vector<float>& codes(const Rows& rows) {
         if (!codes_.empty()) return codes_;
         for (int64_t q = 0; q < queries_.queries.n; ++q) {
@@ -43,7 +43,8 @@ class Chains {
         return codes_;
     }
 
-    // The rows that stages leave of some; the first stage ranks by codes where `coded` are given.
+    // The rows of `among` that the stages leave; the first stage ranks by the codes of `coded`,
+    // where it is given.
     Found best(const std::vector<int64_t>& among, const std::vector<Stage>& stages,
                const Rows* coded) {
         const int64_t n = table_.n, count = queries_.queries.n, k = stages.back().keep;

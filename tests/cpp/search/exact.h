@@ -1,4 +1,4 @@
-// Certified exact search, and what it has to find: ranked by scores in fp64, row by row.
+// Certified exact search, and what it has to find: rows ranked by plain fp64 scores.
 #pragma once
 
 #include "vectors.h"

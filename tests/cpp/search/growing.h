@@ -55,8 +55,8 @@ class Growing {
         return state_;
     }
 
-    // For one thread. Some of the table's next rows, and, of those that are there, a few removed;
-    // all over again at the table's end.
+    // Called by one thread. Appends some of the table's next rows and removes a few of those that
+    // are there; starts anew at the table's end.
     void step(std::mt19937& random) {
         if (count_ == table_.n) return clear();
         for (int64_t left = std::min<int64_t>(1 + random() % 90, table_.n - count_); left > 0;) {
@@ -142,7 +142,7 @@ class Growing {
     const Elements from_;
     std::vector<std::shared_ptr<State::Block>> blocks_;
     std::vector<uint64_t> live_;
-    int64_t filled_ = 0, count_ = 0, marked_ = 0;  // rows of the last block, of all, of `live_`
+    int64_t filled_ = 0, count_ = 0, marked_ = 0;  // rows in the last block, in all, in `live_`
     mutable std::mutex publishing_;
     std::shared_ptr<const State> state_;
 };

@@ -32,7 +32,7 @@ inline std::vector<int64_t> some_rows(int64_t n, int64_t count, std::mt19937& ra
     return rows;
 }
 
-// The most rows that scans gather: of more they read the tiles.
+// The largest number of rows that scans gather: of more, they read the tiles.
 inline int64_t most_gathered(const Rows& all) {
     int64_t few = 0, many = all.count() + 1;
     while (many - few > 1) {
@@ -49,7 +49,7 @@ struct NamedRows {
     std::vector<int64_t> rows;
 };
 
-// Of every density, those at which scans begin to read tiles among them.
+// Rows of every density, with the two densities between which scans begin to read tiles.
 inline std::vector<NamedRows> densities(const Rows& all, std::mt19937& random) {
     const int64_t n = all.count(), few = most_gathered(all);
     std::vector<NamedRows> out = {{"the first row", {0}}, {"the last row", {n - 1}}};
@@ -65,7 +65,7 @@ inline std::vector<NamedRows> densities(const Rows& all, std::mt19937& random) {
     return out;
 }
 
-// A database of which only these rows may be found, after others were kept from being found.
+// A database restricted to these rows, after it was restricted to these and some others.
 class Filtered {
   public:
     Filtered(const Rows& all, const std::vector<int64_t>& which, std::mt19937& random)

@@ -16,7 +16,7 @@ std::vector<float> rounded_off(const std::vector<float>& signs, float fraction) 
     return x;
 }
 
-// Exact in codes, and along `signs` but for the first columns.
+// A vector that its codes stand for exactly, along `signs` but for the first columns.
 std::vector<float> flipped(const std::vector<float>& signs, int64_t count) {
     std::vector<float> x = signs;
     for (int64_t c = 1; c <= count; ++c) x[c] = -x[c];
@@ -57,8 +57,8 @@ void check(const std::string& name, const std::vector<std::vector<float>>& good,
     }
 }
 
-// Rows so much alike that fp32 does not tell which are the best: few, or more than are looked at
-// again in fp64; by tiles alone, where every row is scored, and by bounds.
+// Rows so much alike that fp32 cannot tell which are the best: few of them, or more than a
+// shortlist holds. They are searched by tiles alone, where every row is scored, and by bounds.
 void check_close(int64_t close, int64_t prefix, bool coded, std::mt19937& random) {
     Table table = make_table(2000, 61, DType::F32, random);
     const QueryRows queries(table, 7, random);
@@ -99,7 +99,7 @@ void test_bounds() {
     check("error of the rows' codes", good, signs, WIDTH, true, random);
     for (int64_t i = 0; i < GOOD; ++i) good[i] = flipped(signs, i);
     check("error of the query's codes", good, rounded_off(signs, 0.48f), WIDTH, true, random);
-    // Prefixes that say nothing, of rows whose tails are parallel to the query's.
+    // Rows whose prefixes say nothing, and whose tails are parallel to the query's.
     std::vector<float> query(WIDTH, 0.25f);
     for (int64_t c = 8; c < WIDTH; ++c) query[c] = uniform(random);
     for (int64_t i = 0; i < GOOD; ++i)

@@ -47,7 +47,7 @@ void check_passes(const Kernels& kernels, std::mt19937& random) {
     }
 }
 
-// Bounds by several threads, each of which has some of the best.
+// Bounds by several threads, each of which finds some of the best rows.
 void check_threads(std::mt19937& random) {
     const Table table = make_table(9000, 64, DType::F16, random);
     const QueryRows queries(table, 24, random);

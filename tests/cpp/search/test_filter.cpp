@@ -1,4 +1,4 @@
-// Search where a mask says which rows may be found: as if there were no others, to the bit.
+// Search where a mask says which rows may be found: to the bit as if there were no others.
 #include "search/chains.h"
 #include "search/exact.h"
 #include "search/masks.h"
@@ -13,7 +13,7 @@ Found find(const Kernels& kernels, const Rows& rows, const Queries& queries, Met
     return found;
 }
 
-// One query has what many together have.
+// A query alone finds what it finds among many.
 void check_alone(const Kernels& kernels, const Rows& rows, const QueryRows& queries, Metric metric,
                  const std::vector<Stage>& stages, const Found& all) {
     const int64_t k = stages.back().keep;
@@ -62,8 +62,8 @@ void check_table(int64_t n, int64_t width, int layout, DType dtype, Metric metri
     }
 }
 
-// So many queries that several threads share them, or so many rows. Layouts find the same rows, but
-// for those that codes rank: none where rows are few.
+// So many queries, or so many rows, that several threads share them. All layouts find the same
+// rows, unless codes rank them, which they do not where rows are few.
 void check_threads(std::mt19937& random) {
     const Table table = make_table(8000, 110, DType::BF16, random);
     const QueryRows queries(table, 400, random);

@@ -33,7 +33,7 @@ void check_masks(const Table& table, const QueryRows& queries, Layout layout, Me
     }
 }
 
-// Vectors so wide that the queries take two passes, each of which has what one query has.
+// Vectors so wide that the queries take two passes; a query alone finds the same as in either.
 void check_passes(std::mt19937& random) {
     const Kernels& kernels = *tested_kernels().front();
     const Table table = make_table(300, 1400, DType::BF16, random);
@@ -54,7 +54,7 @@ void check_passes(std::mt19937& random) {
         }
 }
 
-// No structure that bounds could use: of half the rows many threads gather and score all.
+// Vectors without structure that bounds could use: half of the rows are gathered, and all scored.
 void check_full(std::mt19937& random) {
     scenario = "exact of masks, noise";
     Table table = {9000, 48, DType::F16, std::vector<float>(9000 * 48)};

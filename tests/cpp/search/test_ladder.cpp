@@ -40,7 +40,7 @@ Code code_of(const Database::Block& block, int64_t row, int64_t c) {
             block.lows[byte] >> half & 15};
 }
 
-// The statistics of a row against their definitions; norms from above, but hardly more.
+// The statistics of a row against their definitions; norms are upper bounds, but hardly larger.
 void check_row(const Setup& setup, const Table& table, const Database::Block& block, int64_t row) {
     const float *stats = block.stats.data() + row, *x = table.row(row);
     const auto stat = [&](int64_t which) { return double(stats[which * table.n]); };
@@ -85,7 +85,7 @@ void check_row(const Setup& setup, const Table& table, const Database::Block& bl
     CHECK(stat(CODE_NORM) >= std::sqrt(coded) * 0.99 && stat(CODE_NORM) <= 2 * std::sqrt(beside));
 }
 
-// A scan's sums of every row, of a prefix, against the codes.
+// A scan's sums over a prefix of every row, against sums made of the codes.
 void check_sums(const Setup& setup, const Table& table, const Database& database,
                 const Kernels& kernels, Source source, int64_t dim, std::mt19937& random) {
     for (int64_t count : {1, 2, 5, 6, 13}) {
@@ -138,8 +138,8 @@ void check_codes(std::mt19937& random) {
         }
 }
 
-// Rows of which some are rounded off in the query's direction as far as codes of so many bits can
-// be wrong: only a bound with the whole error keeps them.
+// Rows, some of which lie as far beyond what their codes of so many bits stand for as they can, in
+// the query's direction: only a bound with the whole error keeps them.
 Table along_the_error(const Setup& setup, const float* query, int bits, int64_t n,
                       std::mt19937& random) {
     Table table = rows_beside(setup, n, random);
@@ -158,7 +158,7 @@ Table along_the_error(const Setup& setup, const float* query, int bits, int64_t 
     return table;
 }
 
-// Queries that their own codes stand for, so that only rows' codes are wrong.
+// Queries that equal what their codes stand for, so that only rows' codes err.
 Table queries_of_codes(const Setup& setup, int64_t n, std::mt19937& random) {
     Table table = make_table(n, WIDTH, DType::F32, random);
     for (int64_t row = 0; row < n; ++row)

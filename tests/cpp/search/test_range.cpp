@@ -1,11 +1,11 @@
-// Range search against brute force in fp64, at thresholds that are some row's score and all around.
+// Range search against brute force in fp64, at thresholds on some rows' scores and all around.
 #include "search/exact.h"
 #include "search/masks.h"
 
 namespace {
 
-// Some scores of the first query, the best and the worst among them, each with the next number;
-// and what is beyond all.
+// Some scores of the first query, the best and the worst among them, each with the next larger
+// float; and thresholds beyond all scores.
 std::vector<double> thresholds(const std::vector<double>& scores, int64_t n) {
     std::vector<double> sorted(scores.begin(), scores.begin() + n), out;
     std::sort(sorted.rbegin(), sorted.rend());

@@ -58,7 +58,7 @@ UNWATCHED Exact exact_scores(const Case& c, int64_t dim) {
     return out;
 }
 
-// What a search that returns every row says of a prefix.
+// The result, by a prefix, of a search that returns every row.
 struct Ranking {
     Found found;                // [queries, n]
     std::vector<float> scores;  // likewise, by row
@@ -88,7 +88,7 @@ void check_scores(const Ranking& ranking, const Exact& exact) {
         CHECK_NEAR(ranking.scores[i], exact.score[i], exact.budget[i]);
 }
 
-// What is left of each query's candidates after stages, [queries, the last one's keep].
+// What the stages leave of each query's candidates: [queries, keep of the last stage].
 Found funnel(const Case& c, const Rankings& rankings, const std::vector<Stage>& stages,
              std::vector<std::vector<int64_t>> candidates) {
     const int64_t n = c.table.n, k = stages.back().keep;
@@ -171,7 +171,7 @@ void check_coded(const Case& c, const Ranking& ranking, const std::vector<std::v
     }
 }
 
-// Shortlists of rerank, some of which are none.
+// Candidates for rerank, some of which are −1, none.
 struct Shortlists {
     static constexpr int64_t COUNT = 70;
     Shortlists(const Case& c, std::mt19937& random)
@@ -183,7 +183,7 @@ struct Shortlists {
                 rows[q].push_back(ids[q * COUNT + i] = row);
     }
     std::vector<int64_t> ids;                // [queries, COUNT]
-    std::vector<std::vector<int64_t>> rows;  // without those that are none
+    std::vector<std::vector<int64_t>> rows;  // without the −1
 };
 
 Found find_among(const Case& c, const Kernels& kernels, const Shortlists& candidates, Stage stage,
@@ -292,7 +292,7 @@ void check_ids(const Kernels& kernels, std::mt19937& random) {
     CHECK_EQUAL(renamed, found);
 }
 
-// Vectors so wide that the queries take two passes, which end where no half does.
+// Vectors so wide that the queries take two passes, which are not two halves.
 void check_passes(const Kernels& kernels, std::mt19937& random) {
     const Table table = make_table(65, 1400, DType::F16, random);
     const QueryRows queries(table, 100, random);

@@ -12,7 +12,7 @@ void check_packed(const Table& table, const Rows& rows, const Database::Block& b
         }
 }
 
-// A bound from above, but hardly more than the value.
+// An upper bound, but hardly larger than the value.
 void check_above(double bound, double value, double slack) {
     CHECK(bound >= value);
     CHECK_NEAR(bound, value, value * 4.0 * ROUNDING + slack);
@@ -66,7 +66,8 @@ void check_pieces(const Kernels& kernels, std::mt19937& random) {
         }
 }
 
-// The other columns, row-major, whatever pieces rows are stored in; nothing between them.
+// The other columns, row-major, whatever pieces rows are stored in; the gaps between rows are not
+// written.
 void check_suffix(const Kernels& kernels, std::mt19937& random) {
     for (DType dtype : DTYPES) {
         const int64_t n = 150, width = 29, packed = 13, stride = width - packed + 3;

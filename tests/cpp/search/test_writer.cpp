@@ -1,4 +1,5 @@
-// One thread writes, removes and publishes; sixteen search what they get, and find what it holds.
+// One thread appends rows, removes rows and publishes the states; sixteen search the state that
+// they get, and find what it holds.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -39,7 +40,7 @@ class Reader {
             if (state.is_live(row)) rows.push_back(row);
         CHECK_EQUAL(state.rows.eligible(), int64_t(rows.size()));
         if (random_() % 2) return check(state.rows, rows);
-        // What is allowed besides being live.
+        // Some of the live rows are allowed.
         std::vector<uint64_t> words = *state.live;
         for (uint64_t& word : words) word &= random_() % 3 ? uint64_t(random_()) << 17 : 1;
         std::vector<int64_t> allowed;
@@ -64,7 +65,7 @@ class Reader {
 
     void check_search(const Rows& rows, const std::vector<int64_t>& among, Metric metric,
                       Known& known) {
-        // Codes leave all rows to the columns.
+        // Where codes rank first they keep all rows, so that columns alone decide.
         const std::vector<Stage> stages = {{PREFIX, coded_ ? ROWS_IN_ALL : 60}, {WIDE, 7}};
         Found found = room_for(QUERIES, 7), right = known.chains.best(among, stages, nullptr);
         CHECK(search({kernels_, threads()}, rows, queries_.queries, metric, stages,

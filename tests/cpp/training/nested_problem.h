@@ -1,4 +1,4 @@
-// A problem of nested scores: its scores in fp64 as a loss reads them, and the arguments for csrc.
+// A problem of nested scores: its fp64 scores, as a loss reads them, and the arguments for csrc.
 #pragma once
 
 #include "cpu/training/nested.h"
@@ -36,7 +36,7 @@ inline std::vector<float> uniforms(int64_t n, float scale, std::mt19937& random)
     return out;
 }
 
-// n numbers and how far off fp32 may be; what is not set stays as it was.
+// n expected numbers and their error budgets. A number that is not set must stay UNSET.
 struct Numbers {
     explicit Numbers(int64_t n) : value(n, UNSET), budget(n, 0.0) {}
     static constexpr float UNSET = 0.25f;
@@ -56,7 +56,7 @@ void check_numbers(const std::vector<T>& actual, const Numbers& expected) {
     CHECK_EQUAL(actual.size(), expected.value.size());
     for (size_t i = 0; i < actual.size(); ++i) {
         const double exact = expected.value[i], budget = expected.budget[i];
-        // added to in up to 12 pieces
+        // Up to 12 pieces are added to a number.
         CHECK_NEAR(actual[i], exact, budget ? budget + 12 * ROUNDING * std::abs(exact) : 0.0);
     }
 }
@@ -100,7 +100,7 @@ class Problem {
         make_scores();
     }
 
-    // Columns [begin, end).
+    // The arguments for columns [begin, end).
     Scores chunk(int64_t begin, int64_t end) const {
         const auto at = [&](const auto& array) { return array.empty() ? nullptr : array.data(); };
         const auto from = [&](const auto& array) {
@@ -192,8 +192,8 @@ class Problem {
     std::vector<uint8_t> mask_;
 };
 
-// Of y along a row or a column: what its log-sum may be off by, from that of each y, the rounding
-// of differences and of a sum of n terms.
+// The log-sum of y along a row or a column, and its error budget: that of y, the rounding of
+// differences and of a sum of n terms.
 struct LogSum {
     double max = -INFINITY, sum = 0.0, budget = 0.0;
     template <class At>
@@ -220,7 +220,7 @@ const Shape SHAPES[] = {
     {1, 1, {3}}, {50, 65, {8, 16, 100}}, {97, 64, {5}}, {103, 130, {3, 64, 65, 70}}};
 const Shape LARGE = {310, 400, {20, 150}};  // worth two threads, and two segments of rows
 
-// Calls check(problem, what it is).
+// Calls check(problem, its name) for every problem.
 template <class Check>
 void each_problem(std::mt19937& random, const Check& check) {
     for (const Options& options : OPTIONS) {

@@ -26,7 +26,7 @@ struct Folded {
     }
 };
 
-// In chunks of columns, which end at `cuts`.
+// Folds chunks of columns, which end at `cuts`.
 Folded fold_chunks(const Problem& p, const Kernels& kernels, const std::vector<int64_t>& cuts,
                    int threads) {
     Folded out(p);

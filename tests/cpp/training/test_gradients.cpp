@@ -5,7 +5,7 @@
 
 namespace {
 
-// Numbers of a backward, the names those of Given.
+// The inputs of a backward, named as in Given.
 struct Upstream {
     Upstream(const Problem& p, std::mt19937& random)
         : d_row(uniforms(p.G * p.rows, 1.0f, random)),
@@ -111,7 +111,7 @@ Slope slope(const Problem& p, const Upstream& up, int64_t g, int64_t r, int64_t 
     return {value, budget + std::abs(value) * 4 * ROUNDING};
 }
 
-// `slopes` [G, rows, cols] of the scores as a loss reads them.
+// The inputs' gradients, from `slopes` [G, rows, cols]: those of the scores as a loss reads them.
 UNWATCHED Expected64 propagate(const Problem& p, const std::vector<Slope>& slopes) {
     Expected64 out(p, Numbers(0));
     const double steps = double(p.rows + p.cols + 16) * ROUNDING;  // of a sum
@@ -194,7 +194,7 @@ void check_loss(const Problem& p, const std::vector<const Kernels*>& all, std::m
                     [&](int64_t begin) { return up.given(p, begin); });
 }
 
-// Gradients of the scores themselves, as logits have them.
+// Gradients of the scores themselves are given, as for logits.
 void check_given(const Problem& p, const std::vector<const Kernels*>& all, std::mt19937& random) {
     const int64_t stride = p.cols + 3, apart = p.rows * stride + 4;
     const std::vector<float> grad =

@@ -1,0 +1,99 @@
+"""What evaluation may be given: numpy, lists, integers of any width, strings, dims in any order."""
+
+import numpy as np
+import pytest
+import torch
+
+from mrl_fast import SearchResult, prefix_topk
+from mrl_fast.evaluate import (
+    Qrels,
+    accuracy,
+    few_shot_accuracy,
+    judged,
+    linear_probe_accuracy,
+    nearest_neighbour_accuracy,
+    oracle_accuracy,
+    recall_at_k,
+    recall_by_dim,
+    retrieval,
+    retrieval_of,
+    superclass_accuracy,
+)
+from tests.helpers.labelled import blobs, ints
+
+KINDS = {
+    "numpy": lambda x: x.numpy(),
+    "list": lambda x: x.tolist(),
+    "int32": lambda x: x.int() if x.dtype == torch.int64 else x,
+    "uint8": lambda x: x.byte().numpy() if x.dtype == torch.int64 and x.min() >= 0 else x,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_any_kind(kind):
+    make = KINDS[kind]
+    (train, labels), (test, answers) = blobs(60, 3, 0), blobs(20, 3, 1)
+    sets = train, labels, test, answers
+    given = [make(x) for x in sets]
+    dims = (12, 3) if kind == "list" else np.array([12, 3])
+    for measure, options in (
+        (nearest_neighbour_accuracy, dict(k=3)),
+        (linear_probe_accuracy, dict(steps=5)),
+        (few_shot_accuracy, dict(shots=2, episodes=2)),
+        (retrieval, dict(k=3)),
+    ):
+        expected = measure(*sets, (3, 12), **options)
+        assert measure(*given, dims, **options) == expected[::-1]  # in the dims' order
+    assert recall_by_dim(given[2], given[0], dims) == recall_by_dim(test, train, (3, 12))[::-1]
+    exact = prefix_topk(test, train, 4)
+    ids = prefix_topk(test, train, 4, dim=6).ids
+    rounded = SearchResult(*map(make, exact))
+    assert recall_at_k(make(ids), rounded, given[2], given[0]) == recall_at_k(
+        ids, exact, test, train
+    )
+    assert recall_at_k(make(exact.ids[:1]), SearchResult(*(x[:1] for x in exact)),
+                       make(test[0]), given[0]) == 1  # fmt: skip
+    assert retrieval_of(make(ids), given[3], given[1]) == retrieval_of(ids, answers, labels)
+    qrels = Qrels(ints(0, 1, 1), ints(5, 9, 2), ints(1, 2, 3))
+    assert judged(make(ids), Qrels(*map(make, qrels))) == judged(ids, qrels)
+    predicted = torch.stack([answers, answers.roll(1)])
+    assert accuracy(make(predicted), given[3]) == accuracy(predicted, answers)
+    assert oracle_accuracy(make(predicted), given[3]) == oracle_accuracy(predicted, answers)
+    classes = ints(0, 1, 1)
+    assert superclass_accuracy(make(predicted), given[3], make(classes)) == superclass_accuracy(
+        predicted, answers, classes
+    )
+
+
+def strings_of_pandas(names):
+    return pytest.importorskip("pandas").Series(names, index=range(7, 7 + len(names)))
+
+
+@pytest.mark.parametrize("make", [list, np.array, strings_of_pandas])
+def test_labels_may_be_strings(make):
+    """They count as their places in their order do, whatever labels either set lacks."""
+    (train, labels), (test, answers) = blobs(60, 3, 0), blobs(20, 3, 1)
+    names, numbers = ["cat", "ant", "zebra", "bee"], ints(2, 0, 3, 1)  # bees are in neither
+    answers[5] = 3  # but one
+
+    def named(x):
+        return make([names[i] for i in x.tolist()])
+
+    for measure, options in (
+        (nearest_neighbour_accuracy, dict(k=3)),
+        (linear_probe_accuracy, dict(steps=5)),
+        (few_shot_accuracy, dict(shots=2, episodes=2)),
+        (retrieval, dict(k=3)),
+    ):
+        found = measure(train, named(labels), test, named(answers), (3, 12), **options)
+        assert found == measure(train, numbers[labels], test, numbers[answers], (3, 12), **options)
+    predicted = torch.stack([answers, answers.roll(1)])
+    listed = [[names[i] for i in row] for row in predicted.tolist()]
+    assert accuracy(listed, named(answers)) == accuracy(np.array(listed), named(answers))
+    assert accuracy(listed, named(answers)) == accuracy(predicted, answers)
+    assert oracle_accuracy(listed, named(answers)) == 1
+    found = superclass_accuracy(predicted, answers, make(["mammal", "insect", "mammal", "insect"]))
+    assert found == superclass_accuracy(predicted, answers, ints(0, 1, 0, 1)) and found[1] < 1
+    few = ["ant"] * 59 + ["bee"]
+    with pytest.raises(ValueError, match="shots: .* got 2, and 1 of label bee in train_labels"):
+        few_shot_accuracy(train, make(few), test, named(answers), (3,), shots=2)
