@@ -165,7 +165,7 @@ class _Unlocked:
 def like(x: Any) -> Callable[[Tensor], Any]:
     """A function that turns a result tensor into the kind of array that ``x`` is, where it is."""
     if isinstance(x, Tensor):
-        return lambda t: t.to(x.device)
+        return lambda t: t if t.device == x.device else t.to(x.device)
     if isinstance(x, np.ndarray):
         return lambda t: t.cpu().numpy()
     if hasattr(x, "__array_namespace__"):

@@ -10,12 +10,11 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.cli.app import app
-from mrl_fast.shared.types import SearchResult, Tuned
+from mrl_fast.shared.types import Tuned
 from tests.helpers.cli_index import (
     BASE,
     DIMS,
@@ -26,6 +25,7 @@ from tests.helpers.cli_index import (
     in_memory,
     run,
     run_json,
+    said,
     saved,
 )
 from tests.helpers.search import METRICS
@@ -104,19 +104,17 @@ def test_stages_exact_and_allowed(tmp_path, built, queries):
         assert (arrays["ids"][:, 2:] == -1).all() and np.isneginf(arrays["scores"][:, 2:]).all()
 
 
-def test_queries_of_another_width_are_the_indexs_to_judge(tmp_path, built, monkeypatch):
-    whole = MatryoshkaIndex.search
-
-    def of_prefixes(index, queries, *args, **kwargs):
-        padded = np.pad(queries.numpy(), ((0, 0), (0, WIDTH - queries.shape[1])))
-        return SearchResult(*map(torch.from_numpy, whole(index, padded, *args, **kwargs)))
-
-    monkeypatch.setattr(MatryoshkaIndex, "search", of_prefixes)
-    narrow = saved(tmp_path / "narrow.npy", np.ascontiguousarray(QUERIES[:9, :8]))
-    found = run_json("search", built, narrow, "-k", 3)["results"]
-    padded = np.pad(QUERIES[:9, :8], ((0, 0), (0, WIDTH - 8)))
-    expected = whole(MatryoshkaIndex.load(built), padded, 3)
-    assert [each["ids"] for each in found] == expected.ids.tolist()
+def test_queries_of_a_prefix(tmp_path, built):
+    narrow = saved(tmp_path / "narrow.npy", np.ascontiguousarray(QUERIES[:, :8]))
+    expected = in_memory().search(QUERIES[:, :8], 3)
+    truth = saved(tmp_path / "truth.npy", expected.ids)
+    found = run_json("search", built, narrow, "-k", 3, "--truth", truth)
+    assert [each["ids"] for each in found["results"]] == expected.ids.tolist()
+    assert found["recall"] == 1 and found["stages"] is None
+    found = run_json("search", built, narrow, "-k", 3, "--stages", "8:3", "--truth", truth)
+    assert found["recall"] == 1 and found["stages"] == [[8, 3]]
+    error = run("search", built, narrow, "--stages", "8:40,32:10", code=2)
+    assert "dim: expected at most 8, the queries' width, got 32" in error
 
 
 def test_recall_of_truth(tmp_path, built, queries):
@@ -212,8 +210,12 @@ def test_stages_that_are_out_of_date(built, queries):
     assert run_json("search", built, queries, "-k", 5)["stages"] == [[8, 40], [32, 5]]
     run("add", built, queries, "--limit", 1)
     assert "out of date" in run("info", built)
-    with pytest.warns(UserWarning, match="searched exactly, .* it was tuned with 3,000 vectors"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
         assert run_json("search", built, queries, "-k", 5)["stages"] is None
+        noted = said("search", built, queries, "-k", 5)
+        assert re.match("mrl-fast: warning: .*exactly, .* it was tuned with 3,000 vectors", noted)
+        assert said("search", built, queries, "-k", 5, "--quiet") == ""
 
 
 def test_no_matplotlib_is_said_before_the_work(built, queries, monkeypatch):

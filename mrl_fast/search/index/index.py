@@ -55,6 +55,9 @@ class MatryoshkaIndex(Persistent):
     search sees the index as one of them left it. Pickled, an index that was loaded and not changed
     since is its folder's path; any other is its vectors. A copy is independent.
 
+    A process that searches takes ``nbytes``, the 200 MiB or so of Python and PyTorch, and scratch
+    that malloc keeps for the next search: 35 MiB after 256 queries that keep 2,000 rows each.
+
     Args:
         dims: Prefix widths that stages and queries may have, in any order, none twice. The largest
             is the vectors' width D; the smallest is laid out for scanning, so it should be the dim

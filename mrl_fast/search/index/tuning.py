@@ -185,7 +185,7 @@ def _affordable(
     sample: Sample, chains: Sequence[Sequence[Stages]], budget: Budget
 ) -> tuple[Sample, SearchResult, list[Sequence[Stages]]]:
     """So much of the sample, and of the chains, as there is likely to be time for, and the exact
-    answers. What is left out is so whatever it would lose."""
+    answers. Times alone decide, before any loss is known: what is claimed of recall stays true."""
     exact, exact_s = [sample.search(sample.queries[:MIN_QUERIES], None)], budget.taken
     probes = [sample._replace(batch=PROBE).call(chain[len(chain) // 2]) for chain in chains]
     probe_ms = [timing.call_ms(probe, 0) for probe in probes]
