@@ -19,7 +19,7 @@ from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.readers import read_neighbours
 from mrl_fast.shared.arrays import as_tensor
 from mrl_fast.shared.recall import count_found
-from mrl_fast.shared.types import ExactResult, SearchResult, Stage
+from mrl_fast.shared.types import SearchResult, Stage
 
 BATCH = 1024  # queries a call
 MANY = 1 << 24  # neighbours a call
@@ -83,9 +83,8 @@ def search(
             write(done, result)
             done += len(part)
             bar.update(len(part))
-    by_default = stages is None and not isinstance(result, ExactResult)
-    if by_default and index.tuned is not None and queries.width == index.width:
-        stages = [*(index.tuned.stages or ())[:-1], (index.width, k)]
+    if stages is None and result is not None:
+        stages = result.stages
     summary: dict[str, Any] = {"queries": queries.rows, "k": k, "stages": stages}
     if known is not None:
         summary["recall"] = hits / max(1, int((known >= 0).sum()))
