@@ -3,6 +3,7 @@
 from mrl_fast.integrations.sentence_transformers import semantic_search
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.ops import approx_topk, funnel_search, prefix_topk, rerank
+from mrl_fast.shared.threads import get_num_threads, set_num_threads
 from mrl_fast.shared.types import (
     ApproxResult,
     ExactResult,
@@ -42,6 +43,7 @@ __all__ = [
     "StagedResult",
     "approx_topk",
     "funnel_search",
+    "get_num_threads",
     "matryoshka_cross_entropy",
     "matryoshka_distill",
     "matryoshka_info_nce",
@@ -51,4 +53,5 @@ __all__ = [
     "prefix_topk",
     "rerank",
     "semantic_search",
+    "set_num_threads",
 ]

@@ -33,7 +33,7 @@ BURST, REPETITIONS = 0.01, 9  # seconds of one call after the other
 
 
 def calls_of(x: Tensor, q: Tensor) -> tuple[dict[str, Callable[[], object]], list[str]]:
-    """What is timed, and which of it is a rival's."""
+    """The calls to time, and the names of the rivals' among them; exact search is checked first."""
     width = x.shape[1]
     index = MatryoshkaIndex((width // 4, width), metric="ip")
     index.add(x)
@@ -41,14 +41,16 @@ def calls_of(x: Tensor, q: Tensor) -> tuple[dict[str, Callable[[], object]], lis
     found = index.search(q, K, exact=True)
     torch.testing.assert_close(found.scores.double(), right, rtol=2e-7, atol=1e-9)
     stages = [(width // 4, min(10 * K, len(x))), (width, K)]
-    rivals = {name: partial(rival.search, q, K) for name, rival in flat(x, len(q)).items()}
+    rivals: dict[str, Callable[[], object]] = {
+        name: partial(rival.search, q, K) for name, rival in flat(x, len(q)).items()
+    }
     rivals["torch"] = lambda: (q @ x.T).topk(K)
-    return {
+    calls: dict[str, Callable[[], object]] = {
         "exact": partial(index.search, q, K, exact=True),
         "stages": partial(index.search, q, K, stages=stages),
         "prefix_topk": partial(prefix_topk, q, x, K),
-        **rivals,
-    }, [*rivals]
+    }
+    return calls | rivals, [*rivals]
 
 
 def row_of(x: Tensor, q: Tensor) -> dict[str, Any]:

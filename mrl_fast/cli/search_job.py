@@ -62,9 +62,9 @@ def search(
 ) -> dict[str, Any]:
     """A summary, and the results of the first ``shown`` queries, which may be of the width of any
     prefix that the index takes."""
-    k, stages = asked.k, asked.stages
+    k, stages = asked.k, None
     known = None if truth is None else _neighbours(truth, queries, k)
-    hits, seconds, results, result = 0, 0.0, [], None
+    hits, seconds, results = 0, 0.0, []
     with (
         _writer(out, queries.rows, k) as write,
         progress("search", queries.rows, unit="queries", quiet=quiet) as bar,
@@ -76,6 +76,7 @@ def search(
             with naming_rows(queries, part, row):
                 result = index.search(part, **asked._asdict())
             seconds += time.perf_counter() - begun
+            stages = result.stages
             if known is not None:
                 hits += _hits(index, part, result, known[done : done + len(part)])
             left = max(0, shown - done)
@@ -83,8 +84,6 @@ def search(
             write(done, result)
             done += len(part)
             bar.update(len(part))
-    if stages is None and result is not None:
-        stages = result.stages
     summary: dict[str, Any] = {"queries": queries.rows, "k": k, "stages": stages}
     if known is not None:
         summary["recall"] = hits / max(1, int((known >= 0).sum()))

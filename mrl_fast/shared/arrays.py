@@ -19,11 +19,12 @@ NO_INTEGERS = (torch.bool, torch.complex64, torch.complex128)
 def as_tensor(x: Any, name: str) -> Tensor:
     """``x`` as a dense tensor over the same memory; only the last axis is made contiguous, by a
     copy where it is not."""
-    if hasattr(x, "to_numpy") and not hasattr(x, "__dlpack__") and not _is_arrow(x):
-        x = x.to_numpy()  # of pandas
     if isinstance(x, Tensor):
         tensor = check_dense(x.detach(), name)
-    elif isinstance(x, np.ndarray):
+        return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
+    if hasattr(x, "to_numpy") and not hasattr(x, "__dlpack__") and not _is_arrow(x):
+        x = x.to_numpy()  # of pandas
+    if isinstance(x, np.ndarray):
         tensor = _from_numpy(x, name)
     elif _is_arrow(x):
         tensor = _from_numpy(_from_arrow(x, name), name)
@@ -165,7 +166,7 @@ class _Unlocked:
 def like(x: Any) -> Callable[[Tensor], Any]:
     """A function that turns a result tensor into the kind of array that ``x`` is, where it is."""
     if isinstance(x, Tensor):
-        return lambda t: t.to(x.device)
+        return lambda t: t if t.device == x.device else t.to(x.device)
     if isinstance(x, np.ndarray):
         return lambda t: t.cpu().numpy()
     if hasattr(x, "__array_namespace__"):

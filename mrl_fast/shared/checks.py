@@ -162,6 +162,6 @@ def check_stages(stages: Any, bits: Sequence[int] = ()) -> tuple[Stage, ...]:
 
 def check_finite(x: Tensor, name: str) -> None:
     """Raises where a row holds a NaN or an infinite value, naming the first such row."""
-    if x.numel() and not all(torch.isfinite(end) for end in x.aminmax()):  # NaN propagates
+    if x.numel() and not all(math.isfinite(end) for end in x.aminmax()):  # NaN propagates
         row = int((~torch.isfinite(x)).any(dim=1).nonzero()[0])
         raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {row}")

@@ -47,8 +47,8 @@ def address(x: Tensor | None, dtype: torch.dtype) -> int:
     """
     if x is None:
         return 0
-    if x.dtype != dtype or x.device != HOST or x.layout != torch.strided:
+    if x.dtype is not dtype or not x.is_cpu or x.layout is not torch.strided:
         raise TypeError(f"expected {dtype} on the CPU, got {x.dtype} on {x.device}, {x.layout}")
-    if x.ndim and x.shape[-1] > 1 and x.stride(-1) != 1:
+    if x.ndim and x.stride(-1) != 1 and x.shape[-1] > 1:
         raise TypeError(f"expected a contiguous last axis, got strides {x.stride()}")
     return x.data_ptr()

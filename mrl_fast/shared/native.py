@@ -31,6 +31,7 @@ __all__ = [
 DTYPES = {torch.float32: DType.F32, torch.float16: DType.F16, torch.bfloat16: DType.BF16}
 
 ISA = ""  # the instruction set; empty is the best this processor has. Tests set it.
+threads: int | None = None  # of a call, as shared/threads.py sets it; None: as many as PyTorch's
 # Whether kernels run in PyTorch's own thread team, which has to be GNU OpenMP's; else they start
 # threads of their own.
 OPENMP = any(map(_C.use_openmp, map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*"))))
@@ -39,7 +40,7 @@ PACKED_BYTES = 8 << 20  # of columns packed at a time: they stay in the last-lev
 
 def run() -> tuple[str, int]:
     """How a call runs: by which kernels, on how many threads at most."""
-    return ISA, torch.get_num_threads()
+    return ISA, threads or torch.get_num_threads()
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class AdaptiveClassifier(nn.Module):
     Attributes:
         head: The head; of a layer of RAIVNLab/MRL or a list, an ``MRLLinear`` of its layers.
         thresholds: ``[G − 1]`` fp32 buffer, NaN until ``calibrate`` or ``set_thresholds`` (an
-            export made before sends every row to the full width). It is saved with the state.
+            torch.export made before sends every row to the full width). Saved with the state.
 
     Source: Kusupati et al., Matryoshka Representation Learning, NeurIPS 2022, section 4.2.
     """

@@ -189,17 +189,21 @@ def test_masks_and_ids_that_search_is_allowed(tmp_path, built):
     ):
         found = run_json("search", built, queries, "-k", 4, "--allowed", file)["results"]
         assert [each["ids"] for each in found] == expected, file
-    few = saved(tmp_path / "few.npy", np.array([1], np.uint8))  # an id
-    found = run_json("search", built, queries, "-k", 4, "--allowed", few)["results"]
-    assert [each["ids"] for each in found] == [[1]] * 20
 
 
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.ones(ROWS - 1, bool), r"expected a mask of the index's 3,000 rows.*\[2999\] of bool"),
-        (np.ones(ROWS + 1, np.uint8), r"expected a mask of .*\[3001\] of uint8"),
-        (np.ones((ROWS, 1), bool), "expected integers"),
+        (
+            np.ones(ROWS - 1, bool),
+            r"expected a mask of the index's 3,000 rows.* shape \[2999\]; ids",
+        ),
+        (
+            np.ones(ROWS + 1, np.uint8),
+            r"expected a mask .* of uint8, got shape \[3001\]; ids are of",
+        ),
+        (np.full(ROWS, 2, np.uint8), "expected a mask of 0 and 1, as it is of uint8, got 2; ids"),
+        (np.ones((ROWS, 1), bool), r"expected a mask .* shape \[3000, 1\]"),
         (np.ones(ROWS), "expected integers"),
     ],
 )

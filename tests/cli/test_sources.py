@@ -128,13 +128,14 @@ def test_add_parts(tmp_path, parts):
     same_as(index, expected)
 
 
-def test_errors_name_the_part_and_its_row(tmp_path, parts):
+@pytest.mark.parametrize("row", [0, 1001, 1092])
+def test_errors_name_the_part_and_its_row(tmp_path, parts, row):
     broken = BASE[907:2000].copy()
-    broken[1001, 3] = np.inf
+    broken[row, 3] = np.inf
     np.save(parts / "part-10.npy", broken)
     for options in ([], ["--codes", "bits"]):
         error = run("build", parts, "--out", tmp_path / "i", "--dims", DIMS, *options, code=2)
-        assert "part-10.npy: expected finite values" in error and "in row 1,001" in error
+        assert "part-10.npy: expected finite values" in error and f"in row {row:,}\n" in error
 
 
 @pytest.mark.parametrize(
@@ -217,6 +218,10 @@ def test_add_reads_what_build_was_told(tmp_path, tables):
     error = run("add", out, strange, code=2)
     assert "'id' of string; ids are int64: keep a table of your own" in error
     assert "(--column vector --id-column id as the index was built)" in error
+    ids = saved(tmp_path / "ids.npy", np.arange(3) + 9900)
+    run("add", out, strange, "--ids", ids)
+    expected.add(QUERIES[:3], np.arange(3) + 9900)
+    same_as(out, expected)
     run("build", saved(tmp_path / "b.npy", BASE), "--out", out, "--dims", DIMS, "--overwrite")
     assert run_json("info", out)["columns"] == {}
 

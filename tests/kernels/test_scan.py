@@ -113,7 +113,7 @@ def test_an_error_of_a_scan_is_seen(triton_device, monkeypatch):
     q, x = (margin_vectors("positive", n, 40, triton_device) for n in (5, 300))
     assert 0 < scan_error(q, x) <= 1
     tiny = metrics.Margin(bound=0.0, a=1e-12)
-    monkeypatch.setattr(metrics.Margin, "of", classmethod(lambda *_: tiny))
+    monkeypatch.setattr(metrics.Margin, "from_rows", classmethod(lambda *_: tiny))
     assert scan_error(q, x) > 1
     monkeypatch.undo()
     call = scan.Scan.__call__

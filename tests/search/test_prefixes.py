@@ -169,7 +169,7 @@ def test_a_rotation_needs_whole_queries(metric, code):
         index.add(part)
     turned = index._rows.rotation.apply(x), index._rows.rotation.apply(q)
     scores = brute_force(turned[1][:, :16], turned[0][:, :16], metric)
-    found, best = index.search(q, 5, dim=16), scores.topk(5, dim=1)
+    found, best = index.search(q.double(), 5, dim=16), scores.topk(5, dim=1)
     assert torch.equal(found.ids, best.indices)
     torch.testing.assert_close(found.scores, best.values.float(), rtol=2e-7, atol=1e-30)
     staged = index.search(q, 5, stages=[(16, 5)])
@@ -192,9 +192,10 @@ def test_few_rows_and_none(code):
         check_exact(index, q, x[rest], torch.arange(30)[rest], dim, 50)
 
 
-def test_other_columns_of_a_query_need_not_be_finite():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_other_columns_of_a_query_need_not_be_finite(device):
     x, q = clustered(100)
-    index = MatryoshkaIndex(DIMS)
+    index = MatryoshkaIndex(DIMS, device=device)
     index.add(x)
     expected = index.search(q[:, :16], 3)
     q[:, 20] = torch.nan

@@ -131,8 +131,11 @@ def test_export(name, strict, tmp_path):
         torch.testing.assert_close(run_elsewhere(tmp_path, load), expected)
 
 
-@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
-@pytest.mark.parametrize("name", ["tied", "separate", "MRL", "MRL-E", "cascade"])
+TORCHSCRIPT = [(name, False) for name in ("tied", "separate", "MRL", "MRL-E", "cascade")]
+DYNAMO = [("MRL", True), ("MRL-E", True)]  # tests/house/test_examples.py has a head and a cascade
+
+
+@pytest.mark.parametrize(("name", "dynamo"), TORCHSCRIPT + DYNAMO)
 def test_onnx(name, dynamo):
     """Standard operators, with the same values for another batch, by ONNX's own evaluator."""
     onnx = pytest.importorskip("onnx")
@@ -185,6 +188,16 @@ def test_a_cascade_in_half_precision():
     assert torch.equal(labels, expected.labels) and torch.equal(dims, expected.dims)
     assert set(dims.tolist()) == set(DIMS)
     torch.testing.assert_close(confidence, expected.confidence)
+
+
+def test_a_cascade_without_thresholds_is_exported_at_full_width():
+    """torch.export cannot read a buffer; a trace is refused, as it is checked by a call."""
+    head, x = MRLLinear(DIMS, CLASSES), torch.randn(30, WIDTH)
+    classifier = AdaptiveClassifier(head)
+    labels, _, dims = torch.export.export(classifier, (x,), strict=False).module()(x)
+    assert torch.equal(labels, head(x)[-1].argmax(1)) and dims.unique().tolist() == [DIMS[-1]]
+    with pytest.raises(torch.jit.TracingCheckError, match="thresholds: expected calibrate or set"):
+        traced(classifier, x)
 
 
 def test_a_deferred_layer_is_exported_in_training_mode():

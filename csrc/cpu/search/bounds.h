@@ -50,7 +50,8 @@ struct Problem {
                : rows.code_dim && is_described() ? Source::CODES
                                                  : Source::PRODUCT;
     }
-    // Whether the statistics are of the columns that are searched: all, or those of the prefix.
+    // Whether the rows' statistics describe the columns that are searched: all columns, or exactly
+    // the first prefix.
     bool is_described() const {
         const bool prefix =
             rows.ladder.dims.empty() && dim == std::max(rows.packed_dim, rows.code_dim);
@@ -84,7 +85,7 @@ struct Problem {
         const double length = norm[q] * row_norm;
         return length > 0.0 ? terms.product * sum / length + 0.0 : 0.0;
     }
-    // The columns of a row that are searched, in `x`.
+    // The searched columns of a row, written to `x`.
     const float* columns(int64_t row, std::vector<float>* x) const;
     // The fp64 score of a row; `x` is room for its columns.
     double score(int64_t q, int64_t row, std::vector<float>* x) const;
@@ -95,7 +96,7 @@ struct Problem {
     const MetricTerms terms;
     const int64_t dim, k;
     const double margin;          // room for rounding, as a share of ‖q‖·‖x‖
-    std::vector<int64_t> levels;  // the rows', where all columns are searched
+    std::vector<int64_t> levels;  // the rows' levels; none where a prefix is searched
     std::vector<int64_t> stops;   // ends of the ranges of columns that follow the first bound
     std::vector<const float*> data;
     std::vector<double> norm, head;  // [n]: ‖q‖; the prefix's norm, less the centre

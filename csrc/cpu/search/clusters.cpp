@@ -9,12 +9,12 @@
 namespace mrl {
 namespace {
 
-constexpr int64_t MOST = 256;       // clusters
-constexpr int64_t FEWEST = 256;     // rows of one; all that are in none make one
-constexpr double GAP = 1.0 / 4096;  // between clusters, as a share of what the sums span
+constexpr int64_t MOST = 256;       // clusters, numbered by uint8
+constexpr int64_t FEWEST = 256;     // rows of a cluster; rows of smaller groups make one together
+constexpr double GAP = 1.0 / 4096;  // between clusters, as a share of the range of the sums
 constexpr int64_t SHARE = 5;  // scoring one pair in so many in fp64 costs less than a scan in fp32
 
-// Between clusters.
+// Rows whose sums differ by more, with none between them, are in different clusters.
 float gap_of(const std::vector<Projected>& rows, float Projected::* sum) {
     const auto [least, most] = std::minmax_element(
         rows.begin(), rows.end(),
@@ -22,7 +22,7 @@ float gap_of(const std::vector<Projected>& rows, float Projected::* sum) {
     return float(GAP * (double((*most).*sum) - double((*least).*sum)));
 }
 
-// Calls `see(begin, end)` for the rows between two gaps, which ascend by that sum.
+// Calls `see(begin, end)` for each run of rows without a gap; rows ascend by that sum.
 template <class See>
 void each_run(const std::vector<Projected>& rows, float Projected::* sum, float gap,
               const See& see) {
@@ -37,7 +37,7 @@ void each_run(const std::vector<Projected>& rows, float Projected::* sum, float 
 Clusters::Clusters(const Problem& p, const std::vector<Projected>& rows, int threads) {
     const float gap = gap_of(rows, &Projected::sum), other_gap = gap_of(rows, &Projected::other);
     std::vector<int64_t> rest;
-    // What one sum does not tell apart the other may.
+    // The second sum may tell apart clusters that the first does not.
     each_run(rows, &Projected::sum, gap, [&](auto begin, auto end) {
         std::vector<Projected> run(begin, end);
         std::sort(run.begin(), run.end(),
@@ -58,10 +58,10 @@ Clusters::Clusters(const Problem& p, const std::vector<Projected>& rows, int thr
         enclose(p, threads);
 }
 
-// Centres and radii. A cluster's centre is one of its rows.
+// Sets the clusters' centres, each one of its rows, and radii.
 void Clusters::enclose(const Problem& p, int threads) {
     const int64_t count = clusters_.size();
-    std::vector<int64_t> firsts;  // of spans, in bits
+    std::vector<int64_t> firsts;  // each span's first bit in the mask
     int64_t bits = 0;
     for (const Span& span : p.rows.spans) {
         firsts.push_back(bits);
@@ -97,13 +97,13 @@ void Clusters::enclose(const Problem& p, int threads) {
             largest[mine[r]] = std::max(largest[mine[r]], squares[r]);
         }
     });
-    // What underflows of a square is less than 1e-44 a column.
+    // Squares that underflow lose less than 1e-44 a column.
     for (int64_t i = 0; i < count; ++i)
         clusters_[i].radius =
             std::sqrt((1.0 + 2.0 * p.margin) * double(largest[i]) + 1e-43 * double(p.dim));
 }
 
-// What the scores of a cluster's rows lie between, with room for what fp64 sums are off.
+// A range that holds the scores of all of a cluster's rows, with room for the errors of fp64 sums.
 Clusters::Range Clusters::scores(const Problem& p, int64_t q, const Cluster& cluster) {
     const float *query = p.data[q], *centre = cluster.centre.data();
     const double length = std::sqrt(p.kernels.dot64(centre, centre, p.dim)),

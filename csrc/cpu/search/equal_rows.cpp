@@ -25,7 +25,7 @@ bool mostly_equal(const Problem& p, const std::vector<Projected>& sorted) {
 
 EqualRows::EqualRows(const Problem& p, const std::vector<Projected>& sorted, int threads)
     : mask_(words_of(p.rows)) {
-    std::vector<int64_t> starts;  // of rows with the same sums
+    std::vector<int64_t> starts;  // where each group of rows with the same sums begins
     for (size_t i = 0; i < sorted.size(); ++i)
         if (i == 0 || !sorted[i].same_sums(sorted[i - 1])) starts.push_back(i);
     const int64_t groups = starts.size();
@@ -62,7 +62,7 @@ EqualRows::EqualRows(const Problem& p, const std::vector<Projected>& sorted, int
         }
         for (uint64_t lanes = scan.wanted; lanes; lanes &= lanes - 1) {
             const int r = __builtin_ctzll(lanes);
-            // Other vectors may have the same sums: such a row stands for itself.
+            // A row whose sums equal another vector's stands for itself.
             auto& [first, row] = members_[mine[r].member];
             if (differs[r]) first = row;
             if (first == row) mask_[number] |= uint64_t(1) << r;

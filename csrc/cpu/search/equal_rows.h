@@ -1,5 +1,5 @@
-// Rows whose vectors are the same: they have one score, so a search of the first of each is a
-// search of all.
+// Rows whose vectors are the same have one score, so a search of one row of each vector is a search
+// of all rows.
 #pragma once
 
 #include "cpu/search/projected.h"
@@ -9,8 +9,9 @@ namespace mrl {
 class EqualRows {
   public:
     static constexpr int64_t FEW = 8;
-    // Of the problem's rows, as `project` has them. They are not compared, and count as different,
-    // where there are fewer than FEW of each, or a sample says so.
+    // Compares the problem's rows, as `project` sorts them, that have the same sums. All rows count
+    // as different, uncompared, where fewer than FEW rows share their sums on average, or where
+    // most pairs of a sample that do are not equal.
     EqualRows(const Problem& p, const std::vector<Projected>& sorted, int threads);
     // How many different vectors there are.
     int64_t count() const { return distinct_; }

@@ -9,11 +9,12 @@ namespace mrl {
 
 struct Projected {
     float sum, other;  // 0 where a sum is beyond fp32
-    int64_t row, bit;  // its number; its bit of a mask of all rows
+    int64_t row, bit;  // the row's number, and its bit in a mask of all rows
     bool same_sums(const Projected& as) const { return sum == as.sum && other == as.other; }
 };
 
-// Sums of the first `dim` columns of rows of which none are gathered.
+// The sums of each row's first `dim` columns with two vectors of signs, ascending; no rows may be
+// gathered.
 std::vector<Projected> project(const Run& run, const Rows& rows, int64_t dim);
 
 // Calls `see(scan, number)` with each tile of the rows and its number among all, on several threads
@@ -34,7 +35,7 @@ void each_tile(const Run& run, const Rows& rows, int64_t dim, const See& see) {
     });
 }
 
-// Of a mask.
+// The number of words of a mask of all rows.
 inline int64_t words_of(const Rows& rows) {
     int64_t words = 0;
     for (const Span& span : rows.spans) words += span.tiles();

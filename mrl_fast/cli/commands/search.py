@@ -47,7 +47,7 @@ Truth = Annotated[
         metavar="FILE",
         help="The true ids of each query, best first, .ivecs or .npy [n, at least k]: prints "
         "recall@k, the share of the first k that were found. An id that is not among them, but "
-        "whose vector's full-width score equals the worst of theirs, counts as found too.",
+        "whose score, by all columns of the queries, equals the worst of theirs, counts too.",
     ),
 ]
 Out = Annotated[
@@ -78,6 +78,8 @@ def search(
     quiet: Quiet = False,
 ) -> None:
     """Find the k nearest vectors of each query.
+
+    Queries that are of one of the index's dims, not of its width, are searched by that prefix.
 
     Prints the first three queries' neighbours, the best first; the larger a score the better, with
     l2 it is the negative squared distance. With --json the document has the neighbours of all

@@ -26,7 +26,8 @@ class DeviceRows(NamedTuple):
         factors: ``[G, N]`` fp32, of every prefix in ``dims`` the metric's factor; ``[0, N]`` where
             it has none.
         suffixes: ``[N]`` fp32, norms of the columns after the first prefix, over the whole vector's
-            where the metric counts rows as unit vectors; rounded up.
+            where the metric counts rows as unit vectors; rounded up. Of fewer columns both the norm
+            and its share are no larger.
         largest, smallest: ``[G]`` fp32, of the norms; the smallest of those that are not 0.
         codes, scales: ``[N, dims[0]]`` int8 and ``[N]`` fp32: the prefix is about
             ``scale · code``, over its norm where the metric counts rows as unit vectors.

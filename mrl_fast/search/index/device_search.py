@@ -121,7 +121,7 @@ def _factors(rows: DeviceRows, g: int, metric: str) -> Tensor | None:
 
 def _prefix(rows: DeviceRows, dim: int, metric: str) -> certified.Prefix | None:
     first = rows.dims[0]
-    if first == dim or dim < rows.dims[-1]:  # the norms of suffixes are those of all columns
+    if first == dim:
         return None
     whole = _known(rows, dim, metric)
     assert whole.terms is not None

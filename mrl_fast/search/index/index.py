@@ -186,9 +186,9 @@ class MatryoshkaIndex(Persistent):
                 this k, at most a tenth of the vectors were added since, and all D columns are
                 searched by; else exact, and where they have lapsed a warning says so once.
             exact: The k best by fp64 scores, provably: a row is dropped only where a bound on its
-                score excludes it. By a dim between the first and D no bounds are known, and that
-                prefix of every row is read. On a device scores that are equal in fp32 are equal. An
-                error together with stages.
+                score excludes it. By a dim between the first and D the CPU knows no bounds and
+                reads that prefix of every row. On a device scores that are equal in fp32 are equal.
+                An error together with stages.
             allowed: Searches these vectors only: ``[n]`` ids, as in ``add``, of which unknown ones
                 are ignored, or ``[N]`` bool or uint8 (0 or 1, never ids), aligned with ``ids``. On
                 the CPU, where they are few (one in 32), they alone are read. A bool mask already on

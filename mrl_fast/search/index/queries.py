@@ -39,4 +39,4 @@ def checked_queries(x: Any, config: IndexConfig, dim: int | None) -> tuple[Tenso
     dim = width if dim is None else int(dim)
     if dim > width:
         raise ValueError(f"dim: expected at most {width}, the queries' width, got {dim}")
-    return (q if config.rotation else q[:, :dim]), dim
+    return (q if dim == width or config.rotation else q[:, :dim]), dim

@@ -99,7 +99,8 @@ def read_selection(
     """Ids ``[n]`` int64 as of ``read_ids``, or a mask ``[size]`` bool of an index's rows.
 
     Args:
-        path: As of ``read_ids``; or ``.npy`` ``[size]`` of bool, or of uint8 that are 0 or 1.
+        path: As of ``read_ids``, but ``.npy`` of uint8 is no ids; or ``.npy`` ``[size]`` of bool,
+            or of uint8 that are 0 or 1.
 
     Raises:
         FileNotFoundError, ValueError: As in ``open_vectors``; a mask of another size.

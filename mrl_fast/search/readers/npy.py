@@ -58,22 +58,22 @@ def read_integers(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path, size: int) -> np.ndarray | None:
-    """``[size]`` bool, of bool or of bytes that are 0 or 1; None where the array holds ids.
-
-    Bytes 0 and 1 alone are ids where these are one or two, and ``size`` is another.
-    """
+    """``[size]`` bool, of bool or of uint8 that are 0 or 1; None where the array is of other
+    integers, which are ids."""
     header = _header(path)
     kind, shape = header.dtype.name, header.shape
-    if kind not in ("bool", "uint8") or len(shape) != 1:
-        return None
-    as_bytes = header._replace(dtype=np.dtype(np.uint8))
-    values = _rows(path, as_bytes, 0, shape[0])[:, 0] if shape[0] else np.empty(0, np.uint8)
-    if kind == "uint8" and (values.max(initial=0) > 1 or (len(values) < 3 and shape != (size,))):
+    if kind not in ("bool", "uint8"):
         return None
     if shape != (size,):
         raise ValueError(
-            f"{path}: expected a mask of the index's {size:,} rows, or ids, got shape "
-            f"{list(shape)} of {kind}"
+            f"{path}: expected a mask of the index's {size:,} rows, as it is of {kind}, got shape "
+            f"{list(shape)}; ids are of another dtype"
+        )
+    values = _rows(path, header._replace(dtype=np.dtype(np.uint8)), 0, size)[:, 0]
+    if kind == "uint8" and values.max(initial=0) > 1:
+        raise ValueError(
+            f"{path}: expected a mask of 0 and 1, as it is of uint8, got {values.max()}; ids are "
+            "of another dtype"
         )
     return values != 0
 
