@@ -93,7 +93,7 @@ def test_times_are_medians_of_calls_of_one_batch(data, monkeypatch):
     clock = Clock(monkeypatch, lambda stages: next(ticks))
     report = tune(index, queries[:256], 10, 1.0, batch=100, progress=False)  # exact search alone
     assert report.time_ms == 100 * 3 * TICK_MS and report.stages is None
-    assert {size for _, size in clock.calls} == {256, 100}
+    assert {size for _, size in clock.calls} == {256, 64, 100}
     assert [stages for stages, _ in clock.calls[-5:]] == [None] * 5
 
 

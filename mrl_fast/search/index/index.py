@@ -168,7 +168,7 @@ class MatryoshkaIndex(Persistent):
         exact: bool = False,
         allowed: Any = None,
         out: SearchResult | None = None,
-    ) -> SearchResult:
+    ) -> StagedResult | ExactResult:
         """The k nearest vectors of each query, by all columns or by a prefix.
 
         Args:
