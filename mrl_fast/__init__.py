@@ -13,7 +13,7 @@ from mrl_fast.shared.types import (
     SearchResult,
     StagedResult,
 )
-from mrl_fast.training.cascade import AdaptiveClassifier
+from mrl_fast.training.cascade import AdaptiveClassifier, AdaptiveCost
 from mrl_fast.training.heads import MRLLinear, matryoshka_logits, matryoshka_predict
 from mrl_fast.training.losses.cross_entropy import matryoshka_cross_entropy
 from mrl_fast.training.losses.distill import matryoshka_distill
@@ -24,11 +24,15 @@ from mrl_fast.training.modules import (
     MatryoshkaInfoNCELoss,
     MatryoshkaLoopLoss,
 )
+from mrl_fast.training.thresholds import AdaptivePrediction, AdaptiveReport
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveClassifier",
+    "AdaptiveCost",
+    "AdaptivePrediction",
+    "AdaptiveReport",
     "ApproxResult",
     "ExactResult",
     "MRLLinear",

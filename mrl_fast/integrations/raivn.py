@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mrl_fast.shared.checks import check_dims, check_int, check_matrix
+from mrl_fast.shared.checks import check_dims, check_int
 from mrl_fast.shared.dispatch import exporting
-from mrl_fast.training.heads import (
-    MRLLinear,
+from mrl_fast.training.heads import MRLLinear, matryoshka_logits
+from mrl_fast.training.layers import (
     all_plain,
     call_heads,
+    check_stored,
     check_unhooked,
-    matryoshka_logits,
+    check_width,
     plain_linears,
 )
 from mrl_fast.training.losses.cross_entropy import matryoshka_cross_entropy
-from mrl_fast.training.losses.reductions import weighted_sum
+from mrl_fast.training.losses.reductions import check_classes, weighted_sum
 
 
 class MRL_Linear_Layer(nn.Module):
@@ -76,11 +77,14 @@ class MRL_Linear_Layer(nn.Module):
         checkpoint that RAIVNLab/MRL loads.
 
         Raises:
-            TypeError: Not an ``MRLLinear``, or one with hooks, which the layer would not run.
+            TypeError: Not an ``MRLLinear``, or one with hooks, which the layer would not run, or
+                with layers whose state is more than a weight and a bias (LoRA, quantization,
+                parametrizations), which RAIVNLab/MRL could not load.
         """
         if not isinstance(head, MRLLinear):
             raise TypeError(f"head: expected an MRLLinear, got {type(head).__name__}")
         check_unhooked(head, "head")
+        check_stored(head.heads, "heads")
         layer = cls(head.dims, head.num_classes, head.tied, device="meta")  # replaced at once
         for i, classifier in enumerate(head.heads):
             setattr(layer, f"nesting_classifier_{i}", classifier)
@@ -182,9 +186,18 @@ class Matryoshka_CE_Loss(nn.Module):
                 f"got {type(output).__name__}"
             )
         c = self._importance(len(output))
+        self._check_target(output, target)
         losses = torch.stack([self.criterion(logits, target) for logits in output])
         self.per_dim = losses.detach()
         return losses.sum() if c is None else weighted_sum(c.to(losses), losses).sum()
+
+    def _check_target(self, output: Any, target: Any) -> None:
+        """Of classes of rows: PyTorch takes probabilities and maps too, and checks those."""
+        known = isinstance(target, Tensor) and target.dtype == torch.int64 and target.ndim == 1
+        if known and all(isinstance(logits, Tensor) and logits.ndim == 2 for logits in output):
+            ignored = self.criterion.ignore_index
+            classes = torch.where(target == ignored, 0, target)
+            check_classes(classes, output[0].shape[1], f" or {ignored}")
 
     def _fused(self, layer: MRL_Linear_Layer, features: Tensor, target: Tensor) -> Tensor:
         if not layer.is_plain:
@@ -230,8 +243,8 @@ class FixedFeatureLayer(nn.Linear):
         super().__init__(in_features, out_features, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not exporting() and check_matrix(x, "x").shape[1] < self.in_features:
-            raise ValueError(f"x: expected width >= {self.in_features}, got {x.shape[1]}")
+        if not exporting():
+            check_width(x, [self.in_features])
         return F.linear(x[:, : self.in_features], self.weight, self.bias)
 
 

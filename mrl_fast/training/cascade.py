@@ -13,7 +13,6 @@ from mrl_fast.shared.checks import (
     check_dims,
     check_finite,
     check_int,
-    check_matrix,
     check_number,
     check_vector,
 )
@@ -26,6 +25,7 @@ from mrl_fast.training.heads import (
     is_fusible,
     matryoshka_predict,
 )
+from mrl_fast.training.layers import check_width
 from mrl_fast.training.thresholds import (
     AdaptivePrediction,
     AdaptiveReport,
@@ -82,29 +82,33 @@ class AdaptiveClassifier(nn.Module):
     the plain tuple ``(labels, confidence, dims)`` and needs no mrl_fast where it runs.
 
     Args:
-        head: An ``MRLLinear``, RAIVNLab/MRL's layer, a list of ``nn.Linear`` (one a prefix,
+        head: An ``MRLLinear``, RAIVNLab/MRL's layer, a sequence of ``nn.Linear`` (one a prefix,
             ascending ``in_features``; shared, not copied), or anything with an ``MRLLinear``'s
             ``weight``, ``bias`` and ``dims``.
 
     Attributes:
-        head: The head; of a layer of RAIVNLab/MRL or a list, an ``MRLLinear`` of its layers.
+        head: The head; of a layer of RAIVNLab/MRL or a sequence, an ``MRLLinear`` of its layers.
         thresholds: ``[G − 1]`` fp32 buffer, NaN until ``calibrate`` or ``set_thresholds`` (an
-            torch.export made before sends every row to the full width). Saved with the state.
+            export made before sends every row to the full width). Saved with the state. What is
+            assigned is checked as by ``set_thresholds``.
 
     Source: Kusupati et al., Matryoshka Representation Learning, NeurIPS 2022, section 4.2.
     """
 
-    def __init__(self, head: NestedHead | nn.Module | list[Any]):
+    def __init__(self, head: NestedHead | nn.Module | Sequence[Any]):
         super().__init__()
-        if isinstance(head, list | nn.ModuleList):
+        if isinstance(head, list | tuple | nn.ModuleList):
             head = head_of_linears(head, "head")
         elif hasattr(head, "nesting_list"):
             head = MRLLinear.from_raivn(head)
         elif not isinstance(head, MRLLinear):
             for name in ("weight", "bias", "dims"):
                 if not hasattr(head, name):
-                    got = f"{type(head).__name__} with no {name}"
-                    raise TypeError(f"head: expected weight, bias and dims, got {got}")
+                    raise TypeError(
+                        "head: expected an MRLLinear, RAIVNLab/MRL's layer, a sequence of "
+                        "nn.Linear, or weight, bias and dims, got "
+                        f"{type(head).__name__} with no {name}"
+                    )
         head = cast(NestedHead, head)
         self.head = head
         self.dims = check_dims(head.dims)
@@ -116,10 +120,26 @@ class AdaptiveClassifier(nn.Module):
         self.register_buffer("thresholds", empty)
         self._report: AdaptiveReport | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "thresholds" and name in self._buffers and not self._is_state(value):
+            numbers = self._checked(value)
+            device = (value if isinstance(value, Tensor) else self.thresholds).device
+            with torch.inference_mode(False):  # as in the constructor
+                value = torch.tensor(numbers, dtype=torch.float32, device=device)
+        super().__setattr__(name, value)
+
+    def _is_state(self, value: Any) -> bool:
+        """Whether these are thresholds that were never set, or have no values to check: what
+        ``load_state_dict(assign=True)`` may assign."""
+        alike = isinstance(value, Tensor) and value.shape == self.thresholds.shape
+        return alike and (value.is_meta or bool(value.isnan().all()))
+
     @property
     def report(self) -> AdaptiveReport | None:
-        """What ``calibrate`` found on its holdout; None before, and where the thresholds are others
-        by now. It is pickled and copied, and no part of the state."""
+        """What ``calibrate`` found on its holdout, with the weights that the head had; None before,
+        and where the thresholds are others by now. Once the weights change, by training or
+        ``load_state_dict``, it no longer holds: calibrate again. It is pickled and copied, and no
+        part of the state."""
         found = self._report
         return found if found and found.thresholds == tuple(self.thresholds.tolist()) else None
 
@@ -136,18 +156,21 @@ class AdaptiveClassifier(nn.Module):
         Raises:
             ValueError, TypeError: Another number of them, or one that is not in ``[0, 1]``.
         """
+        numbers = self._checked(thresholds)
+        self.thresholds.copy_(torch.tensor(numbers, dtype=torch.float32, device="cpu"))
+        return self
+
+    def _checked(self, thresholds: Any) -> list[float]:
         count = len(self.dims) - 1
         expected = f"thresholds: expected {count} numbers, one for each dim but the last"
-        values: Any = thresholds
-        if hasattr(values, "tolist"):
-            values = values.tolist()
+        if getattr(thresholds, "ndim", 1) > 1:
+            raise ValueError(f"{expected}, got shape {list(thresholds.shape)}")
+        values = thresholds.tolist() if hasattr(thresholds, "tolist") else thresholds
         if isinstance(values, str) or not isinstance(values, Sequence):
             raise TypeError(f"{expected}, got {type(thresholds).__name__}")
         if len(values) != count:
             raise ValueError(f"{expected}, got {len(values)}")
-        numbers = [check_number(t, f"thresholds[{i}]", high=1.0) for i, t in enumerate(values)]
-        self.thresholds.copy_(torch.tensor(numbers, dtype=torch.float32, device="cpu"))
-        return self
+        return [check_number(t, f"thresholds[{i}]", high=1.0) for i, t in enumerate(values)]
 
     def calibrate(
         self, x: Tensor, y: Tensor, *, grid: int = 100, tolerance: float | None = None
@@ -164,9 +187,10 @@ class AdaptiveClassifier(nn.Module):
         then gets (1 where it is right, less the price of its width); of the cascades within the
         tolerance the cheapest is taken.
 
-        ``print(classifier.report)`` tells what they do on the holdout. The paper's thresholds of a
-        head that is not trained to the end may be right far less often than its full width: where
-        it is more than a point, a ``UserWarning`` says so.
+        ``print(classifier.report)`` tells what they do on the holdout. Other rows lose more or
+        less: ``report.standard_error`` says how far a holdout of this size tells. The paper's
+        thresholds of a head that is not trained to the end may be right far less often than its
+        full width: where it is more than a point, a ``UserWarning`` says so.
 
         Args:
             x: ``[M, D]``, as in ``predict``, at least one row.
@@ -183,7 +207,8 @@ class AdaptiveClassifier(nn.Module):
         check_int(grid, "grid", 2)
         if tolerance is not None:
             check_number(tolerance, "tolerance", high=1.0)
-        check_finite(check_matrix(x, "x"), "x")
+        check_width(x, self.dims)
+        check_finite(x.detach(), "x")
         if not len(x):
             raise ValueError("x: expected at least one row, got none")
         check_vector(y, "y", len(x), x, dtype=torch.int64)
@@ -208,7 +233,8 @@ class AdaptiveClassifier(nn.Module):
             warnings.warn(
                 f"AdaptiveClassifier.calibrate: by the paper's thresholds {report.accuracy:.3f} of "
                 f"the holdout is right, where the full width has {report.full_accuracy:.3f}; "
-                f"calibrate(x, y, tolerance={LOSS}) loses no more than that share of rows, and "
+                f"calibrate(x, y, tolerance={LOSS}) keeps this loss on the holdout within "
+                f"{LOSS} (on other rows it may be more, the more so the smaller the holdout), and "
                 "print(classifier.report) shows each dim",
                 stacklevel=2,
             )
@@ -218,7 +244,12 @@ class AdaptiveClassifier(nn.Module):
         """The class of each row, by the shortest prefix that is sure of it.
 
         Args:
-            x: ``[B, D]``, any row stride, as ``matryoshka_predict`` takes it.
+            x: ``[B, D]``, any row stride, as ``matryoshka_predict`` takes it; columns after
+                ``dims[-1]`` do not count.
+
+        Returns:
+            AdaptivePrediction: ``labels`` ``[B]`` int64; ``confidence`` ``[B]``, the largest
+                softmax (fp32; fp64 for fp64); ``dims`` ``[B]`` int64, the width each row ended at.
 
         Raises:
             RuntimeError: Before ``calibrate`` or ``set_thresholds``.
@@ -229,9 +260,9 @@ class AdaptiveClassifier(nn.Module):
             return cast(AdaptivePrediction, tuple(chosen))  # a type that is known elsewhere
         if self.thresholds.isnan().any():
             raise RuntimeError(
-                "thresholds: expected calibrate or set_thresholds before predict, got none"
+                "thresholds: none are set; call calibrate or set_thresholds before predict"
             )
-        check_dims(self.dims, check_matrix(x, "x").shape[1])
+        check_width(x, self.dims)
         if self._is_called:
             with torch.no_grad():
                 found = self._every_prefix(x)
@@ -253,8 +284,17 @@ class AdaptiveClassifier(nn.Module):
         """What ``predict`` spent on these rows.
 
         Args:
-            prediction: Of at least one row.
+            prediction: What ``predict`` returned, of at least one row.
+
+        Returns:
+            AdaptiveCost: Four numbers, each a mean over the rows.
+
+        Raises:
+            ValueError, TypeError: Not such a prediction, or of no row.
         """
+        if not isinstance(prediction, AdaptivePrediction):
+            got = type(prediction).__name__
+            raise TypeError(f"prediction: expected what predict returned, got {got}")
         widths = torch.tensor(self.dims, dtype=torch.int64, device=prediction.dims.device)
         if not len(prediction.dims) or not torch.isin(prediction.dims, widths).all():
             raise ValueError(f"prediction: expected rows that ended at one of {list(self.dims)}")

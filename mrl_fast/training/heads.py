@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrl_fast.shared.checks import (
@@ -19,6 +18,17 @@ from mrl_fast.shared.checks import (
 from mrl_fast.shared.dispatch import choose, exporting
 from mrl_fast.shared.types import Prediction
 from mrl_fast.training import ops, reference
+from mrl_fast.training.layers import (
+    SHARDED,
+    all_plain,
+    call_heads,
+    check_unhooked,
+    check_width,
+    described,
+    is_plain,
+    is_sharded,
+    plain_linears,
+)
 
 
 class Head(NamedTuple):
@@ -190,8 +200,8 @@ class MRLLinear(nn.Module):
         """
         named = _named_heads(self.weight, self.dims, self.bias)
         if not is_plain(self, MRLLinear):
-            got = type(self).__name__
-            raise TypeError(f"head: expected an MRLLinear without hooks or own forward, got {got}")
+            expected = "head: expected an MRLLinear without hooks or own forward"
+            raise TypeError(f"{expected}, got {described(self)}")
         layers = nn.ModuleList()
         for weight, bias in zip(*prefixes([head for _, _, head in named]), strict=True):
             layer = nn.Linear(weight.shape[1], self.num_classes, bias is not None, device="meta")
@@ -225,7 +235,8 @@ class MRLLinear(nn.Module):
         return [name for name in super().__dir__() if name not in unread]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, D]`` → logits ``[G, B, V]``."""
+        """``[B, D]`` → logits ``[G, B, V]``. Of an x that is wider than ``dims[-1]`` the first
+        columns are taken."""
         if all_plain(self.heads):
             return matryoshka_logits(x, self.weight, self.dims, bias=self.bias)
         return torch.stack(call_heads(self.heads, x, self.dims))
@@ -234,39 +245,12 @@ class MRLLinear(nn.Module):
         return f"dims={list(self.dims)}, num_classes={self.num_classes}, tied={self.tied}"
 
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module is ``kind.forward`` on ordinary parameters, and nothing else.
-
-    Parametrizations are plain: reading the parameter runs them. A wrapper that lends its inner
-    layer's weight (PEFT), a hook (pruning, FSDP), a forward that was replaced (accelerate) and
-    sharded or quantized parameters are not. (An export has stand-ins for parameters.)
-    """
-    return (
-        type(module).forward is kind.forward
-        and "forward" not in module.__dict__
-        and not any(getattr(module, hooks) for hooks in HOOKS)
-        and (exporting() or all(type(p) in (Tensor, nn.Parameter) for p in module.parameters()))
-    )
-
-
 def is_fusible(head: Any) -> bool:
     """Whether ``head(x)`` is the product with the weights that the head shows: it is a plain
     ``MRLLinear`` of plain heads, or no module."""
     if not isinstance(head, nn.Module):
         return True
     return is_plain(head, MRLLinear) and all_plain(head.heads)
-
-
-def all_plain(heads: Any) -> bool:
-    return all(is_plain(head, nn.Linear) for head in heads)
-
-
-def check_unhooked(module: nn.Module, name: str) -> None:
-    if any(getattr(module, hooks) for hooks in HOOKS):
-        raise TypeError(f"{name}: expected a module without hooks, got {type(module).__name__}")
 
 
 def head_of_linears(layers: Iterable[Any], name: str) -> MRLLinear:
@@ -287,45 +271,6 @@ def head_of_linears(layers: Iterable[Any], name: str) -> MRLLinear:
     return head
 
 
-def plain_linears(heads: Iterable[nn.Module], name: str) -> list[nn.Linear]:
-    """The heads, as linear layers whose weight and bias may be read instead of a call."""
-    for i, head in enumerate(heads):
-        if not is_plain(head, nn.Linear):
-            raise TypeError(
-                f"{name}[{i}]: expected an nn.Linear without hooks, whose weight is all that its "
-                f"call uses, got {type(head).__name__}; call the module for its logits, or first "
-                "merge or remove what was added to the layer"
-            )
-    return cast(list[nn.Linear], list(heads))
-
-
-def call_heads(heads: Iterable[nn.Module], x: Tensor, dims: Sequence[int]) -> list[Tensor]:
-    """Logits ``[B, V]`` of each prefix by the heads' own calls: one a prefix, or a tied one, which
-    is given each prefix padded by zeros to ``dims[-1]``."""
-    heads = list(heads)
-    if not exporting():
-        check_dims(dims, check_matrix(x, "x").shape[1])
-    for i, head in enumerate(heads):
-        if any(is_sharded(p) for p in head.parameters()) and not any(
-            getattr(head, hooks) for hooks in HOOKS
-        ):
-            raise TypeError(f"heads[{i}]: {SHARDED}")
-    if len(heads) == len(dims):
-        return [head(x[:, :d]) for head, d in zip(heads, dims, strict=True)]
-    (head,) = heads
-    return [head(F.pad(x[:, :d], (0, dims[-1] - d))) for d in dims]
-
-
-SHARDED = (
-    "expected parameters that are whole, got a DTensor's shard; call the module that was given to "
-    "fully_shard, whose hooks gather them"
-)
-
-
-def is_sharded(x: Tensor) -> bool:
-    return hasattr(x, "device_mesh")  # only a DTensor has one, and its module is slow to import
-
-
 def prefixes(heads: Sequence[Head]) -> tuple[list[Tensor], list[Tensor | None]]:
     """Each prefix's own weight ``[V, d_g]`` and bias."""
     pairs = [(head.weight[:, :d], head.bias) for head in heads for d in head.dims]
@@ -339,7 +284,8 @@ def check_heads(
     if exporting():
         return x, [head for _, _, head in _named_heads(weight, tuple(dims), bias)]
     check_matrix(x, "x")
-    dims = check_dims(dims, x.shape[1])
+    dims = check_dims(dims)
+    check_width(x, dims)
     named = _named_heads(weight, dims, bias)
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -360,7 +306,10 @@ def check_heads(
             check_vector(b, bias_name, classes, x)
         for name, tensor in ((weight_name, w), (bias_name, b)):
             if tensor is not None and tensor.dtype != x.dtype and not autocast:
-                raise TypeError(f"{name}: expected {x.dtype} as x, got {tensor.dtype}")
+                raise TypeError(
+                    f"{name}: expected {x.dtype} as x, got {tensor.dtype}; give "
+                    f"x.to({tensor.dtype}), or compute under autocast"
+                )
         heads.append(Head(w.to(dtype), None if b is None else b.to(dtype), head_dims))
     return x.to(dtype), heads
 

@@ -11,12 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mrl_fast.shared.checks import check_dims, check_number, check_vector
+from mrl_fast.shared.checks import check_choice, check_dims, check_number, check_vector
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training.heads import is_fusible
 from mrl_fast.training.losses.cross_entropy import matryoshka_cross_entropy
 from mrl_fast.training.losses.info_nce import matryoshka_info_nce
-from mrl_fast.training.losses.reductions import check_classes, check_dim_weights, weighted_sum
+from mrl_fast.training.losses.reductions import (
+    REDUCTIONS,
+    check_classes,
+    check_dim_weights,
+    weighted_sum,
+)
 
 
 class MatryoshkaCrossEntropyLoss(nn.Module):
@@ -28,8 +33,8 @@ class MatryoshkaCrossEntropyLoss(nn.Module):
     or quantization, one that ``fully_shard`` or DDP wraps.
 
     Args:
-        dim_weights: c_g, one a prefix; default all 1.
-        class_weight: ``[V]``, a buffer: it moves with the module.
+        dim_weights: c_g ≥ 0, one a prefix; default all 1.
+        class_weight: ``[V]``, ≥ 0, a buffer: it moves with the module.
         ignore_index, label_smoothing, reduction: As in ``matryoshka_cross_entropy``.
 
     Attributes:
@@ -41,7 +46,7 @@ class MatryoshkaCrossEntropyLoss(nn.Module):
         self,
         *,
         dim_weights: Sequence[float] | None = None,
-        class_weight: Tensor | None = None,
+        class_weight: Tensor | Sequence[float] | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
@@ -50,13 +55,33 @@ class MatryoshkaCrossEntropyLoss(nn.Module):
         self.dim_weights: Tensor | None
         self.class_weight: Tensor | None
         self.register_buffer("dim_weights", _numbers(dim_weights))
-        self.register_buffer("class_weight", class_weight)
+        if not isinstance(class_weight, Tensor):
+            class_weight = _numbers(class_weight, "class_weight")
+        self.register_buffer("class_weight", _checked_weights(class_weight, "class_weight"))
+        _checked_weights(self.dim_weights, "dim_weights")
         self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.reduction = reduction
+        self.label_smoothing = check_number(label_smoothing, "label_smoothing", high=1.0)
+        self.reduction = check_choice(reduction, "reduction", REDUCTIONS)
         self.per_dim: Tensor | None = None
 
     def forward(self, head: Any, x: Tensor, target: Tensor) -> Tensor:
+        """The loss of ``head`` on features, as ``loss(head, features, target)``.
+
+        Args:
+            head: An ``MRLLinear``, or any module that makes logits ``[G, B, V]`` of x: a whole
+                model too, which under DDP is the way: ``loss(DDP(nn.Sequential(backbone, head)),
+                images, target)``. Its logits are then in memory.
+            x: The features ``[B, D]`` that the head takes, not its logits; columns after
+                ``head.dims[-1]`` do not count. What a whole model takes may have any shape.
+            target: ``[B]`` int64, classes in ``[0, V)`` or ``ignore_index``.
+
+        Returns:
+            A scalar, or ``[B]`` with ``reduction="none"``.
+
+        Raises:
+            ValueError, TypeError: An argument of the wrong kind, shape, dtype, device or range.
+        """
+        _check_head(head)
         if not is_fusible(head):
             loss, self.per_dim = self._of_logits(head(x), target)
             return loss
@@ -76,7 +101,12 @@ class MatryoshkaCrossEntropyLoss(nn.Module):
 
     def _of_logits(self, logits: Tensor, target: Tensor) -> NestedLoss:
         if not isinstance(logits, Tensor) or logits.ndim != 3:
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            got = str(list(logits.shape)) if isinstance(logits, Tensor) else type(logits).__name__
+            if type(logits) is tuple:  # as RAIVNLab/MRL's layer
+                got += (
+                    "; of an MRL_Linear_Layer MRLLinear.from_raivn(layer) makes such a module, and "
+                    "Matryoshka_CE_Loss takes the layer's tuple"
+                )
             raise TypeError(f"head: expected a module that returns logits [G, B, V], got {got}")
         if logits.dtype != torch.float64:
             logits = logits.float()
@@ -84,6 +114,8 @@ class MatryoshkaCrossEntropyLoss(nn.Module):
         classes = torch.where(target == self.ignore_index, 0, target)
         check_classes(classes, logits.shape[2], f" or {self.ignore_index}")
         class_weight = self.class_weight
+        if class_weight is not None:
+            check_vector(class_weight, "class_weight", logits.shape[2], logits)
         losses = [
             F.cross_entropy(
                 scores,
@@ -98,6 +130,31 @@ class MatryoshkaCrossEntropyLoss(nn.Module):
         per_dim = torch.stack(losses)  # [G] or [G, B]
         c = check_dim_weights(self.dim_weights, len(per_dim), logits)
         return NestedLoss(weighted_sum(c, per_dim), per_dim.detach())
+
+    def extra_repr(self) -> str:
+        options = dict(
+            dim_weights=None if self.dim_weights is None else self.dim_weights.tolist(),
+            class_weight=None if self.class_weight is None else list(self.class_weight.shape),
+            ignore_index=None if self.ignore_index == -100 else self.ignore_index,
+            label_smoothing=self.label_smoothing or None,
+            reduction=self.reduction,
+        )
+        return ", ".join(f"{k}={v!r}" for k, v in options.items() if v is not None)
+
+
+def _check_head(head: Any) -> None:
+    """Raises where this is not a head, or not the first of (head, x, target)."""
+    if isinstance(head, Tensor):
+        got = f"a tensor of shape {list(head.shape)}; the order is loss(head, features, target)"
+    elif isinstance(head, list | tuple | nn.ModuleList):
+        got = f"{type(head).__name__}; AdaptiveClassifier(layers).head is one of linear layers"
+    elif not isinstance(head, nn.Module) and not all(
+        hasattr(head, name) for name in ("weight", "bias", "dims")
+    ):
+        got = type(head).__name__
+    else:
+        return
+    raise TypeError(f"head: expected an MRLLinear or a module that returns its logits, got {got}")
 
 
 class MatryoshkaInfoNCELoss(nn.Module):
@@ -248,10 +305,21 @@ class MatryoshkaLoopLoss(nn.Module):
         return (per_dim * per_dim.new_tensor(self.weights)).sum()
 
 
-def _numbers(values: Sequence[float] | None) -> Tensor | None:
+def _numbers(values: Sequence[float] | None, name: str = "dim_weights") -> Tensor | None:
     """``[G]`` fp32, whatever torch's defaults are: a buffer made on the meta device is lost."""
     if values is None:
         return None
     if not isinstance(values, Iterable):
-        raise TypeError(f"dim_weights: expected a sequence, got {type(values).__name__}")
+        raise TypeError(f"{name}: expected a sequence, got {type(values).__name__}")
     return torch.tensor([*map(float, values)], dtype=torch.float32, device="cpu")
+
+
+def _checked_weights(weights: Tensor | None, name: str) -> Tensor | None:
+    """A vector of finite numbers ≥ 0; a meta tensor has no values to check."""
+    if weights is None:
+        return None
+    check_vector(weights, name, weights.numel(), weights)
+    if not weights.is_meta:
+        for i, weight in enumerate(weights.tolist()):
+            check_number(weight, f"{name}[{i}]")
+    return weights

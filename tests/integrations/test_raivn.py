@@ -150,10 +150,27 @@ def test_what_is_not_taken_for_a_layer():
         MRL_Linear_Layer.from_mrl_linear(layer)
     for module in (layer, head):
         module.register_forward_hook(lambda module, args, out: None)
-    with pytest.raises(TypeError, match="layer: expected a module without hooks, got MRL_Linear"):
+    with pytest.raises(
+        TypeError, match="layer: expected .* without hooks, got .*MRL_Linear.* with the"
+    ):
         AdaptiveClassifier(layer)
-    with pytest.raises(TypeError, match="head: expected a module without hooks, got MRLLinear"):
+    with pytest.raises(
+        TypeError, match="head: expected .* without hooks, got .*MRLLinear with the hook"
+    ):
         MRL_Linear_Layer.from_mrl_linear(head)
+
+
+def test_a_class_out_of_range_is_named():
+    x, target = batch()
+    layer = loaded(False, True)
+    target[3], criterion = CLASSES, Matryoshka_CE_Loss(ignore_index=-1)
+    for output in (layer(x), (layer, x)):
+        with pytest.raises(
+            ValueError, match=rf"target: expected .*{CLASSES}\) or -1, got {CLASSES}"
+        ):
+            criterion(output, target)
+    target[3] = -1
+    assert criterion(layer(x), target).isfinite()
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -349,7 +366,7 @@ def test_importance_follows_the_logits():
         (lambda: MRL_Linear_Layer(8), TypeError, "nesting_list: expected a sequence"),
         (lambda: MRL_Linear_Layer([8], 0), ValueError, "num_classes: expected an integer >= 1"),
         (lambda: MRL_Linear_Layer([8], bais=True), TypeError, "bais"),
-        (lambda: MRL_Linear_Layer([8])(torch.ones(2, 7)), ValueError, "at most 7"),
+        (lambda: MRL_Linear_Layer([8])(torch.ones(2, 7)), ValueError, "x: expected width >= 8"),
         (lambda: Matryoshka_CE_Loss(wieght=None), TypeError, "wieght"),
         (lambda: Matryoshka_CE_Loss(3), ValueError, "relative_importance: expected finite numbers"),
         (lambda: Matryoshka_CE_Loss([1, None]), ValueError, "expected finite numbers, got .1, Non"),

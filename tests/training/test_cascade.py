@@ -177,6 +177,7 @@ def test_report_by_hand():
         rows=5,
         accuracy=0.4,
         expected_dims=4.0,
+        standard_error=pytest.approx((0.24 / 5) ** 0.5),  # rows differ by 0, −1, 0, 0, −1
     )
     assert report.full_accuracy == 0.8
     assert str(report).split("\n") == [
@@ -184,7 +185,8 @@ def test_report_by_hand():
         "     2     0.5000      40.00%    0.5000      0.4000",
         "     4     0.7500      40.00%    0.5000      0.6000",
         "     8                 20.00%    0.0000      0.8000",
-        "5 rows: accuracy 0.4000 at 4.0 dims a row; the full width: 0.8000 at 8",
+        "5 rows: accuracy 0.4000 at 4.0 dims a row; the full width: 0.8000 at 8; "
+        "standard error of the difference: 0.2191",
     ]
     none = report_on(right, confidence, torch.tensor([0.0, 0.0]), (2, 4, 8))
     assert str(none).split("\n")[2:4] == [
@@ -209,7 +211,13 @@ def test_a_loss_of_more_than_a_point_is_told(wrong):
     assert len(caught) == wrong - 1
     for warning in caught:
         assert issubclass(warning.category, UserWarning) and warning.filename == __file__
-        for part in ("0.980 of the holdout", "full width has 1.000", "tolerance=0.01", "report"):
+        for part in (
+            "0.980 of the holdout",
+            "full width has 1.000",
+            "tolerance=0.01",
+            "report",
+            "on the holdout within",
+        ):
             assert part in str(warning.message)
     assert classifier.calibrate(x, y, tolerance=0.01).report.accuracy >= 0.99
     cheapest = classifier.calibrate(x, y, tolerance=0.5).report  # says nothing: it was asked for
@@ -220,7 +228,7 @@ def test_a_loss_of_more_than_a_point_is_told(wrong):
 def test_thresholds_are_saved():
     head, x, y = random_head(tied=False)
     classifier = AdaptiveClassifier(head)
-    message = "thresholds: expected calibrate or set_thresholds before predict"
+    message = "thresholds: none are set; call calibrate or set_thresholds before predict"
     with pytest.raises(RuntimeError, match=message):
         classifier.predict(x)
     assert classifier.calibrate(x, y) is classifier
@@ -255,14 +263,43 @@ def test_thresholds_by_hand():
         ([0.5, -0.1, 0.5], ValueError, r"thresholds\[1\]: expected a number in \[0, 1\], got -0.1"),
         ([torch.nan, 0.5, 0.5], ValueError, r"thresholds\[0\]: expected a number .* got nan"),
         ([0.5, None, 0.5], TypeError, r"thresholds\[1\]: expected a number .* got NoneType"),
-        (torch.zeros(3, 1), TypeError, r"thresholds\[0\]: expected a number .* got list"),
+        (torch.zeros(1, 3), ValueError, count + r"shape \[1, 3\]"),
+        (numpy.zeros((3, 1)), ValueError, count + r"shape \[3, 1\]"),
     ]:
         with pytest.raises(error, match=message):
             classifier.set_thresholds(thresholds)
+        with pytest.raises(error, match=message):
+            classifier.thresholds = thresholds
         assert classifier.thresholds.tolist() == [0.0, 0.25, 1.0]
+    with pytest.raises(TypeError, match=count + "NoneType"):
+        classifier.thresholds = None
 
 
-@pytest.mark.parametrize("kind", [list, nn.ModuleList])
+def test_assigned_thresholds_are_a_buffer_as_before():
+    head, x, _ = random_head(tied=True)
+    classifier, numbers = AdaptiveClassifier(head), [0.5, 0.25, 1.0]
+    expected = AdaptiveClassifier(head).set_thresholds(numbers)
+    for value in (numbers, torch.tensor(numbers, dtype=torch.float64), numpy.array(numbers)):
+        classifier.set_thresholds([0, 0, 0])
+        classifier.thresholds = value
+        assert classifier.thresholds.dtype == torch.float32
+        assert classifier.state_dict().keys() == expected.state_dict().keys()
+        assert torch.equal(classifier(x).dims, expected(x).dims)
+    with torch.inference_mode():
+        classifier.thresholds = numbers
+    classifier.set_thresholds(numbers)  # writes to it
+    classifier.double().float()
+    for assign in (False, True):  # a state of none is one too
+        for state in (expected.state_dict(), AdaptiveClassifier(head).state_dict()):
+            with torch.device("meta"):
+                empty = MRLLinear((3, 5, 16, 40), 30, tied=True)
+            other = AdaptiveClassifier(empty if assign else copy.deepcopy(head))
+            other.load_state_dict(state, assign=assign)
+            torch.testing.assert_close(other.thresholds, state["thresholds"], equal_nan=True)
+            assert other.thresholds.device.type == "cpu"
+
+
+@pytest.mark.parametrize("kind", [list, tuple, nn.ModuleList])
 def test_a_list_of_layers(kind):
     head, x, _ = random_head(tied=False)
     expected = AdaptiveClassifier(head).set_thresholds([0.6, 0.8, 0.95])
@@ -306,7 +343,7 @@ def test_bad_input():
     for change, error, message in [
         (dict(x=x[:0], y=y[:0]), ValueError, "x: expected at least one row, got none"),
         (dict(x=x[0]), ValueError, r"x: expected shape \[rows, width\], got \[40\]"),
-        (dict(x=x[:, :39]), ValueError, "dims: expected widths of at most 39"),
+        (dict(x=x[:, :39]), ValueError, "x: expected width >= 40, got 39"),
         (dict(x=x / 0), ValueError, "x: expected finite values"),
         (dict(y=y[:9]), ValueError, r"y: expected shape \[300\], got \[9\]"),
         (dict(y=y.int()), TypeError, "y: expected torch.int64, got torch.int32"),
@@ -319,9 +356,18 @@ def test_bad_input():
         with pytest.raises(error, match=message):
             classifier.calibrate(**(dict(x=x, y=y) | change))
     classifier.calibrate(x, y)
-    with pytest.raises(ValueError, match="dims: expected widths of at most 39"):
+    with pytest.raises(ValueError, match="x: expected width >= 40, got 39"):
         classifier.predict(x[:, :39])
-    with pytest.raises(TypeError, match="head: expected weight, bias and dims, got Linear with no"):
+    with pytest.raises(TypeError, match="head: expected an MRLLinear, .* got Linear with no dims"):
         AdaptiveClassifier(torch.nn.Linear(3, 4))
+    with pytest.raises(TypeError, match="prediction: expected what predict returned, got Tensor"):
+        classifier.cost(classifier.predict(x).dims)
     with pytest.raises(ValueError, match="prediction: expected rows that ended at one of"):
         classifier.cost(classifier.predict(x[:0]))
+
+
+@PAPER
+def test_calibration_on_features_with_a_gradient_says_nothing(recwarn):
+    head, x, y = random_head(tied=True)
+    classifier = AdaptiveClassifier(head).calibrate(x.requires_grad_(), y, tolerance=0.0)
+    assert not recwarn.list and not classifier.thresholds.requires_grad

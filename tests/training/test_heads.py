@@ -30,10 +30,14 @@ from tests.helpers.changed_heads import (
     batch,
     by_calls,
     changed,
+    doubled_gradient,
+    hook_weight_norm,
     lora,
     parametrized_weight_norm,
     pruned,
     quantized,
+    replaced_forward,
+    scaled_input,
     scaled_output,
 )
 
@@ -122,14 +126,35 @@ def test_plain_layers(tied, bias, change):
         assert layer.weight.requires_grad and layer.weight.is_leaf
 
 
+# what the message says that it saw, and what to do
+SEEN = {
+    lora: r"got tests\.helpers\.changed_heads\.LoraLinear; first merge or remove what was added",
+    hook_weight_norm: r"with the hook torch\.nn\.utils\.weight_norm\.WeightNorm; .*remove_weight_",
+    pruned: r"with the hook torch\.nn\.utils\.prune\.RandomUns.*; torch\.nn\.utils\.prune\.remove",
+    scaled_input: r"got torch\.nn\..*Linear with the hook .*scaled_input.*<lambda>; first merge",
+    scaled_output: r"with the hook .*scaled_output.*<lambda>; first merge or remove",
+    doubled_gradient: r"with the hook .*doubled_gradient.*<lambda>; first merge or remove",
+    replaced_forward: r"Linear with a forward of its own; first merge or remove",
+    quantized: r"got torch\.ao\..*Linear; take the head from before its quantization",
+}
+
+
 @TIED
 @pytest.mark.parametrize("change", CALLED, ids=lambda change: change.__name__)
 def test_no_plain_layers_of_what_a_weight_does_not_tell(tied, change):
-    with pytest.raises(TypeError, match=r"heads\[0\]: expected .* first merge or remove what was"):
+    with pytest.raises(TypeError, match=rf"heads\[0\]: expected .*{SEEN[change]}"):
         changed(tied, change).plain()
     head = scaled_output(changed(tied, lambda layer: layer))
     with pytest.raises(TypeError, match="head: expected an MRLLinear without hooks or own forward"):
         head.plain()
+
+
+@TIED
+@pytest.mark.parametrize("change", [parametrized_weight_norm, hook_weight_norm, lora, quantized])
+def test_no_layer_of_raivn_with_a_state_that_is_not_theirs(tied, change):
+    seen = SEEN.get(change, r"got param.*weight.original0 in .*remove_parametrizations\(layer")
+    with pytest.raises(TypeError, match=rf"heads\[0\]: expected an nn.Linear .*{seen}"):
+        MRL_Linear_Layer.from_mrl_linear(changed(tied, change))
 
 
 def test_hooks_of_the_whole_head_run():
@@ -177,7 +202,7 @@ def test_a_bias_of_some_heads_only():
 @TIED
 def test_bad_input_of_a_called_head(tied):
     head = changed(tied, scaled_output)
-    with pytest.raises(ValueError, match="dims: expected widths of at most 19 .* got 20"):
+    with pytest.raises(ValueError, match="x: expected width >= 20, got 19"):
         head(torch.randn(4, 19))
     with pytest.raises(TypeError, match="x: expected a floating-point tensor, got torch.int64"):
         head(torch.ones(4, 20, dtype=torch.int64))

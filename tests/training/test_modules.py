@@ -14,6 +14,7 @@ from mrl_fast import (
     MatryoshkaCrossEntropyLoss,
     MatryoshkaInfoNCELoss,
     MatryoshkaLoopLoss,
+    MRLLinear,
 )
 from mrl_fast.integrations.raivn import Matryoshka_CE_Loss, MRL_Linear_Layer
 from tests.helpers.changed_heads import CLASSES, DIMS, batch, changed, lora
@@ -145,3 +146,53 @@ def test_a_cascade_made_under_inference_is_calibrated_outside():
 def test_bad_weights(make):
     with pytest.raises(TypeError, match="dim_weights: expected a sequence, got int"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(reduction="avg"), ValueError, "reduction: expected one of 'mean', .* got 'avg'"),
+        (dict(label_smoothing=1.5), ValueError, r"label_smoothing: expected .* \[0, 1\], got 1.5"),
+        (dict(class_weight=[1, -2]), ValueError, r"class_weight\[1\]: expected .* >= 0, got -2"),
+        (dict(class_weight=torch.ones(2, 2)), ValueError, r"class_weight: expected shape \[4\]"),
+        (dict(class_weight=torch.ones(2).int()), TypeError, "class_weight: expected a floating"),
+        (dict(class_weight=3), TypeError, "class_weight: expected a sequence, got int"),
+        (dict(dim_weights=[torch.nan]), ValueError, r"dim_weights\[0\]: expected .* got nan"),
+        (dict(dim_weights=[1, -1]), ValueError, r"dim_weights\[1\]: expected .* >= 0, got -1"),
+    ],
+)
+def test_options_are_checked_when_the_loss_is_made(options, error, message):
+    with pytest.raises(error, match=message):
+        MatryoshkaCrossEntropyLoss(**options)
+
+
+def test_class_weights_may_be_a_list():
+    x, target = batch()
+    weights = [1.0 + i for i in range(CLASSES)]
+    for change in (lambda layer: layer, lora):
+        head = changed(True, change)
+        like = MatryoshkaCrossEntropyLoss(class_weight=torch.tensor(weights))(head, x, target)
+        assert torch.equal(MatryoshkaCrossEntropyLoss(class_weight=weights)(head, x, target), like)
+        with pytest.raises(ValueError, match=r"class_weight: expected shape \[11\], got \[2\]"):
+            MatryoshkaCrossEntropyLoss(class_weight=[1, 2])(head, x, target)
+    loss_fn = MatryoshkaCrossEntropyLoss(class_weight=weights, ignore_index=0, label_smoothing=0.1)
+    shown = "class_weight=[11], ignore_index=0, label_smoothing=0.1, reduction='mean'"
+    assert str(loss_fn) == f"MatryoshkaCrossEntropyLoss({shown})"
+
+
+def test_what_is_no_head_is_named():
+    x, target = batch()
+    head, layer = MRLLinear(DIMS, CLASSES), MRL_Linear_Layer(DIMS, CLASSES)
+    for arguments, message in [
+        ((x, head), r"a tensor of shape \[17, 24\]; the order is loss\(head, features, target\)"),
+        ((head(x), x), r"a tensor of shape \[3, 17, 11\]; the order is"),
+        ((list(head.heads), x), r"list; AdaptiveClassifier\(layers\).head is one"),
+        ((head.heads, x), r"ModuleList; AdaptiveClassifier\(layers\).head is one"),
+        ((layer, x), r"tuple; .*MRLLinear.from_raivn\(layer\) .*Matryoshka_CE_Loss takes"),
+        ((3, x), "int"),
+    ]:
+        with pytest.raises(TypeError, match=f"head: expected .* got {message}"):
+            MatryoshkaCrossEntropyLoss()(*arguments, target)
+    with pytest.raises(ValueError, match="x: expected width >= 20, got 19"):
+        MatryoshkaCrossEntropyLoss()(head, x[:, :19], target)
+    assert MatryoshkaCrossEntropyLoss()(AdaptiveClassifier([*head.heads]).head, x, target) > 0
