@@ -15,10 +15,12 @@ ROW = re.compile(r" +(\d+)((?: +-?[\d.]+)+)")
 
 
 def test_readme(capsys, recwarn):
-    """Its first lines run as they stand, and find what they ask for."""
+    """Its first two blocks run as they stand: a search finds what it asks for, a head learns."""
     readme = (EXAMPLES.parent / "README.md").read_text()
     torch.manual_seed(0)
-    exec(re.findall(r"```python\n(.*?)```", readme, re.S)[0], {})
+    blocks, names = re.findall(r"```python\n(.*?)```", readme, re.S), {}
+    exec("".join(blocks[:2]), names)
+    assert all(tensor.grad.any() for tensor in [names["features"], *names["head"].parameters()])
     found = capsys.readouterr().out.split("\n")[:3]
     assert any("name='inv'" in line for line in found), found
 
