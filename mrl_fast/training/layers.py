@@ -22,7 +22,7 @@ REMEDIES = {
     "torch.nn.utils.parametriz": 'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight'
     '") first',
     "torch.nn.utils.prune": 'torch.nn.utils.prune.remove(layer, "weight") first',
-    "torch.ao.": "take the head from before its quantization",
+    "torch.ao.": "take the head as it was before quantization",
 }
 ANY_REMEDY = "first merge or remove what was added to it"
 

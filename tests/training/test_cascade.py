@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from mrl_fast import AdaptiveClassifier, MRLLinear, matryoshka_predict
+from mrl_fast import AdaptiveClassifier, AdaptiveReport, MRLLinear, matryoshka_predict
 from mrl_fast.evaluate import accuracy
-from mrl_fast.training.thresholds import AdaptiveReport, report_on
+from mrl_fast.training.thresholds import report_on
 
 PAPER = pytest.mark.filterwarnings("ignore:AdaptiveClassifier.calibrate")  # heads are random
 DIMS = (2, 4, 8, 16, 32, 64)

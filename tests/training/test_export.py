@@ -196,7 +196,7 @@ def test_a_cascade_without_thresholds_is_exported_at_full_width():
     classifier = AdaptiveClassifier(head)
     labels, _, dims = torch.export.export(classifier, (x,), strict=False).module()(x)
     assert torch.equal(labels, head(x)[-1].argmax(1)) and dims.unique().tolist() == [DIMS[-1]]
-    with pytest.raises(torch.jit.TracingCheckError, match="thresholds: expected calibrate or set"):
+    with pytest.raises(torch.jit.TracingCheckError, match="thresholds: none are set; call"):
         traced(classifier, x)
 
 

@@ -135,7 +135,7 @@ SEEN = {
     scaled_output: r"with the hook .*scaled_output.*<lambda>; first merge or remove",
     doubled_gradient: r"with the hook .*doubled_gradient.*<lambda>; first merge or remove",
     replaced_forward: r"Linear with a forward of its own; first merge or remove",
-    quantized: r"got torch\.ao\..*Linear; take the head from before its quantization",
+    quantized: r"got torch\.ao\..*Linear; take the head as it was before quantization",
 }
 
 
@@ -342,3 +342,13 @@ def test_lora_of_peft(tied):
     assert any("lora" in name for name, p in head.named_parameters() if p.requires_grad)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
+    for refused in (head.plain, lambda: MRL_Linear_Layer.from_mrl_linear(head)):
+        with pytest.raises(
+            TypeError, match=r"got peft\..*Linear; merge_and_unload\(\) of the PEFT"
+        ):
+            refused()
+    whole = peft.get_peft_model(MRLLinear(DIMS, CLASSES, tied=tied), peft.LoraConfig(
+        target_modules=["heads.0"]))  # fmt: skip
+    with pytest.raises(TypeError, match="base_model.model is the head that may be called"):
+        AdaptiveClassifier(whole)
+    assert AdaptiveClassifier(whole.base_model.model).set_thresholds([0.5, 0.5])(x).labels.numel()
