@@ -206,7 +206,7 @@ void cut(std::vector<Entry>& entries, int64_t keep) {
 }
 
 // Room for entries beyond the k best: more room makes cuts rarer, less closes the gate sooner.
-static int64_t spare(int64_t k) { return std::max<int64_t>(k, 32); }
+static int64_t spare(int64_t k) { return std::max<int64_t>(k, 54); }
 
 Kept::Kept(const float* gates, int64_t queries, int64_t k, int64_t rows)
     : thresholds(gates, gates + queries), topks(queries) {

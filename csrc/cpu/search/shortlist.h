@@ -63,10 +63,15 @@ Shortlist shortlist_by_differences(const Problem& p, const Rows& rows,
 Status sees_alike(const Problem& p, const Rows& rows, const std::vector<int64_t>& which,
                   MakeShortlist make, int threads, bool* alike);
 
-// Appends to `best` the fp64 scores of shortlisted rows that may be among the k best. A query where
-// others may be so too, because very many rows score alike, goes to `undecided`.
+// How many rows a scan keeps at first, and where more of them score alike: most ties end among
+// these.
+int64_t first_length(const Problem& p);
+int64_t last_length(const Problem& p);
+
+// Appends to `best` the fp64 scores of the rows among the first `keep` that may be among the k
+// best. A query where others may be so too, because many rows score alike, goes to `undecided`.
 Status scan_narrow(Problem& p, const Rows& rows, const std::vector<int64_t>& which,
-                   MakeShortlist make, int threads, std::vector<int64_t>* undecided,
+                   MakeShortlist make, int64_t keep, int threads, std::vector<int64_t>* undecided,
                    std::vector<std::vector<Final>>* best);
 
 }  // namespace mrl
