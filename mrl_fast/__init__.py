@@ -11,6 +11,7 @@ from mrl_fast.shared.types import (
     Prediction,
     RangeResult,
     SearchResult,
+    StagedResult,
 )
 from mrl_fast.training.cascade import AdaptiveClassifier
 from mrl_fast.training.heads import MRLLinear, matryoshka_logits, matryoshka_predict
@@ -39,6 +40,7 @@ __all__ = [
     "Prediction",
     "RangeResult",
     "SearchResult",
+    "StagedResult",
     "approx_topk",
     "funnel_search",
     "get_num_threads",

@@ -76,7 +76,7 @@ def search(
             with naming_rows(queries, part, row):
                 result = index.search(part, **asked._asdict())
             seconds += time.perf_counter() - begun
-            stages = getattr(result, "stages", None)
+            stages = result.stages
             if known is not None:
                 hits += _hits(index, part, result, known[done : done + len(part)])
             left = max(0, shown - done)

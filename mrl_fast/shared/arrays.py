@@ -21,13 +21,12 @@ def as_tensor(x: Any, name: str) -> Tensor:
     copy where it is not."""
     if isinstance(x, Tensor):
         tensor = check_dense(x.detach(), name)
-        return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
-    if hasattr(x, "to_numpy") and not hasattr(x, "__dlpack__") and not _is_arrow(x):
-        x = x.to_numpy()  # of pandas
-    if isinstance(x, np.ndarray):
-        tensor = _from_numpy(x, name)
+    elif isinstance(x, np.ndarray):
+        tensor = _from_numpy(x, name, x)
     elif _is_arrow(x):
-        tensor = _from_numpy(_from_arrow(x, name), name)
+        tensor = _from_numpy(_from_arrow(x, name), name, x)
+    elif hasattr(x, "to_numpy") and not hasattr(x, "__dlpack__"):
+        tensor = _from_numpy(x.to_numpy(), name, x)  # of pandas
     elif hasattr(x, "__dlpack__"):
         try:
             tensor = torch.from_dlpack(x)
@@ -114,9 +113,9 @@ def _is_arrow(x: Any) -> bool:
     return type(x).__module__.partition(".")[0] == "pyarrow"
 
 
-def _from_numpy(x: np.ndarray, name: str) -> Tensor:
+def _from_numpy(x: np.ndarray, name: str, given: Any) -> Tensor:
     if not x.dtype.isnative or x.dtype.hasobject:
-        raise TypeError(f"{name}: expected a native numeric dtype, got {x.dtype}")
+        raise TypeError(f"{name}: expected a native numeric dtype, got {dtype_name(given)}")
     if any(s < 0 or s % x.itemsize for s in x.strides):
         x = np.ascontiguousarray(x)
     if not x.flags.writeable:  # torch warns that writing would be undefined; nothing here writes
@@ -124,7 +123,7 @@ def _from_numpy(x: np.ndarray, name: str) -> Tensor:
     try:
         return torch.from_numpy(x)
     except TypeError:
-        raise TypeError(f"{name}: expected a numeric dtype, got {x.dtype}") from None
+        raise TypeError(f"{name}: expected a numeric dtype, got {dtype_name(given)}") from None
 
 
 def _from_arrow(x: Any, name: str) -> np.ndarray:

@@ -99,7 +99,7 @@ WRONG = [
     ([[2], [3, 4]], ValueError, r"expected rows of one shape, got \[1\] and \[2\]"),
     ([[2], [3.0]], TypeError, r"\[1\]\[0\]: expected an integer, got float"),
     (np.array([[2]]), ValueError, r"expected shape \[n\], got \[1, 1\]"),
-    (np.array(["2"]), TypeError, "expected a numeric dtype, got <U1"),
+    (np.array(["2"]), TypeError, "expected a numeric dtype, got numpy.<U1"),
     (np.array([2j]), TypeError, "expected integers, got numpy.complex128"),
     ({2}, TypeError, "expected a tensor, a numpy array or a DLPack object, got set"),
     ("2", TypeError, "expected a tensor, a numpy array or a DLPack object, got str"),

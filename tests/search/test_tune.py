@@ -93,7 +93,7 @@ def test_times_are_medians_of_calls_of_one_batch(data, monkeypatch):
     clock = Clock(monkeypatch, lambda stages: next(ticks))
     report = tune(index, queries[:256], 10, 1.0, batch=100, progress=False)  # exact search alone
     assert report.time_ms == 100 * 3 * TICK_MS and report.stages is None
-    assert {size for _, size in clock.calls} == {256, 100}
+    assert {size for _, size in clock.calls} == {256, 64, 100}
     assert [stages for stages, _ in clock.calls[-5:]] == [None] * 5
 
 
@@ -185,7 +185,7 @@ def sample(n=256):
         (lambda i: tune(i, sample()[0]), ValueError, "queries: expected shape"),
         (lambda i: tune(i, sample()[:, :8]), ValueError, "queries: expected width 64, got 8"),
         (lambda i: tune(i, sample() * math.nan), ValueError, "queries: expected finite"),
-        (lambda i: tune(i, [[1.0]]), TypeError, "queries: expected a tensor"),
+        (lambda i: tune(i, ["text"]), TypeError, "queries: expected numbers"),
         (lambda i: tune(i, sample(), 0), ValueError, "k: expected an integer >= 1, got 0"),
         (lambda i: tune(i, sample(), recall=0), ValueError, r"recall: .* in \(0, 1\], got 0"),
         (lambda i: tune(i, sample(), recall=1.1), ValueError, r"recall: .* in \(0, 1\], got 1.1"),

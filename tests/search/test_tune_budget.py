@@ -101,6 +101,7 @@ def test_a_sample_that_was_cut_is_said(data, monkeypatch):
     report = tune(*data, seconds=1e-9, progress=False)
     assert report.note.startswith("For recall@10 of 0.99, shown by 256 of 2,000 queries")
     assert report.batch == 256 and report.stages is None
+    assert "exact search, as no stage list is shown to reach it in the time" in report.note
 
 
 def test_the_queries_are_mixed_as_the_first_may_be_alike(data):

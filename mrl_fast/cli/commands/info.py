@@ -4,9 +4,10 @@ from typing import Any
 
 from mrl_fast.cli import sidecars
 from mrl_fast.cli.options import Folder, Json
-from mrl_fast.cli.output import failing, show_fields, show_json, shown_stages
+from mrl_fast.cli.output import failing, show_fields, show_json
 from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.index import MatryoshkaIndex
+from mrl_fast.shared.types import Tuned
 
 
 def info(index: Folder, json: Json = False) -> None:
@@ -57,12 +58,5 @@ def _in_words(fields: dict[str, Any]) -> dict[str, Any]:
     words["removed"] = f"{fields['removed']:,}"
     words["dims"] = ", ".join(map(str, fields["dims"]))
     words["files"] = f"{len(files)}, {size / 2**20:,.1f} MiB"
-    words["tuned"] = "no"
-    if tuned:
-        words["tuned"] = (
-            f"{shown_stages(tuned['stages'])}, for k up to {tuned['k']}, with {tuned['rows']:,} "
-            "rows"
-        )
-        if tuned["stages"] and fields["rows"] > 1.1 * tuned["rows"]:  # as ``search`` decides
-            words["tuned"] += "; out of date, searches are exact"
+    words["tuned"] = str(Tuned(**tuned)) if tuned else "no"
     return words

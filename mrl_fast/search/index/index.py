@@ -168,7 +168,7 @@ class MatryoshkaIndex(Persistent):
         exact: bool = False,
         allowed: Any = None,
         out: SearchResult | None = None,
-    ) -> SearchResult:
+    ) -> StagedResult | ExactResult:
         """The k nearest vectors of each query, by all columns or by a prefix.
 
         Args:
@@ -200,8 +200,9 @@ class MatryoshkaIndex(Persistent):
         Returns:
             SearchResult: scores ``[B, k]`` fp32 at the last stage's dim, or the dim searched by,
                 and ids ``[B, k]`` int64, best first, equal scores in the order of adding, of the
-                kind and on the device of the queries; −inf and −1 where missing. Its ``stages`` are
-                those it came by: None where the search was exact, which returns an ExactResult.
+                kind and on the device of the queries (of a list, tensors); −inf and −1 where
+                missing. Its ``stages`` are those it came by: None where the search was exact, which
+                returns an ExactResult.
 
         Raises:
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values, stages that do

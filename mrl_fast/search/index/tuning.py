@@ -19,17 +19,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mrl_fast.search.index import timing
+from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.cost import Explanation, explain
 from mrl_fast.search.index.timing import Budget
 from mrl_fast.search.index.tune_report import Stages, TuneReport, TuneRow, Untried
-from mrl_fast.shared.arrays import as_tensor
-from mrl_fast.shared.checks import check_int, check_matrix
+from mrl_fast.shared.checks import check_int
 from mrl_fast.shared.recall import count_found
 from mrl_fast.shared.types import SearchResult, shown
 
 MIN_QUERIES = 256  # as many are searched at once where time does not count
 ENOUGH = 512  # queries: no more are left out so that all lists may be tried
-PROBE = 64  # queries that say what as many as MIN_QUERIES will take
+PROBE = 64  # queries that say what more will take
 THINNEST = 8  # of the lists of a chain one in so many is tried at least
 EXACT, RECALLS = 0.4, 0.8  # of the budget: when exact answers, and recalls, are to be known
 UNSEEN = 0.5  # assumed loss of a query unlike any sampled, as a share of its neighbours
@@ -68,7 +68,7 @@ class Sample(NamedTuple):
 
     def look(self, stages: Stages | None, best_ms: float = math.inf) -> list[float]:
         """Times of a few calls, ms; of a large batch as of a part of it."""
-        part = min(self.batch, MIN_QUERIES)
+        part = min(self.batch, PROBE)
         scale = self.batch / part
         times = timing.first_look(self._replace(batch=part).call(stages), best_ms / scale)
         return [scale * ms for ms in times]
@@ -154,7 +154,8 @@ def tune(
     size = f"{n:,}" if n == given else f"{n:,} of {given:,}"
     note = f"For recall@{k} of {recall:g}, shown by {size} queries: {shown(best.stages)}"
     if not any(row.accepted for row in rows if row.stages):
-        note += ", as no stage list is shown to reach it"
+        late = any(why not in (CHEAPER, SLOW) for _, why in untried)
+        note += f", as no stage list is shown to reach it{' in the time' if late else ''}"
         needed = -math.log(aim.level) * unseen / (1 - recall) if recall < 1 else math.inf
         if chains and n < needed < math.inf:
             note += f" (which takes at least {math.ceil(needed):,} queries)"
@@ -165,7 +166,7 @@ def tune(
 def _checked(
     index: Any, queries: Any, k: int, recall: float, batch: int | None, confidence: float
 ) -> Sample:
-    q = check_matrix(as_tensor(queries, "queries"), "queries", given=queries)
+    q = inputs.matrix(queries, "queries", index.width)
     if len(q) < MIN_QUERIES:
         raise ValueError(f"queries: expected at least {MIN_QUERIES} sample queries, got {len(q)}")
     k = check_int(k, "k", 1)
