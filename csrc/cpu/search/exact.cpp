@@ -17,15 +17,16 @@
 #include "cpu/threads.h"
 
 namespace mrl {
+
+std::atomic<int64_t> seed_columns{2800};
+
 namespace {
 
 constexpr int64_t SAMPLE_STEP = 16;  // every 16th tile makes a guess at θ
 constexpr int64_t SEED_STEP = 2;  // every second makes a first real one; every tile where codes do
 constexpr int64_t PREDICT_TILES = 48;  // predict what bounds leave
-constexpr int64_t MANY =
-    128;  // beyond a few, one neighbour in so many rows: all are scored in fp64
-constexpr int64_t FEW_QUERIES = 8;  // tell for all whether bounds pay
-constexpr int64_t RERANKED = 2800;  // columns of a scan that cost what reranking a row does
+constexpr int64_t MANY = 128;  // rows a neighbour: where there are fewer, each is scored in fp64
+constexpr int64_t FEW_QUERIES = 4;  // tell for all whether bounds pay
 constexpr int64_t PANEL_BYTES = 512 << 10, PASS_BYTES = int64_t(256) << 20;  // of one pass
 
 Panel panel_of(const Problem& p, const std::vector<int64_t>& which) {
@@ -40,17 +41,19 @@ Panel panel_of(const Problem& p, const std::vector<int64_t>& which) {
 // Whether so many neighbours are wanted that choosing rows first costs more than scoring all in
 // fp64.
 bool many(const Problem& p) {
-    constexpr int64_t FEW = 22;
+    constexpr int64_t FEW = 22;  // neighbours, of which a list is cheap whatever the rows
     return p.rows.eligible() <= MANY * std::max<int64_t>(p.k - FEW, 0) + 2 * p.k;
 }
 
 // The rows that are reranked for a first θ: one bit of a column tells less than its number does.
 int64_t reranked(const Problem& p) { return p.laddered() ? 8 * p.k + 64 : 2 * p.k + 32; }
 
-// Whether a scan of all rows costs less than a first θ does: of many queries each costs less.
-bool is_small(const Problem& p) {
-    return double(p.rows.eligible()) * p.dim <
-           RERANKED * (8.0 * p.k + 64.0) * std::sqrt(double(p.data.size()));
+// Whether bounds that serve this share of the queries save less than first θs cost. The more
+// queries share a scan of all rows, the less it costs each.
+bool saves_little(const Problem& p, double share) {
+    const double scan = double(p.rows.eligible()) * p.dim,
+                 seeds = seed_columns * (8.0 * p.k + 64.0) * std::sqrt(double(p.data.size()));
+    return share * scan < seeds;
 }
 
 // Reranks what looks best by the prefix among every step-th tile and raises θ to the k-th best fp64
@@ -123,7 +126,7 @@ void cut(std::vector<Final>* best, int64_t k) {
 
 Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<Final>>* best);
 
-// Searches rows of which there are only few different ones: one of each vector.
+// Searches one row of each vector, where many rows are equal.
 Status search_firsts(Problem& p, const EqualRows& equal, const std::vector<int64_t>& which,
                      int threads, std::vector<std::vector<Final>>* best) {
     Rows gathered = equal.firsts(p.rows), in_place = gathered;
@@ -232,34 +235,33 @@ void split(Problem& p, const std::vector<double>& guess, int threads, std::vecto
 Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<Final>>* best) {
     std::vector<int64_t> bounded(p.data.size()), full;
     std::iota(bounded.begin(), bounded.end(), 0);
-    if (!p.prunes() || !rows.gathered_rows.empty() || many(p) || is_small(p)) {
+    if (!p.prunes() || !rows.gathered_rows.empty() || many(p) || saves_little(p, 1.0)) {
         full.swap(bounded);
     } else {
-        // Of rows that a mask thins out as many are sampled.
+        // Where a mask thins rows out, more tiles are sampled, so that as many rows are.
         const double full_tiles = double(rows.eligible()) / TILE,
                      filled = full_tiles / TileReader::count(p.rows, p.source());
         const int64_t step =
             std::clamp<int64_t>(rows.eligible() / (8 * p.k + 4095), 1,
                                 std::max<int64_t>(1, int64_t(SAMPLE_STEP * filled)));
         std::vector<double> guess(bounded.size(), -INFINITY);
-        std::vector<int64_t> some;
-        for (int64_t i = 0; i < FEW_QUERIES; ++i)
-            some.push_back(bounded[i * bounded.size() / FEW_QUERIES]);
+        std::vector<int64_t> some, others;
         Status status = Status::OK;
-        if (bounded.size() >= 2 * FEW_QUERIES) {
+        if (int64_t(bounded.size()) >= 4 * FEW_QUERIES) {
+            for (size_t i = 0; i < FEW_QUERIES; ++i)
+                some.push_back(bounded[i * bounded.size() / FEW_QUERIES]);
             status = seed(p, some, step, threads, &guess);
             if (status != Status::OK) return status;
-            std::vector<int64_t> others;
             split(p, guess, threads, &some, &others);
+            if (saves_little(p, double(some.size()) / FEW_QUERIES)) full.swap(bounded);
         }
-        if (some.empty()) full.swap(bounded);
         status = seed(p, bounded, step, threads, &guess);
         if (status != Status::OK) return status;
         split(p, guess, threads, &bounded, &full);
         const int64_t seed_step = p.coded() ? 1 : SEED_STEP;
         if (step > seed_step) {
-            // The first guess was a rough one: where it serves most, it may be what the others
-            // lack.
+            // The first guess was rough. Where bounds pay for most queries, a better one may make
+            // them pay for the others.
             if (full.size() < bounded.size()) {
                 bounded.insert(bounded.end(), full.begin(), full.end());
                 full.clear();
@@ -269,7 +271,7 @@ Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<
             split(p, guess, threads, &bounded, &full);
         }
         if (seed_step > 1) {
-            // What the guess promises, the θ that is proved so far may be too low to keep.
+            // Where the proven θ is too low for bounds to pay, every tile makes another.
             std::vector<double> proved(p.theta.begin(), p.theta.end());
             std::vector<int64_t> low;
             split(p, proved, threads, &bounded, &low);
@@ -355,7 +357,7 @@ Status range_search(const Run& run, const Rows& rows, const Queries& queries, Me
         std::vector<int64_t> all(n);
         std::iota(all.begin(), all.end(), 0);
         std::vector<std::vector<Final>> best(n);
-        // Bounds are made of statistics.
+        // Bounds need statistics of the columns that are searched.
         const Status status =
             !problem->is_described() ? scan_wide(*problem, rows, all, run.threads, &best)
             : scan_bounded(*problem, all, run.threads, &best) ? Status::OK

@@ -51,7 +51,7 @@ std::pair<double, double> norms(const Problem& p, const Rows& rows) {
 
 }  // namespace
 
-int64_t first_length(const Problem& p) { return std::min(p.k + 22, p.rows.eligible()); }
+int64_t first_length(const Problem& p) { return std::min(p.k + p.k / 8 + 4, p.rows.eligible()); }
 int64_t last_length(const Problem& p) { return std::min(2 * p.k + 128, p.rows.eligible()); }
 
 Shortlist shortlist_by_scores(const Problem& p, const Rows& rows, const std::vector<int64_t>& which,
@@ -115,6 +115,7 @@ Status scan_narrow(Problem& p, const Rows& rows, const std::vector<int64_t>& whi
             return;
         }
         std::vector<float> room;
+        (*best)[q].reserve(list.keep);
         for (const Entry* entry = list.of(i); entry < list.of(i) + list.keep; ++entry) {
             const double score = score_of(entry->key);
             if (score + list.error(i, score) < least) break;

@@ -18,9 +18,9 @@ struct Gathered {
     Queries queries;
 };
 
-// Some queries' `keep` best rows among every step-th tile, by sums that order as scores do. A
-// query's sum is `base` less than a score (−inf: not known), and off by at most `error` (infinite:
-// not known).
+// Some queries' `keep` best rows among every step-th tile, by sums that order as scores do. A score
+// is such a sum plus the query's `base` (−inf: not known); the sum is off by at most `error`
+// (infinite: not known).
 struct Shortlist {
     Shortlist(const Problem& p, const std::vector<int64_t>& which, int64_t most)
         : keep(most),
