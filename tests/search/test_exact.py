@@ -166,13 +166,10 @@ def test_results_depend_on_nothing_but_the_query(metric, prefix_dtype, monkeypat
     other = build(x, (16, 64), metric, *[1000] * 9, **coding(prefix_dtype))
     blocked = other.search(q, 10, exact=True)
     assert torch.equal(blocked.scores, whole.scores) and torch.equal(blocked.ids, whole.ids)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        single = index.search(q, 10, exact=True)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(single.scores, whole.scores) and torch.equal(single.ids, whole.ids)
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(native, "threads", threads)
+        other = index.search(q, 10, exact=True)
+        assert torch.equal(other.scores, whole.scores) and torch.equal(other.ids, whole.ids)
 
 
 def test_the_default_is_exact():
