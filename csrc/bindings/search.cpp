@@ -134,6 +134,7 @@ void bind_exact(py::module_& m) {
         return message(exact_search(run, rows, made_of<Queries>(queries), Metric(metric),
                                     made_of<Stage>(stage), made_of<Results>(results), touched));
     });
+    m.def("set_seed_columns", [](int64_t columns) { seed_columns = columns; });
     m.def("range_search", [](const Rows& rows, const QueriesFields& queries, int metric,
                              int64_t dim, double threshold, const RunFields& how) {
         const Run run = run_of(how);

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import mrl_fast
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROW = re.compile(r" +(\d+)((?: +-?[\d.]+)+)")
 
@@ -59,6 +61,16 @@ def test_deploying(tmp_path, monkeypatch, capsys):
     features, logits, short = found[6:]
     torch.testing.assert_close(torch.stack(logits), head(features))
     assert torch.equal(short, logits[0])
+
+
+def test_serving(tmp_path, monkeypatch):
+    """Every block of the page runs."""
+    page = (EXAMPLES.parent / "docs/serving.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    try:
+        exec("".join(re.findall(r"```python\n(.*?)```", page, re.S)), {})
+    finally:
+        mrl_fast.set_num_threads(None)
 
 
 @pytest.fixture

@@ -46,6 +46,27 @@ def build(x, dims, metric, *parts, **options):
     return index
 
 
+@pytest.fixture
+def as_shipped():
+    """Without what the tests set so that few rows are bounded."""
+    _C.set_seed_columns(2800)
+    yield
+    _C.set_seed_columns(0)
+
+
+@pytest.mark.parametrize("prefix_dtype", CODINGS)
+@pytest.mark.parametrize("rows", [300, 30_000])  # too few; and so many that some queries are tried
+def test_all_rows_are_read_where_bounds_save_little(rows, prefix_dtype, as_shipped):
+    generator = torch.Generator().manual_seed(5)
+    x, q = (torch.randn(n, 64, generator=generator) for n in (rows, 16))
+    index = build(x, (16, 64), "ip", **coding(prefix_dtype))
+    result = assert_exact(index, q, x, 10, "ip")
+    if rows == 300 or prefix_dtype != "bits":
+        assert (result.rows_touched == rows).all()
+    _C.set_seed_columns(0)
+    assert torch.equal(index.search(q, 10, exact=True).ids, result.ids)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("prefix_dtype", CODINGS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -145,13 +166,10 @@ def test_results_depend_on_nothing_but_the_query(metric, prefix_dtype, monkeypat
     other = build(x, (16, 64), metric, *[1000] * 9, **coding(prefix_dtype))
     blocked = other.search(q, 10, exact=True)
     assert torch.equal(blocked.scores, whole.scores) and torch.equal(blocked.ids, whole.ids)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        single = index.search(q, 10, exact=True)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(single.scores, whole.scores) and torch.equal(single.ids, whole.ids)
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(native, "threads", threads)
+        other = index.search(q, 10, exact=True)
+        assert torch.equal(other.scores, whole.scores) and torch.equal(other.ids, whole.ids)
 
 
 def test_the_default_is_exact():

@@ -97,7 +97,7 @@ def test_vector_widths_agree_to_the_bit(metric, monkeypatch):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_results_depend_on_nothing_but_the_pair(metric):
+def test_results_depend_on_nothing_but_the_pair(metric, monkeypatch):
     q, x = vectors(70, 40), vectors(4000, 40, seed=1)
     whole = prefix_topk(q, x, 20, metric=metric)
     for rows in (slice(0, 1), slice(3, 5), slice(10, 27)):  # other batches, other groups
@@ -105,13 +105,10 @@ def test_results_depend_on_nothing_but_the_pair(metric):
         assert torch.equal(part.scores, whole.scores[rows]) and torch.equal(
             part.ids, whole.ids[rows]
         )
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        single = prefix_topk(q, x, 20, metric=metric)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(single.scores, whole.scores) and torch.equal(single.ids, whole.ids)
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(native, "threads", threads)
+        other = prefix_topk(q, x, 20, metric=metric)
+        assert torch.equal(other.scores, whole.scores) and torch.equal(other.ids, whole.ids)
     again = rerank(q, x, whole.ids.flip(1), 20, metric=metric)  # rerank scores as the scan does
     assert torch.equal(again.scores, whole.scores) and torch.equal(again.ids, whole.ids)
     funnel = funnel_search(q, x, [(7, 4000), (39, 4000), (40, 20)], metric=metric)  # carried sums

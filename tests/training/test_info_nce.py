@@ -157,16 +157,13 @@ def test_chunks_change_nothing_but_rounding(monkeypatch):
         torch.testing.assert_close(a, e)
 
 
-def test_threads_change_no_bit():
+def test_threads_change_no_bit(monkeypatch):
     embeddings, options = make_embeddings(400), OPTIONS["gte"]
     whole = ours(embeddings, torch.float32, "cpp", **options)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        single = ours(embeddings, torch.float32, "cpp", **options)
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, e) for a, e in zip(single, whole, strict=True))
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(native, "threads", threads)
+        other = ours(embeddings, torch.float32, "cpp", **options)
+        assert all(torch.equal(a, e) for a, e in zip(other, whole, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -80,7 +80,7 @@ class Differences {
     float row_scale_[TILE], terms_[TERMS * TILE] = {};
 };
 
-// Factors of those sums, of each query.
+// Each query's factors of those sums.
 struct Factors {
     Factors(const Problem& p, const std::vector<int64_t>& which, const Panel& panel,
             const std::vector<float>& centre, double centre_norm)

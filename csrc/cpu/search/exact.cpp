@@ -17,12 +17,16 @@
 #include "cpu/threads.h"
 
 namespace mrl {
+
+std::atomic<int64_t> seed_columns{2800};
+
 namespace {
 
 constexpr int64_t SAMPLE_STEP = 16;  // every 16th tile makes a guess at θ
 constexpr int64_t SEED_STEP = 2;  // every second makes a first real one; every tile where codes do
 constexpr int64_t PREDICT_TILES = 48;  // predict what bounds leave
-constexpr int64_t MANY = 128;          // a k-th of the rows in so many: each is scored in fp64
+constexpr int64_t MANY = 128;  // rows a neighbour: where there are fewer, each is scored in fp64
+constexpr int64_t FEW_QUERIES = 4;  // tell for all whether bounds pay
 constexpr int64_t PANEL_BYTES = 512 << 10, PASS_BYTES = int64_t(256) << 20;  // of one pass
 
 Panel panel_of(const Problem& p, const std::vector<int64_t>& which) {
@@ -34,6 +38,24 @@ Panel panel_of(const Problem& p, const std::vector<int64_t>& which) {
     return Panel(Gathered(p, which).queries, p.prefix());
 }
 
+// Whether so many neighbours are wanted that choosing rows first costs more than scoring all in
+// fp64.
+bool many(const Problem& p) {
+    constexpr int64_t FEW = 22;  // neighbours, of which a list is cheap whatever the rows
+    return p.rows.eligible() <= MANY * std::max<int64_t>(p.k - FEW, 0) + 2 * p.k;
+}
+
+// The rows that are reranked for a first θ: one bit of a column tells less than its number does.
+int64_t reranked(const Problem& p) { return p.laddered() ? 8 * p.k + 64 : 2 * p.k + 32; }
+
+// Whether bounds that serve this share of the queries save less than first θs cost. The more
+// queries share a scan of all rows, the less it costs each.
+bool saves_little(const Problem& p, double share) {
+    const double scan = double(p.rows.eligible()) * p.dim,
+                 seeds = seed_columns * (8.0 * p.k + 64.0) * std::sqrt(double(p.data.size()));
+    return share * scan < seeds;
+}
+
 // Reranks what looks best by the prefix among every step-th tile and raises θ to the k-th best fp64
 // score of these rows; also a guess at the θ of all rows, whose k best are k / step of these.
 Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int threads,
@@ -42,9 +64,7 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
     if (n == 0) return Status::OK;
     const Gathered gathered(p, which);
     const Source source = p.laddered() ? Source::SIGNS : p.coded() ? Source::CODES : p.terms.source;
-    // One bit of a column tells less than the columns of a prefix do.
-    const int64_t wanted = p.laddered() ? 8 * p.k + 64 : 2 * p.k + 32;
-    const int64_t dim = p.prefix(), keep = std::min(wanted, p.rows.eligible());
+    const int64_t dim = p.prefix(), keep = std::min(reranked(p), p.rows.eligible());
     std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
     std::vector<int64_t> counts(n);
     Status status = scan_all({p.kernels, threads}, p.rows, gathered.queries,
@@ -106,7 +126,7 @@ void cut(std::vector<Final>* best, int64_t k) {
 
 Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<Final>>* best);
 
-// Searches rows of which there are only few different ones: one of each vector.
+// Searches one row of each vector, where many rows are equal.
 Status search_firsts(Problem& p, const EqualRows& equal, const std::vector<int64_t>& which,
                      int threads, std::vector<std::vector<Final>>* best) {
     Rows gathered = equal.firsts(p.rows), in_place = gathered;
@@ -146,7 +166,8 @@ Status search_alike(Problem& p, const Rows& rows, const std::vector<int64_t>& wh
     if (status != Status::OK) return status;
     if (alike) return scan_wide(p, rows, which, threads, best);
     std::vector<int64_t> undecided;
-    status = scan_narrow(p, rows, which, shortlist_by_differences, threads, &undecided, best);
+    status = scan_narrow(p, rows, which, shortlist_by_differences, last_length(p), threads,
+                         &undecided, best);
     if (status != Status::OK) return status;
     return scan_wide(p, rows, undecided, threads, best);
 }
@@ -156,12 +177,17 @@ Status search_alike(Problem& p, const Rows& rows, const std::vector<int64_t>& wh
 Status search_fully(Problem& p, const Rows& rows, const std::vector<int64_t>& which, int threads,
                     std::vector<int64_t>* undecided, std::vector<std::vector<Final>>* best) {
     if (which.empty()) return Status::OK;
-    if (MANY * p.k >= rows.eligible()) return scan_wide(p, rows, which, threads, best);
+    if (many(p)) return scan_wide(p, rows, which, threads, best);
     bool alike;
-    const Status status = sees_alike(p, rows, which, shortlist_by_scores, threads, &alike);
+    Status status = sees_alike(p, rows, which, shortlist_by_scores, threads, &alike);
     if (status != Status::OK) return status;
-    return alike ? search_alike(p, rows, which, threads, best)
-                 : scan_narrow(p, rows, which, shortlist_by_scores, threads, undecided, best);
+    if (alike) return search_alike(p, rows, which, threads, best);
+    std::vector<int64_t> open;
+    status =
+        scan_narrow(p, rows, which, shortlist_by_scores, first_length(p), threads, &open, best);
+    if (status != Status::OK || open.empty()) return status;
+    return scan_narrow(p, rows, open, shortlist_by_scores, last_length(p), threads, undecided,
+                       best);
 }
 
 // Leaves in `which` the queries for which bounds cost less than reading every row does, by a sample
@@ -209,23 +235,33 @@ void split(Problem& p, const std::vector<double>& guess, int threads, std::vecto
 Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<Final>>* best) {
     std::vector<int64_t> bounded(p.data.size()), full;
     std::iota(bounded.begin(), bounded.end(), 0);
-    if (!p.prunes() || !rows.gathered_rows.empty() || MANY * p.k >= rows.eligible()) {
+    if (!p.prunes() || !rows.gathered_rows.empty() || many(p) || saves_little(p, 1.0)) {
         full.swap(bounded);
     } else {
-        // Of rows that a mask thins out as many are sampled.
+        // Where a mask thins rows out, more tiles are sampled, so that as many rows are.
         const double full_tiles = double(rows.eligible()) / TILE,
                      filled = full_tiles / TileReader::count(p.rows, p.source());
         const int64_t step =
             std::clamp<int64_t>(rows.eligible() / (8 * p.k + 4095), 1,
                                 std::max<int64_t>(1, int64_t(SAMPLE_STEP * filled)));
         std::vector<double> guess(bounded.size(), -INFINITY);
-        Status status = seed(p, bounded, step, threads, &guess);
+        std::vector<int64_t> some, others;
+        Status status = Status::OK;
+        if (int64_t(bounded.size()) >= 4 * FEW_QUERIES) {
+            for (size_t i = 0; i < FEW_QUERIES; ++i)
+                some.push_back(bounded[i * bounded.size() / FEW_QUERIES]);
+            status = seed(p, some, step, threads, &guess);
+            if (status != Status::OK) return status;
+            split(p, guess, threads, &some, &others);
+            if (saves_little(p, double(some.size()) / FEW_QUERIES)) full.swap(bounded);
+        }
+        status = seed(p, bounded, step, threads, &guess);
         if (status != Status::OK) return status;
         split(p, guess, threads, &bounded, &full);
         const int64_t seed_step = p.coded() ? 1 : SEED_STEP;
         if (step > seed_step) {
-            // The first guess was a rough one: where it serves most, it may be what the others
-            // lack.
+            // The first guess was rough. Where bounds pay for most queries, a better one may make
+            // them pay for the others.
             if (full.size() < bounded.size()) {
                 bounded.insert(bounded.end(), full.begin(), full.end());
                 full.clear();
@@ -235,7 +271,7 @@ Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<
             split(p, guess, threads, &bounded, &full);
         }
         if (seed_step > 1) {
-            // What the guess promises, the θ that is proved so far may be too low to keep.
+            // Where the proven θ is too low for bounds to pay, every tile makes another.
             std::vector<double> proved(p.theta.begin(), p.theta.end());
             std::vector<int64_t> low;
             split(p, proved, threads, &bounded, &low);
@@ -321,7 +357,7 @@ Status range_search(const Run& run, const Rows& rows, const Queries& queries, Me
         std::vector<int64_t> all(n);
         std::iota(all.begin(), all.end(), 0);
         std::vector<std::vector<Final>> best(n);
-        // Bounds are made of statistics.
+        // Bounds need statistics of the columns that are searched.
         const Status status =
             !problem->is_described() ? scan_wide(*problem, rows, all, run.threads, &best)
             : scan_bounded(*problem, all, run.threads, &best) ? Status::OK

@@ -197,16 +197,44 @@ bool Scanner::run(int64_t tiles, const TileAt& tile_at, int64_t keep,
 
 }  // namespace
 
+// Moves the k best of more to the front, in any order.
+static void select(Entry* entries, int64_t count, int64_t k) {
+    constexpr int64_t FEW = 256;  // bisecting scores costs less than moving entries about
+    if (count <= FEW) {
+        int32_t ordered[FEW], low = INT32_MAX, high = INT32_MIN;  // as the scores are
+        for (int64_t i = 0; i < count; ++i) {
+            ordered[i] = int32_t(uint32_t(entries[i].key >> 32) ^ 0x80000000u);
+            low = std::min(low, ordered[i]);
+            high = std::max(high, ordered[i]);
+        }
+        while (low < high) {  // at least k scores are `low` or more, fewer than k beyond `high`
+            const int32_t middle = int32_t((int64_t(low) + high + 1) >> 1);
+            int32_t above = 0;
+            for (int64_t i = 0; i < count; ++i) above += ordered[i] >= middle;
+            if (above == k) {
+                for (int64_t i = 0, to = 0; to < k; ++i)
+                    if (ordered[i] >= middle) entries[to++] = entries[i];
+                return;
+            }
+            if (above > k)
+                low = middle;
+            else
+                high = middle - 1;
+        }
+    }
+    std::nth_element(entries, entries + k - 1, entries + count, better);
+}
+
 void cut(std::vector<Entry>& entries, int64_t keep) {
     if (keep < int64_t(entries.size())) {
-        std::nth_element(entries.begin(), entries.begin() + keep, entries.end(), better);
+        if (keep > 0) select(entries.data(), entries.size(), keep);
         entries.resize(keep);
     }
     std::sort(entries.begin(), entries.end(), better);
 }
 
 // Room for entries beyond the k best: more room makes cuts rarer, less closes the gate sooner.
-static int64_t spare(int64_t k) { return std::max<int64_t>(k, 32); }
+static int64_t spare(int64_t k) { return std::max<int64_t>(k, 54); }
 
 Kept::Kept(const float* gates, int64_t queries, int64_t k, int64_t rows)
     : thresholds(gates, gates + queries), topks(queries) {
@@ -235,10 +263,10 @@ int threads_for(double multiplies, int threads) {
 }
 
 float shrink(TopK& topk) {
-    Entry* kth = topk.entries + topk.k - 1;
-    std::nth_element(topk.entries, kth, topk.entries + topk.count, better);
+    select(topk.entries, topk.count, topk.k);
     topk.count = topk.k;
-    return score_of(kth->key);
+    const auto worse = [](const Entry& a, const Entry& b) { return a.key < b.key; };
+    return score_of(std::min_element(topk.entries, topk.entries + topk.k, worse)->key);
 }
 
 Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const FirstStage& stage,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 
 #include "cpu/search/metric.h"
@@ -120,6 +121,10 @@ struct Candidates {
 // The best of each query's candidates by their first columns; packed_dim must be 0.
 Status rerank(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
               const Candidates& candidates, Stage stage, const Results& results);
+
+// How many columns of a scan cost what reranking one row for a first θ does: where there are few
+// rows, exact search makes no θ and no bounds. Tests set it to 0, so that few rows are bounded too.
+extern std::atomic<int64_t> seed_columns;
 
 // The best by `dim` columns, ranked by scores summed in fp64. touched[q] is the number of rows that
 // were read beyond their prefix.

@@ -10,9 +10,6 @@ namespace {
 
 constexpr int64_t PROBE_STEP = 16;  // every 16th tile tells whether rows score alike
 
-// How many rows an fp32 scan keeps: most ties end among these.
-int64_t length(const Problem& p) { return std::min(2 * p.k + 128, p.rows.eligible()); }
-
 // The norm of a row's columns that are searched, or less, where the statistics are of others;
 // infinite where it is 0. `room` is for its columns.
 double least_norm(const Problem& p, const Span& span, int64_t row, std::vector<float>* room) {
@@ -54,6 +51,9 @@ std::pair<double, double> norms(const Problem& p, const Rows& rows) {
 
 }  // namespace
 
+int64_t first_length(const Problem& p) { return std::min(p.k + p.k / 8 + 4, p.rows.eligible()); }
+int64_t last_length(const Problem& p) { return std::min(2 * p.k + 128, p.rows.eligible()); }
+
 Shortlist shortlist_by_scores(const Problem& p, const Rows& rows, const std::vector<int64_t>& which,
                               int64_t keep, int64_t step, int threads) {
     Shortlist list(p, which, keep);
@@ -82,7 +82,7 @@ Status sees_alike(const Problem& p, const Rows& rows, const std::vector<int64_t>
                   MakeShortlist make, int threads, bool* alike) {
     const std::vector<int64_t> some(which.begin(),
                                     which.begin() + std::min<size_t>(which.size(), MAX_GROUP));
-    const int64_t kth = p.k / PROBE_STEP, last = length(p) / PROBE_STEP + 8;
+    const int64_t kth = p.k / PROBE_STEP, last = last_length(p) / PROBE_STEP + 8;
     *alike = false;
     if (rows.eligible() < 2 * PROBE_STEP * (last + TILE)) return Status::OK;
     const Shortlist list = make(p, rows, some, last + 1, PROBE_STEP, threads);
@@ -98,10 +98,10 @@ Status sees_alike(const Problem& p, const Rows& rows, const std::vector<int64_t>
 }
 
 Status scan_narrow(Problem& p, const Rows& rows, const std::vector<int64_t>& which,
-                   MakeShortlist make, int threads, std::vector<int64_t>* undecided,
+                   MakeShortlist make, int64_t keep, int threads, std::vector<int64_t>* undecided,
                    std::vector<std::vector<Final>>* best) {
     const int64_t n = which.size(), count = p.rows.eligible();
-    const Shortlist list = make(p, rows, which, length(p), 1, threads);
+    const Shortlist list = make(p, rows, which, keep, 1, threads);
     if (list.status != Status::OK) return list.status;
     std::vector<char> open(n, 0);
     each(n, threads, [&](int64_t i) {
@@ -115,6 +115,7 @@ Status scan_narrow(Problem& p, const Rows& rows, const std::vector<int64_t>& whi
             return;
         }
         std::vector<float> room;
+        (*best)[q].reserve(list.keep);
         for (const Entry* entry = list.of(i); entry < list.of(i) + list.keep; ++entry) {
             const double score = score_of(entry->key);
             if (score + list.error(i, score) < least) break;

@@ -18,9 +18,9 @@ struct Gathered {
     Queries queries;
 };
 
-// Some queries' `keep` best rows among every step-th tile, by sums that order as scores do. A
-// query's sum is `base` less than a score (−inf: not known), and off by at most `error` (infinite:
-// not known).
+// Some queries' `keep` best rows among every step-th tile, by sums that order as scores do. A score
+// is such a sum plus the query's `base` (−inf: not known); the sum is off by at most `error`
+// (infinite: not known).
 struct Shortlist {
     Shortlist(const Problem& p, const std::vector<int64_t>& which, int64_t most)
         : keep(most),
@@ -63,10 +63,15 @@ Shortlist shortlist_by_differences(const Problem& p, const Rows& rows,
 Status sees_alike(const Problem& p, const Rows& rows, const std::vector<int64_t>& which,
                   MakeShortlist make, int threads, bool* alike);
 
-// Appends to `best` the fp64 scores of shortlisted rows that may be among the k best. A query where
-// others may be so too, because very many rows score alike, goes to `undecided`.
+// How many rows a scan keeps at first, and where more of them score alike: most ties end among
+// these.
+int64_t first_length(const Problem& p);
+int64_t last_length(const Problem& p);
+
+// Appends to `best` the fp64 scores of the rows among the first `keep` that may be among the k
+// best. A query where others may be so too, because many rows score alike, goes to `undecided`.
 Status scan_narrow(Problem& p, const Rows& rows, const std::vector<int64_t>& which,
-                   MakeShortlist make, int threads, std::vector<int64_t>* undecided,
+                   MakeShortlist make, int64_t keep, int threads, std::vector<int64_t>* undecided,
                    std::vector<std::vector<Final>>* best);
 
 }  // namespace mrl

@@ -42,8 +42,8 @@ void check(const Table& table, bool alike_by_scores, bool alike_by_differences,
             CHECK(sees_alike(p, database.rows, ordinary, make, 2, &alike) == Status::OK);
             CHECK_EQUAL(alike, expected);
             std::vector<std::vector<Final>> best(QUERIES);
-            CHECK(scan_narrow(p, database.rows, ordinary, make, 2, &undecided, &best) ==
-                  Status::OK);
+            CHECK(scan_narrow(p, database.rows, ordinary, make, last_length(p), 2, &undecided,
+                              &best) == Status::OK);
             CHECK_EQUAL(undecided.empty(), !expected);
             for (int64_t q : ordinary) {
                 if (expected) continue;
