@@ -159,6 +159,24 @@ def test_masks_of_any_kind(kind, device):
     assert [set(row) for row in found.tolist()] == [{2, 3, -1}] * 2  # neither ids 0 and 1, nor 0
 
 
+ZERO_ONE = [
+    np.ones(5, int), np.array([0, 1, 0, 1, 1], np.int8), [1, 0, 0, 1, 1], torch.zeros(5).long(),
+    torch.ones(5, dtype=torch.int32), torch.tensor([0, 1, 1, 0, 0], dtype=torch.int8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", ZERO_ONE, ids=str)
+def test_a_mask_of_integers_is_not_taken_for_ids(mask):
+    index = MatryoshkaIndex((5, 20))
+    index.add(X[:5])
+    with pytest.raises(ValueError, match="allowed: .* looks like a mask: give it as bool or uint8"):
+        index.search(X[:1], 1, allowed=mask)
+    for some in ([0, 1, 0, 1], [0, 1, 2, 1, 0], [0, 0, 1, 1, 0, 1]):
+        assert set(index.search(X[:1], 3, allowed=some).ids[0].tolist()) <= {*some, -1}
+    index.remove([2, 3, 4])
+    assert index.search(X[:1], 2, allowed=[0, 1]).ids.sort().values.tolist() == [[0, 1]]
+
+
 def test_what_is_no_mask():
     index = MatryoshkaIndex((5, 20))
     index.add(X[:3])

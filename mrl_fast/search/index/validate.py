@@ -15,6 +15,7 @@ from mrl_fast.shared.arrays import as_integers, as_numbers, as_vectors
 from mrl_fast.shared.checks import check_finite, dtype_name
 from mrl_fast.shared.dispatch import triton_is_interpreted
 from mrl_fast.shared.memory import HOST
+from mrl_fast.shared.native import METRICS
 
 NARROWEST = 64  # of dims that nobody named
 
@@ -101,7 +102,13 @@ def allowed(x: Any, size: int) -> Tensor | None:
         return None
     numbers = as_numbers(x, "allowed")
     if numbers.dtype not in (torch.bool, torch.uint8):
-        return _of_ids(as_integers(x, "allowed"), "allowed")
+        listed = _of_ids(as_integers(x, "allowed"), "allowed")
+        if len(listed) == size > 2 and bool(((listed == 0) | (listed == 1)).all()):
+            raise ValueError(
+                f"allowed: expected ids, or a mask as bool or uint8, got {size} of 0 and 1 "
+                f"({dtype_name(x)}), which looks like a mask: give it as bool or uint8"
+            )
+        return listed
     if numbers.shape != (size,):
         kind = "bool" if numbers.dtype == torch.bool else "0 or 1, as uint8 is a mask,"
         got = list(numbers.shape)
@@ -112,6 +119,17 @@ def allowed(x: Any, size: int) -> Tensor | None:
             "(ids are of another dtype)"
         )
     return numbers.bool()
+
+
+def threshold(x: Any, metric: str) -> float:
+    """A score of the metric."""
+    value = number(x, "threshold")
+    if value > 0 and METRICS[metric].differences:
+        raise ValueError(
+            f"threshold: expected at most 0, as scores of {metric!r} are −squared distance "
+            f"(−r² for what lies within r), got {x}"
+        )
+    return value
 
 
 def number(x: Any, name: str) -> float:
