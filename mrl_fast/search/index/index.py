@@ -53,7 +53,8 @@ class MatryoshkaIndex(Persistent):
 
     Any number of threads may search while others add, remove, update or save, which take turns: a
     search sees the index as one of them left it. Pickled, an index that was loaded and not changed
-    since is its folder's path; any other is its vectors. A copy is independent.
+    since is its folder's path, which is refused once another has saved there; any other is its
+    vectors. A copy is independent.
 
     A process that searches takes ``nbytes``, the 200 MiB or so of Python and PyTorch, and scratch
     that malloc keeps for the next search: 35 MiB after 256 queries that keep 2,000 rows each.
