@@ -103,6 +103,7 @@ def test_tuned_says_whether_it_is_in_force(index):
     assert index.tuned.in_force
     report = index.tune(vectors(256, 20, 4), 5, 0.5, progress=False)
     assert index.tuned == (report.stages, 5, 220, 0.5, True)
+    assert "lapsed" not in str(Tuned(None, 1, 5, in_force=False))
     assert str(Tuned(None, 1, 5)) == "exact search for k up to 1, tuned with 5 vectors"
 
 

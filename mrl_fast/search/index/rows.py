@@ -134,6 +134,7 @@ class IndexRows:
         Raises:
             ValueError, TypeError: As in ``add``; an unknown id.
         """
+        inputs.check_order(ids, vectors)
         x = inputs.vectors(vectors, "vectors", self.config.width)
         new = inputs.new_ids(ids, len(x))
         with self.changing():

@@ -20,7 +20,13 @@ def checked_stages(
     """Stages by dims, and codes, of the index, the last of which keeps k where that is given; none
     goes past the queries' ``width`` where that is."""
     dims, code = config.dims, config.code
-    checked = list(check_stages(x, code.bits if code.whole and config.device == "cpu" else ()))
+    ranking = code.bits if code.whole and config.device == "cpu" else ()
+    if not ranking and any(len(stage) == 3 for stage in x if isinstance(stage, (list, tuple))):
+        raise TypeError(
+            f"stages: expected (dim, keep) pairs, got {x!r}: (dim, bits, keep) needs an index with "
+            "codes='bits' on the CPU"
+        )
+    checked = list(check_stages(x, ranking))
     for i, (dim, *_) in enumerate(checked):
         if dim not in dims:
             raise ValueError(f"stages[{i}] dim: expected one of {tuple(dims)}, got {dim}")

@@ -6,8 +6,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from collections.abc import Collection, Mapping, Set
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,8 +72,30 @@ def vectors(x: Any, name: str, width: int) -> Tensor:
 
 def ids(x: Any, name: str = "ids") -> Tensor:
     """``[n]`` int64, on the CPU: of integers of any width, in an array, a list, a range or a pandas
-    Series, or of a single one."""
-    return _of_ids(as_integers(x, name), name)
+    Series or another collection, or of a single one."""
+    return _of_ids(as_integers(_listed(x, name), name), name)
+
+
+def _listed(x: Any, name: str) -> Any:
+    """Arrays of objects and collections that are no arrays as lists, anything else as it is."""
+    kind = getattr(getattr(x, "dtype", None), "kind", None)
+    if isinstance(x, np.ndarray) and x.shape == (0,) and kind == "f":
+        return []  # which numpy makes fp64
+    values = x
+    if isinstance(x, (str, bytes)):
+        values = [x]
+    elif kind in ("O", "U", "S"):
+        values = np.ravel(x).tolist() if np.ndim(x) < 2 else np.asarray(x).tolist()
+    elif isinstance(x, Collection) and not isinstance(x, (range, Mapping)):
+        has_own_form = any(hasattr(x, own) for own in ("dtype", "to_numpy", "__dlpack__"))
+        values = x if has_own_form or isinstance(x, (list, tuple)) else list(x)
+    if isinstance(values, (list, tuple)):
+        if any(issubclass(kind, (str, bytes)) for kind in set(map(type, values))):
+            raise TypeError(
+                f"{name}: expected integers, got {dtype_name(x)}: ids are integers: keep a table "
+                "of your own from strings to them"
+            )
+    return values
 
 
 def _of_ids(x: Tensor, name: str) -> Tensor:
@@ -82,6 +106,8 @@ def _of_ids(x: Tensor, name: str) -> Tensor:
 
 def new_ids(x: Any, count: int) -> Tensor:
     """``[count]`` int64, at least 0, none of them twice."""
+    if isinstance(x, Set):
+        raise TypeError(f"ids: expected them in the order of the vectors, got {type(x).__name__}")
     checked = ids(x)
     if len(checked) != count:
         raise ValueError(f"ids: expected shape [{count}], got {list(checked.shape)}")
@@ -100,9 +126,10 @@ def allowed(x: Any, size: int) -> Tensor | None:
     """``[n]`` int64, or ``[size]`` bool wherever it is; None is all."""
     if x is None:
         return None
-    numbers = as_numbers(x, "allowed")
+    values = _listed(x, "allowed")
+    numbers = as_numbers(values, "allowed")
     if numbers.dtype not in (torch.bool, torch.uint8):
-        listed = _of_ids(as_integers(x, "allowed"), "allowed")
+        listed = _of_ids(as_integers(values, "allowed"), "allowed")
         if len(listed) == size > 2 and bool(((listed == 0) | (listed == 1)).all()):
             raise ValueError(
                 f"allowed: expected ids, or a mask as bool or uint8, got {size} of 0 and 1 "
@@ -130,6 +157,12 @@ def threshold(x: Any, metric: str) -> float:
             f"(−r² for what lies within r), got {x}"
         )
     return value
+
+
+def check_order(ids: Any, vectors: Any) -> None:
+    """Raises where vectors came first."""
+    if getattr(ids, "ndim", 1) == 2 and getattr(vectors, "ndim", 1) < 2:
+        raise TypeError("ids: expected update(ids, vectors), got the vectors first")
 
 
 def number(x: Any, name: str) -> float:
