@@ -35,7 +35,8 @@ def as_tensor(x: Any, name: str) -> Tensor:
             raise TypeError(f"{name}: expected a DLPack object, got {kind}: {error}") from error
     else:
         raise TypeError(
-            f"{name}: expected a tensor, a numpy array or a DLPack object, got {type(x).__name__}"
+            f"{name}: expected a tensor, a numpy array, a pandas Series, a pyarrow array, another "
+            f"DLPack object or a list of numbers, got {type(x).__name__}"
         )
     return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
 

@@ -123,7 +123,7 @@ def check_same_device(x: Tensor, name: str, like: Tensor) -> Tensor:
     return x
 
 
-def check_choice(value: Any, name: str, choices: Collection[str], where: str = "") -> str:
+def check_choice(value: Any, name: str, choices: Collection[str | None], where: str = "") -> str:
     """``where``: what else was chosen, that leaves these choices."""
     if value not in choices:
         known = ", ".join(map(repr, choices)) + where

@@ -80,7 +80,7 @@ class Tuned(NamedTuple):
         lapsed = "; lapsed, as more than a tenth were added since: searches are exact"
         return (
             f"{shown(self.stages)} for k up to {self.k}{at}, tuned with {self.rows:,} vectors"
-            + ("" if self.in_force else lapsed)
+            + ("" if self.in_force or not self.stages else lapsed)
         )
 
 

@@ -124,6 +124,9 @@ def test_refused_ids_and_dims():
         other.add_with_ids(vectors(3, width=8), np.array(ids))
         with pytest.raises(ValueError, match=f"index: expected {message}"):
             from_faiss(other)
+    for option in ("metric", "colour"):
+        with pytest.raises(TypeError, match=option):
+            from_faiss(faiss.IndexFlatIP(8), **{option: "l2"})
     with pytest.raises(ValueError, match="dims: expected the last to be 8, got 4"):
         from_faiss(faiss.IndexFlatIP(8), (2, 4))
 

@@ -10,6 +10,7 @@ pytest.importorskip("langchain_core")
 from langchain_core.documents import Document  # noqa: E402
 
 from mrl_fast.integrations.langchain import MatryoshkaVectorStore  # noqa: E402
+from mrl_fast.shared.types import Tuned  # noqa: E402
 from tests.helpers.langchain_store import Letters, names, store  # noqa: E402
 
 PAGES = [
@@ -223,3 +224,11 @@ def test_equal_scores_are_in_the_order_of_adding():
     order = [*ids[:17], *ids[18:], "17"]
     assert names(found.similarity_search("ab", 201)) == order
     assert names(found.max_marginal_relevance_search("ab", 201, 201, 1.0)) == order
+
+
+def test_a_tuned_store_that_filters_is_exact_and_warns_of_nothing():
+    found = store()
+    found.index._tuned = Tuned([(found.index.dims[0], 1)], 1, len(found.index))
+    best = found.similarity_search_with_score("abcd", 1, filter=lambda metadata: True)
+    exact = found.similarity_search_with_score("abcd", 1, exact=True)
+    assert [(hit.id, score) for hit, score in best] == [(hit.id, score) for hit, score in exact]

@@ -123,7 +123,7 @@ def test_stages_that_are_none(stages, error, message):
 
 
 def test_options_that_do_not_fit():
-    with pytest.raises(ValueError, match="codes: expected one of 'bits'"):
+    with pytest.raises(ValueError, match="codes: expected one of None, 'bits'"):
         MatryoshkaIndex(DIMS, codes="nibbles")
     with pytest.raises(ValueError, match="prefix_dtype: expected 'float32' with codes='bits'"):
         MatryoshkaIndex(DIMS, codes="bits", prefix_dtype="int8")

@@ -6,6 +6,14 @@ from mrl_fast.search.index.cost import explain
 from tests.helpers.tuning import Shape
 
 
+def test_what_cannot_be_explained():
+    shape = Shape(1000, (4, 8, 32))
+    with pytest.raises(TypeError, match=r"stages: .*\(dim, bits, keep\) needs .* codes='bits'"):
+        explain(shape, [(8, 1, 100), (32, 10)])
+    with pytest.raises(ValueError, match="stages: expected a list, got None: .* exact search"):
+        explain(shape, None)
+
+
 @pytest.mark.parametrize(
     ("prefix_dtype", "dtype", "stages", "batch", "expected"),
     [  # of 1000 × 32, dims (4, 8, 32): rows, MACs and bytes of each stage

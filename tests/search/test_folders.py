@@ -1,5 +1,7 @@
 """An index's folder that others use, too: their files, their saves, their loads meanwhile."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ import torch
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.search.disk import filesystem, folder
 from mrl_fast.search.disk import manifest as manifests
+from mrl_fast.shared.types import Tuned
 from tests.helpers.index_model import (  # noqa: F401
     ROOT,
     assert_same,
@@ -75,9 +78,71 @@ def test_a_lost_update_is_refused(tmp_path):
     assert not strays(tmp_path, "elsewhere")
 
 
+@pytest.mark.parametrize("how", ["saved", "loaded", "copied"])
+def test_every_folder_is_remembered(how, tmp_path):
+    one, model = build()
+    one.save(tmp_path / "s")
+    if how != "saved":
+        one = MatryoshkaIndex.load(tmp_path / "s")
+    other, others = MatryoshkaIndex.load(tmp_path / "s"), model.copy()
+    change(other, others)
+    other.save(tmp_path / "s")
+    one.save(tmp_path / "elsewhere")
+    if how == "copied":
+        one = copy.copy(one)
+    change(one, model, seed=9)
+    with pytest.raises(ValueError, match=r"generation 1\), got generation 2, which another has"):
+        one.save(tmp_path / "s")
+    assert_same(MatryoshkaIndex.load(tmp_path / "s", verify=True), others)
+    one.save(tmp_path / "elsewhere")
+    assert_same(MatryoshkaIndex.load(tmp_path / "elsewhere", verify=True), model)
+    build()[0].save(tmp_path / "s")  # a new one replaces what there is
+
+
+@pytest.mark.parametrize("options", [{}, {"codes": "bits", "rotation": "pca"}], ids=str)
+def test_a_save_that_changes_nothing_writes_nothing(options, tmp_path):
+    one, model = build(**options)
+    one._tuned = Tuned([(5, 40), (20, 4)], 4, len(one), 0.9)
+    one.remove(model.ids[:1])
+    one.save(tmp_path)
+    before, other = content(tmp_path), MatryoshkaIndex.load(tmp_path)
+    for same in (one, other, MatryoshkaIndex.load(tmp_path), copy.copy(one)):
+        same.save(tmp_path)
+        assert content(tmp_path) == before
+    assert len(pickle.dumps(other)) < 1000
+    other.remove(model.ids[1:2])
+    other.save(tmp_path)  # nobody else is in its way
+    for change_one in (lambda: other.add(one.reconstruct([2]), [999]),
+                       lambda: other.remove([999]), other.compact,
+                       lambda: setattr(other, "_tuned", None)):  # fmt: skip
+        change_one()
+        generation = other._saved.manifest["generation"]
+        other.save(tmp_path)
+        assert other._saved.manifest["generation"] == generation + 1
+        again = MatryoshkaIndex.load(tmp_path, verify=True)
+        assert torch.equal(again.ids, other.ids) and again.tuned == other.tuned
+
+
+def test_a_tuned_index_is_saved_again(tmp_path):
+    one, model = build()
+    one._tuned = Tuned([(5, 40), (20, 4)], 4, len(one), 0.9)  # tuples, of which JSON makes lists
+    for seed in (9, 10):
+        one.save(tmp_path)
+        change(one, model, seed)
+    one.save(tmp_path)
+    assert_same(MatryoshkaIndex.load(tmp_path, verify=True), model)
+
+
+def test_a_file_of_faiss_is_no_folder(tmp_path):
+    (tmp_path / "x.faiss").write_bytes(b"IxF2")
+    with pytest.raises(ValueError, match=r"x.faiss \(one of FAISS: .*read_index"):
+        MatryoshkaIndex.load(tmp_path / "x.faiss")
+
+
 def test_one_saves_at_a_time(tmp_path):
     index, _ = build()
     index.save(tmp_path)
+    index.remove(index.ids[:1])
     other = threading.Thread(target=index.save, args=(tmp_path,))
     with filesystem.locked(tmp_path):
         other.start()

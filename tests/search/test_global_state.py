@@ -88,7 +88,11 @@ def tuned():
     index = MatryoshkaIndex(DIMS)
     index.add(X)
     report = index.tune(SAMPLES, 5, 0.8, progress=False)
-    rows = sorted((row.recall, row.recall_bound, row.macs, row.read_bytes) for row in report.rows)
+    rows = sorted(
+        (row.recall, row.recall_bound, row.macs, row.read_bytes)
+        for row in report.rows
+        if row.stages
+    )
     return [torch.tensor(rows, dtype=torch.float64, device="cpu")]
 
 

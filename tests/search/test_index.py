@@ -123,6 +123,11 @@ def test_many_small_adds_fill_few_blocks():
             "dim: expected at most 16, the queries' width, got 32",
         ),
         (
+            lambda i: MatryoshkaIndex([96], metric="l2").range_search(vectors(1), 0.5),
+            ValueError,
+            "threshold: expected at most 0, as scores of 'l2' are −squared distance .*, got 0.5",
+        ),
+        (
             lambda i: i.search(vectors(1)[:, :32], 1, stages=[(16, 4), (96, 1)]),
             ValueError,
             r"stages\[1\] dim: expected at most 32, the queries' width, got 96",

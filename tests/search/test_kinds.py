@@ -41,6 +41,9 @@ KINDS = {
     **{f"torch.{dtype}": of_tensor(dtype) for dtype in INTEGERS},
     "list": list,
     "tuple": tuple,
+    "objects": lambda ids: np.array(list(ids), object),
+    "Series of objects": lambda ids: of_pandas(ids).astype(object),
+    "dict_values": lambda ids: dict(enumerate(ids)).values(),
     "range": lambda ids: ids,
     "of numpy scalars": lambda ids: list(np.array(list(ids), np.uint16)),
     "Series": of_pandas,
@@ -88,7 +91,9 @@ WRONG = [
     (np.array([2.0], np.float32), TypeError, "expected integers, got numpy.float32"),
     (torch.tensor([2.0]), TypeError, "expected integers, got torch.float32"),
     ([2.0], TypeError, r"\[0\]: expected an integer, got float"),
-    (["2"], TypeError, r"\[0\]: expected an integer, got str"),
+    (["2"], TypeError, "got list of str: ids are integers: keep a table of your own"),
+    (np.array(["2"], object), TypeError, "got numpy.object: ids are integers: keep a table"),
+    (np.array([2.5], object), TypeError, r"\[0\]: expected an integer, got float"),
     ([2, True], TypeError, r"\[1\]: expected an integer, got bool"),
     ([2, np.True_], TypeError, r"\[1\]: expected an integer, got bool"),
     ([1 << 63], ValueError, r"\[0\]: expected an integer in .*, got 9223372036854775808"),
@@ -99,10 +104,10 @@ WRONG = [
     ([[2], [3, 4]], ValueError, r"expected rows of one shape, got \[1\] and \[2\]"),
     ([[2], [3.0]], TypeError, r"\[1\]\[0\]: expected an integer, got float"),
     (np.array([[2]]), ValueError, r"expected shape \[n\], got \[1, 1\]"),
-    (np.array(["2"]), TypeError, "expected a numeric dtype, got numpy.<U1"),
+    (np.array(["2"]), TypeError, "got numpy.<U1: ids are integers: keep a table of your own"),
     (np.array([2j]), TypeError, "expected integers, got numpy.complex128"),
-    ({2}, TypeError, "expected a tensor, a numpy array or a DLPack object, got set"),
-    ("2", TypeError, "expected a tensor, a numpy array or a DLPack object, got str"),
+    ({2: 3}, TypeError, "expected a tensor, a numpy array, .* or a list of numbers, got dict"),
+    ("2", TypeError, "got str: ids are integers: keep a table of your own from strings to them"),
 ]
 NO_MASK = [
     (True, TypeError, "expected integers, got bool"),
@@ -157,6 +162,41 @@ def test_masks_of_any_kind(kind, device):
     index.remove([1])
     found = index.search(X[:2], 3, allowed=MASKS[kind]([False, True, True])).ids
     assert [set(row) for row in found.tolist()] == [{2, 3, -1}] * 2  # neither ids 0 and 1, nor 0
+
+
+def test_sets_and_empty_arrays_of_ids():
+    index = MatryoshkaIndex((5, 20))
+    index.add(X[:8])
+    assert set(index.search(X[:1], 3, allowed={2, 5}).ids[0].tolist()) == {2, 5, -1}
+    assert set(index.search(X[:1], 3, allowed={2: 0, 5: 0}.keys()).ids[0].tolist()) == {2, 5, -1}
+    assert all(index.contains({2, 5})) and not len(index.contains(np.array([])))
+    assert (index.search(X[:1], 3, allowed=np.array([])).ids == -1).all()
+    index.remove({2, 5})
+    index.remove(np.array([]))
+    assert index.ids.tolist() == [0, 1, 3, 4, 6, 7]
+    for call in (lambda: index.add(X[:2], {8, 9}), lambda: index.update({0, 1}, X[:2])):
+        with pytest.raises(TypeError, match="ids: expected them in the order of .*, got set"):
+            call()
+    with pytest.raises(TypeError, match=r"ids: expected update\(ids, vectors\), got the vectors"):
+        index.update(X[:2], [0, 1])
+
+
+ZERO_ONE = [
+    np.ones(5, int), np.array([0, 1, 0, 1, 1], np.int8), [1, 0, 0, 1, 1], torch.zeros(5).long(),
+    torch.ones(5, dtype=torch.int32), torch.tensor([0, 1, 1, 0, 0], dtype=torch.int8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", ZERO_ONE, ids=str)
+def test_a_mask_of_integers_is_not_taken_for_ids(mask):
+    index = MatryoshkaIndex((5, 20))
+    index.add(X[:5])
+    with pytest.raises(ValueError, match="allowed: .* looks like a mask: give it as bool or uint8"):
+        index.search(X[:1], 1, allowed=mask)
+    for some in ([0, 1, 0, 1], [0, 1, 2, 1, 0], [0, 0, 1, 1, 0, 1]):
+        assert set(index.search(X[:1], 3, allowed=some).ids[0].tolist()) <= {*some, -1}
+    index.remove([2, 3, 4])
+    assert index.search(X[:1], 2, allowed=[0, 1]).ids.sort().values.tolist() == [[0, 1]]
 
 
 def test_what_is_no_mask():

@@ -62,6 +62,20 @@ def test_who_says_what_is_wanted_is_not_warned(index):
     assert said(lambda: index.search(Q, 11))[1] == []
 
 
+@pytest.mark.parametrize("allowed", [torch.arange(0, 200, 2), torch.arange(200) % 2 == 0])
+def test_tuned_stages_are_not_those_of_some_vectors(index, allowed):
+    expected = index.search(Q, 10, exact=True, allowed=allowed)
+    index.add(vectors(21, 20, 2))  # lapsed, too: to tune again would not help
+    index.remove(torch.arange(200, 221))
+    result, (why,) = said(lambda: index.search(Q, 10, allowed=allowed))
+    assert result.stages is None and torch.equal(result.ids, expected.ids)
+    assert "showed holds for all vectors, not for those of allowed=: pass stages= or exact" in why
+    assert said(lambda: index.search(Q, 11, allowed=allowed))[1] == []
+    assert index.search(Q, 10).stages == STAGES
+    staged, none = said(lambda: index.search(Q, 10, stages=STAGES, allowed=allowed))
+    assert staged.stages == STAGES and none == []
+
+
 def test_a_lapse_is_said_where_the_package_was_called(index):
     _, (message,) = said(lambda: semantic_search(Q, index, top_k=11))
     assert "k=11" in message
@@ -89,6 +103,7 @@ def test_tuned_says_whether_it_is_in_force(index):
     assert index.tuned.in_force
     report = index.tune(vectors(256, 20, 4), 5, 0.5, progress=False)
     assert index.tuned == (report.stages, 5, 220, 0.5, True)
+    assert "lapsed" not in str(Tuned(None, 1, 5, in_force=False))
     assert str(Tuned(None, 1, 5)) == "exact search for k up to 1, tuned with 5 vectors"
 
 

@@ -272,6 +272,8 @@ class Records(Generic[T]):
         if keep is not None:
             entries = list(self._entries.items())
             allowed = np.array([row for row, (_, value) in entries if keep(value)], np.int64)
+            if options.get("stages") is None:  # tuned ones hold for all rows only
+                options = {"exact": True, **options}
         scores, rows = index.search(q, k, allowed=allowed, **options)
         return [
             (row, entry[1], score)

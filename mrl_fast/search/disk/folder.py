@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -33,7 +33,7 @@ from mrl_fast.shared.native import TILE
 TIER = 7
 
 T = TypeVar("T")
-Entry = dict[str, Any]  # a file in the manifest
+Entry = dict[str, Any]  # a manifest, or a file in it
 
 
 class Saved(NamedTuple):
@@ -50,13 +50,15 @@ def save(
     contents: Contents,
     saved: Saved | None,
     saved_prefix_rows: int,
+    left: Mapping[Path, Entry],
     replaced: Callable[[Saved], None],
 ) -> None:
-    """Brings the folder to this state, writing what it does not have.
+    """Brings the folder to this state, writing what it does not have: nothing, where it has all.
 
     Args:
         saved: What the index saved or loaded last.
         saved_prefix_rows: How many of the first rows are still as they are in ``saved``.
+        left: The manifest of every folder that the index saved to or was loaded from.
         replaced: Called as soon as the folder holds this state, whatever fails after that.
 
     Raises:
@@ -67,7 +69,8 @@ def save(
     filesystem.make_folder(path)
     with filesystem.locked(path):
         there = _there(path)
-        known = saved if _is_as_saved(path, there, saved) else None
+        _check_left(path, there, left.get(path))
+        known = saved if there and saved and saved.path == path else None
         new = _NewFiles(path, there)
         if there:
             _collect(path, there)  # makes room before more is taken
@@ -76,6 +79,9 @@ def save(
             filesystem.sync_folder(path)
             with _os_errors():  # files that cannot be read again replace nothing
                 Files.opened(path, manifest, contents.layout)
+            if known and manifests.same_but_generation(manifest, known.manifest):
+                replaced(known)
+                return
             new.write_manifest(manifest)
         except BaseException:
             new.discard()
@@ -229,17 +235,13 @@ def _kept(segments: list[Entry], count: int, saved_prefix_rows: int) -> tuple[li
     return kept, begin
 
 
-def _is_as_saved(path: Path, there: dict[str, Any] | None, saved: Saved | None) -> bool:
-    """Whether the folder holds what the index left in it, so that a save can go on from there."""
-    if there is None or saved is None or saved.path != path:
-        return False
-    if there != saved.manifest:
+def _check_left(path: Path, there: Entry | None, left: Entry | None) -> None:
+    """Raises where the folder does not hold what the index left in it."""
+    if there and left and there != left:
         raise ValueError(
-            f"path: expected {path} as this index left it (generation "
-            f"{saved.manifest['generation']}), got generation {there['generation']}, which "
-            "another has saved; load it, or save elsewhere"
+            f"path: expected {path} as this index left it (generation {left['generation']}), got "
+            f"generation {there['generation']}, which another has saved; load it, or save elsewhere"
         )
-    return True
 
 
 def _there(path: Path) -> dict[str, Any] | None:

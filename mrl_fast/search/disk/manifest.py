@@ -26,7 +26,8 @@ T = TypeVar("T")
 
 
 def new(**fields: Any) -> dict[str, Any]:
-    return signed({"format": FORMAT, "version": VERSION, **fields})
+    """As it is read back: tuples are lists."""
+    return json.loads(json.dumps(signed({"format": FORMAT, "version": VERSION, **fields})))
 
 
 def signed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +35,10 @@ def signed(manifest: dict[str, Any]) -> dict[str, Any]:
     plain = {name: value for name, value in manifest.items() if name != "sha256"}
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return {**plain, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def same_but_generation(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one == {**other, **{name: one[name] for name in ("generation", "sha256")}}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -50,6 +55,11 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(
             f"path: expected a folder that holds an index, got {path}"
+        ) from None
+    except NotADirectoryError:
+        raise ValueError(
+            f"path: expected a folder that MatryoshkaIndex.save made, got a file: {path} (one of "
+            "FAISS: MatryoshkaIndex.from_faiss(faiss.read_index(...)))"
         ) from None
     except OSError as error:
         raise ValueError(f"{file}: expected a file to read, got {error.strerror}") from error

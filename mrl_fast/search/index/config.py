@@ -42,13 +42,12 @@ class IndexConfig:
         check_choice(self.dtype, "dtype", tuple(DTYPES))
         prefixes = tuple(name for name, code in CODES.items() if not code.whole)
         check_choice(self.prefix_dtype, "prefix_dtype", prefixes)
-        if self.codes is not None:
-            check_choice(self.codes, "codes", tuple(set(CODES).difference(prefixes)))
-            if self.prefix_dtype != "float32":
-                raise ValueError(
-                    f"prefix_dtype: expected 'float32' with codes={self.codes!r}, which are of "
-                    f"every column, got {self.prefix_dtype!r}"
-                )
+        check_choice(self.codes, "codes", (None, *set(CODES).difference(prefixes)))
+        if self.codes is not None and self.prefix_dtype != "float32":
+            raise ValueError(
+                f"prefix_dtype: expected 'float32' with codes={self.codes!r}, which are of every "
+                f"column, got {self.prefix_dtype!r}"
+            )
         if self.coded > self.code.widest:
             name, option = "dims[0]", f"prefix_dtype={self.prefix_dtype!r}"
             if self.code.whole:

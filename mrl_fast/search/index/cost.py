@@ -58,6 +58,11 @@ def explain(index: Any, stages: Sequence[Stage], batch: int = 1) -> Explanation:
     Raises:
         ValueError, TypeError: Stages that do not fit the index.
     """
+    if stages is None:
+        raise ValueError(
+            "stages: expected a list, got None: how much an exact search reads depends on the "
+            "vectors and is not counted beforehand; its result.rows_touched says it"
+        )
     config = index.config
     checked = checked_stages(stages, config)
     batch = check_int(batch, "batch", 1)

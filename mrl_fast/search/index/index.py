@@ -53,7 +53,8 @@ class MatryoshkaIndex(Persistent):
 
     Any number of threads may search while others add, remove, update or save, which take turns: a
     search sees the index as one of them left it. Pickled, an index that was loaded and not changed
-    since is its folder's path; any other is its vectors. A copy is independent.
+    since is its folder's path, which is refused once another has saved there; any other is its
+    vectors. A copy is independent.
 
     A process that searches takes ``nbytes``, the 200 MiB or so of Python and PyTorch, and scratch
     that malloc keeps for the next search: 35 MiB after 256 queries that keep 2,000 rows each.
@@ -124,7 +125,11 @@ class MatryoshkaIndex(Persistent):
 
     @property
     def ids(self) -> Tensor:
-        """The vectors' ids in the order they were added, ``[N]`` int64."""
+        """The vectors' ids in the order of rows, ``[N]`` int64.
+
+        That is the order of adding, but ``update`` moves rows to the end: a mask that was made of
+        them before it, or beside writers, is of other rows, where a list of ids stays right.
+        """
         return self._rows.snapshot.ids
 
     @property
@@ -183,17 +188,18 @@ class MatryoshkaIndex(Persistent):
                 next. With codes the first may be ``(dim, 1, keep)``, by the signs of any prefix, or
                 ``(D, 4, keep)``, by four bits of every column. No dim may be larger than the
                 queries' width. None: the stages that ``tune`` chose, where it did, for at least
-                this k, at most a tenth of the vectors were added since, and all D columns are
-                searched by; else exact, and where they have lapsed a warning says so once.
+                this k, at most a tenth of the vectors were added since, and all D columns of all
+                vectors are searched; else exact, and where they lapsed or vectors are ``allowed``
+                a warning says so once.
             exact: The k best by fp64 scores, provably: a row is dropped only where a bound on its
                 score excludes it. By a dim between the first and D the CPU knows no bounds and
                 reads that prefix of every row. On a device scores that are equal in fp32 are equal.
                 An error together with stages.
             allowed: Searches these vectors only: ``[n]`` ids, as in ``add``, of which unknown ones
                 are ignored, or ``[N]`` bool or uint8 (0 or 1, never ids), aligned with ``ids``. On
-                the CPU, where they are few (one in 32), they alone are read. A bool mask already on
-                the device is used in place if nothing was removed; other filters pass through the
-                host.
+                the CPU, where they are few (under one in 64), they alone are read. A mask is of the
+                rows of its moment: beside writers pass ids. A bool mask already on the device is
+                used in place if nothing was removed; other filters pass through the host.
             out: A SearchResult of contiguous ``[B, k]`` fp32 and int64 tensors or arrays, of the
                 kind and on the device of the queries, to write to.
 
@@ -216,7 +222,8 @@ class MatryoshkaIndex(Persistent):
         if stages is not None:
             checked = checked_stages(stages, self.config, k, dim)
         elif dim == self.width and not exact:
-            checked = plain_stages(self._tuned, k, now.size, self._lapses_said)
+            filtered = allowed is not None
+            checked = plain_stages(self._tuned, k, now.size, self._lapses_said, filtered=filtered)
         rows, q, _keepalive = self._searched(now, allowed, q)
         if checked is None:
             *found, touched = self._rows.backend.exact_search(q, rows, dim, k, self.metric)
@@ -237,7 +244,8 @@ class MatryoshkaIndex(Persistent):
 
         Args:
             queries, dim, allowed: As in ``search``.
-            threshold: Of scores: with ``"l2"``, −r² for the vectors within a distance r.
+            threshold: Of scores: with ``"l2"``, −r² for the vectors within a distance r, so at most
+                0.
 
         Returns:
             RangeResult: limits ``[B + 1]``, and the scores and ids of one query after the other.
@@ -246,7 +254,7 @@ class MatryoshkaIndex(Persistent):
             ValueError, TypeError: A wrong shape or dtype, NaN or infinite values.
         """
         q, dim = checked_queries(queries, self.config, dim)
-        least, now = inputs.number(threshold, "threshold"), self._rows.snapshot
+        least, now = inputs.threshold(threshold, self.metric), self._rows.snapshot
         rows, q, _keepalive = self._searched(now, allowed, q)
         found = self._rows.backend.range_search(q, rows, dim, least, self.metric)
         return result_like(queries, RangeResult(*found))
@@ -264,7 +272,8 @@ class MatryoshkaIndex(Persistent):
     ) -> tuning.TuneReport:
         """Finds the fastest stages that reach a recall, by measuring on this machine.
 
-        Plain searches for at most this k use them from then on: ``tuned`` says while they do.
+        Plain searches of all vectors for at most this k use them from then on: ``tuned`` says while
+        they do. What is shown holds for all vectors: with ``allowed`` a plain search is exact.
 
         Args:
             queries: ``[n, D]`` samples of what will be asked, at least 256, none of them used to

@@ -28,21 +28,24 @@ class Persistent(pickled.Copies):
         self.config, self._rows = config, IndexRows(config)
         self._tuned: Tuned | None = None
         self._lapses_said: set[str] = set()  # why its stages are not used, where that was warned of
-        self._saved: folder.Saved | None = None
+        self._saved: folder.Saved | None = None  # to where it was saved last, or loaded from
+        self._left: dict[Path, folder.Entry] = {}  # every such folder's manifest, as of then
         self._loaded_marks: tuple[Any, ...] | None = None  # as the folder has it that it is from
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes what the folder does not have yet; until that is done it holds what it held.
 
         To the folder that this index was saved to last, or loaded from, only new vectors are
-        written. The index's own vectors stay where they are, in memory.
+        written, and where nothing changed since, nothing. The index's own vectors stay where they
+        are, in memory.
 
         Args:
             path: A folder: new, empty, or with an index, which is replaced.
 
         Raises:
             ValueError: A folder with other files, or with an index that is damaged or of another
-                version; one that another index has been saved to since this one was.
+                version; one that this index was saved to or loaded from, where another has saved
+                since.
             OSError: The folder cannot be written to, or the disk is full.
         """
         with self._rows.changing():
@@ -52,6 +55,7 @@ class Persistent(pickled.Copies):
                 there = self._loaded_marks and self._saved and self._saved.path == saved.path
                 self._loaded_marks = marks if there else None
                 self._saved, store.saved_prefix_rows = saved, now.count
+                self._left[saved.path] = saved.manifest
 
             contents = folder.Contents(
                 self._fields(),
@@ -61,7 +65,8 @@ class Persistent(pickled.Copies):
                 now.live,
                 self._rows.frame,
             )
-            folder.save(Path(path), contents, self._saved, store.saved_prefix_rows, replaced)
+            prefix_rows, left = store.saved_prefix_rows, self._left
+            folder.save(Path(path), contents, self._saved, prefix_rows, left, replaced)
 
     @classmethod
     def load(
@@ -78,13 +83,15 @@ class Persistent(pickled.Copies):
 
         Raises:
             FileNotFoundError: There is no index.
-            ValueError: Another version, or damage: names the file and the field.
+            ValueError: A file and no folder; another version, or damage: names the file and the
+                field.
         """
         make = partial(cls._from_fields, inputs.device(device))
         index, contents, index._saved = folder.load(Path(path), make, verify=verify)
         next_id = index._saved.manifest["next_id"]
         index._rows.adopt(contents.blocks, contents.counts, contents.alive, contents.axes, next_id)
         index._rows.store.saved_prefix_rows = sum(contents.counts)
+        index._left[index._saved.path] = index._saved.manifest
         index._loaded_marks = index._marks()
         return index
 
@@ -101,17 +108,20 @@ class Persistent(pickled.Copies):
             index: faiss.IndexFlat (IP, L2), IndexScalarQuantizer, or IndexIDMap or IndexIDMap2 of
                 one.
             dims: Prefix widths, the last the index's. None: the width, and its halves down to 64.
-            options: ``dtype``, ``prefix_dtype``, ``rotation`` and ``device``, as for a new index; a
-                rotation is fitted on vectors from all over the index.
+            options: ``dtype``, ``prefix_dtype``, ``codes``, ``rotation`` and ``device``, as for a
+                new index; a rotation is fitted on vectors from all over the index.
 
         Raises:
-            TypeError: Another kind of index; names it and those that are supported.
+            TypeError: Another kind of index; names it and those that are supported. An unknown
+                option, such as the metric.
             ValueError: Another metric than inner product and L2; ids below 0 or given twice; dims
                 that do not end at the index's width.
             ImportError: FAISS is not installed.
         """
         from mrl_fast.search.index.faiss_flat import from_faiss
 
+        if "metric" in options:
+            raise TypeError("metric: expected none, as it is the FAISS index's own")
         return from_faiss(partial(cls, **options), index, dims)
 
     def to_faiss(self) -> Any:

@@ -67,7 +67,8 @@ def restore(index: Any, state: dict[str, Any]) -> None:
         if there["sha256"] != state["sha256"]:
             raise ValueError(
                 f"path: expected {state['path']} as when the index was pickled (generation "
-                f"{state['generation']}), got generation {there['generation']}"
+                f"{state['generation']}), got generation {there['generation']}, which another has "
+                "saved: pickle it again, or send the path and load it where it is needed"
             )
         index.__dict__.update(loaded.__dict__)
         return
@@ -94,7 +95,7 @@ def copied(index: Any) -> Any:
     with index._rows.changing():
         copy._rows.thaw(index._rows.frozen())
         copy._rows.store.saved_prefix_rows = index._rows.store.saved_prefix_rows
-        copy._tuned, copy._saved = index._tuned, index._saved
+        copy._tuned, copy._saved, copy._left = index._tuned, index._saved, {**index._left}
         if index._is_as_loaded():
             copy._loaded_marks = copy._marks()
     return copy

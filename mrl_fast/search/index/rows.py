@@ -124,7 +124,8 @@ class IndexRows:
     def update(self, ids: Any, vectors: Any) -> None:
         """Replaces the vectors of these ids; a search finds all the old ones or all the new.
 
-        They come last in the order of rows. What is replaced takes room until ``compact``.
+        They come last in the order of rows, so that a mask made before is of other rows. What is
+        replaced takes room until ``compact``.
 
         Args:
             ids: ``[n]`` integers, as in ``add``, each in use, none twice.
@@ -133,6 +134,7 @@ class IndexRows:
         Raises:
             ValueError, TypeError: As in ``add``; an unknown id.
         """
+        inputs.check_order(ids, vectors)
         x = inputs.vectors(vectors, "vectors", self.config.width)
         new = inputs.new_ids(ids, len(x))
         with self.changing():

@@ -20,7 +20,13 @@ def checked_stages(
     """Stages by dims, and codes, of the index, the last of which keeps k where that is given; none
     goes past the queries' ``width`` where that is."""
     dims, code = config.dims, config.code
-    checked = list(check_stages(x, code.bits if code.whole and config.device == "cpu" else ()))
+    ranking = code.bits if code.whole and config.device == "cpu" else ()
+    if not ranking and any(len(stage) == 3 for stage in x if isinstance(stage, (list, tuple))):
+        raise TypeError(
+            f"stages: expected (dim, keep) pairs, got {x!r}: (dim, bits, keep) needs an index with "
+            "codes='bits' on the CPU"
+        )
+    checked = list(check_stages(x, ranking))
     for i, (dim, *_) in enumerate(checked):
         if dim not in dims:
             raise ValueError(f"stages[{i}] dim: expected one of {tuple(dims)}, got {dim}")
@@ -59,26 +65,32 @@ def tuned_now(tuned: Tuned | None, rows: int) -> Tuned | None:
     return None if tuned is None else tuned._replace(in_force=rows <= GROWTH * tuned.rows)
 
 
-def plain_stages(tuned: Tuned | None, k: int, rows: int, said: set[str]) -> list[Stage] | None:
+def plain_stages(
+    tuned: Tuned | None, k: int, rows: int, said: set[str], *, filtered: bool = False
+) -> list[Stage] | None:
     """The stages of a search for k of so many vectors that names none, None for an exact one.
 
-    Where stages were chosen and have lapsed, it warns, once for each reason in ``said``.
+    Where stages were chosen and are not used, it warns, once for each reason in ``said``.
     """
     if tuned is None or tuned.stages is None:
         return None
-    if k > tuned.k:
+    again = "tune again (index.tune(samples, k={})), or "
+    if filtered:
+        name, why = "allowed", "what tune showed holds for all vectors, not for those of allowed="
+        again = ""
+    elif k > tuned.k:
         name, why = "k", f"it is tuned for k up to {tuned.k} and k={k} was asked for"
-        wanted = k
+        again = again.format(k)
     elif rows > GROWTH * tuned.rows:
         name, why = "rows", f"it was tuned with {tuned.rows:,} vectors and now holds {rows:,}"
-        wanted = tuned.k
+        again = again.format(tuned.k)
     else:
         return [*tuned.stages[:-1], (tuned.stages[-1][0], k)]
     if name not in said:
         said.add(name)
         warnings.warn(
-            f"the index is searched exactly, which may take many times as long, as {why}: tune "
-            f"again (index.tune(samples, k={wanted})), or pass stages= or exact=True",
+            f"the index is searched exactly, which may take many times as long, as {why}: "
+            f"{again}pass stages= or exact=True",
             stacklevel=_callers_level(),
         )
     return None

@@ -12,16 +12,28 @@ Stages = list[Stage]
 
 
 class TuneRow(NamedTuple):
-    """One stage list that was tried."""
+    """One stage list that was tried.
 
-    stages: Stages | None  # None is exact search
-    recall: float  # mean over the sample
-    recall_bound: float  # what the true mean is shown to reach
-    time_ms: float  # median of a call; of a list that is far from the fastest, of a few
-    macs: int  # of a query, as explain counts them
-    read_bytes: int
-    accepted: bool  # the bound reaches the target, as do those of all safer lists of its chain
-    pareto: bool  # no faster row has as good a recall
+    Attributes:
+        stages: None is exact search.
+        recall: Mean over the sample.
+        recall_bound: What the true mean is shown to reach.
+        time_ms: Median of a call of ``batch`` queries, ms; of a list far from the fastest, of a few
+            calls.
+        macs, read_bytes: Of one query, as ``explain`` counts them; None of exact search, which is
+            not counted beforehand.
+        accepted: The bound reaches the target, as do those of all safer lists of its chain.
+        pareto: No faster row has as good a recall.
+    """
+
+    stages: Stages | None
+    recall: float
+    recall_bound: float
+    time_ms: float
+    macs: int | None
+    read_bytes: int | None
+    accepted: bool
+    pareto: bool
 
 
 class Untried(NamedTuple):
@@ -33,21 +45,31 @@ class Untried(NamedTuple):
 
 @dataclass(frozen=True)
 class TuneReport:
-    """What ``tune`` chose, and from what; ``str`` is a table."""
+    """What ``tune`` chose, and from what; ``str`` is a table.
 
-    # Of the accepted lists that are as fast as the fastest the one that reads least; None where
-    # that is exact search.
+    Attributes:
+        stages: Of the accepted lists that are as fast as the fastest the one that reads least; None
+            where that is exact search.
+        recall, recall_bound, time_ms: The chosen row's; ms a call of ``batch`` queries.
+        k, target: As asked for; the target is the recall.
+        batch: Queries a timed call.
+        note: What was chosen and why.
+        rows: The fastest first.
+        untried: How many lists were left out, and why.
+        seconds: That it took.
+    """
+
     stages: Stages | None
-    recall: float  # this and the next two are the chosen row's
+    recall: float
     recall_bound: float
     time_ms: float
     k: int
     target: float
-    batch: int  # queries a timed call
-    note: str  # what was chosen and why
-    rows: tuple[TuneRow, ...]  # the fastest first
+    batch: int
+    note: str
+    rows: tuple[TuneRow, ...]
     untried: tuple[Untried, ...] = ()
-    seconds: float = 0.0  # that it took
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         head = (
@@ -56,15 +78,17 @@ class TuneReport:
         )
         lines = [self.note, "", head]
         for row in self.rows:
+            work = f"{'–':>9} {'–':>9}"
+            if row.macs is not None and row.read_bytes is not None:
+                work = f"{row.macs / 1e6:9.3f} {row.read_bytes / 2**20:9.3f}"
             mark = ">" if row.stages == self.stages else "*" if row.pareto else " "
             lines.append(
                 f"{mark} {shown(row.stages):36} {row.recall:.4f} {row.recall_bound:8.4f} "
-                f"{row.time_ms:9.3f} {row.macs / 1e6:9.3f} {row.read_bytes / 2**20:9.3f}"
-                + ("" if row.accepted else "  refused")
+                f"{row.time_ms:9.3f} {work}" + ("" if row.accepted else "  refused")
             )
         lines.append(
-            "> chosen: of the fastest the one of least MiB, * Pareto-optimal; "
-            "MMAC and MiB are of one query"
+            "> chosen: of the fastest that of least MiB, * Pareto-optimal; "
+            "ms a call, MMAC and MiB a query"
         )
         lines += [
             f"not tried: {n} {'list' if n == 1 else 'lists'} {why}" for n, why in self.untried

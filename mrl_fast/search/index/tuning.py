@@ -285,9 +285,9 @@ def _rows(
     rows: list[TuneRow] = []
     by_time = sorted(zip(times, candidates, strict=True), key=lambda timed: timed[0])
     for time_ms, (stages, mean, bound, _) in by_time:
-        cost = _cost(sample, stages)
+        cost = None if stages is None else _cost(sample, stages)
         pareto = all(mean > row.recall for row in rows)
-        work = cost.macs, cost.read_bytes
+        work = (None, None) if cost is None else (cost.macs, cost.read_bytes)
         rows.append(TuneRow(stages, mean, bound, time_ms, *work, bound >= recall, pareto))
     return tuple(rows)
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from collections.abc import Collection, Mapping, Set
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from mrl_fast.shared.arrays import as_integers, as_numbers, as_vectors
 from mrl_fast.shared.checks import check_finite, dtype_name
 from mrl_fast.shared.dispatch import triton_is_interpreted
 from mrl_fast.shared.memory import HOST
+from mrl_fast.shared.native import METRICS
 
 NARROWEST = 64  # of dims that nobody named
 
@@ -69,8 +72,30 @@ def vectors(x: Any, name: str, width: int) -> Tensor:
 
 def ids(x: Any, name: str = "ids") -> Tensor:
     """``[n]`` int64, on the CPU: of integers of any width, in an array, a list, a range or a pandas
-    Series, or of a single one."""
-    return _of_ids(as_integers(x, name), name)
+    Series or another collection, or of a single one."""
+    return _of_ids(as_integers(_listed(x, name), name), name)
+
+
+def _listed(x: Any, name: str) -> Any:
+    """Arrays of objects and collections that are no arrays as lists, anything else as it is."""
+    kind = getattr(getattr(x, "dtype", None), "kind", None)
+    if isinstance(x, np.ndarray) and x.shape == (0,) and kind == "f":
+        return []  # which numpy makes fp64
+    values = x
+    if isinstance(x, (str, bytes)):
+        values = [x]
+    elif kind in ("O", "U", "S"):
+        values = np.ravel(x).tolist() if np.ndim(x) < 2 else np.asarray(x).tolist()
+    elif isinstance(x, Collection) and not isinstance(x, (range, Mapping)):
+        has_own_form = any(hasattr(x, own) for own in ("dtype", "to_numpy", "__dlpack__"))
+        values = x if has_own_form or isinstance(x, (list, tuple)) else list(x)
+    if isinstance(values, (list, tuple)):
+        if any(issubclass(kind, (str, bytes)) for kind in set(map(type, values))):
+            raise TypeError(
+                f"{name}: expected integers, got {dtype_name(x)}: ids are integers: keep a table "
+                "of your own from strings to them"
+            )
+    return values
 
 
 def _of_ids(x: Tensor, name: str) -> Tensor:
@@ -81,6 +106,8 @@ def _of_ids(x: Tensor, name: str) -> Tensor:
 
 def new_ids(x: Any, count: int) -> Tensor:
     """``[count]`` int64, at least 0, none of them twice."""
+    if isinstance(x, Set):
+        raise TypeError(f"ids: expected them in the order of the vectors, got {type(x).__name__}")
     checked = ids(x)
     if len(checked) != count:
         raise ValueError(f"ids: expected shape [{count}], got {list(checked.shape)}")
@@ -99,9 +126,16 @@ def allowed(x: Any, size: int) -> Tensor | None:
     """``[n]`` int64, or ``[size]`` bool wherever it is; None is all."""
     if x is None:
         return None
-    numbers = as_numbers(x, "allowed")
+    values = _listed(x, "allowed")
+    numbers = as_numbers(values, "allowed")
     if numbers.dtype not in (torch.bool, torch.uint8):
-        return _of_ids(as_integers(x, "allowed"), "allowed")
+        listed = _of_ids(as_integers(values, "allowed"), "allowed")
+        if len(listed) == size > 2 and bool(((listed == 0) | (listed == 1)).all()):
+            raise ValueError(
+                f"allowed: expected ids, or a mask as bool or uint8, got {size} of 0 and 1 "
+                f"({dtype_name(x)}), which looks like a mask: give it as bool or uint8"
+            )
+        return listed
     if numbers.shape != (size,):
         kind = "bool" if numbers.dtype == torch.bool else "0 or 1, as uint8 is a mask,"
         got = list(numbers.shape)
@@ -112,6 +146,23 @@ def allowed(x: Any, size: int) -> Tensor | None:
             "(ids are of another dtype)"
         )
     return numbers.bool()
+
+
+def threshold(x: Any, metric: str) -> float:
+    """A score of the metric."""
+    value = number(x, "threshold")
+    if value > 0 and METRICS[metric].differences:
+        raise ValueError(
+            f"threshold: expected at most 0, as scores of {metric!r} are −squared distance "
+            f"(−r² for what lies within r), got {x}"
+        )
+    return value
+
+
+def check_order(ids: Any, vectors: Any) -> None:
+    """Raises where vectors came first."""
+    if getattr(ids, "ndim", 1) == 2 and getattr(vectors, "ndim", 1) < 2:
+        raise TypeError("ids: expected update(ids, vectors), got the vectors first")
 
 
 def number(x: Any, name: str) -> float:
