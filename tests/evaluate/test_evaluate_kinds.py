@@ -97,3 +97,51 @@ def test_labels_may_be_strings(make):
     few = ["ant"] * 59 + ["bee"]
     with pytest.raises(ValueError, match="shots: .* got 2, and 1 of label bee in train_labels"):
         few_shot_accuracy(train, make(few), test, named(answers), (3,), shots=2)
+
+
+def test_judgements_may_be_dicts():
+    """Of grades, or the relevant ids alone, as sentence-transformers' evaluator takes them."""
+    ids = torch.stack([ints(5, 2, 9), ints(9, 1, 3)])
+    graded = {0: {5: 3, 9: 1}, 1: {1: 2, 4: 0}}
+    expected = judged(ids, Qrels(ints(0, 0, 1, 1), ints(5, 9, 1, 4), ints(3, 1, 2, 0)))
+    assert judged(ids, graded) == judged(ids, Qrels.of(graded)) == expected
+    narrow = {
+        np.int32(q): {np.int64(i): np.uint8(g) for i, g in of.items()} for q, of in graded.items()
+    }
+    assert judged(ids, narrow) == expected
+    alike = judged(ids, {0: {5: 1, 9: 1}, 1: {1: 1}})
+    for listed in (set, list, tuple, frozenset):
+        assert judged(ids, {0: listed([5, 9]), 1: {1: 1}}) == alike
+
+
+def test_judgements_of_other_kinds_are_refused():
+    ids, x = torch.stack([ints(0, 1), ints(2, -1)]), torch.eye(3)
+    exact = prefix_topk(x[:2], x, 2)
+    for call, error, message in [
+        (
+            lambda: Qrels.of({"q7": {5: 1}}),
+            TypeError,
+            "judgements: expected integers, got the quer",
+        ),
+        (lambda: judged(ids, {0: {"500": 1}}), TypeError, "judgements: .* got the id '500': repla"),
+        (lambda: judged(ids, {0: ["500"]}), TypeError, "judgements: .* got the id '500'"),
+        (
+            lambda: Qrels.of({0: "500"}),
+            TypeError,
+            r"judgements\[0\]: expected a dict or .* got str",
+        ),
+        (lambda: Qrels.of({0: 500}), TypeError, r"judgements\[0\]: expected .* ids, got int"),
+        (lambda: Qrels.of({0: {5: 0.5}}), TypeError, r"judgements\[0\]\[5\]: .* integer, got flo"),
+        (lambda: Qrels.of({-1: {5: 1}}), ValueError, "judgements: query: .* got -1"),
+        (lambda: Qrels.of({0: {1 << 63: 1}}), ValueError, "judgements: id: expected .* in"),
+        (lambda: Qrels.of([(0, 5, 1)]), TypeError, "judgements: expected a dict, got list"),
+        (
+            lambda: judged(ids, [(0, 5, 1)]),
+            TypeError,
+            "qrels: expected Qrels or a dict .* got list",
+        ),
+        (lambda: recall_at_k(ids, exact.scores, x[:2], x), TypeError, "exact: .* got Tensor"),
+        (lambda: recall_at_k(ids, tuple(exact), x[:2], x), TypeError, "exact: .* got tuple"),
+    ]:
+        with pytest.raises(error, match=message):
+            call()

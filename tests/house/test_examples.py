@@ -15,12 +15,15 @@ ROW = re.compile(r" +(\d+)((?: +-?[\d.]+)+)")
 
 
 def test_readme(capsys, recwarn):
-    """Its first lines run as they stand, and find what they ask for."""
+    """Its first lines run as they stand, find what they ask for, and tell how good a prefix is."""
     readme = (EXAMPLES.parent / "README.md").read_text()
     torch.manual_seed(0)
-    exec(re.findall(r"```python\n(.*?)```", readme, re.S)[0], {})
-    found = capsys.readouterr().out.split("\n")[:3]
-    assert any("name='inv'" in line for line in found), found
+    exec("".join(re.findall(r"```python\n(.*?)```", readme, re.S)[:2]), {})
+    found = capsys.readouterr().out.split("\n")
+    assert any("name='inv'" in line for line in found[:3]), found
+    quality = re.findall(r"(\d+): MRR@10 (\S+), recall@10 (\S+)", found[3])
+    assert [dim for dim, *_ in quality] == ["16", "64", "256"]
+    assert all(0.2 < float(mrr) < float(recall) < 1 for _, mrr, recall in quality), quality
 
 
 ELSEWHERE = "# elsewhere\n"  # the first line of a block that runs where mrl_fast is not
