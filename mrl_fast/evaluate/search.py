@@ -109,8 +109,9 @@ def retrieval(
     """How many of the k nearest rows by a prefix have the query's label, and how early.
 
     Args:
-        queries: ``[B, D]``; query_labels: ``[B]``.
-        database: ``[N, D]``; database_labels: ``[N]``.
+        queries: ``[B, D]``, or one ``[D]``; query_labels: ``[B]``.
+        database: ``[N, D]``, or wider, of which the first D columns are read; database_labels:
+            ``[N]``.
         dims: Prefix widths, each in ``[1, D]``, in any order.
         k: Neighbours a query, at least 1.
         exclude_self: As in ``retrieval_of``.
@@ -127,7 +128,7 @@ def retrieval(
 
     Source: Kusupati et al., Matryoshka Representation Learning, NeurIPS 2022, section 4.3.
     """
-    queries, database, dims = checked_vectors(queries, database, dims)
+    queries, database, dims = checked_vectors(queries, database, dims, searched=True)
     mine, theirs = numbered({"query_labels": query_labels, "database_labels": database_labels})
     query_labels = checked_labels(mine, "query_labels", len(queries), queries)
     database_labels = checked_labels(theirs, "database_labels", len(database), database)
@@ -296,7 +297,8 @@ def recall_by_dim(
     ``recall_at_k`` counts ties.
 
     Args:
-        queries: ``[B, D]``. database: ``[N, D]``.
+        queries: ``[B, D]``, or one ``[D]``: D is the full width.
+        database: ``[N, D]``, or wider, of which the first D columns are read.
         dims: Prefix widths, each in ``[1, D]``, in any order.
         k: Neighbours, in ``[1, N]``.
         metric: As in ``prefix_topk``.
@@ -307,7 +309,7 @@ def recall_by_dim(
     Raises:
         ValueError, TypeError: An argument of the wrong shape, dtype, device or range; no rows.
     """
-    queries, database, dims = checked_vectors(queries, database, dims)
+    queries, database, dims = checked_vectors(queries, database, dims, searched=True)
     k = check_int(k, "k", 1, len(database))
     exact = prefix_topk(queries, database, k, metric=metric)
     found = (prefix_topk(queries, database, k, dim=dim, metric=metric).ids for dim in dims)
