@@ -123,6 +123,7 @@ def test_judgements_may_be_dicts():
     alike = judged(ids, {0: {5: 1, 9: 1}, 1: {1: 1}})
     for listed in (set, list, tuple, frozenset):
         assert judged(ids, {0: listed([5, 9]), 1: {1: 1}}) == alike
+    assert [x.tolist() for x in Qrels.of({3: {7}, 4: {}})] == [[3], [7], [1]]
 
 
 def test_judgements_of_other_kinds_are_refused():
