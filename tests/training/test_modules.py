@@ -14,6 +14,7 @@ from mrl_fast import (
     MatryoshkaCrossEntropyLoss,
     MatryoshkaInfoNCELoss,
     MatryoshkaLoopLoss,
+    matryoshka_info_nce,
 )
 from mrl_fast.integrations.raivn import Matryoshka_CE_Loss, MRL_Linear_Layer
 from tests.helpers.changed_heads import CLASSES, DIMS, batch, changed, lora
@@ -145,3 +146,17 @@ def test_a_cascade_made_under_inference_is_calibrated_outside():
 def test_bad_weights(make):
     with pytest.raises(TypeError, match="dim_weights: expected a sequence, got int"):
         make()
+
+
+def test_descending_dims_are_refused_by_what_to_pass():
+    x = torch.randn(4, 64)
+    message = r"dims: expected .*, got \[64, 16, 32\]: .* by position, so pass \[16, 32, 64\]"
+    for call in (
+        lambda dims: MatryoshkaInfoNCELoss(dims),
+        lambda dims: MatryoshkaLoopLoss(torch.dot, dims),
+        lambda dims: matryoshka_info_nce(x, x, dims),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call([64, 16, 32])
+        with pytest.raises(ValueError, match="dims: expected no width twice"):
+            call([16, 16])
