@@ -36,7 +36,7 @@ def nearest_neighbour_accuracy(
 
     Args:
         train: ``[N, D]``; train_labels: ``[N]``.
-        test: ``[M, D]``; test_labels: ``[M]``.
+        test: ``[M, D]``; test_labels: ``[M]``; one that no training vector has is never hit.
         dims: Prefix widths, each in ``[1, D]``, in any order.
         k: Neighbours that vote, in ``[1, N]``.
         metric: As in ``prefix_topk``.
@@ -81,7 +81,7 @@ def linear_probe_accuracy(
 
     Args:
         train: ``[N, D]``; train_labels: ``[N]``, from 0 to the number of classes, or strings.
-        test: ``[M, D]``; test_labels: ``[M]``.
+        test: ``[M, D]``; test_labels: ``[M]``; one that no training vector has is never hit.
         dims: Prefix widths, each in ``[1, D]``, in any order.
         steps: Of the optimiser. batch: Rows a step. seed: Of the weights and the batches' order.
         on_step: Called after each step, for a progress bar.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mrl_fast.evaluate.common import arange, checked_labels, checked_vectors, numbered
 from mrl_fast.search.ops import prefix_topk, rerank
-from mrl_fast.shared.arrays import as_integers, as_vectors
+from mrl_fast.shared.arrays import HIGHEST, as_integers, as_vectors
 from mrl_fast.shared.checks import check_choice, check_int
 from mrl_fast.shared.recall import count_found
 from mrl_fast.shared.types import SearchResult
@@ -28,12 +28,16 @@ class Retrieval(NamedTuple):
         precision: precision@k, hits among k places: places that are empty count.
         ndcg: nDCG@k, Σ_i gain_i / log2(i + 1) over the same of the best possible k.
         top1: Share of queries whose first row is relevant.
+        mrr: MRR@k, 1 over the place of the first hit, 0 where there is none among k.
+        recall: recall@k, the share of the relevant rows that are among the k.
     """
 
     map: float
     precision: float
     ndcg: float
     top1: float
+    mrr: float
+    recall: float
 
 
 class Qrels(NamedTuple):
@@ -50,11 +54,44 @@ class Qrels(NamedTuple):
     grades: Any
 
     @classmethod
-    def of(cls, judgements: Mapping[int, Mapping[int, int]]) -> Qrels:
-        """From ``{query: {id: grade}}``, on the CPU."""
-        rows = [(q, i, g) for q, graded in judgements.items() for i, g in graded.items()]
+    def of(cls, judgements: Mapping[int, Mapping[int, int] | Collection[int]]) -> Qrels:
+        """From ``{query: {id: grade}}``, or ``{query: {id, …}}``, all of grade 1; on the CPU.
+
+        Queries and ids are integers. Of data sets that name them by strings (TREC, BEIR) each is
+        replaced by its place: ``Qrels.of({place[q]: {row[d]: g for d, g in of_q.items()} for q,
+        of_q in theirs.items()})``, with ``place = {q: i for i, q in enumerate(query_ids)}``.
+
+        Raises:
+            ValueError, TypeError: No dict of dicts or of sets, or no integers in it.
+        """
+        if not isinstance(judgements, Mapping):
+            raise TypeError(f"judgements: expected a dict, got {type(judgements).__name__}")
+        rows = [
+            (_number(query, "query"), _number(name, "id"), grade)
+            for query, graded in judgements.items()
+            for name, grade in _graded(query, graded)
+        ]
         triples = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 3)
         return cls(*triples.unbind(1))
+
+
+def _graded(query: Any, graded: Any) -> Iterator[tuple[Any, int]]:
+    if not isinstance(graded, Mapping):
+        if isinstance(graded, (str, bytes)) or not isinstance(graded, Collection):
+            got = type(graded).__name__
+            raise TypeError(f"judgements[{query!r}]: expected a dict or a set of ids, got {got}")
+        graded = dict.fromkeys(graded, 1)
+    for name, grade in graded.items():
+        yield name, check_int(grade, f"judgements[{query!r}][{name!r}]", 0, HIGHEST)
+
+
+def _number(x: Any, kind: str) -> int:
+    if isinstance(x, (str, bytes)):
+        raise TypeError(
+            f"judgements: expected integers, got the {kind} {x!r}: replace each query by its "
+            "place among the queries, and each id by that of its row, as Qrels.of describes"
+        )
+    return check_int(x, f"judgements: {kind}", 0, HIGHEST)
 
 
 def retrieval(
@@ -72,12 +109,16 @@ def retrieval(
     """How many of the k nearest rows by a prefix have the query's label, and how early.
 
     Args:
-        queries: ``[B, D]``; query_labels: ``[B]``.
-        database: ``[N, D]``; database_labels: ``[N]``.
+        queries: ``[B, D]``, or one ``[D]``; query_labels: ``[B]``.
+        database: ``[N, D]``, or wider, of which the first D columns are read; database_labels:
+            ``[N]``.
         dims: Prefix widths, each in ``[1, D]``, in any order.
         k: Neighbours a query, at least 1.
-        exclude_self, divisor: As in ``retrieval_of``.
+        exclude_self: As in ``retrieval_of``.
         metric: As in ``prefix_topk``.
+        divisor: Of mAP: ``"k"`` (the paper), by which a query with one relevant row reaches 1 / k
+            at most; or ``"relevant"``, the number of relevant rows, with which pairs (query i
+            belongs to row i: labels ``range(B)`` and ``range(N)``) reach 1, and map is mrr.
 
     Returns:
         One Retrieval a dim, in their order.
@@ -87,7 +128,7 @@ def retrieval(
 
     Source: Kusupati et al., Matryoshka Representation Learning, NeurIPS 2022, section 4.3.
     """
-    queries, database, dims = checked_vectors(queries, database, dims)
+    queries, database, dims = checked_vectors(queries, database, dims, searched=True)
     mine, theirs = numbered({"query_labels": query_labels, "database_labels": database_labels})
     query_labels = checked_labels(mine, "query_labels", len(queries), queries)
     database_labels = checked_labels(theirs, "database_labels", len(database), database)
@@ -147,12 +188,14 @@ def retrieval_of(
     return _averages(hits.double(), ideal, relevant, divisor)
 
 
-def judged(ids: Any, qrels: Qrels, *, gain: str = "linear", divisor: str = "k") -> Retrieval:
+def judged(
+    ids: Any, qrels: Qrels | Mapping, *, gain: str = "linear", divisor: str = "k"
+) -> Retrieval:
     """What any search found, judged by grades.
 
     Args:
         ids: Ids found, best first: ``[B, k]`` integers, −1 where none.
-        qrels: The judgements, on the same device.
+        qrels: The judgements, on the same device; or a dict of them, as ``Qrels.of`` takes.
         gain: nDCG's gain of a row: its grade, ``"linear"`` (trec_eval, scikit-learn), or 2^grade −
             1, ``"exponential"``.
         divisor: As in ``retrieval_of``.
@@ -163,6 +206,11 @@ def judged(ids: Any, qrels: Qrels, *, gain: str = "linear", divisor: str = "k") 
     """
     ids = _checked_ids(ids)
     size, k = ids.shape
+    if isinstance(qrels, Mapping):
+        qrels = Qrels(*(x.to(ids.device) for x in Qrels.of(qrels)))
+    if not isinstance(qrels, Qrels):
+        got = type(qrels).__name__
+        raise TypeError(f"qrels: expected Qrels or a dict {{query: {{id: grade}}}}, got {got}")
     asked = checked_labels(qrels.queries, "qrels.queries", None, ids)
     count = len(asked)
     named = checked_labels(qrels.ids, "qrels.ids", count, ids)
@@ -220,6 +268,11 @@ def recall_at_k(
     """
     ids, queries = _checked_ids(ids), as_vectors(queries, "queries", one=True)
     database = as_vectors(database, "database")
+    if not hasattr(exact, "scores") or not hasattr(exact, "ids"):
+        raise TypeError(
+            "exact: expected a SearchResult (scores, ids), as prefix_topk returns, "
+            f"got {type(exact).__name__}"
+        )
     scores = as_vectors(exact.scores, "exact.scores")
     exact = SearchResult(scores, as_integers(exact.ids, "exact.ids"))
     k = check_int(ids.shape[1], "ids width", 1, len(database))
@@ -244,7 +297,8 @@ def recall_by_dim(
     ``recall_at_k`` counts ties.
 
     Args:
-        queries: ``[B, D]``. database: ``[N, D]``.
+        queries: ``[B, D]``, or one ``[D]``: D is the full width.
+        database: ``[N, D]``, or wider, of which the first D columns are read.
         dims: Prefix widths, each in ``[1, D]``, in any order.
         k: Neighbours, in ``[1, N]``.
         metric: As in ``prefix_topk``.
@@ -255,7 +309,7 @@ def recall_by_dim(
     Raises:
         ValueError, TypeError: An argument of the wrong shape, dtype, device or range; no rows.
     """
-    queries, database, dims = checked_vectors(queries, database, dims)
+    queries, database, dims = checked_vectors(queries, database, dims, searched=True)
     k = check_int(k, "k", 1, len(database))
     exact = prefix_topk(queries, database, k, metric=metric)
     found = (prefix_topk(queries, database, k, dim=dim, metric=metric).ids for dim in dims)
@@ -275,6 +329,8 @@ def _averages(gains: Tensor, ideal: Tensor, relevant: Tensor, divisor: str) -> R
         precision[:, -1],
         (gained / ideal).where(ideal > 0, 0.0),
         hits[:, 0],
+        (hits / arange(1, k + 1, gains)).amax(1),
+        hits.sum(1) / relevant.clamp_min(1),
     )
     return Retrieval(*(values.mean().item() for values in per_query))
 

@@ -15,15 +15,17 @@ from mrl_fast.shared.checks import check_finite, check_int, check_stages
 from mrl_fast.shared.native import METRICS
 from mrl_fast.shared.types import SearchResult, Stage
 
-# By the names of sentence-transformers' functions, and of its SimilarityFunction.
+# By the names of sentence-transformers' functions, of its SimilarityFunction, and of metrics here.
 SIMILARITIES = {
     "cos_sim": "cosine",
     "pytorch_cos_sim": "cosine",
     "cosine": "cosine",
     "dot_score": "ip",
     "dot": "ip",
+    "ip": "ip",
     "euclidean_sim": "l2",
     "euclidean": "l2",
+    "l2": "l2",
 }
 
 
@@ -37,9 +39,13 @@ def semantic_search(
     *,
     dim: int | None = None,
     stages: Sequence[Stage] | None = None,
+    allowed: Any = None,
 ) -> list[list[dict[str, int | float]]]:
     """The best of a corpus for each query, as ``sentence_transformers.util.semantic_search`` gives
     them, without scores in memory; of equal scores the lower corpus_id first.
+
+    Prefixes of unit vectors are no unit vectors: by a prefix, search with cos_sim, which normalises
+    each, and not with dot_score, which then prefers documents whose first columns are large.
 
     Args:
         query_embeddings: ``[B, D]``, or one query ``[D]``: tensor, numpy array, DLPack object, or a
@@ -50,18 +56,20 @@ def semantic_search(
             have to bound: results, time and memory are the same for all.
         top_k: Results a query, at least 1.
         score_function: ``"cos_sim"``, ``"dot_score"``, ``"euclidean_sim"``, or sentence-
-            transformers' functions of these names. None: cos_sim, or an index's own metric.
+            transformers' functions of these names; ``"cosine"``, ``"ip"``, ``"l2"``; or a model's
+            ``similarity``. None: cos_sim, or an index's own metric.
         dim: Search by the first ``dim`` columns only; one of an index's dims.
         stages: ``(dim, keep)`` pairs: search a short prefix, rerank by longer ones, as
             ``funnel_search`` does. With neither, an index searches as it is tuned, or exactly.
+        allowed: Of an index, searches these ids only, as its ``search`` does.
 
     Returns:
         For each query a list of ``{"corpus_id": int, "score": float}``, best first: an index's ids,
         or rows; euclidean scores are −distance.
 
     Raises:
-        ValueError, TypeError: Another score function, or not the index's; both dim and stages; a
-            wrong shape or dtype, NaN or infinite values.
+        ValueError, TypeError: Another score function, or not the index's; both dim and stages;
+            allowed without an index; a wrong shape or dtype, NaN or infinite values.
     """
     check_int(query_chunk_size, "query_chunk_size", 1)
     check_int(corpus_chunk_size, "corpus_chunk_size", 1)
@@ -75,11 +83,17 @@ def semantic_search(
         index = corpus_embeddings
         if metric not in (None, index.metric):
             raise ValueError(
-                f"score_function: expected one of the index's metric {index.metric!r}, "
-                f"got {metric!r}"
+                f"score_function: expected None or {index.metric!r}, the metric that the index was "
+                f"made with, got {_shown(score_function)}"
             )
-        metric, result = index.metric, index.search(queries, k, dim=dim, stages=stages)
+        metric = index.metric
+        result = index.search(queries, k, dim=dim, stages=stages, allowed=allowed)
     else:
+        if allowed is not None:
+            raise ValueError(
+                "allowed: expected None where the corpus is not a MatryoshkaIndex, "
+                f"got {type(allowed).__name__}"
+            )
         metric = metric or "cosine"
         corpus = as_vectors(corpus_embeddings, "corpus_embeddings")
         result = _search_matrix(queries, corpus, k, metric, dim, stages)
@@ -117,9 +131,18 @@ def _metric(score_function: Any) -> str:
     if callable(score_function):
         known = str(getattr(score_function, "__module__", "")).startswith("sentence_transformers.")
         name = getattr(score_function, "__name__", None) if known else None
-    if name not in SIMILARITIES:
+        if name == "similarity":  # of a model
+            name = getattr(getattr(score_function, "__self__", None), "similarity_fn_name", None)
+    if not isinstance(name, str) or name not in SIMILARITIES:
         raise ValueError(
             f"score_function: expected one of {', '.join(SIMILARITIES)}, by name or as "
-            f"sentence-transformers' function, got {score_function!r}"
+            "sentence-transformers' function, or a model's similarity, "
+            f"got {_shown(score_function)}"
         )
     return SIMILARITIES[name]
+
+
+def _shown(score_function: Any) -> str:
+    """What a user passed; a model's method would show the whole model."""
+    name = getattr(getattr(score_function, "__self__", None), "similarity_fn_name", None)
+    return repr(score_function) if name is None else f"a model's similarity, {name!r}"

@@ -14,7 +14,8 @@ class NestedLoss(NamedTuple):
     Attributes:
         loss: ``Σ_g dim_weights[g] · ℓ_g``, differentiable; scalar, or ``[B]`` with
             ``reduction="none"``. fp32.
-        per_dim: Detached ``ℓ_g``: ``[G]``, or ``[G, B]`` with ``reduction="none"``. fp32.
+        per_dim: Detached ``ℓ_g`` by position, in the order of dims, which ascend: ``[G]``, or
+            ``[G, B]`` with ``reduction="none"``. fp32. Losses as modules keep the same tensor.
     """
 
     loss: Tensor

@@ -69,7 +69,16 @@ def strings_of_pandas(names):
     return pytest.importorskip("pandas").Series(names, index=range(7, 7 + len(names)))
 
 
-@pytest.mark.parametrize("make", [list, np.array, strings_of_pandas])
+def column(values):
+    datasets = pytest.importorskip("datasets")
+    return datasets.Dataset.from_dict({"label": values})["label"]
+
+
+def encoded(names):
+    return np.array(names, dtype="S8")
+
+
+@pytest.mark.parametrize("make", [list, np.array, strings_of_pandas, column, encoded])
 def test_labels_may_be_strings(make):
     """They count as their places in their order do, whatever labels either set lacks."""
     (train, labels), (test, answers) = blobs(60, 3, 0), blobs(20, 3, 1)
@@ -95,5 +104,93 @@ def test_labels_may_be_strings(make):
     found = superclass_accuracy(predicted, answers, make(["mammal", "insect", "mammal", "insect"]))
     assert found == superclass_accuracy(predicted, answers, ints(0, 1, 0, 1)) and found[1] < 1
     few = ["ant"] * 59 + ["bee"]
-    with pytest.raises(ValueError, match="shots: .* got 2, and 1 of label bee in train_labels"):
+    with pytest.raises(
+        ValueError, match="shots: .* got 2, and 1 of label b?'?bee'? in train_labels"
+    ):
         few_shot_accuracy(train, make(few), test, named(answers), (3,), shots=2)
+
+
+def test_judgements_may_be_dicts():
+    """Of grades, or the relevant ids alone, as sentence-transformers' evaluator takes them."""
+    ids = torch.stack([ints(5, 2, 9), ints(9, 1, 3)])
+    graded = {0: {5: 3, 9: 1}, 1: {1: 2, 4: 0}}
+    expected = judged(ids, Qrels(ints(0, 0, 1, 1), ints(5, 9, 1, 4), ints(3, 1, 2, 0)))
+    assert judged(ids, graded) == judged(ids, Qrels.of(graded)) == expected
+    narrow = {
+        np.int32(q): {np.int64(i): np.uint8(g) for i, g in of.items()} for q, of in graded.items()
+    }
+    assert judged(ids, narrow) == expected
+    alike = judged(ids, {0: {5: 1, 9: 1}, 1: {1: 1}})
+    for listed in (set, list, tuple, frozenset):
+        assert judged(ids, {0: listed([5, 9]), 1: {1: 1}}) == alike
+    assert [x.tolist() for x in Qrels.of({3: {7}, 4: {}})] == [[3], [7], [1]]
+
+
+def test_judgements_of_other_kinds_are_refused():
+    ids, x = torch.stack([ints(0, 1), ints(2, -1)]), torch.eye(3)
+    exact = prefix_topk(x[:2], x, 2)
+    for call, error, message in [
+        (
+            lambda: Qrels.of({"q7": {5: 1}}),
+            TypeError,
+            "judgements: expected integers, got the quer",
+        ),
+        (lambda: judged(ids, {0: {"500": 1}}), TypeError, "judgements: .* got the id '500': repla"),
+        (lambda: judged(ids, {0: ["500"]}), TypeError, "judgements: .* got the id '500'"),
+        (
+            lambda: Qrels.of({0: "500"}),
+            TypeError,
+            r"judgements\[0\]: expected a dict or .* got str",
+        ),
+        (lambda: Qrels.of({0: 500}), TypeError, r"judgements\[0\]: expected .* ids, got int"),
+        (lambda: Qrels.of({0: {5: 0.5}}), TypeError, r"judgements\[0\]\[5\]: .* integer, got flo"),
+        (lambda: Qrels.of({-1: {5: 1}}), ValueError, "judgements: query: .* got -1"),
+        (lambda: Qrels.of({0: {1 << 63: 1}}), ValueError, "judgements: id: expected .* in"),
+        (lambda: Qrels.of([(0, 5, 1)]), TypeError, "judgements: expected a dict, got list"),
+        (
+            lambda: judged(ids, [(0, 5, 1)]),
+            TypeError,
+            "qrels: expected Qrels or a dict .* got list",
+        ),
+        (lambda: recall_at_k(ids, exact.scores, x[:2], x), TypeError, "exact: .* got Tensor"),
+        (lambda: recall_at_k(ids, tuple(exact), x[:2], x), TypeError, "exact: .* got tuple"),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_labels_may_be_bools_or_columns():
+    x = torch.eye(4)
+    labels = [True, False, True, True]
+    expected = retrieval(x, ints(1, 0, 1, 1), x, ints(1, 0, 1, 1), (4,), k=3)
+    for make in (list, tuple, np.array, torch.tensor, column, strings_of_pandas):
+        assert retrieval(x, make(labels), x, make(labels), (4,), k=3) == expected, make
+    assert accuracy(np.array([labels]), labels) == [1]
+    assert retrieval(x, column([1, 0, 1, 1]), x, labels, (4,), k=3) == expected
+    assert retrieval(x, [*"babb"], x, column([*"babb"]), (4,), k=3) == expected
+    assert retrieval(x, [b"b", b"a", b"b", b"b"], x, [*"babb"], (4,), k=3) == expected
+    with pytest.raises(TypeError, match=r"query_labels\[0\]: expected an integer, got float"):
+        retrieval(x, column([0.5] * 4), x, labels, (4,))
+
+
+def test_queries_are_taken_as_search_takes_them():
+    """Of another dtype, of a prefix alone, and a single one."""
+    (x, labels), (queries, answers) = blobs(60, 3, 0), blobs(20, 3, 1)
+    expected = recall_by_dim(queries, x, (4, 8, 12))
+    assert recall_by_dim(queries.double(), x, (4, 8, 12)) == expected
+    assert recall_by_dim(queries.numpy().astype("f8"), x, (4, 8, 12)) == expected
+    cut = queries[:, :8], x[:, :8].contiguous()
+    assert recall_by_dim(cut[0], x, (4, 8)) == recall_by_dim(*cut, (4, 8)) != expected[:2]
+    found = retrieval(queries, answers, x, labels, (8, 4), k=3)
+    assert retrieval(cut[0], answers, x, labels, (8, 4), k=3) == found
+    assert retrieval(queries[0], answers[:1], x, labels, (8,), k=3) == retrieval(
+        queries[:1], answers[:1], x, labels, (8,), k=3
+    )
+    sets = labels, queries.half(), answers, (12,)
+    assert nearest_neighbour_accuracy(x, *sets) == nearest_neighbour_accuracy(
+        x, labels, queries.half().float(), answers, (12,)
+    )
+    with pytest.raises(ValueError, match="dims: expected widths of at most 8"):
+        retrieval(cut[0], answers, x, labels, (12,))
+    with pytest.raises(ValueError, match="database: expected width 12 as queries, got 8"):
+        retrieval(queries, answers, cut[1], labels, (4,))

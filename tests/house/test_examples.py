@@ -17,14 +17,18 @@ ROW = re.compile(r" +(\d+)((?: +-?[\d.]+)+)")
 
 
 def test_readme(capsys, recwarn):
-    """Its first two blocks run as they stand: a search finds what it asks for, a head learns."""
+    """Its first blocks run as they stand: a search finds what it asks for, every prefix is judged, a
+    head learns."""
     readme = (EXAMPLES.parent / "README.md").read_text()
     torch.manual_seed(0)
     blocks, names = re.findall(r"```python\n(.*?)```", readme, re.S), {}
-    exec("".join(blocks[:2]), names)
+    exec("".join(blocks[:3]), names)
     assert all(tensor.grad.any() for tensor in [names["features"], *names["head"].parameters()])
-    found = capsys.readouterr().out.split("\n")[:3]
-    assert any("name='inv'" in line for line in found), found
+    found = capsys.readouterr().out.split("\n")
+    assert any("name='inv'" in line for line in found[:3]), found
+    quality = re.findall(r"(\d+): MRR@10 (\S+), recall@10 (\S+)", found[3])
+    assert [dim for dim, *_ in quality] == ["16", "64", "256"]
+    assert all(0.2 < float(mrr) < float(recall) < 1 for _, mrr, recall in quality), quality
 
 
 ELSEWHERE = "# elsewhere\n"  # the first line of a block that runs where mrl_fast is not

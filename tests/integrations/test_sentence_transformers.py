@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("sentence_transformers")
 
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as originals
 from sentence_transformers.util import dot_score, euclidean_sim
 
@@ -143,6 +144,12 @@ def test_a_subclass_or_a_guide_that_is_the_model_is_not_what_is_fused(encoder):
 def test_labels_of_full_width_are_cut_as_the_embeddings(encoder):
     with pytest.warns(UserWarning, match="MSELoss has no fused form"):
         assert_same_step(originals.MSELoss, encoder, columns=1, labels=torch.randn(ROWS, 48))
+
+
+def test_2d_needs_layers():
+    model = SentenceTransformer(modules=[torch.nn.Identity()])
+    with pytest.raises(ValueError, match="model: expected one whose first module .* got Identity"):
+        Matryoshka2dLoss(model, MNRL(model), list(DIMS))
 
 
 @pytest.mark.parametrize("n_dims", [1, -1])

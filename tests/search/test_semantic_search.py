@@ -92,6 +92,39 @@ def test_an_index_is_a_corpus(metric, name):
         torch.testing.assert_close(scores, split(expected)[1], atol=1e-6, rtol=1e-5)
 
 
+def test_an_index_is_searched_among_allowed_ids():
+    queries, corpus = vectors(5, seed=1), vectors(300)
+    index = MatryoshkaIndex((16, 96))
+    index.add(corpus)
+    few = torch.arange(7, 300, 13)
+    expected = semantic_search(queries, corpus[few])
+    for options in ({}, dict(stages=[(16, 300), (96, 10)])):
+        ids, scores = split(semantic_search(queries, index, allowed=few, **options))
+        assert ids == [few[row].tolist() for row in split(expected)[0]]
+        torch.testing.assert_close(scores, split(expected)[1], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"), [("cosine", "cosine"), ("dot", "ip"), ("euclidean", "l2")]
+)
+def test_a_models_similarity_is_its_score_function(name, metric):
+    library = pytest.importorskip("sentence_transformers")
+    model = library.SentenceTransformer(modules=[torch.nn.Identity()], similarity_fn_name=name)
+    queries, corpus = vectors(5, seed=1), vectors(60)
+    found = semantic_search(queries, corpus, score_function=model.similarity)
+    assert found == semantic_search(queries, corpus, score_function=metric)
+    theirs = library.util.semantic_search(queries, corpus, score_function=model.similarity)
+    assert split(found)[0] == split(theirs)[0]
+    index = MatryoshkaIndex((16, 96), metric="ip" if metric == "cosine" else "cosine")
+    with pytest.raises(ValueError, match=f"score_function: .* got a model's similarity, '{name}'"):
+        semantic_search(queries, index, score_function=model.similarity)
+    model.similarity_fn_name = "manhattan"
+    with pytest.raises(
+        ValueError, match="score_function: .* got a model's similarity, 'manhattan'"
+    ):
+        semantic_search(queries, corpus, score_function=model.similarity)
+
+
 def test_prefixes():
     queries, corpus = vectors(5, seed=1), vectors(300)
     index = MatryoshkaIndex((16, 96))
@@ -136,6 +169,8 @@ def cos_sim(a, b):  # not sentence-transformers'
         (dict(score_function="manhattan_sim"), ValueError, "score_function: expected one of cos"),
         (dict(score_function=cos_sim), ValueError, "score_function: .* got <function cos_sim"),
         (dict(score_function=3), ValueError, "score_function: .* got 3"),
+        (dict(score_function=["ip"]), ValueError, r"score_function: .* got \['ip'\]"),
+        (dict(allowed=[3]), ValueError, "allowed: expected None where .* not a .*Index, got list"),
         (dict(top_k=0), ValueError, "top_k: expected an integer >= 1, got 0"),
         (dict(query_chunk_size=0), ValueError, "query_chunk_size: expected an integer >= 1"),
         (dict(corpus_chunk_size=1.5), TypeError, "corpus_chunk_size: expected an integer"),
@@ -166,7 +201,8 @@ def test_bad_vectors():
     ):
         with pytest.raises(error, match=message):
             semantic_search(queries, corpus)
-    with pytest.raises(ValueError, match="score_function: expected one of the index's metric 'ip'"):
+    message = "score_function: expected None or 'ip', the metric that .* got 'cos_sim'"
+    with pytest.raises(ValueError, match=message):
         semantic_search(x, index, score_function="cos_sim")
     with pytest.raises(ValueError, match=r"dim: expected one of \(16, 96\), got 32"):
         semantic_search(x, index, dim=32)

@@ -15,6 +15,7 @@ from mrl_fast import (
     MatryoshkaInfoNCELoss,
     MatryoshkaLoopLoss,
     MRLLinear,
+    matryoshka_info_nce,
 )
 from mrl_fast.integrations.raivn import Matryoshka_CE_Loss, MRL_Linear_Layer
 from tests.helpers.changed_heads import CLASSES, DIMS, batch, changed, lora
@@ -196,3 +197,17 @@ def test_what_is_no_head_is_named():
     with pytest.raises(ValueError, match="x: expected width >= 20, got 19"):
         MatryoshkaCrossEntropyLoss()(head, x[:, :19], target)
     assert MatryoshkaCrossEntropyLoss()(AdaptiveClassifier([*head.heads]).head, x, target) > 0
+
+
+def test_descending_dims_are_refused_by_what_to_pass():
+    x = torch.randn(4, 64)
+    message = r"dims: expected .*, got \[64, 16, 32\]: .* by position, so pass \[16, 32, 64\]"
+    for call in (
+        lambda dims: MatryoshkaInfoNCELoss(dims),
+        lambda dims: MatryoshkaLoopLoss(torch.dot, dims),
+        lambda dims: matryoshka_info_nce(x, x, dims),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call([64, 16, 32])
+        with pytest.raises(ValueError, match="dims: expected no width twice"):
+            call([16, 16])

@@ -31,8 +31,8 @@ def quality(
     found: Quality = {f"MRR@{K}": [], f"R@{K}": []}
     for dim in dims:
         ids = prefix_topk(queries, documents, K, dim=dim, metric="cosine").ids
-        result = judged(ids, qrels, divisor="relevant")
-        found[f"MRR@{K}"].append(result.map)
-        found[f"R@{K}"].append(K * result.precision)
+        result = judged(ids, qrels)
+        found[f"MRR@{K}"].append(result.mrr)
+        found[f"R@{K}"].append(result.recall)
         on_dim()
     return found

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mrl_fast.shared.checks import check_dims
 
 try:
+    from sentence_transformers.base.modules import Transformer
     from sentence_transformers.base.trainer import BaseTrainer
     from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
@@ -100,7 +101,9 @@ class MatryoshkaLoss(_Logged, losses.MatryoshkaLoss):
             all. Ranks of ``torch.distributed`` use those that rank 0 draws: all have to call.
 
     Attributes:
-        per_dim: The last call's detached, unweighted loss of each dim that was drawn.
+        per_dim: The last call's detached, unweighted loss of each dim that was drawn, as a dict by
+            dim (elsewhere in mrl_fast a tensor by position): ascending where the loss is fused, as
+            ``matryoshka_dims`` where it runs in the loop.
 
     Raises:
         ValueError, TypeError: As the original; a dim beyond the embeddings' width.
@@ -246,6 +249,9 @@ class Matryoshka2dLoss(_Logged, losses.Matryoshka2dLoss):
     Attributes:
         per_dim: As of MatryoshkaLoss, at the last layer; what a trainer logs.
 
+    Raises:
+        ValueError, TypeError: As MatryoshkaLoss; a model that does not begin with a Transformer.
+
     Source: Li et al., 2D Matryoshka Sentence Embeddings, 2024.
     """
 
@@ -265,6 +271,11 @@ class Matryoshka2dLoss(_Logged, losses.Matryoshka2dLoss):
         kl_temperature: float = 0.3,
         layer_weighting: Any = "uniform",
     ):
+        if not isinstance(model[0], Transformer):
+            raise ValueError(
+                "model: expected one whose first module is a Transformer, whose layers the loss "
+                f"compares, got {type(model[0]).__name__}: MatryoshkaLoss needs no layers"
+            )
         nested = MatryoshkaLoss(model, loss, matryoshka_dims, matryoshka_weights, n_dims_per_step)
         losses.AdaptiveLayerLoss.__init__(
             self,
