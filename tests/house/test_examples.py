@@ -17,8 +17,8 @@ ROW = re.compile(r" +(\d+)((?: +-?[\d.]+)+)")
 
 
 def test_readme(capsys, recwarn):
-    """Its first blocks run as they stand: a search finds what it asks for, every prefix is judged, a
-    head learns."""
+    """Its first blocks run as they stand: a search finds what it asks for, every prefix is judged,
+    a head learns."""
     readme = (EXAMPLES.parent / "README.md").read_text()
     torch.manual_seed(0)
     blocks, names = re.findall(r"```python\n(.*?)```", readme, re.S), {}
