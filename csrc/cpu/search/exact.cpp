@@ -247,7 +247,7 @@ Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<
         std::vector<double> guess(bounded.size(), -INFINITY);
         std::vector<int64_t> some, others;
         Status status = Status::OK;
-        if (int64_t(bounded.size()) >= 4 * FEW_QUERIES) {
+        if (!p.laddered() && int64_t(bounded.size()) >= 4 * FEW_QUERIES) {
             for (size_t i = 0; i < FEW_QUERIES; ++i)
                 some.push_back(bounded[i * bounded.size() / FEW_QUERIES]);
             status = seed(p, some, step, threads, &guess);
