@@ -168,7 +168,7 @@ def naming_ids(vectors: Vectors, folder: Path | None = None) -> Iterator[None]:
         values, counts = np.unique(ids, return_counts=True)
         wrong, more = values[counts > 1], "again"
         if not len(wrong) and folder is not None:
-            wrong, more = ids[MatryoshkaIndex.load(folder).contains(ids).numpy()], "that are"
+            wrong, more = ids[MatryoshkaIndex.load(folder).contains(ids)], "that are"
             wanted = wanted[1:]
         if not len(wrong):
             raise
