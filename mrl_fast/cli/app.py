@@ -1,10 +1,11 @@
 """All commands of ``mrl-fast``."""
 
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from typer.core import TyperGroup
 
 from mrl_fast.cli.commands.add import add
 from mrl_fast.cli.commands.build import build
@@ -18,7 +19,16 @@ from mrl_fast.cli.commands.tune import tune
 from mrl_fast.cli.commands.update import update
 from mrl_fast.cli.commands.verify import verify
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+class _Commands(TyperGroup):
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = {info.callback.__name__ for info in index.registered_commands if info.callback}
+        if args and args[0] in known:
+            ctx.fail(f"No such command {args[0]!r}: it is mrl-fast index {args[0]}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 index = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(index, name="index")
 

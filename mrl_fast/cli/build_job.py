@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from mrl_fast.cli import sidecars
-from mrl_fast.cli.inputs import Vectors, naming_rows
-from mrl_fast.cli.output import Checkpoints, progress
+from mrl_fast.cli.inputs import Vectors, naming_ids, naming_rows
+from mrl_fast.cli.output import Checkpoints, note, progress
 from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.shared.arrays import as_tensor
@@ -32,17 +32,17 @@ def build(
     quiet: bool,
 ) -> dict[str, Any]:
     """Builds an index of the vectors in a folder, or goes on with one that was begun; a summary."""
-    if dims[-1:] != [vectors.width]:
+    if max(dims) != vectors.width:
         raise ValueError(
-            f"--dims: expected the last to be the vectors' width {vectors.width}, got {dims}"
+            f"--dims: expected the largest to be the vectors' width {vectors.width}, got {dims}"
         )
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, got {out}, which is a file")
-    begun, new = time.perf_counter(), False
+    begun, new, made = time.perf_counter(), False, not out.exists()
     index = MatryoshkaIndex(dims, **settings)
     if (out / manifests.FILE).exists() and not overwrite:
         index = MatryoshkaIndex.load(out)
-        _check_same(index, {"dims": tuple(dims), **settings}, out)
+        _check_same(index, {"dims": tuple(sorted(dims)), **settings}, out)
         _check_rows(index, vectors, out)
     else:
         if settings["rotation"] or settings["codes"]:
@@ -51,6 +51,8 @@ def build(
             index.save(out)
     done = len(index)
     if done < vectors.rows:
+        if done:
+            note(f"going on after {done:,} rows", quiet)
         checkpoint = checkpoint or max(1, CHECKPOINT_BYTES // (4 * vectors.width))
         try:
             if not overwrite:
@@ -58,7 +60,7 @@ def build(
             index = _append_all(index, vectors, out, checkpoint, overwrite, quiet)
         except BaseException:
             if new:
-                _undo_an_empty_build(out)
+                _undo_an_empty_build(out, made)
             raise
     sidecars.finish(out)
     return {
@@ -73,12 +75,14 @@ def _fit(index: MatryoshkaIndex, vectors: Vectors) -> None:
         index.fit(samples)
 
 
-def _undo_an_empty_build(out: Path) -> None:
+def _undo_an_empty_build(out: Path, made: bool) -> None:
     """Leaves a folder that was new as if nothing had been asked for, where no row was saved."""
     if not len(MatryoshkaIndex.load(out)):
         sidecars.remove(out)
         for name in (*manifests.files_of(manifests.read(out)), manifests.FILE):
             (out / name).unlink(missing_ok=True)
+        if made:
+            out.rmdir()
 
 
 def _append_all(
@@ -101,7 +105,8 @@ def _append_all(
     chunk = max(1, checkpoint // max(PIECES, -(-checkpoint // vectors.chunk_rows)))
     checkpoints = Checkpoints("build", vectors.rows, saved, quiet)
     try:
-        with progress("build", vectors.rows, done=saved, quiet=quiet) as bar:
+        bars = progress("build", vectors.rows, done=saved, quiet=quiet)
+        with naming_ids(vectors), bars as bar:
             for part, ids, row in vectors.chunks(chunk, saved):
                 if ids is None:
                     ids = np.arange(row, row + len(part))
@@ -133,9 +138,16 @@ def _check_same(index: MatryoshkaIndex, wanted: dict[str, Any], out: Path) -> No
             there = None if there is None else "pca"
         if there != value:
             raise ValueError(
-                f"--{name.replace('_', '-')}: expected {there} as in {out}, got {value}; "
+                f"--{name.replace('_', '-')}: expected {_word(there)} as in {out}, got "
+                f"{_word(value)}; "
                 "--overwrite builds anew"
             )
+
+
+def _word(setting: Any) -> str:
+    if setting is None:
+        return "none"
+    return ",".join(map(str, setting)) if isinstance(setting, tuple) else str(setting)
 
 
 def _check_rows(index: MatryoshkaIndex, vectors: Vectors, out: Path) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from mrl_fast.cli import sidecars
-from mrl_fast.cli.inputs import Vectors, check_width, naming_rows
+from mrl_fast.cli.inputs import Vectors, check_width, naming_ids, naming_rows
 from mrl_fast.cli.output import progress, saying_on_interrupt
 from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.index import MatryoshkaIndex
-from mrl_fast.search.readers import PARQUET, read_selection
+from mrl_fast.search.readers import PARQUET, npy, read_ids
+from mrl_fast.search.readers.base import existing
 from mrl_fast.search.readers.text import no_id
 
 
@@ -24,12 +25,15 @@ def add(vectors: Vectors, folder: Path, *, quiet: bool) -> dict[str, Any]:
     begun = time.perf_counter()
     with _changing(folder, "nothing was added to", "all rows were added to") as index:
         check_width(vectors, index)
-        with progress("add", vectors.rows, quiet=quiet) as bar:
+        before = len(index)
+        with naming_ids(vectors, folder), progress("add", vectors.rows, quiet=quiet) as bar:
             for part, ids, row in vectors.chunks(vectors.chunk_rows):
                 with naming_rows(vectors, part, row, index.dtype):
                     index.add(part, ids)
                 bar.update(len(part))
-    return {**_summary(folder, index, begun), "added": vectors.rows, "dims": index.dims}
+    came = None if vectors.has_ids else index.ids[[before, -1]].tolist()
+    added = {"added": vectors.rows, "ids": came, "dims": index.dims}
+    return {**_summary(folder, index, begun), **added}
 
 
 def update(vectors: Vectors, folder: Path, *, quiet: bool) -> dict[str, Any]:
@@ -42,15 +46,15 @@ def update(vectors: Vectors, folder: Path, *, quiet: bool) -> dict[str, Any]:
     begun, seen = time.perf_counter(), []
     with _changing(folder, "nothing was replaced in", "all vectors were replaced in") as index:
         check_width(vectors, index)
-        with progress("update", vectors.rows, quiet=quiet) as bar:
+        with naming_ids(vectors), progress("update", vectors.rows, quiet=quiet) as bar:
             for part, ids, row in vectors.chunks(vectors.chunk_rows):
                 with naming_rows(vectors, part, row, index.dtype):
                     index.update(ids, part)
                 seen.append(ids)
                 bar.update(len(part))
-        values, counts = np.unique(np.concatenate(seen), return_counts=True)
-        if counts.max() > 1:
-            raise ValueError(f"ids: expected none twice, got {values[counts > 1][0]} again")
+            values, counts = np.unique(np.concatenate(seen), return_counts=True)
+            if counts.max() > 1:
+                raise ValueError(f"ids: expected none twice, got {values[counts > 1][0]} again")
     return {**_summary(folder, index, begun), "updated": vectors.rows}
 
 
@@ -63,7 +67,7 @@ def remove(
         raise ValueError(f"ID: expected ids, or a file of them by --ids, got {got}")
     begun = time.perf_counter()
     with _changing(folder, "nothing was removed from", "all of them were removed from") as index:
-        ids = _ids(index, folder, given, file, id_column)
+        ids = _ids(folder, given, file, id_column)
         known = index.contains(ids)
         if not known.all():
             unknown = ids[~known]
@@ -96,7 +100,6 @@ def _changing(folder: Path, before: str, after: str) -> Iterator[MatryoshkaIndex
 
 
 def _ids(
-    index: MatryoshkaIndex,
     folder: Path,
     given: list[str],
     file: Path | None,
@@ -106,8 +109,13 @@ def _ids(
         return np.array([_id(text) for text in given], np.int64)
     if id_column is None and file.suffix.lower() in PARQUET:
         id_column = sidecars.columns(folder).get("id_column")
-    found = read_selection(file, len(index), id_column)
-    return index.ids.numpy()[found] if found.dtype == bool else found
+    if file.suffix.lower() == ".npy" and npy.is_mask(existing(file)):
+        raise ValueError(
+            f"{file}: expected ids, got what may be a mask, as it is of bool or uint8: update and "
+            f'remove change the order of rows; "info --ids" writes the ids in it, and ids[mask] '
+            "of them can be removed"
+        )
+    return read_ids(file, id_column)
 
 
 def _id(text: str) -> np.int64:

@@ -13,10 +13,12 @@ import torch
 from mrl_fast.cli.sources import Parts, files_of, sorted_by_a_shell
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.readers import open_vectors, options_of, read_ids
+from mrl_fast.search.readers.base import ADVICE
 from mrl_fast.shared import memory
 from mrl_fast.shared.arrays import as_tensor
 from mrl_fast.shared.types import Stage
 
+NAMED = 3  # of files that are passed over
 CHUNK_BYTES = 1 << 25  # of vectors as fp32, read and added at a time
 
 
@@ -28,7 +30,9 @@ class Vectors:
         where: The same, wherever a command is run.
         ids: ``[rows of the files]`` int64 where they come from a file of their own, else None.
         told: The options by which the files are read, by name.
-        notes: What a user may want to know of how they are read.
+        notes: What a user may want to know of how they are read, but of ids.
+        ids_note: The same of a column of ids that is not used; None where there is none.
+        ids_from: The file of ids, or else the files of vectors, as they were given.
     """
 
     def __init__(
@@ -43,7 +47,9 @@ class Vectors:
         remembered: Mapping[str, str] | None = None,
     ):
         """``remembered`` are options as of ``told`` that hold where none is given."""
-        paths, self.notes, self.ids, self.first = files_of(given), [], None, skip
+        (paths, passed), self.notes, self.ids, self.first = files_of(given), [], None, skip
+        if passed:
+            self.notes.append(f"passed over, as they hold no vectors: {_named(passed)}")
         self.name, self.where = _range(given), _range([path.absolute() for path in given])
         options = {"column": column, "key": key, "id_column": id_column}
         if ids is not None:
@@ -58,6 +64,8 @@ class Vectors:
         self.source = _opened(paths, options, known)
         self.told = {name: value for name, value in options.items() if value is not None}
         self.has_ids = ids is not None or "id_column" in self.told
+        self._id_column, self.ids_from = options["id_column"], ids or self.name
+        self.ids_note = None if self.has_ids else _note_of_ids(self.source)
         self._note(given, known)
         if self.ids is not None and len(self.ids) != self.source.rows:
             raise ValueError(
@@ -79,12 +87,15 @@ class Vectors:
             )
         if known:
             self.notes.append(f"{_as_options(known)}, as the index was built")
-        names = [name for name in self.source.id_columns if name.lower() == "id"]
-        if names and not self.has_ids:
-            self.notes.append(
-                f"{self.source.path} has a column of integers {names[0]!r}, which is not used; "
-                f"--id-column {names[0]} takes ids from it"
-            )
+
+    def all_ids(self) -> np.ndarray:
+        """The ids of all rows, where they have some, without the vectors."""
+        if self.ids is None:
+            files = (source.path for source in self.source.sources)
+            ids = np.concatenate([read_ids(path, self._id_column) for path in files])
+        else:
+            ids = self.ids
+        return ids[self.first : self.first + self.rows]
 
     def chunks(self, rows: int, start: int = 0) -> Iterator[tuple[Any, np.ndarray | None, int]]:
         """Vectors from row ``first + start`` on, their ids where these are given, and the first
@@ -113,6 +124,23 @@ def _range(paths: Sequence[Path]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
 
 
+def _named(paths: Sequence[Path]) -> str:
+    """The first few."""
+    more = f" and {len(paths) - NAMED:,} more" if len(paths) > NAMED else ""
+    return ", ".join(map(str, paths[:NAMED])) + more
+
+
+def _note_of_ids(source: Parts) -> str | None:
+    name = next((name for name in source.id_columns if name.lower() == "id"), None)
+    if name is None:
+        return None
+    if source.id_columns[name]:
+        kind, advice = "integers", f"; --id-column {name} takes ids from it"
+    else:
+        kind, advice = "strings", ADVICE
+    return f"{source.path} has a column of {kind} {name!r}, which is not used{advice}"
+
+
 def _opened(paths: list[Path], options: dict[str, Any], known: dict[str, str]) -> Parts:
     try:
         return Parts([open_vectors(path, **options) for path in paths])
@@ -124,6 +152,29 @@ def _opened(paths: list[Path], options: dict[str, Any], known: dict[str, str]) -
 
 def _as_options(known: Mapping[str, str]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in known.items())
+
+
+@contextmanager
+def naming_ids(vectors: Vectors, folder: Path | None = None) -> Iterator[None]:
+    """Errors about ids that come twice, or are in use in the index of ``folder``, name the file
+    that they come from, and count them."""
+    try:
+        yield
+    except ValueError as error:
+        wanted = "expected none twice", "expected ids that are not in use"
+        if not vectors.has_ids or not str(error).startswith(tuple(f"ids: {w}" for w in wanted)):
+            raise
+        ids = vectors.all_ids()
+        values, counts = np.unique(ids, return_counts=True)
+        wrong, more = values[counts > 1], "again"
+        if not len(wrong) and folder is not None:
+            wrong, more = ids[MatryoshkaIndex.load(folder).contains(ids)], "that are"
+            wanted = wanted[1:]
+        if not len(wrong):
+            raise
+        also = f" and {len(wrong) - 1:,} more {more}" if len(wrong) > 1 else ""
+        got = f"{wrong[0]} again" if more == "again" and not also else f"{wrong[0]}{also}"
+        raise ValueError(f"{vectors.ids_from}: {wanted[0]}, got {got}") from None
 
 
 def check_width(vectors: Vectors, index: MatryoshkaIndex) -> None:

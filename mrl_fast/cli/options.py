@@ -57,9 +57,10 @@ IdColumn = Annotated[
         help="Parquet's column of ids, integers: of the file --ids, where there is one.",
     ),
 ]
-SELECTION = (
-    ".npy [n], .ivecs of width 1, .txt with one a line; or a mask, .npy [N] of bool or of uint8 0 "
-    "and 1, one for each row in the order of adding"
+SELECTION = ".npy [n], .ivecs of width 1, .txt with one a line"
+MASK = (
+    'a mask, .npy [N] of bool or of uint8 0 and 1, one for each row in the order of "info --ids", '
+    "which update and remove change"
 )
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Read no more rows than this.")]
 K = Annotated[

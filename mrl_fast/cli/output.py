@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ EXTRAS = {
 }
 
 
+# Arguments of functions that are options of the same name.
+OPTIONS = (
+    "recall|seconds|batch|confidence|device|dims|metric|dtype|prefix_dtype|codes|rotation|stages|"
+    "allowed"
+)
+
+
 @contextmanager
 def failing(quiet: bool = False) -> Iterator[None]:
     """Bad input ends in one line on stderr and code 2, Ctrl-C in code 130; a warning is a line, and
@@ -45,11 +53,52 @@ def failing(quiet: bool = False) -> Iterator[None]:
         needs_extra(error, EXTRAS.get(str(error.name), "cli"))
         raise typer.Exit(2) from None
     except (ValueError, OSError) as error:
-        say(str(error))
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            error = f"{error.filename}: expected a place to read or write, got {error.strerror}"
+        say(in_options(str(error)))
         raise typer.Exit(2) from None
     except KeyboardInterrupt as error:
         say(f"interrupted: {error}" if str(error) else "interrupted")
         raise typer.Exit(130) from None
+
+
+def in_options(message: str) -> str:
+    """A message that names arguments of functions, in the words of the command line.
+
+    What follows a file's name is of its content, but for the options that say how it is read.
+    """
+    for pattern, words in (
+        (r"^path: (?=expected an index or an empty folder)", "--out: "),
+        (r"^path: ", "INDEX: "),
+        (r"^k: ", "-k: "),
+        (r"^stages\[(\d+)\] ", lambda m: f"--stages: stage {int(m[1]) + 1}, "),
+        (rf"^({OPTIONS}): ", lambda m: f"{_option(m[1])}: "),
+        (r"(?<=: )(column|key|id_column): (?=expected)", lambda m: f"{_option(m[1])}: "),
+        (r"(?<= )(codes|prefix_dtype|rotation|device)='([\w:]+)'", _as_given),
+        (r"(?<=\()(seconds)=([\w.+-]+)(?=\))", _as_given),
+    ):
+        message = re.sub(pattern, words, message, count=1)
+    return message
+
+
+def _as_given(found: re.Match[str]) -> str:
+    return f"{_option(found[1])} {found[2]}"
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check_out(path: Path, option: str, suffixes: Sequence[str]) -> None:
+    """A file of one of these formats may be written there."""
+    if path.suffix not in suffixes:
+        raise ValueError(f"{option}: expected a file ending in {' or '.join(suffixes)}, got {path}")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{option}: expected a folder that there is, got {folder}")
+    if not os.access(folder, os.W_OK) or path.is_dir():
+        got = f"the folder {path}" if path.is_dir() else f"{folder}, which is not to be written to"
+        raise ValueError(f"{option}: expected a file to write in a folder, got {got}")
 
 
 def say(message: str) -> None:
@@ -118,9 +167,12 @@ def show_written(summary: dict[str, Any], vectors: Vectors, as_json: bool) -> No
         show_json(summary)
     elif summary["added"]:
         rate = summary["added"] / max(summary["seconds"], 1e-9)
+        first, last = summary.get("ids") or (None, None)
+        ids = "" if first is None else f" with ids {first} to {last}"
         print(
             f"{summary['index']}: {summary['rows']:,} rows × {vectors.width}, "
-            f"{summary['added']:,} of them new, {summary['seconds']:.1f} s, {rate:,.0f} a second"
+            f"{summary['added']:,} of them new{ids}, {summary['seconds']:.1f} s, "
+            f"{rate:,.0f} a second"
         )
     else:
         print(
@@ -129,9 +181,10 @@ def show_written(summary: dict[str, Any], vectors: Vectors, as_json: bool) -> No
         )
 
 
-def show_notes(vectors: Vectors, quiet: bool) -> None:
-    for each in vectors.notes:
-        note(each, quiet)
+def show_notes(vectors: Vectors, quiet: bool, *, ids: bool = True) -> None:
+    for each in (*vectors.notes, vectors.ids_note if ids else None):
+        if each is not None:
+            note(each, quiet)
 
 
 def show_fields(fields: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +14,19 @@ import torch
 
 from mrl_fast.cli import sidecars
 from mrl_fast.cli.inputs import Vectors, check_width, naming_rows
-from mrl_fast.cli.output import note, progress, replacing, saying_on_interrupt, shows_progress
-from mrl_fast.search.index import MatryoshkaIndex
+from mrl_fast.cli.output import (
+    check_out,
+    note,
+    progress,
+    replacing,
+    saying_on_interrupt,
+    shows_progress,
+)
+from mrl_fast.search.index import MatryoshkaIndex, tuning
 from mrl_fast.search.readers import read_neighbours
 from mrl_fast.shared.arrays import as_tensor
 from mrl_fast.shared.recall import count_found
-from mrl_fast.shared.types import SearchResult, Stage
+from mrl_fast.shared.types import SearchResult, Stage, Tuned, shown
 
 BATCH = 1024  # queries a call
 MANY = 1 << 24  # neighbours a call
@@ -62,7 +69,15 @@ def search(
 ) -> dict[str, Any]:
     """A summary, and the results of the first ``shown`` queries, which may be of the width of any
     prefix that the index takes."""
-    k, stages = asked.k, None
+    k, stages, lapse = asked.k, None, lapse_of(index, queries.width, asked)
+    if lapse:
+        note(
+            f"warning: the index is searched exactly, which may take many times as long, as "
+            f"{lapse}: tune again (mrl-fast index tune INDEX samples "
+            f"-k {max(k, index.tuned.k)}), or give --stages or --exact",
+            quiet,
+        )
+        asked = asked._replace(exact=True)  # which it is: the index does not warn as well
     known = None if truth is None else _neighbours(truth, queries, k)
     hits, seconds, results = 0, 0.0, []
     with (
@@ -84,10 +99,27 @@ def search(
             write(done, result)
             done += len(part)
             bar.update(len(part))
-    summary: dict[str, Any] = {"queries": queries.rows, "k": k, "stages": stages}
+    summary: dict[str, Any] = {
+        "queries": queries.rows, "k": k, "dim": queries.width, "stages": stages, "lapsed": lapse
+    }  # fmt: skip
     if known is not None:
         summary["recall"] = hits / max(1, int((known >= 0).sum()))
     return {**summary, "seconds": seconds, "out": out, "results": results}
+
+
+def lapse_of(index: MatryoshkaIndex, width: int, asked: Asked) -> str | None:
+    """Why the stages that the index was tuned to do not hold for a plain search; None where they
+    do, where there are none, and for any other search."""
+    tuned = index.tuned
+    if tuned is None or tuned.stages is None or asked.exact or asked.stages is not None:
+        return None
+    if width != index.width:
+        return None
+    if asked.k > tuned.k:
+        return f"it is tuned for k up to {tuned.k} and -k {asked.k} was asked for"
+    if not tuned.in_force:
+        return f"it was tuned with {tuned.rows:,} vectors and now holds {len(index):,}"
+    return None
 
 
 def tune(
@@ -98,25 +130,45 @@ def tune(
     plot: Path | None,
     quiet: bool,
     **target: Any,
-) -> Any:
-    """Saves the stages that ``MatryoshkaIndex.tune`` finds, and draws its report, which it
-    returns."""
+) -> tuple[Any, bool]:
+    """Saves the stages that ``MatryoshkaIndex.tune`` finds, and draws its report; the report, and
+    whether they were saved, which they are not where no list could be tried in the time."""
     check_width(queries, index)
+    before = index.tuned
     if plot is not None:
         import matplotlib  # noqa: F401  # before the work, if it is missing
 
-        _check_out(plot, "--plot", PLOTS)
+        check_out(plot, "--plot", PLOTS)
     with saying_on_interrupt(
         folder, f"nothing was saved in {folder}", f"the stages are saved in {folder}"
     ):
         samples = queries.matrix()
         with naming_rows(queries, samples, queries.first):
             report = index.tune(samples, **target, progress=shows_progress(quiet))
-        index.save(folder)
+        late = sum(n for n, why in report.untried if why not in (tuning.CHEAPER, tuning.SLOW))
+        tried = not late or any(row.stages for row in report.rows)
+        if tried:
+            index.save(folder)
+        _note_lateness(before, report, late, tried, folder, quiet)
         if plot is not None:
             with replacing(plot) as new:
                 report.plot(new)
-    return report
+    return report, tried
+
+
+def _note_lateness(
+    before: Tuned | None, report: Any, late: int, tried: bool, folder: Path, quiet: bool
+) -> None:
+    """Says what is replaced by exact search, or is not, where the time did not do."""
+    stages = None if before is None else before.stages
+    if not late or (tried and (report.stages or not stages)):
+        return
+    stays = f"{folder} stays tuned to {shown(stages)}" if stages else f"{folder} is as it was"
+    note(
+        f"warning: {f'exact search replaces {shown(stages)}' if tried else stays}, and {late:,} "
+        f"stage lists were not tried for want of time: give more --seconds",
+        quiet,
+    )
 
 
 def _neighbours(path: Path, queries: Vectors, k: int) -> torch.Tensor:
@@ -158,13 +210,6 @@ def _picked(scored: SearchResult, ids: torch.Tensor) -> SearchResult:
     return SearchResult(scores.where(here, -torch.inf), ids[None].where(here, -1))
 
 
-def _check_out(path: Path, option: str, suffixes: Sequence[str]) -> None:
-    if path.suffix not in suffixes:
-        raise ValueError(f"{option}: expected a file ending in {' or '.join(suffixes)}, got {path}")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"{option}: expected a folder that there is, got {path.absolute().parent}")
-
-
 def _as_lists(first: int, scores: torch.Tensor, ids: torch.Tensor) -> list[dict[str, Any]]:
     """The neighbours of each query, without missing ones."""
     rows = zip(scores.tolist(), ids.tolist(), strict=True)
@@ -184,7 +229,7 @@ def _writer(out: Path | None, queries: int, k: int) -> Iterator[Write]:
     if out is None:
         yield lambda first, result: None
         return
-    _check_out(out, "--out", OUTPUTS)
+    check_out(out, "--out", OUTPUTS)
     if out.suffix == ".npz":
         scores, ids = np.empty((queries, k), np.float32), np.empty((queries, k), np.int64)
 

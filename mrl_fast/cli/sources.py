@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mrl_fast.search.disk.filesystem import files_that_matter
-from mrl_fast.search.readers import PARQUET
+from mrl_fast.search.readers import PARQUET, holds_vectors
 from mrl_fast.search.readers.base import Chunk, Source
 
 
@@ -45,17 +45,28 @@ class Parts(Source):
         return part.path, row - int(self.ends[i]) + part.rows
 
 
-def files_of(given: Sequence[Path]) -> list[Path]:
+def files_of(given: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """The files that are meant, in the order to read them: those of a folder and those that match
-    a pattern sorted by name, numbers in names by value; else as they are given."""
-    files = []
+    a pattern sorted by name, numbers in names by value; else as they are given. Then those that are
+    passed over: of a folder or a pattern the ones whose format holds no vectors."""
+    files: list[Path] = []
+    passed: list[Path] = []
     for path in given:
-        if path.is_dir():
-            files += sorted(_files_in(path), key=_by_numbers)
-        elif glob.has_magic(str(path)) and not path.exists():
-            files += sorted(_matching(path), key=_by_numbers)
-        else:
+        if not path.is_dir() and (path.exists() or not glob.has_magic(str(path))):
             files.append(path)
+            continue
+        found = sorted(_files_in(path) if path.is_dir() else _matching(path), key=_by_numbers)
+        kept = [file for file in found if holds_vectors(file)]
+        files += kept or found  # whose reader says what is wrong
+        passed += [file for file in found if kept and not holds_vectors(file)]
+    if first := next((path for path in files if holds_vectors(path)), None):
+        for path in files:
+            if not holds_vectors(path):
+                raise ValueError(
+                    f"{path}: expected a file of vectors as {first} is, got "
+                    f"{_format(path) or 'no'!r}; a pattern takes those of one format: "
+                    f"'{first.parent}/*{_format(first)}'"
+                )
     seen: set[Path] = set()
     for path in files:
         if _format(path) != _format(files[0]):
@@ -66,7 +77,7 @@ def files_of(given: Sequence[Path]) -> list[Path]:
         if path.absolute() in seen:
             raise ValueError(f"{path}: expected each file once, got it again")
         seen.add(path.absolute())
-    return files
+    return files, passed
 
 
 def sorted_by_a_shell(given: Sequence[Path]) -> tuple[Path, Path] | None:

@@ -34,6 +34,12 @@ def test_help():
     assert "--ask" in CliRunner().invoke(app, ["demo", "--help"]).stdout
 
 
+def test_a_command_of_index_without_index():
+    done = CliRunner().invoke(app, ["build", "x.npy", "--out", "i"])
+    assert done.exit_code == 2 and "it is mrl-fast index build" in " ".join(done.stderr.split())
+    assert "mrl-fast index" not in CliRunner().invoke(app, ["biuld"]).stderr
+
+
 def test_version():
     text = CliRunner().invoke(app, ["--version"]).stdout
     assert text == f"mrl-fast {__version__} (torch {torch.__version__})\n"

@@ -69,15 +69,15 @@ def test_order_of_names(tmp_path):
     names = ["10.npy", "a-2b-1.npy", "a-2b-10.npy", "a-02b-9.npy", "a-10.npy", "a.npy", "9.npy"]
     for name in names:
         (tmp_path / name).touch()
-    found = [path.name for path in files_of([tmp_path])]
+    found = [path.name for path in files_of([tmp_path])[0]]
     assert found == [
         "9.npy", "10.npy", "a-2b-1.npy", "a-02b-9.npy", "a-2b-10.npy", "a-10.npy", "a.npy"
     ]  # fmt: skip
     assert files_of([tmp_path / "*.npy"]) == files_of([tmp_path])
     given = [tmp_path / name for name in names]
-    assert files_of(given) == given
+    assert files_of(given) == (given, [])
     (tmp_path / "[1].npy").touch()
-    assert files_of([tmp_path / "[1].npy"]) == [tmp_path / "[1].npy"], "a name before a pattern"
+    assert files_of([tmp_path / "[1].npy"])[0] == [tmp_path / "[1].npy"], "a name before a pattern"
 
 
 def test_what_a_shell_sorts_is_pointed_out(tmp_path, parts):
@@ -128,6 +128,21 @@ def test_add_parts(tmp_path, parts):
     same_as(index, expected)
 
 
+@pytest.mark.parametrize("what", ["folder", "pattern"])
+def test_what_holds_no_vectors_is_passed_over(tmp_path, parts, what):
+    for name in ("README.md", "ids.txt"):
+        (parts / name).write_text("1")
+    given = parts if what == "folder" else f"{parts}/*"
+    noted = said("build", given, "--out", tmp_path / "i", "--dims", DIMS)
+    names = f"{parts / 'README.md'}, {parts / 'ids.txt'}"
+    assert noted.count(f"passed over, as they hold no vectors: {names}\n") == 1
+    same_as(tmp_path / "i", in_memory())
+    assert "passed over" in said("search", tmp_path / "i", given, "--limit", 2)
+    files = [parts / "README.md", parts / "part-1.npy"]
+    error = run("build", *files, "--out", tmp_path / "j", code=2)
+    assert "README.md: expected a file of vectors as" in error and f"'{parts}/*.npy'" in error
+
+
 @pytest.mark.parametrize("row", [0, 1001, 1092])
 def test_errors_name_the_part_and_its_row(tmp_path, parts, row):
     broken = BASE[907:2000].copy()
@@ -143,7 +158,6 @@ def test_errors_name_the_part_and_its_row(tmp_path, parts, row):
     [
         (lambda p: np.save(p / "part-3.npy", BASE[:5, :31]), "part-3.npy: expected vectors of wid"),
         (lambda p: np.save(p / "part-3.npy", BASE[0]), "part-3.npy: expected [n, D]"),
-        (lambda p: (p / "notes.txt").write_text("read me"), "part-1.npy: expected a .txt file"),
         (lambda p: (p / "z.parquet").touch(), "z.parquet: expected a .npy file as"),
         (lambda p: (p / "part-3.npy").mkdir(), "expected a folder of files, got the folder"),
         (lambda p: [f.unlink() for f in p.iterdir()], "expected a folder of files, got none"),
@@ -201,6 +215,17 @@ def test_an_id_column_is_used_or_named_once(tmp_path, tables):
     assert "'id'" not in said(*command, tmp_path / "c", "--ids", ids)
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_a_column_of_string_ids_is_named(tmp_path, kind):
+    ids = pa.array(["a", "b", "c"]).cast(kind)
+    source = parquet(tmp_path / "s.parquet", BASE[:3], ids)
+    noted = said("build", source, "--out", tmp_path / "i", "--dims", DIMS)
+    assert "s.parquet has a column of strings 'id', which is not used; ids are int64: keep" in noted
+    assert "'id'" not in said("search", tmp_path / "i", source)
+
+
 def test_add_reads_what_build_was_told(tmp_path, tables):
     out, told = tmp_path / "i", ["--column", "vector", "--id-column", "id"]
     run("build", tables / "0.parquet", "--out", out, "--dims", DIMS, *told)
@@ -235,6 +260,13 @@ def test_what_is_beside_an_index_is_checked(tmp_path):
     for text in ("[", "{}", '{"source": "a", "rows": "many"}'):
         (index / "unfinished.json").write_text(text)
         assert "unfinished.json: expected" in run("search", index, tmp_path / "b.npy", code=2)
+
+
+def test_blank_lines_among_ids(tmp_path):
+    (tmp_path / "ids.txt").write_text("7\n\n9\n \n")
+    base = saved(tmp_path / "b.npy", BASE[:2])
+    run("build", base, "--out", tmp_path / "i", "--ids", tmp_path / "ids.txt")
+    assert MatryoshkaIndex.load(tmp_path / "i").ids.tolist() == [7, 9]
 
 
 def test_string_ids_are_refused_in_words(tmp_path):

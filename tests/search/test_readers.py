@@ -296,7 +296,7 @@ def test_cut_anywhere(tmp_path, name):
     ("name", "content", "message"),
     [
         ("x.txt", b"1\n2.5\n", "an int64 in line 2, got '2.5'"),
-        ("blank.txt", b"1\n\n2\n", "an int64 in line 2, got ''"),
+        ("row.txt", b"1,2,3\n", "in line 1, got '1,2,3', which are several: each takes a line"),
         ("big.txt", b"9223372036854775808\n", "an int64 in line 1"),
         ("binary.txt", b"1\n\xff\xfe\n", "an int64 in line 2"),
         (

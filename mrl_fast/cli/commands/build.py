@@ -19,8 +19,8 @@ Dims = Annotated[
     str | None,
     typer.Option(
         metavar="D,D,…",
-        help="Prefix widths that searches may use, ascending. The first is what a search scans of "
-        "all rows, the last must be the vectors' width.  [default: the width, and its halves down "
+        help="Prefix widths that searches may use. The smallest is what a search scans of all "
+        "rows, the largest must be the vectors' width.  [default: the width, and its halves down "
         "to 64; for 768: 96,192,384,768]",
     ),
 ]

@@ -1,24 +1,45 @@
 """``mrl-fast index info``."""
 
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
 
 from mrl_fast.cli import sidecars
 from mrl_fast.cli.options import Folder, Json
-from mrl_fast.cli.output import failing, show_fields, show_json
+from mrl_fast.cli.output import check_out, failing, replacing, show_fields, show_json
 from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.shared.types import Tuned
 
+IDS = (".npy", ".txt")
+WriteIds = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write the ids in the order of rows, which is that of masks: .npy, or .txt with one a "
+        "line.",
+    ),
+]
 
-def info(index: Folder, json: Json = False) -> None:
+
+def info(index: Folder, ids: WriteIds = None, json: Json = False) -> None:
     """Say what an index holds: rows, settings, files, tuned stages.
 
     \b
-    Example:
+    Examples:
       mrl-fast index info my-index
+      mrl-fast index info my-index --ids ids.npy
     """
     with failing():
         loaded = MatryoshkaIndex.load(index)
+        if ids is not None:
+            check_out(ids, "--ids", IDS)
+            with replacing(ids) as new:
+                write = np.save if ids.suffix == ".npy" else partial(np.savetxt, fmt="%d")
+                write(new, loaded.ids.numpy())
         manifest = manifests.read(index)
         names = sorted({*manifests.files_of(manifest), manifests.FILE})
         files = {name: (index / name).stat().st_size for name in names}

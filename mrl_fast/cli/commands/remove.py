@@ -12,7 +12,9 @@ from mrl_fast.cli.output import failing, show_json
 Given = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids to remove.")]
 Ids = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help=f"Ids to remove: {SELECTION}; or .parquet with --id-column."),
+    typer.Option(
+        metavar="FILE", help=f"Ids to remove, no mask: {SELECTION}; or .parquet with --id-column."
+    ),
 ]
 
 

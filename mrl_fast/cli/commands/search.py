@@ -8,24 +8,34 @@ import typer
 from mrl_fast.cli import search_job
 from mrl_fast.cli.inputs import Vectors, stages_of
 from mrl_fast.cli.options import (
+    MASK,
     SELECTION,
     Column,
     Device,
     Folder,
     Json,
-    K,
     Key,
     Limit,
     Queries,
     Quiet,
     Threads,
 )
-from mrl_fast.cli.output import failing, note, show_json, show_rows, shown_stages
+from mrl_fast.cli.output import failing, note, show_json, show_notes, show_rows, shown_stages
 from mrl_fast.search.readers import PARQUET, read_selection
 
 SHOWN = 3  # queries whose neighbours are printed
 SHOWN_K = 10
 
+Neighbours = Annotated[
+    int,
+    typer.Option(
+        "-k",
+        "--k",
+        min=1,
+        help="Neighbours a query. Where the index holds fewer vectors, or fewer are allowed, the "
+        "missing ones are padded in .npz, and left out in .jsonl, --json and what is printed.",
+    ),
+]
 Stages = Annotated[
     str | None,
     typer.Option(
@@ -39,7 +49,7 @@ Exact = Annotated[
 ]
 Allowed = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help=f"Search these ids only: {SELECTION}."),
+    typer.Option(metavar="FILE", help=f"Search these ids only: {SELECTION}; or {MASK}."),
 ]
 Truth = Annotated[
     Path | None,
@@ -63,7 +73,7 @@ Out = Annotated[
 def search(
     index: Folder,
     queries: Queries,
-    k: K = 10,
+    k: Neighbours = 10,
     stages: Stages = None,
     exact: Exact = False,
     allowed: Allowed = None,
@@ -98,6 +108,7 @@ def search(
         if allowed is not None and allowed.suffix.lower() in PARQUET:
             raise ValueError(f"--allowed: expected .npy, .ivecs or .txt, got {allowed}")
         vectors = Vectors(queries, column=column, key=key, limit=limit)
+        show_notes(vectors, quiet, ids=False)
         loaded = search_job.load(index, device, quiet)
         only = None if allowed is None else read_selection(allowed, len(loaded))
         if only is not None and only.dtype != bool and not (there := loaded.contains(only)).all():
@@ -113,10 +124,10 @@ def search(
                 del summary["results"]
             show_json({"index": index, **summary})
         else:
-            _show(summary, truth)
+            _show(summary, truth, loaded.width)
 
 
-def _show(summary: dict[str, Any], truth: Path | None) -> None:
+def _show(summary: dict[str, Any], truth: Path | None, width: int) -> None:
     rows = [
         [str(found["query"]), str(rank), str(i), f"{score:.6g}"]
         for found in summary["results"]
@@ -126,8 +137,15 @@ def _show(summary: dict[str, Any], truth: Path | None) -> None:
     ]
     show_rows(["query", "rank", "id", "score"], rows)
     k, rate = summary["k"], summary["queries"] / max(summary["seconds"], 1e-9)
+    shown, most = len(summary["results"]), max(len(f["ids"]) for f in summary["results"])
+    if shown < summary["queries"] or most > SHOWN_K:
+        print(
+            f"shown: {shown:,} of {summary['queries']:,} queries, {min(most, SHOWN_K)} of {most:,} "
+            "neighbours"
+        )
+    prefix = f", by the first {summary['dim']} columns" if summary["dim"] < width else ""
     print(
-        f"{summary['queries']:,} queries, k={k}, by {shown_stages(summary['stages'])}: "
+        f"{summary['queries']:,} queries, k={k}, by {shown_stages(summary['stages'])}{prefix}: "
         f"{summary['seconds']:.3f} s, {rate:,.0f} a second"
     )
     if "recall" in summary:

@@ -19,7 +19,7 @@ from mrl_fast.cli.options import (
     Quiet,
     Threads,
 )
-from mrl_fast.cli.output import failing, show_json
+from mrl_fast.cli.output import failing, in_options, show_json, show_notes
 
 Recall = Annotated[
     float, typer.Option(help="Share of the exact k best that must be found, in (0, 1].")
@@ -74,10 +74,11 @@ def tune(
     """
     with failing(quiet):
         vectors = Vectors(queries, column=column, key=key, limit=limit)
+        show_notes(vectors, quiet, ids=False)
         loaded = search_job.load(index, device, quiet)
         if k > len(loaded):
             raise ValueError(f"-k: expected at most the index's {len(loaded):,} rows, got {k:,}")
-        report = search_job.tune(
+        report, saved = search_job.tune(
             loaded, vectors, index, plot=plot, quiet=quiet,
             k=k, recall=recall, batch=batch, confidence=confidence, seconds=seconds,
         )  # fmt: skip
@@ -86,7 +87,9 @@ def tune(
                 name: [row._asdict() for row in getattr(report, name)]
                 for name in ("rows", "untried")
             }
-            show_json({"index": index, **vars(report), **tables, "plot": plot})
+            show_json({"index": index, **vars(report), **tables, "saved": saved, "plot": plot})
             return
-        print(report)
-        print(f"saved in {index}" + (f"; wrote {plot}" if plot else ""))
+        print(in_options(str(report)))
+        print(f"ms is of a call of {report.batch:,} queries, the median")
+        done = f"saved in {index}" if saved else "nothing was saved"
+        print(done + (f"; wrote {plot}" if plot else ""))

@@ -110,6 +110,12 @@ def read_selection(
     return read_ids(file, column) if mask is None else mask
 
 
+def holds_vectors(path: Path) -> bool:
+    """Whether a file of this name may hold vectors."""
+    row = FORMATS.get(path.suffix.lower())
+    return row is not None and row.vectors is not None
+
+
 def options_of(path: Path) -> tuple[str, ...]:
     """The options that ``open_vectors`` takes for this file."""
     row = FORMATS.get(path.suffix.lower())

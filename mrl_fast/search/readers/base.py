@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,11 @@ class Source(ABC):
     """Vectors ``[rows, width]`` in a file.
 
     Attributes:
-        id_columns: Names of the file's columns that could be ids.
+        id_columns: The file's columns that could be ids, integers or strings, by name: whether they
+            are integers, which alone are read.
     """
 
-    id_columns: tuple[str, ...] = ()
+    id_columns: Mapping[str, bool] = MappingProxyType({})
 
     def __init__(self, path: Path, rows: int, width: int):
         self.path, self.rows, self.width = path, rows, width

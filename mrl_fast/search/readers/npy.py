@@ -12,6 +12,7 @@ from numpy.lib import format as npy_format
 from mrl_fast.search.readers.base import ADVICE, SeekableSource, Source, as_int64, read_numbers
 
 VECTORS = {"float16", "float32", "float64", "int8", "uint8"}
+MASKS = ("bool", "uint8")
 HEADERS = {
     (1, 0): npy_format.read_array_header_1_0,
     (2, 0): npy_format.read_array_header_2_0,
@@ -57,12 +58,17 @@ def read_integers(path: Path) -> np.ndarray:
     return as_int64(path, _rows(path, header, 0, header.shape[0]).reshape(header.shape))
 
 
+def is_mask(path: Path) -> bool:
+    """Whether the array is of bool or uint8, which say of each row whether it is meant."""
+    return _header(path).dtype.name in MASKS
+
+
 def read_mask(path: Path, size: int) -> np.ndarray | None:
     """``[size]`` bool, of bool or of uint8 that are 0 or 1; None where the array is of other
     integers, which are ids."""
     header = _header(path)
     kind, shape = header.dtype.name, header.shape
-    if kind not in ("bool", "uint8"):
+    if kind not in MASKS:
         return None
     if shape != (size,):
         raise ValueError(

@@ -53,7 +53,11 @@ class _Parquet(Source):
         self.columns = [vectors]
         if id_column is not None:
             self.columns.append(_find_ids(path, id_column, columns))
-        self.id_columns = tuple(c.name for c in columns if pa.types.is_integer(c.type))
+        self.id_columns = {
+            known.name: pa.types.is_integer(known.type)
+            for known in columns
+            if pa.types.is_integer(known.type) or _holds_strings(known.type)
+        }
         self.ends = np.cumsum(groups)  # of the row groups
         super().__init__(path, sum(groups), 0)
         if self.rows:
@@ -163,6 +167,13 @@ def _holds_vectors(kind: Any) -> bool:
         types.is_large_list_view,
     )  # fmt: skip
     return any(test(kind) for test in tests) and types.is_floating(kind.value_type)
+
+
+def _holds_strings(kind: Any) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    types = pa.types
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _find(
