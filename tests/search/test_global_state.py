@@ -50,12 +50,12 @@ def built(**options):
 
 def answers(index):
     """What an index says, of every kind."""
-    mask = index.ids % 3 == 0
+    mask, least = index.ids % 3 == 0, -30.0 if index.metric == "l2" else 0.2
     found = [
         *index.search(Q, 6), *index.search(Q, 400, exact=True),
         *index.search(Q, 6, stages=STAGES), *index.search(Q.numpy(), 6, stages=STAGES[:1]),
         *index.search(Q, 6, allowed=[2, 7, 1001, 99]), *index.search(Q, 6, allowed=mask),
-        *index.range_search(Q, 0.2), *index.range_search(Q, 0.2, allowed=mask),
+        *index.range_search(Q, least), *index.range_search(Q, least, allowed=mask),
         index.search(Q, 6).rows_touched, index.ids, index.contains([1, 2, 3]),
         index.reconstruct(index.ids),
     ]  # fmt: skip

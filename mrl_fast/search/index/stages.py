@@ -21,7 +21,8 @@ def checked_stages(
     goes past the queries' ``width`` where that is."""
     dims, code = config.dims, config.code
     ranking = code.bits if code.whole and config.device == "cpu" else ()
-    if not ranking and any(len(stage) == 3 for stage in x if isinstance(stage, (list, tuple))):
+    listed = x if isinstance(x, (list, tuple)) else ()
+    if not ranking and any(len(s) == 3 for s in listed if isinstance(s, (list, tuple))):
         raise TypeError(
             f"stages: expected (dim, keep) pairs, got {x!r}: (dim, bits, keep) needs an index with "
             "codes='bits' on the CPU"
