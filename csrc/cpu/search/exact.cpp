@@ -182,10 +182,23 @@ Status search_fully(Problem& p, const Rows& rows, const std::vector<int64_t>& wh
     Status status = sees_alike(p, rows, which, shortlist_by_scores, threads, &alike);
     if (status != Status::OK) return status;
     if (alike) return search_alike(p, rows, which, threads, best);
-    std::vector<int64_t> open;
+    // A short list decides most queries; where it does not decide the first, all have a long one.
+    constexpr size_t ENOUGH = 8 * MAX_GROUP;
+    std::vector<int64_t> rest = which, first, open;
+    if (which.size() >= ENOUGH) {
+        first.assign(which.begin(), which.begin() + MAX_GROUP);
+        rest.erase(rest.begin(), rest.begin() + MAX_GROUP);
+    }
     status =
-        scan_narrow(p, rows, which, shortlist_by_scores, first_length(p), threads, &open, best);
-    if (status != Status::OK || open.empty()) return status;
+        scan_narrow(p, rows, first, shortlist_by_scores, first_length(p), threads, &open, best);
+    if (status != Status::OK) return status;
+    if (2 * open.size() > first.size()) {
+        open.insert(open.end(), rest.begin(), rest.end());
+    } else {
+        status =
+            scan_narrow(p, rows, rest, shortlist_by_scores, first_length(p), threads, &open, best);
+        if (status != Status::OK) return status;
+    }
     return scan_narrow(p, rows, open, shortlist_by_scores, last_length(p), threads, undecided,
                        best);
 }

@@ -100,6 +100,7 @@ Status sees_alike(const Problem& p, const Rows& rows, const std::vector<int64_t>
 Status scan_narrow(Problem& p, const Rows& rows, const std::vector<int64_t>& which,
                    MakeShortlist make, int64_t keep, int threads, std::vector<int64_t>* undecided,
                    std::vector<std::vector<Final>>* best) {
+    if (which.empty()) return Status::OK;
     const int64_t n = which.size(), count = p.rows.eligible();
     const Shortlist list = make(p, rows, which, keep, 1, threads);
     if (list.status != Status::OK) return list.status;
