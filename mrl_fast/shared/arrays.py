@@ -60,7 +60,9 @@ def _of_rows(x: Sequence[Any], name: str) -> Tensor:
     if numbers.dtype.kind not in "fiu":
         raise TypeError(f"{name}: expected numbers, got {dtype_name(_innermost(x))}")
     vectors = torch.from_numpy(numbers.astype(np.float64)).float()
-    if numbers.dtype.kind != "f" and not np.array_equal(vectors.numpy(), numbers):
+    whole = numbers.dtype.kind != "f" and numbers.size  # fp64 holds these up to 2^53
+    large = whole and max(-int(numbers.min()), int(numbers.max())) > 1 << 53
+    if whole and (large or not np.array_equal(vectors.numpy(), numbers)):
         raise ValueError(f"{name}: expected integers that float32 holds, got larger ones")
     return vectors
 

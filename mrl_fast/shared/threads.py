@@ -7,6 +7,8 @@ import torch
 from mrl_fast.shared import native
 from mrl_fast.shared.checks import check_int
 
+MOST = 1024  # beyond what a process may start, the runtime ends it
+
 
 def set_num_threads(threads: int | None) -> None:
     """Sets how many threads each of this library's calls may use on the CPU, in the whole process
@@ -16,14 +18,14 @@ def set_num_threads(threads: int | None) -> None:
     interpreter's lock. Results do not depend on it.
 
     Args:
-        threads: At least 1; None, as at first: what ``torch.get_num_threads()`` says in the thread
-            that calls. (``torch.set_num_threads`` does not reach threads that have used PyTorch
-            before.)
+        threads: From 1 to 1,024; None, as at first: what ``torch.get_num_threads()`` says in the
+            thread that calls. (``torch.set_num_threads`` does not reach threads that have used
+            PyTorch before.)
 
     Raises:
         ValueError, TypeError: No such number.
     """
-    native.threads = None if threads is None else check_int(threads, "threads", 1)
+    native.threads = None if threads is None else check_int(threads, "threads", 1, MOST)
 
 
 def get_num_threads() -> int:

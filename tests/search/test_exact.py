@@ -67,6 +67,19 @@ def test_all_rows_are_read_where_bounds_save_little(rows, prefix_dtype, as_shipp
     assert torch.equal(index.search(q, 10, exact=True).ids, result.ids)
 
 
+@pytest.mark.parametrize("rows, queries", [(100, 3), (3000, 3), (3000, 60)])
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_row_beyond_the_sums_of_fp32(metric, rows, queries, as_shipped):
+    generator = torch.Generator().manual_seed(6)
+    x, q = torch.randn(rows, 16, generator=generator), torch.ones(queries, 16)
+    if metric == "ip":  # 0 in fp64
+        x[7] = torch.tensor([3e38, 3e38, -3e38, -3e38] + 12 * [0.0])
+    else:
+        x[7] = 1e20 * x[7]
+    for dims in ((8, 16), (16,)):
+        assert_exact(build(x, dims, metric), q, x, 10, metric)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("prefix_dtype", CODINGS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -78,6 +78,16 @@ def test_a_lost_update_is_refused(tmp_path):
     assert not strays(tmp_path, "elsewhere")
 
 
+def test_a_folder_has_one_name(tmp_path):
+    index, model = build()
+    index.save(tmp_path / "s")
+    (tmp_path / "there").symlink_to(tmp_path / "s")
+    for i, path in enumerate([tmp_path / "there", tmp_path / "s" / ".." / "s", tmp_path / "s"]):
+        change(index, model, seed=i)
+        index.save(path)
+        assert_same(MatryoshkaIndex.load(tmp_path / "s", verify=True), model)
+
+
 @pytest.mark.parametrize("how", ["saved", "loaded", "copied"])
 def test_every_folder_is_remembered(how, tmp_path):
     one, model = build()

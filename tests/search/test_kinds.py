@@ -388,3 +388,13 @@ def test_vectors_without_values():
         index.add(X.to("meta"))
     with pytest.raises(ValueError, match="queries: expected values, got a tensor on meta"):
         index.search(X.to("meta"))
+
+
+def test_a_mask_is_what_is_not_zero():
+    index = MatryoshkaIndex((4, 20))
+    index.add(torch.randn(1001, 20, generator=torch.Generator().manual_seed(2)))
+    for only in (1000, 3):
+        flags = torch.zeros(1001, dtype=torch.uint8)
+        flags[only] = 255
+        found = index.search(X, 3, allowed=flags.view(torch.bool), exact=True)
+        assert found.ids.tolist() == [[only, -1, -1]] * len(X)

@@ -136,3 +136,13 @@ def test_a_folder_that_was_saved_without_the_recall(index, tmp_path):
     del manifest["tuned"]["recall"]
     file.write_text(json.dumps(manifests.signed(manifest)))
     assert MatryoshkaIndex.load(tmp_path).tuned == (STAGES, 10, 200, None, True)
+
+
+def test_any_number_is_a_recall(index, tmp_path):
+    for recall in (np.float64(0.5), np.float32(0.5)):
+        index.tune(vectors(300, 20, 1), 5, recall, seconds=1, progress=False)
+        assert type(index.tuned.recall) is float
+        assert pickle.loads(pickle.dumps(index)).tuned == index.tuned
+        index.save(tmp_path / "s")
+    with pytest.raises(ValueError, match="recall: expected a number"):
+        index.tune(vectors(300, 20, 1), 5, True)

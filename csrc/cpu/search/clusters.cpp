@@ -97,10 +97,10 @@ void Clusters::enclose(const Problem& p, int threads) {
             largest[mine[r]] = std::max(largest[mine[r]], squares[r]);
         }
     });
-    // Squares that underflow lose less than 1e-44 a column.
+    // A square that underflows loses less than 2e-38, whether denormals are kept or not.
     for (int64_t i = 0; i < count; ++i)
         clusters_[i].radius =
-            std::sqrt((1.0 + 2.0 * p.margin) * double(largest[i]) + 1e-43 * double(p.dim));
+            std::sqrt((1.0 + 2.0 * p.margin) * double(largest[i]) + 2e-38 * double(p.dim));
 }
 
 // A range that holds the scores of all of a cluster's rows, with room for the errors of fp64 sums.

@@ -142,8 +142,8 @@ Shortlist shortlist_by_differences(const Problem& p, const Rows& rows,
                            mine.topks[i].entries + mine.topks[i].count);
     });
     if (!finite) list.status = Status::NOT_FINITE;
-    // What underflows of a square is less than 1e-44 a column.
-    const double far = std::sqrt((1.0 + 2.0 * p.margin) * double(largest) + 1e-43 * double(p.dim)),
+    // A square that underflows loses less than 2e-38, whether denormals are kept or not.
+    const double far = std::sqrt((1.0 + 2.0 * p.margin) * double(largest) + 2e-38 * double(p.dim)),
                  beyond = (2.0 * length + far) * far, room = 2.0 * p.margin;
     const bool inside = far * far < LARGEST && length * length < LARGEST;
     each(n, threads, [&](int64_t i) {

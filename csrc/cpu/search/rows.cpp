@@ -24,11 +24,15 @@ void pack_flags(const uint8_t* flags, int64_t count, uint64_t* words) {
         uint64_t word = 0;
         int64_t i = 0;
         for (; i + 8 <= n; i += 8) {
-            uint64_t eight;  // bytes 0x00 or 0x01; the product gathers their bits in its highest
+            uint64_t eight;
             std::memcpy(&eight, flags + first + i, 8);
+            eight = (eight | eight >> 4) & 0x0f0f0f0f0f0f0f0fu;
+            eight = (eight | eight >> 2) & 0x0303030303030303u;
+            eight = (eight | eight >> 1) & 0x0101010101010101u;
+            // The product gathers the bytes' bits in its highest byte.
             word |= (eight * 0x0102040810204080u) >> 56 << i;
         }
-        for (; i < n; ++i) word |= uint64_t(flags[first + i]) << i;
+        for (; i < n; ++i) word |= uint64_t(flags[first + i] != 0) << i;
         *words = word;
     }
 }

@@ -79,7 +79,7 @@ struct Rows {
     }
 };
 
-// Bit r of word r / 64 is flags[r], which is 0 or 1.
+// Bit r of word r / 64 is whether flags[r] is anything but 0.
 void pack_flags(const uint8_t* flags, int64_t count, uint64_t* words);
 
 struct Queries {

@@ -86,6 +86,7 @@ Status sees_alike(const Problem& p, const Rows& rows, const std::vector<int64_t>
     *alike = false;
     if (rows.eligible() < 2 * PROBE_STEP * (last + TILE)) return Status::OK;
     const Shortlist list = make(p, rows, some, last + 1, PROBE_STEP, threads);
+    if (list.status == Status::OVERFLOW_) return Status::OK;
     if (list.status != Status::OK) return list.status;
     size_t close = 0;
     for (size_t i = 0; i < some.size(); ++i) {
@@ -103,6 +104,10 @@ Status scan_narrow(Problem& p, const Rows& rows, const std::vector<int64_t>& whi
     if (which.empty()) return Status::OK;
     const int64_t n = which.size(), count = p.rows.eligible();
     const Shortlist list = make(p, rows, which, keep, 1, threads);
+    if (list.status == Status::OVERFLOW_) {  // of fp32 sums; fp64 holds them
+        undecided->insert(undecided->end(), which.begin(), which.end());
+        return Status::OK;
+    }
     if (list.status != Status::OK) return list.status;
     std::vector<char> open(n, 0);
     each(n, threads, [&](int64_t i) {

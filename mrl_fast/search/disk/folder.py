@@ -65,7 +65,7 @@ def save(
         ValueError: The folder holds something else, or an index that another has saved since.
         OSError: The folder cannot be written to or is full; it holds what it held before.
     """
-    path = path.absolute()
+    path = Path(os.path.realpath(path))  # one folder has one name
     filesystem.make_folder(path)
     with filesystem.locked(path):
         there = _there(path)
@@ -115,7 +115,7 @@ def load(
         FileNotFoundError: There is no index.
         ValueError: Anything in a file is not as it must be; names the file and the field.
     """
-    path = path.absolute()
+    path = Path(os.path.realpath(path))  # one folder has one name
 
     def read(manifest: dict[str, Any]) -> tuple[T, Contents, Saved]:
         try:

@@ -137,11 +137,12 @@ def tune(
             dtype or range.
     """
     sample = _checked(index, queries, k, recall, batch, confidence)
+    recall = float(recall)  # of any kind of number; it is saved with what is chosen
     if not isinstance(seconds, Real) or not seconds > 0:
         raise ValueError(f"seconds: expected a number above 0, got {seconds!r}")
     budget, given, chains = Budget(float(seconds)), len(sample.queries), _chains(index, k)
     unseen = max(UNSEEN, 1 / min(k, len(index)))
-    aim = Aim(float(recall), (1 - confidence) / max(1, len(chains)), unseen)
+    aim = Aim(recall, (1 - confidence) / max(1, len(chains)), unseen)
     rounds = min(max(5, len(sample.calls)), 50)
     with tqdm(total=sum(map(len, chains)) + rounds, desc="tune", disable=not progress) as bar:
         sample, exact, walked = _affordable(sample, chains, budget)
@@ -170,7 +171,7 @@ def _checked(
     if len(q) < MIN_QUERIES:
         raise ValueError(f"queries: expected at least {MIN_QUERIES} sample queries, got {len(q)}")
     k = check_int(k, "k", 1)
-    if not isinstance(recall, Real) or not 0 < recall <= 1:
+    if isinstance(recall, bool) or not isinstance(recall, Real) or not 0 < recall <= 1:
         raise ValueError(f"recall: expected a number in (0, 1], got {recall!r}")
     batch = len(q) if batch is None else check_int(batch, "batch", 1, len(q))
     if not isinstance(confidence, Real) or not 0.5 <= confidence < 1:
