@@ -1,6 +1,7 @@
 #include "cpu/search/clusters.h"
 
 #include <algorithm>
+#include <cmath>
 #include <mutex>
 
 #include "cpu/search/wide.h"
@@ -169,6 +170,14 @@ Status Clusters::search(Problem& p, int threads, std::vector<std::vector<Final>>
         if (2 * cluster.count < TILE * int64_t(rows.tiles.size())) rows.gather();
         const Status status = scan_wide(p, rows, cluster.queries, threads, best);
         if (status != Status::OK) return status;
+        for (int64_t q : cluster.queries) {
+            std::vector<Final>& mine = (*best)[q];
+            if (int64_t(mine.size()) < p.k) continue;
+            std::nth_element(mine.begin(), mine.begin() + p.k - 1, mine.end());
+            mine.resize(p.k);
+            // An earlier row of another cluster may have the same score.
+            raise(p.theta[q], std::nextafter(mine.back().score, -INFINITY));
+        }
     }
     return Status::OK;
 }
