@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.cli.app import app
+from mrl_fast.shared import native
 from tests.helpers.cli_index import (
     BASE,
     DIMS,
@@ -148,8 +149,9 @@ def test_interrupted_build_says_how_far_it_came(tmp_path, base):
 
 
 def started(*arguments):
-    """A process of its own."""
-    code = "from mrl_fast.cli import main; main()"
+    """A process of its own, on the same instruction set: rotated vectors have its bits."""
+    code = "from mrl_fast.cli import main; from mrl_fast.shared import native; "
+    code += f"native.ISA = {native.ISA!r}; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, "index", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
