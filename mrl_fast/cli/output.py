@@ -76,6 +76,8 @@ def in_options(message: str) -> str:
         (r"(?<=: )(column|key|id_column): (?=expected)", lambda m: f"{_option(m[1])}: "),
         (r"(?<= )(codes|prefix_dtype|rotation|device)='([\w:]+)'", _as_given),
         (r"(?<=\()(seconds)=([\w.+-]+)(?=\))", _as_given),
+        (r"\bk=(\d+)", r"-k \1"),
+        (r"\ballowed=", "--allowed"),
     ):
         message = re.sub(pattern, words, message, count=1)
     return message
@@ -203,7 +205,3 @@ def show_rows(header: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-def shown_stages(stages: Any) -> str:
-    return " ".join(":".join(map(str, stage)) for stage in stages) if stages else "exact search"

@@ -16,13 +16,15 @@ from mrl_fast.cli import sidecars
 from mrl_fast.cli.inputs import Vectors, check_width, naming_rows
 from mrl_fast.cli.output import (
     check_out,
+    in_options,
     note,
     progress,
     replacing,
     saying_on_interrupt,
     shows_progress,
 )
-from mrl_fast.search.index import MatryoshkaIndex, tuning
+from mrl_fast.search.index import MatryoshkaIndex
+from mrl_fast.search.index.stages import Lapse, lapse
 from mrl_fast.search.readers import read_neighbours
 from mrl_fast.shared.arrays import as_tensor
 from mrl_fast.shared.recall import count_found
@@ -69,12 +71,13 @@ def search(
 ) -> dict[str, Any]:
     """A summary, and the results of the first ``shown`` queries, which may be of the width of any
     prefix that the index takes."""
-    k, stages, lapse = asked.k, None, lapse_of(index, queries.width, asked)
-    if lapse:
+    k, stages, lapsed = asked.k, None, lapse_of(index, queries.width, asked)
+    why = lapsed and in_options(lapsed.why)
+    if lapsed:
+        again = f"tune again (mrl-fast index tune INDEX samples -k {lapsed.tune_for}), or "
         note(
-            f"warning: the index is searched exactly, which may take many times as long, as "
-            f"{lapse}: tune again (mrl-fast index tune INDEX samples "
-            f"-k {max(k, index.tuned.k)}), or give --stages or --exact",
+            f"warning: the index is searched exactly, which may take many times as long, as {why}: "
+            f"{again if lapsed.tune_for else ''}give --stages or --exact",
             quiet,
         )
         asked = asked._replace(exact=True)  # which it is: the index does not warn as well
@@ -100,26 +103,18 @@ def search(
             done += len(part)
             bar.update(len(part))
     summary: dict[str, Any] = {
-        "queries": queries.rows, "k": k, "dim": queries.width, "stages": stages, "lapsed": lapse
+        "queries": queries.rows, "k": k, "dim": queries.width, "stages": stages, "lapsed": why
     }  # fmt: skip
     if known is not None:
         summary["recall"] = hits / max(1, int((known >= 0).sum()))
     return {**summary, "seconds": seconds, "out": out, "results": results}
 
 
-def lapse_of(index: MatryoshkaIndex, width: int, asked: Asked) -> str | None:
-    """Why the stages that the index was tuned to do not hold for a plain search; None where they
-    do, where there are none, and for any other search."""
-    tuned = index.tuned
-    if tuned is None or tuned.stages is None or asked.exact or asked.stages is not None:
+def lapse_of(index: MatryoshkaIndex, width: int, asked: Asked) -> Lapse | None:
+    """Of a plain search by whole queries; None of any other."""
+    if asked.exact or asked.stages is not None or width != index.width:
         return None
-    if width != index.width:
-        return None
-    if asked.k > tuned.k:
-        return f"it is tuned for k up to {tuned.k} and -k {asked.k} was asked for"
-    if not tuned.in_force:
-        return f"it was tuned with {tuned.rows:,} vectors and now holds {len(index):,}"
-    return None
+    return lapse(index.tuned, asked.k, len(index), filtered=asked.allowed is not None)
 
 
 def tune(
@@ -145,7 +140,7 @@ def tune(
         samples = queries.matrix()
         with naming_rows(queries, samples, queries.first):
             report = index.tune(samples, **target, progress=shows_progress(quiet))
-        late = sum(n for n, why in report.untried if why not in (tuning.CHEAPER, tuning.SLOW))
+        late = sum(left.lists for left in report.untried if left.late)
         tried = not late or any(row.stages for row in report.rows)
         if tried:
             index.save(folder)

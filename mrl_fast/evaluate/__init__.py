@@ -3,8 +3,7 @@
 Vectors are ``[rows, D]``: tensors, on a CPU or a GPU, where all the work is then done, numpy arrays
 or lists of rows; of two dtypes, they are compared as fp32. Labels are integers of any width, not
 negative, bools, or strings, which count in their order, in a tensor, an array, a Series or any
-sequence. Nearest neighbours are ``prefix_topk``'s: equal
-scores in the order of rows.
+sequence. Nearest neighbours are ``prefix_topk``'s: equal scores in the order of rows.
 """
 
 from mrl_fast.evaluate.classification import (

@@ -80,7 +80,8 @@ def linear_probe_accuracy(
     prefix; fp32, on the vectors' device.
 
     Args:
-        train: ``[N, D]``; train_labels: ``[N]``, from 0 to the number of classes, or strings.
+        train: ``[N, D]``; train_labels: ``[N]``, from 0 to below the number of classes, or
+            strings.
         test: ``[M, D]``; test_labels: ``[M]``; one that no training vector has is never hit.
         dims: Prefix widths, each in ``[1, D]``, in any order.
         steps: Of the optimiser. batch: Rows a step. seed: Of the weights and the batches' order.

@@ -153,8 +153,9 @@ def retrieval_of(
     Args:
         ids: Rows found, best first: ``[B, k]`` integers, −1 where none.
         query_labels: ``[B]``. database_labels: ``[N]``.
-        exclude_self: Query i is row i of the database: that row is taken out (where it is not
-            there, the last), k is one less than ids are wide, and it is relevant to no one.
+        exclude_self: Query i is row i of the database: that row is taken out of its ids (where it
+            is not among them, the last), so that k is one less than ids are wide, and it does not
+            count as relevant to query i.
         divisor: mAP divides by ``"k"`` (the paper), or by the number of ``"relevant"`` rows, found
             or not (trec_eval's map_cut). By k a query with fewer relevant rows than k cannot reach
             1; by the relevant rows one with more than k cannot.

@@ -37,8 +37,8 @@ class MRL_Linear_Layer(nn.Module):
     ``(layer, x)``, from which ``Matryoshka_CE_Loss`` makes the same loss with no logits in memory.
     A loop ``loss = criterion(model(images), target)`` stays as it is, autocast included if the loss
     is within. Whoever else reads the output in training finds no logits there, so it is not the
-    default; nor is it a tuple that makes them when looked at, as torch reads a tuple's memory past
-    any ``__getitem__`` and the weights may have been updated by then. The loss needs the weights
+    default. A tuple that computes logits when it is read would not do: torch reads its memory past
+    ``__getitem__``, and the weights may have changed by then. The loss needs the weights
     that the forward had: under DDP it does, under FSDP and DataParallel it does not.
 
     Args:

@@ -94,8 +94,8 @@ def approx_topk(
     Args:
         queries, database, k, dim, metric, impl: As in ``prefix_topk``. ``"cpp"`` and
             ``"reference"`` search exactly.
-        recall: Share of the k best that is to be expected among those found, where they lie
-            anywhere, in (0, 1]; as many buckets are made. At 1 the search is exact.
+        recall: The expected share of the k best among those found, if their positions are random,
+            in (0, 1]; the number of buckets follows from it. At 1 the search is exact.
 
     Returns:
         ApproxResult: As a SearchResult, and ``expected_recall``.

@@ -52,8 +52,8 @@ def semantic_search(
             list of rows; or of a prefix ``[B, d]``: d is one of an index's dims, at least ``dim``.
             float64 is searched as fp32.
         corpus_embeddings: ``[N, D]`` of the same dtype, or a MatryoshkaIndex.
-        query_chunk_size, corpus_chunk_size: At least 1. There is no score matrix that they would
-            have to bound: results, time and memory are the same for all.
+        query_chunk_size, corpus_chunk_size: At least 1; checked but unused, as no score matrix is
+            held.
         top_k: Results a query, at least 1.
         score_function: ``"cos_sim"``, ``"dot_score"``, ``"euclidean_sim"``, or sentence-
             transformers' functions of these names; ``"cosine"``, ``"ip"``, ``"l2"``; or a model's

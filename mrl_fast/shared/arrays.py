@@ -131,7 +131,7 @@ def _from_numpy(x: np.ndarray, name: str, given: Any) -> Tensor:
 
 def _from_arrow(x: Any, name: str) -> np.ndarray:
     """A pyarrow array of numbers, ``[n]``, or of lists of one length, ``[n, D]``, over the same
-    memory; a chunked one is copied together unless it is of one chunk."""
+    memory; a chunked one is copied into one piece unless it has a single chunk."""
     import pyarrow as pa
 
     if isinstance(x, pa.ChunkedArray):

@@ -56,9 +56,14 @@ def check_dims(
     checked = tuple(check_int(d, f"{name}[{i}]", 1) for i, d in enumerate(dims))
     if not checked:
         raise ValueError(f"{name}: expected at least one prefix width, got none")
-    if ascending and any(a >= b for a, b in zip(checked, checked[1:], strict=False)):
-        raise ValueError(f"{name}: expected strictly ascending widths, got {list(checked)}")
-    if len(set(checked)) < len(checked):
+    ordered = sorted(set(checked))
+    if ascending and list(checked) != ordered:
+        hint = f": what belongs to them goes by position, so pass {ordered} and that in this order"
+        raise ValueError(
+            f"{name}: expected strictly ascending widths, got {list(checked)}"
+            + (hint if len(ordered) == len(checked) else "")
+        )
+    if len(ordered) < len(checked):
         raise ValueError(f"{name}: expected no width twice, got {list(checked)}")
     if width is not None and max(checked) > width:
         raise ValueError(

@@ -73,8 +73,8 @@ class AdaptiveClassifier(nn.Module):
 
     A longer prefix is computed only for the rows that go on. Each prefix is evaluated alone, of a
     tied head too: with dims that double, at most twice the products of adding its new columns to
-    kept sums, and nothing of size ``[B, V]`` is kept. A row's result does not depend on the others
-    (on a CPU; float64, which BLAS multiplies, in its last bits).
+    kept sums, and nothing of size ``[B, V]`` is kept. On a CPU a row's result does not depend
+    on the others, except for the last bits of float64, which BLAS multiplies.
 
     An ``MRLLinear`` whose forward is more than the product with its weights (LoRA, hooks, pruning,
     quantization) is called for all prefixes of all rows, and each row's prefix chosen afterwards;
@@ -179,7 +179,7 @@ class AdaptiveClassifier(nn.Module):
 
         The paper's rule: each t_i is the smallest of ``torch.linspace(0, 1, grid)`` at which
         stopping at ``dims[i]`` where the largest softmax is above t_i, and else at ``dims[i + 1]``,
-        is right most often. It knows no cost, and none of the prefixes after the next.
+        is right most often. It weighs no cost and looks no further than the next prefix.
 
         With a tolerance: thresholds of few expected dims that are right on the holdout as often as
         the full width, but for this share of rows. For each of many prices of a dim, t_i is chosen

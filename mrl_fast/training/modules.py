@@ -15,7 +15,6 @@ from mrl_fast.shared.checks import check_choice, check_dims, check_number, check
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training.heads import is_fusible
 from mrl_fast.training.losses.cross_entropy import matryoshka_cross_entropy
-from mrl_fast.training.losses.embeddings import check_prefixes
 from mrl_fast.training.losses.info_nce import matryoshka_info_nce
 from mrl_fast.training.losses.reductions import (
     REDUCTIONS,
@@ -191,7 +190,7 @@ class MatryoshkaInfoNCELoss(nn.Module):
             raise TypeError(
                 f"{sorted(unknown)[0]}: expected one of {', '.join(sorted(known))} as an option"
             )
-        self.dims = check_prefixes(dims)
+        self.dims = check_dims(dims)
         check_number(scale, "scale", above=True)
         self.dim_weights: Tensor | None
         self.register_buffer("dim_weights", _numbers(dim_weights))
@@ -272,7 +271,7 @@ class MatryoshkaLoopLoss(nn.Module):
         if not callable(inner):
             raise TypeError(f"inner: expected a callable, got {type(inner).__name__}")
         self.inner = inner
-        self.dims = check_prefixes(dims)
+        self.dims = check_dims(dims)
         host = torch.empty(0, dtype=torch.float32, device="cpu")
         self.weights = check_dim_weights(_numbers(dim_weights), len(self.dims), host).tolist()
         self.normalize = normalize

@@ -15,23 +15,12 @@ from tests.helpers.cli_index import (
     QUERIES,
     ROWS,
     WIDTH,
-    build,
     in_memory,
     run,
     run_json,
     same_as,
     saved,
 )
-
-
-@pytest.fixture
-def base(tmp_path):
-    return saved(tmp_path / "base.npy", BASE)
-
-
-@pytest.fixture
-def built(tmp_path, base):
-    return build(tmp_path / "index", base)
 
 
 def test_remove(tmp_path, built):

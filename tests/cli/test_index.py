@@ -23,7 +23,6 @@ from tests.helpers.cli_index import (
     QUERIES,
     ROWS,
     WIDTH,
-    build,
     in_memory,
     run,
     run_json,
@@ -31,21 +30,6 @@ from tests.helpers.cli_index import (
     same_as,
     saved,
 )
-
-
-@pytest.fixture
-def base(tmp_path):
-    return saved(tmp_path / "base.npy", BASE)
-
-
-@pytest.fixture
-def queries(tmp_path):
-    return saved(tmp_path / "queries.npy", QUERIES)
-
-
-@pytest.fixture
-def built(tmp_path, base):
-    return build(tmp_path / "index", base)
 
 
 @pytest.mark.parametrize(

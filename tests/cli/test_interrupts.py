@@ -11,23 +11,13 @@ from typer.testing import CliRunner
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.cli.app import app
 from mrl_fast.search.index.tuning import TuneReport
-from tests.helpers.cli_index import BASE, QUERIES, build, run_json, same_as, saved
+from tests.helpers.cli_index import BASE, QUERIES, run_json, same_as, saved
 
 DONE = {
     "update": ("replaced in", "all vectors were replaced in"),
     "remove": ("removed from", "all of them were removed from"),
     "compact": ("changed in", "the room was freed in"),
 }
-
-
-@pytest.fixture
-def built(tmp_path):
-    return build(tmp_path / "index", saved(tmp_path / "base.npy", BASE))
-
-
-@pytest.fixture
-def queries(tmp_path):
-    return saved(tmp_path / "queries.npy", QUERIES)
 
 
 def interrupting(monkeypatch, owner, name, *, when, call=1):

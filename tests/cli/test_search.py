@@ -35,21 +35,6 @@ COMMANDS = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def base(tmp_path):
-    return saved(tmp_path / "base.npy", BASE)
-
-
-@pytest.fixture
-def queries(tmp_path):
-    return saved(tmp_path / "queries.npy", QUERIES)
-
-
-@pytest.fixture
-def built(tmp_path, base):
-    return build(tmp_path / "index", base)
-
-
 def test_search_writes_what_python_finds(tmp_path, built, queries, monkeypatch):
     monkeypatch.setattr("mrl_fast.cli.search_job.BATCH", 64)
     scores, ids = MatryoshkaIndex.load(built).search(QUERIES, 7)

@@ -18,11 +18,6 @@ STAGES = [(8, 40), (32, 5)]
 
 
 @pytest.fixture
-def queries(tmp_path):
-    return saved(tmp_path / "queries.npy", QUERIES)
-
-
-@pytest.fixture
 def tuned(tmp_path):
     folder = build(tmp_path / "index", saved(tmp_path / "base.npy", BASE))
     index = MatryoshkaIndex.load(folder)
@@ -62,6 +57,22 @@ def test_lapsed_stages_speak_shell(tuned, queries):
     document = run_json("search", tuned, queries, "-k", 5)
     assert document["lapsed"] == "it was tuned with 3,000 vectors and now holds 3,301"
     assert "samples -k 5)" in said("search", tuned, queries, "-k", 2)
+
+
+def test_a_filter_is_searched_exactly_in_shell_words(tmp_path, tuned, queries):
+    command = (
+        "search",
+        tuned,
+        queries,
+        "-k",
+        5,
+        "--allowed",
+        saved(tmp_path / "i.npy", np.arange(9)),
+    )
+    why = "what tune showed holds for all vectors, not for those of --allowed"
+    assert said(*command).endswith(f", as {why}: give --stages or --exact\n")
+    assert said(*command).count("\n") == 1 and run_json(*command)["lapsed"] == why
+    assert said(*command, "--exact") == "" == said(*command, "--stages", "8:40,32:5")
 
 
 def test_stages_stay_where_no_list_could_be_tried(tuned, queries):

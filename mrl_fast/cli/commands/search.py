@@ -20,8 +20,9 @@ from mrl_fast.cli.options import (
     Quiet,
     Threads,
 )
-from mrl_fast.cli.output import failing, note, show_json, show_notes, show_rows, shown_stages
+from mrl_fast.cli.output import failing, note, show_json, show_notes, show_rows
 from mrl_fast.search.readers import PARQUET, read_selection
+from mrl_fast.shared.types import shown
 
 SHOWN = 3  # queries whose neighbours are printed
 SHOWN_K = 10
@@ -115,9 +116,9 @@ def search(
             got = f"{int(there.sum()):,} of the {len(only):,} ids in {allowed} are there"
             note(f"warning: {got}", quiet)
         asked = search_job.Asked(k, None if stages is None else stages_of(stages), exact, only)
-        shown = SHOWN if not json else 0 if out else vectors.rows
+        listed = SHOWN if not json else 0 if out else vectors.rows
         summary = search_job.search(
-            loaded, vectors, asked, truth=truth, out=out, shown=shown, quiet=quiet
+            loaded, vectors, asked, truth=truth, out=out, shown=listed, quiet=quiet
         )
         if json:
             if out:
@@ -137,15 +138,15 @@ def _show(summary: dict[str, Any], truth: Path | None, width: int) -> None:
     ]
     show_rows(["query", "rank", "id", "score"], rows)
     k, rate = summary["k"], summary["queries"] / max(summary["seconds"], 1e-9)
-    shown, most = len(summary["results"]), max(len(f["ids"]) for f in summary["results"])
-    if shown < summary["queries"] or most > SHOWN_K:
+    printed, most = len(summary["results"]), max(len(f["ids"]) for f in summary["results"])
+    if printed < summary["queries"] or most > SHOWN_K:
         print(
-            f"shown: {shown:,} of {summary['queries']:,} queries, {min(most, SHOWN_K)} of {most:,} "
-            "neighbours"
+            f"shown: {printed:,} of {summary['queries']:,} queries, "
+            f"{min(most, SHOWN_K)} of {most:,} neighbours"
         )
     prefix = f", by the first {summary['dim']} columns" if summary["dim"] < width else ""
     print(
-        f"{summary['queries']:,} queries, k={k}, by {shown_stages(summary['stages'])}{prefix}: "
+        f"{summary['queries']:,} queries, k={k}, by {shown(summary['stages'])}{prefix}: "
         f"{summary['seconds']:.3f} s, {rate:,.0f} a second"
     )
     if "recall" in summary:

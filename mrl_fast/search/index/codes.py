@@ -1,4 +1,4 @@
-"""The codes that rows have for scanning: one row of the table each, and a kernel that scans it."""
+"""The forms in which rows are scanned: one row of the table each, with a kernel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Code(NamedTuple):
     Attributes:
         arrays: The dtype of an array's elements and the shape of a tile, by the number of columns
             that are coded; by the array's name in an index's files, and as the kernels take it.
-        bits: That a scan may read of each column.
+        bits: The numbers of bits of a column that a scan may read.
         whole: All columns are coded; else the first prefix.
         exact: The array holds the vectors' own columns, which lie nowhere else, so that scores are
             carried on from it. Else it ranks a shortlist, and reranking begins at column 0.

@@ -130,8 +130,8 @@ def _prefix(rows: DeviceRows, dim: int, metric: str) -> certified.Prefix | None:
 
 
 def _by_codes(q: Tensor, rows: DeviceRows, metric: str) -> tuple[Tensor, KnownRows]:
-    """Queries as codes, and what makes scores of sums of products of codes. A query's scale is left
-    out of its scores, as only their order counts."""
+    """Queries in int8, and the terms that turn sums of products of codes into scores. A query's
+    scale is left out of its scores, as only their order counts."""
     head, terms = q[:, : rows.dims[0]].float(), DEVICE_METRICS[metric]
     scale = head.abs().amax(dim=1, keepdim=True) / 127
     scale = torch.where(scale > LEAST_SCALE, scale, 1.0)  # of zeros, or of as good as nothing
@@ -144,8 +144,8 @@ def _by_codes(q: Tensor, rows: DeviceRows, metric: str) -> tuple[Tensor, KnownRo
 
 
 def _in_use(rows: DeviceRows) -> None:
-    """Keeps memory that a later state frees from being given away before this stream is done; or,
-    where a CUDA graph is captured, as long as the index is there."""
+    """Keeps the rows' memory, once a later state frees it, from being reused before this stream has
+    read it; in a captured graph, as long as the index lives."""
     arrays: list[Any] = [x for x in rows if isinstance(x, Tensor)]
     if captures(rows.vectors):
         rows.captured.update((x.untyped_storage().data_ptr(), x) for x in arrays)

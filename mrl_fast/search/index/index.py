@@ -180,7 +180,7 @@ class MatryoshkaIndex(Persistent):
             queries: ``[B, D]`` floating point, or ``[B, d]`` of a prefix, d in ``dims``: tensor,
                 numpy array, DLPack object or list of rows. A single query ``[D]`` is ``[1, D]``,
                 with results ``[1, k]``. With a rotation, which mixes all columns, only ``[B, D]``.
-            k: Neighbours a query, at least 1; beyond the vectors there are they are missing.
+            k: Neighbours a query, at least 1; those beyond the number of vectors are missing.
             dim: Search by the first ``dim`` columns, in ``dims`` and at most the queries' width;
                 None is all that the queries have. An error together with stages.
             stages: ``(dim, keep)`` pairs, dims of the index ascending, keeps not growing, the last

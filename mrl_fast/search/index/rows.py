@@ -230,15 +230,15 @@ class IndexRows:
             self._set_frame(x)
         try:
             self.store.append(x, ids, self._convert, replacing)
-        finally:  # an interrupt may come when it is done; none comes where nothing is called
+        finally:  # Ctrl-C may come once rows are appended; in here, where nothing is called, not
             if self.store.snapshot is before:
                 self.rotation, self.frame = rotation, frame
             else:
                 self.next_id = next_id
 
     def _set_frame(self, x: Tensor) -> None:
-        """Of the first vectors: their mean, where it is a large part of them, is what codes are
-        less."""
+        """Sets the frame: the rotation's axes and the codes' centre, the mean of the first vectors
+        where it holds more than 5 % of their squares, else 0."""
         axes = None if self.rotation is None else self.rotation.axes
         frame = [] if axes is None else [axes]
         if self.layout.ladder:
@@ -257,7 +257,7 @@ class IndexRows:
             self.layout.centre = frame[-1] if bool(frame[-1].any()) else None
 
     def _convert(self, part: Tensor) -> Tensor:
-        """Vectors as they are to be stored, until it is called again."""
+        """Vectors rotated and in the stored dtype; the next call overwrites them."""
         if self.rotation is not None:
             part = self.rotation.apply(part)
         if part.dtype == self.layout.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.shared.checks import check_int, check_stages
@@ -66,32 +66,54 @@ def tuned_now(tuned: Tuned | None, rows: int) -> Tuned | None:
     return None if tuned is None else tuned._replace(in_force=rows <= GROWTH * tuned.rows)
 
 
+class Lapse(NamedTuple):
+    """Why a plain search does not use the stages that were chosen.
+
+    Attributes:
+        kind: ``"allowed"``, ``"k"`` or ``"rows"``.
+        why: A clause.
+        tune_for: The k to tune for again; None where that would not help.
+    """
+
+    kind: str
+    why: str
+    tune_for: int | None
+
+
+def lapse(tuned: Tuned | None, k: int, rows: int, *, filtered: bool) -> Lapse | None:
+    """Of a search for k of so many vectors, of some of them where it is filtered; None where the
+    stages are used, and where none were chosen."""
+    if tuned is None or tuned.stages is None:
+        return None
+    if filtered:
+        why = "what tune showed holds for all vectors, not for those of allowed="
+        return Lapse("allowed", why, None)
+    if k > tuned.k:
+        return Lapse("k", f"it is tuned for k up to {tuned.k} and k={k} was asked for", k)
+    if rows > GROWTH * tuned.rows:
+        why = f"it was tuned with {tuned.rows:,} vectors and now holds {rows:,}"
+        return Lapse("rows", why, tuned.k)
+    return None
+
+
 def plain_stages(
     tuned: Tuned | None, k: int, rows: int, said: set[str], *, filtered: bool = False
 ) -> list[Stage] | None:
     """The stages of a search for k of so many vectors that names none, None for an exact one.
 
-    Where stages were chosen and are not used, it warns, once for each reason in ``said``.
+    Where stages were chosen and are not used, it warns, once for each kind of lapse in ``said``.
     """
     if tuned is None or tuned.stages is None:
         return None
-    again = "tune again (index.tune(samples, k={})), or "
-    if filtered:
-        name, why = "allowed", "what tune showed holds for all vectors, not for those of allowed="
-        again = ""
-    elif k > tuned.k:
-        name, why = "k", f"it is tuned for k up to {tuned.k} and k={k} was asked for"
-        again = again.format(k)
-    elif rows > GROWTH * tuned.rows:
-        name, why = "rows", f"it was tuned with {tuned.rows:,} vectors and now holds {rows:,}"
-        again = again.format(tuned.k)
-    else:
+    found = lapse(tuned, k, rows, filtered=filtered)
+    if found is None:
         return [*tuned.stages[:-1], (tuned.stages[-1][0], k)]
-    if name not in said:
-        said.add(name)
+    if found.kind not in said:
+        said.add(found.kind)
+        again = f"tune again (index.tune(samples, k={found.tune_for})), or "
         warnings.warn(
-            f"the index is searched exactly, which may take many times as long, as {why}: "
-            f"{again}pass stages= or exact=True",
+            f"the index is searched exactly, which may take many times as long, as {found.why}: "
+            f"{again if found.tune_for else ''}pass stages= or exact=True",
             stacklevel=_callers_level(),
         )
     return None

@@ -10,7 +10,7 @@ clock = time.perf_counter
 
 FEW = 3  # calls of a first look
 SLOWER = 2.0  # times the fastest: dropped after a first look
-NEAR = 1.25  # times the fastest in every one of so many rounds or more: dropped
+NEAR = 1.25  # times the fastest: dropped in every one of ROUNDS or more, or by the median
 ROUNDS = 5
 
 Call = Callable[[int], object]  # a search of the queries of a round
@@ -84,8 +84,13 @@ def fastest(times: Sequence[Sequence[float]], left: Sequence[int]) -> int:
 
 
 def as_fast(times: Sequence[Sequence[float]], left: Sequence[int]) -> list[int]:
-    """Those of ``left`` that their times cannot tell from the one of the least median: in a quarter
-    of the rounds they were no slower."""
+    """Those of ``left`` that their times cannot tell from the one of the least median: their median
+    is near it, and in a quarter of the rounds they were no slower."""
     best = times[fastest(times, left)]
-    least = max(1, len(best) // 4)
-    return [i for i in left if sum(x <= y for x, y in zip(times[i], best, strict=True)) >= least]
+    least, most = max(1, len(best) // 4), NEAR * median(best)
+    return [
+        i
+        for i in left
+        if median(times[i]) <= most
+        and sum(x <= y for x, y in zip(times[i], best, strict=True)) >= least
+    ]

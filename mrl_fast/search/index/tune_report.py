@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import NamedTuple
 
+from mrl_fast.search.index.timing import SLOWER
 from mrl_fast.shared.types import Stage, shown
 
 Stages = list[Stage]
+SLOW = f"of chains that take over {SLOWER:g} times the best's time at their cheapest"
+PASSED = "between others of their chain, for want of time"
+CHEAPER = "cheaper than a refused one of their chain"
 
 
 class TuneRow(NamedTuple):
@@ -41,6 +45,11 @@ class Untried(NamedTuple):
 
     lists: int
     why: str
+
+    @property
+    def late(self) -> bool:
+        """Whether it was for want of time."""
+        return self.why not in (CHEAPER, SLOW)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,15 @@ from mrl_fast.search.index import timing
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.cost import Explanation, explain
 from mrl_fast.search.index.timing import Budget
-from mrl_fast.search.index.tune_report import Stages, TuneReport, TuneRow, Untried
+from mrl_fast.search.index.tune_report import (
+    CHEAPER,
+    PASSED,
+    SLOW,
+    Stages,
+    TuneReport,
+    TuneRow,
+    Untried,
+)
 from mrl_fast.shared.checks import check_int
 from mrl_fast.shared.recall import count_found
 from mrl_fast.shared.types import SearchResult, shown
@@ -32,11 +40,9 @@ ENOUGH = 512  # queries: no more are left out so that all lists may be tried
 PROBE = 64  # queries that say what more will take
 THINNEST = 8  # of the lists of a chain one in so many is tried at least
 EXACT, RECALLS = 0.4, 0.8  # of the budget: when exact answers, and recalls, are to be known
+PLANNED = 0.5  # of the budget: for what lists are likely to take
 UNSEEN = 0.5  # assumed loss of a query unlike any sampled, as a share of its neighbours
 TIE = 4 * torch.finfo(torch.float32).eps  # of the score: stages score in fp32, exact in fp64
-SLOW = f"of chains that take over {timing.SLOWER:g} times the best's time at their cheapest"
-PASSED = "between others of their chain, for want of time"
-CHEAPER = "cheaper than a refused one of their chain"
 
 
 class Sample(NamedTuple):
@@ -155,7 +161,7 @@ def tune(
     size = f"{n:,}" if n == given else f"{n:,} of {given:,}"
     note = f"For recall@{k} of {recall:g}, shown by {size} queries: {shown(best.stages)}"
     if not any(row.accepted for row in rows if row.stages):
-        late = any(why not in (CHEAPER, SLOW) for _, why in untried)
+        late = any(left.late for left in untried)
         note += f", as no stage list is shown to reach it{' in the time' if late else ''}"
         needed = -math.log(aim.level) * unseen / (1 - recall) if recall < 1 else math.inf
         if chains and n < needed < math.inf:
@@ -189,15 +195,15 @@ def _affordable(
     """So much of the sample, and of the chains, as there is likely to be time for, and the exact
     answers. Times alone decide, before any loss is known: what is claimed of recall stays true."""
     exact, exact_s = [sample.search(sample.queries[:MIN_QUERIES], None)], budget.taken
-    probes = [sample._replace(batch=PROBE).call(chain[len(chain) // 2]) for chain in chains]
-    probe_ms = [timing.call_ms(probe, 0) for probe in probes]
-    limit = timing.SLOWER * min(probe_ms, default=0.0)  # those beyond it are likely to be left out
-    walked = zip(probe_ms, chains, strict=True)
-    lists_s = sum(ms * len(chain) for ms, chain in walked if ms <= limit)
+    spans = [_span_ms(sample._replace(batch=PROBE), chain) for chain in chains]
+    limit = timing.SLOWER * min((cheapest for cheapest, _ in spans), default=0.0)
+    lists_s = sum(
+        whole for cheapest, whole in spans if cheapest <= limit
+    )  # the others are left out
     lists_s *= MIN_QUERIES / PROBE / 1e3
-    parts = RECALLS * budget.seconds / max(exact_s + lists_s, 1e-9)  # with every list
+    parts = PLANNED * budget.seconds / max(exact_s + lists_s, 1e-9)  # with every list
     n = int(min(len(sample.queries), max(ENOUGH, MIN_QUERIES * parts)))
-    step, room = 1, RECALLS * budget.seconds / (n / MIN_QUERIES) - exact_s
+    step, room = 1, PLANNED * budget.seconds / (n / MIN_QUERIES) - exact_s
     while step < THINNEST and lists_s / step > room:
         step *= 2
     for part in sample.queries[MIN_QUERIES:n].split(MIN_QUERIES):
@@ -208,6 +214,15 @@ def _affordable(
     n = len(answers.ids)
     judged = sample._replace(queries=sample.queries[:n], batch=min(sample.batch, n))
     return judged, answers, [chain[::step] for chain in chains]
+
+
+def _span_ms(sample: Sample, chain: Sequence[Stages]) -> tuple[float, float]:
+    """What a call of a chain's cheapest list takes, and what one call of each list does, ms: they
+    rise in a straight line with the rows that the first stage keeps."""
+    keeps = [stages[0][-1] for stages in chain]
+    widest, cheapest = (timing.call_ms(sample.call(chain[i]), 0) for i in (0, -1))
+    slope = max(0.0, widest - cheapest) / max(1, keeps[0] - keeps[-1])
+    return cheapest, sum(cheapest + slope * (keep - keeps[-1]) for keep in keeps)
 
 
 def _tried(
@@ -294,8 +309,8 @@ def _rows(
 
 
 def _chains(index: Any, k: int) -> list[list[Stages]]:
-    """Each dim below the width and then the width; the first, the middle one and the width. With
-    codes the signs of each dim, and then the width."""
+    """Chains of two stages (a dim, the width), of three (first, middle, width), and with codes (the
+    signs of a dim, the width)."""
     keeps = [max(k, min(max(64 * k, 4096), len(index)))]
     while keeps[-1] > k:
         keeps.append(max(k, keeps[-1] // 2))

@@ -74,19 +74,8 @@ def check_pairs(
     return (
         queries.to(dtype),
         [block.to(dtype) for block in blocks],
-        check_prefixes(dims, queries.shape[1]),
+        check_dims(dims, queries.shape[1]),
     )
-
-
-def check_prefixes(dims: Sequence[int], width: int | None = None) -> tuple[int, ...]:
-    """Prefix widths of a loss, strictly ascending, each in [1, width]."""
-    checked = check_dims(dims, width, ascending=False)
-    if list(checked) != sorted(checked):
-        raise ValueError(
-            f"dims: expected strictly ascending widths, got {list(checked)}: weights and results "
-            f"go by position, so pass {sorted(checked)}, and dim_weights in that order"
-        )
-    return checked
 
 
 class _Gather(torch.autograd.Function):
