@@ -288,7 +288,7 @@ def scene(tmp_path_factory):
             "--stages: stage 1, dim: exp",
         ),
         (["search", "{index}", "{base}", "--stages", "8:5", "--exact"], "--exact: expected no"),
-        (["search", "{index}", "{base}", "--stages", "8:50,32:5"], "at least k=10, got 5"),
+        (["search", "{index}", "{base}", "--stages", "8:50,32:5"], "at least -k 10, got 5"),
         (["search", "{index}", "{base}", "--out", "r.csv"], "ending in .npz or .jsonl, got r.csv"),
         (["search", "{index}", "{base}", "--out", "{none}/r.npz"], "--out: expected a folder that"),
         (["search", "{index}", "{base}", "--truth", "{text}"], "text.npy: expected a .npy file"),
