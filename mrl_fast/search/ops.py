@@ -70,7 +70,7 @@ def prefix_topk(
     """
     k = check_int(k, "k", 1)
     q, x, dim = _check_vectors(queries, database, dim)
-    ops = _implementation(impl, metric, q, x)
+    ops = _implementation(impl, metric, q, x, dim)
     result = SearchResult(*ops.prefix_topk(q, x, k, dim, metric))
     return result_like(queries, result, out)
 
@@ -109,7 +109,7 @@ def approx_topk(
     q, x, dim = _check_vectors(queries, database, dim)
     if not 0 < recall <= 1:
         raise ValueError(f"recall: expected a number in (0, 1], got {recall}")
-    ops, expected = _implementation(impl, metric, q, x), 1.0
+    ops, expected = _implementation(impl, metric, q, x, dim), 1.0
     if recall < 1 and hasattr(ops, "approx_topk"):
         found, expected = ops.approx_topk(q, x, k, dim, metric, recall)
     else:
@@ -165,7 +165,7 @@ def rerank(
             wrong = int(low if low < -1 else high)
             raise ValueError(f"candidates: expected rows in [0, {len(x)}) or -1, got {wrong}")
     k = check_int(k, "k", 1)
-    ops = _implementation(impl, metric, q, x)
+    ops = _implementation(impl, metric, q, x, dim)
     return result_like(queries, SearchResult(*ops.rerank(q, x, rows, k, dim, metric)))
 
 
@@ -200,15 +200,19 @@ def funnel_search(
     Source: Kusupati et al., Matryoshka Representation Learning, NeurIPS 2022, section 4.3.
     """
     checked = check_stages(stages)
-    q, x, _ = _check_vectors(queries, database, checked[-1][0], "stages")
-    ops = _implementation(impl, metric, q, x)
+    q, x, dim = _check_vectors(queries, database, checked[-1][0], "stages")
+    ops = _implementation(impl, metric, q, x, dim)
     return result_like(queries, SearchResult(*ops.funnel_search(q, x, checked, metric)))
 
 
-def _implementation(impl: str | None, metric: str, *tensors: Tensor) -> ModuleType:
+def _implementation(
+    impl: str | None, metric: str, queries: Tensor, database: Tensor, dim: int
+) -> ModuleType:
     """The functions that run: one that is named, or the device's, may lack a metric."""
     check_choice(metric, "metric", METRICS)
-    name = choose(impl, *tensors)
+    name = choose(impl, queries, database)
+    if not queries.is_cuda and name != "cpp":  # which checks them itself
+        check_finite(queries[:, :dim], "queries")
     ops = module_of(name, "search")
     check_choice(metric, "metric", ops.METRICS, f" with impl={name!r}")
     return ops
@@ -238,6 +242,4 @@ def _check_vectors(
         raise TypeError(f"queries: expected {x.dtype} as database, got {dtype_name(queries)}")
     if q.element_size() == 1 and not _has_eight_bits(q):
         q, x = q.half(), x.half()  # exact
-    if not q.is_cuda:
-        check_finite(q[:, :dim], "queries")
     return q, x, dim

@@ -58,7 +58,7 @@ def exporting() -> bool:
     """Whether a model is being exported, by ``torch.export``, ``torch.onnx`` or
     ``torch.jit.trace``. Sizes are then symbols: a check of one would fix it in the export."""
     tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return torch.compiler.is_exporting() or tracing or torch.onnx.is_in_onnx_export()
+    return torch.compiler.is_exporting() or tracing
 
 
 def module_of(impl: str, wing: str) -> ModuleType:

@@ -31,7 +31,7 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
       terms(terms_of(metric_)),
       dim(dim_),
       k(k_),
-      margin(1.01 * std::ldexp(double(dim_ + 64), -24)),
+      margin(rounding(dim_)),
       theta(queries.n),
       touched(queries.n) {
     if (is_whole()) levels = rows.levels;
@@ -197,12 +197,14 @@ bool Pass::possible(size_t i, const Span& span, int64_t local, double sum, size_
 // that remain in fp64.
 void Pass::finish(size_t i, bool counting) {
     poll();
+    constexpr int64_t AHEAD = 4;  // rows
     const int64_t q = queries_[i];
     const TopK& kept = topks_[i];
     sums_.resize(kept.count);
     local_.resize(kept.count);
     spans_.resize(kept.count);
-    pointers_.resize(kept.count);
+    squares_.resize(kept.count);
+    pointers_.resize(kept.count + AHEAD);
     for (int64_t e = 0; e < kept.count; ++e) {
         const int64_t row = row_of(kept.entries[e].key);
         spans_[e] = &span_of(p_.rows, row);
@@ -216,8 +218,10 @@ void Pass::finish(size_t i, bool counting) {
         const int64_t cols = p_.stops[s] - from;
         for (int64_t e = 0; e < count; ++e)
             pointers_[e] = suffix_at(p_.rows, *spans_[e], local_[e], from);
-        p_.kernels.dots(p_.data[q] + from, pointers_.data(), p_.rows.dtype, int(count), cols,
-                        sums_.data());
+        std::fill_n(pointers_.begin() + count, AHEAD, pointers_[count - 1]);
+        p_.kernels.row_sums[0]({p_.data[q] + from, cols, 1, pointers_.data(),
+                                pointers_.data() + AHEAD, int(count), p_.rows.dtype, cols,
+                                sums_.data(), squares_.data()});
         columns_read[i] += count * cols;
         int64_t left = 0;
         for (int64_t e = 0; e < count; ++e) {

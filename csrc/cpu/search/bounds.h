@@ -20,13 +20,6 @@ constexpr int64_t CHUNK_TILES = 16;  // rows of a chunk serve all queries while 
 constexpr int64_t CHUNK_ROWS = CHUNK_TILES * TILE;
 constexpr double SLACK = 1e-6;  // relative: more than 8 roundings to fp32 of a norm or its square
 
-// Squared norms for which bounds hold in fp32. A row beyond them is never dropped, and a query
-// beyond them drops no row.
-constexpr double SMALLEST = 1e-30, LARGEST = 1e30;
-inline bool ordinary(double square) {
-    return square == 0.0 || (square > SMALLEST && square < LARGEST);
-}
-
 struct Final {
     double score;
     int64_t row;
@@ -128,7 +121,8 @@ class Pass {
           factors_(TERMS * queries.size()),
           entries_(new Entry[queries.size() * (CHUNK_ROWS + 1)]) {
         for (size_t i = 0; i < queries.size(); ++i)
-            topks_.push_back({entries_.get() + i * (CHUNK_ROWS + 1), 0, CHUNK_ROWS + 1, 1});
+            topks_.push_back(
+                {entries_.get() + i * (CHUNK_ROWS + 1), 0, CHUNK_ROWS + 1, CHUNK_ROWS + 1});
         for (const Panel::Group& group : panel.groups())
             for (int64_t i = 0; i < group.size; ++i) factor(group, i);
         std::fill(ones_, ones_ + TILE, 1.0f);
@@ -161,7 +155,7 @@ class Pass {
     std::unique_ptr<Entry[]> entries_;
     std::vector<TopK> topks_;
     float row_scale_[TILE], terms_[TERMS][TILE], low_scale_[TILE], low_gain_[TILE], ones_[TILE];
-    std::vector<float> vector_, sums_;
+    std::vector<float> vector_, sums_, squares_;
     std::vector<int64_t> local_;
     std::vector<const Span*> spans_;
     std::vector<const void*> pointers_;

@@ -7,9 +7,16 @@
 namespace mrl {
 
 bool finite(const Queries& queries, int64_t dim) {
-    float check = 0.0f;  // becomes NaN on the first value that is not finite
-    for (int64_t q = 0; q < queries.n; ++q)
-        for (int64_t c = 0; c < dim; ++c) check += queries.data[q * queries.stride + c] * 0.0f;
+    constexpr int LANES = 16;
+    float checks[LANES] = {}, check = 0.0f;  // become NaN on the first value that is not finite
+    for (int64_t q = 0; q < queries.n; ++q) {
+        const float* query = queries.data + q * queries.stride;
+        int64_t c = 0;
+        for (; c + LANES <= dim; c += LANES)
+            for (int i = 0; i < LANES; ++i) checks[i] += query[c + i] * 0.0f;
+        for (; c < dim; ++c) check += query[c] * 0.0f;
+    }
+    for (float each : checks) check += each;
     return check == 0.0f;
 }
 

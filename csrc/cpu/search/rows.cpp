@@ -65,19 +65,23 @@ void Rows::gather() {
 }
 
 TileReader::TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
-                       int64_t groups)
+                       int64_t groups, Reading reading)
     : kernels_(kernels),
       rows_(rows),
       source_(source),
       dim_(dim),
       groups_(std::max<int64_t>(groups, 1)),
+      reading_(reading),
       head_(std::min(dim, rows.packed_dim)),
       suffix_(of_codes(source) ? 0 : dim - head_),
       code_bytes_(code_tile_bytes(source, source == Source::CODES || !of_codes(source)
                                               ? rows.code_dim
                                               : rows.ladder.dims.back())),
       count_(count(rows, source)),
-      unpacked_((gathers(rows, source) ? dim : suffix_) * TILE) {
+      unpacked_((gathers(rows, source) ? dim
+                 : lying_columns()     ? 0
+                                       : suffix_) *
+                TILE) {
     int64_t tiles = 0;
     for (const Span& span : rows.spans) {
         starts_.push_back(tiles);
@@ -143,16 +147,28 @@ bool TileReader::read(int64_t tile, Scan* scan) {
         return at.span->packed + at.tile * rows_.packed_dim * TILE;
     };
     scan->segments[0] = {packed(here), head_};
-    scan->segments[1] = {unpacked_.data(), suffix_};
     ahead(scan, packed(later), head_, TILE * sizeof(float));
-    if (suffix_ == 0) return true;
-    const Place next = place(std::min(tile + 1, count_ - 1));
-    const void *pointers[TILE], *coming[TILE];
-    for (int r = 0; r < TILE; ++r) {
-        pointers[r] = suffix_at(rows_, *span_, first + r, rows_.packed_dim);
-        coming[r] = suffix_at(rows_, *next.span, next.tile * TILE + r, rows_.packed_dim);
+    if (suffix_ > 0) {
+        const Place next = place(std::min(tile + 1, count_ - 1));
+        point(*span_, local_, pointers_);
+        point(*next.span, next.tile, pointers_ + TILE);
     }
-    return kernels_.pack(pointers, coming, rows_.dtype, scan->rows, suffix_, unpacked_.data());
+    return pack(scan, unpacked_.data());
+}
+
+// Points to the suffixes of a tile's rows.
+void TileReader::point(const Span& span, int64_t tile, const void** pointers) const {
+    const char* row =
+        static_cast<const char*>(suffix_at(rows_, span, tile * TILE, rows_.packed_dim));
+    const int64_t bytes = span.stride * element_size(rows_.dtype);
+    for (int r = 0; r < TILE; ++r) pointers[r] = row + r * bytes;
+}
+
+bool TileReader::pack(Scan* scan, float* tile) {
+    const int64_t cols = reading_ == Reading::PACKED ? suffix_ : 0;
+    scan->segments[1] = {tile, cols};
+    return cols == 0 ||
+           kernels_.pack(pointers_, pointers_ + TILE, rows_.dtype, scan->rows, cols, tile);
 }
 
 bool TileReader::gather(int64_t tile, Scan* scan) {
@@ -160,24 +176,21 @@ bool TileReader::gather(int64_t tile, Scan* scan) {
     scan->first_row = first;
     scan->rows = int(std::min<int64_t>(TILE, last + 1 - first));
     scan->wanted = ~uint64_t(0) >> (TILE - scan->rows);
-    const void *pointers[TILE], *coming[TILE];
     float* columns = unpacked_.data();
     for (int r = 0; r < TILE; ++r) {
         const int64_t row = rows_.gathered_rows[std::min(first + r, last)];
         const Span& span = span_of(rows_, row);
         const int64_t local = row - span.first;
-        pointers[r] = suffix_at(rows_, span, local, rows_.packed_dim);
+        pointers_[r] = suffix_at(rows_, span, local, rows_.packed_dim);
         const int64_t lane = local / TILE * rows_.packed_dim * TILE + local % TILE;
         for (int64_t c = 0; c < head_; ++c) columns[c * TILE + r] = span.packed[lane + c * TILE];
         const int64_t later = rows_.gathered_rows[std::min(first + TILE + r, last)];
         const Span& other = span_of(rows_, later);
-        coming[r] = suffix_at(rows_, other, later - other.first, rows_.packed_dim);
+        pointers_[TILE + r] = suffix_at(rows_, other, later - other.first, rows_.packed_dim);
     }
     scan->segments[0] = {columns, head_};
-    scan->segments[1] = {columns + head_ * TILE, suffix_};
     scan->ahead = {};
-    return suffix_ == 0 || kernels_.pack(pointers, coming, rows_.dtype, scan->rows, suffix_,
-                                         columns + head_ * TILE);
+    return pack(scan, columns + head_ * TILE);
 }
 
 }  // namespace mrl

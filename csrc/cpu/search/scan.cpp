@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <deque>
-#include <mutex>
 
+#include "cpu/search/scanner.h"
 #include "cpu/threads.h"
 
 namespace mrl {
@@ -17,182 +16,6 @@ constexpr double MULTIPLIES_A_THREAD = 2e6;
 bool beyond_float(const Entry* sorted, int64_t count) {
     return count > 0 && !(std::isfinite(score_of(sorted[0].key)) &&
                           std::isfinite(score_of(sorted[count - 1].key)));
-}
-
-// The scales and terms that turn a tile's sums into a metric's scores.
-class Scaling {
-  public:
-    Scaling(const Kernels& kernels, const Rows& rows, const Queries& queries,
-            const FirstStage& stage, const std::vector<CodedQuery>& coded)
-        : kernels_(kernels),
-          ladder_(rows.ladder),
-          metric_(terms_of(stage.metric)),
-          source_(stage.source),
-          place_(ladder_.place(stage.dim)),
-          query_scale_(queries.n, 1.0f),
-          factors_(queries.n * 2) {
-        // Terms that depend on the query alone change no order and are left out.
-        const float* centre = of_codes(source_) ? ladder_.centre : nullptr;
-        const double square = centre ? kernels.dot64(centre, centre, stage.dim) : 0.0;
-        for (int64_t q = 0; q < queries.n; ++q) {
-            const float* query = queries.data + q * queries.stride;
-            if (metric_.normalized) query_scale_[q] = query_scale(query, stage.dim);
-            query_scale_[q] *= metric_.factor(source_);
-            factors_[2 * q] = metric_.squares > 0.0f ? -metric_.squares : query_scale_[q];
-            if (metric_.normalized && centre)
-                factors_[2 * q + 1] =
-                    float(query_scale_[q] * (kernels.dot64(query, centre, stage.dim) - square));
-            if (of_codes(source_)) query_scale_[q] *= coded[q].scale;
-        }
-        std::fill(row_scale_, row_scale_ + TILE, 1.0f);
-    }
-    // Sets the scales and terms of the tile that was read last.
-    void prepare(const TileReader& tiles, Scan* scan) {
-        if (source_ == Source::SIGNS || source_ == Source::NIBBLES) {
-            const int64_t dims = ladder_.dims.size(), first = SIGN_FACTOR + place_;
-            if (source_ == Source::SIGNS) {
-                scan->row_scale = whole(tiles.stat(first), scan->rows, row_scale_);
-            } else {
-                const float* scale = tiles.stat(CODE_SCALE);
-                const float* inverse = tiles.stat(first + (metric_.normalized ? 2 * dims : 0));
-                for (int r = 0; r < scan->rows; ++r)
-                    row_scale_[r] = metric_.normalized ? scale[r] * inverse[r] : scale[r];
-                scan->row_scale = row_scale_;
-            }
-            if (!ladder_.has_terms()) return;
-            std::copy_n(tiles.stat(first + dims), scan->rows, terms_);
-            if (metric_.normalized)
-                std::copy_n(tiles.stat(first + 2 * dims), scan->rows, terms_ + TILE);
-            scan->term_values = terms_;
-        } else if (source_ == Source::CODES) {
-            const float *scale = tiles.stat(CODE_SCALE), *norm = tiles.stat(PREFIX_NORM);
-            for (int r = 0; r < scan->rows; ++r) {
-                row_scale_[r] = scale[r];
-                if (metric_.normalized) row_scale_[r] = norm[r] > 0 ? scale[r] / norm[r] : 0;
-                terms_[r] = norm[r] * norm[r];  // ‖q‖² changes no order
-            }
-            scan->row_scale = row_scale_;
-            if (metric_.squares > 0.0f) scan->term_values = terms_;
-        } else if (metric_.normalized) {
-            std::fill(sqnorm_, sqnorm_ + TILE, 0.0f);
-            for (const Segment& segment : scan->segments) kernels_.sqnorms(segment, sqnorm_);
-            for (int r = 0; r < TILE; ++r) row_scale_[r] = inverse_norm(sqnorm_[r]);
-            scan->row_scale = row_scale_;
-            scan->row_sqnorm = sqnorm_;
-        } else if (metric_.factor(source_) != 1.0f) {
-            scan->row_scale = row_scale_;  // ones
-        }
-    }
-    void of_group(const Panel::Group& group, Scan* scan) {
-        scan->query_scale = query_scale_.data() + group.first;
-        scan->term_factors = of_group_;
-        std::fill(of_group_, of_group_ + TERMS * MAX_GROUP, 0.0f);
-        for (int64_t i = 0; i < group.size; ++i)
-            for (int j = 0; j < 2; ++j)
-                of_group_[j * group.size + i] = factors_[2 * (group.first + i) + j];
-    }
-
-  private:
-    // Values [TILE]. A tile that is not full is copied: another thread may be writing the rest.
-    static const float* whole(const float* values, int rows, float* copy) {
-        return rows == TILE ? values : (std::copy_n(values, rows, copy), copy);
-    }
-
-    const Kernels& kernels_;
-    const Ladder& ladder_;
-    const MetricTerms metric_;
-    const Source source_;
-    const int64_t place_;                       // of the stage's dim among the ladder's
-    std::vector<float> query_scale_, factors_;  // factors: [queries, 2], of the first two terms
-    float row_scale_[TILE], sqnorm_[TILE], terms_[TERMS * TILE] = {}, of_group_[TERMS * MAX_GROUP];
-};
-
-// Scans tiles for all queries and keeps each one's best.
-class Scanner {
-  public:
-    Scanner(const Run& run, const Rows& rows, const Queries& queries, const FirstStage& stage)
-        : run_(run),
-          rows_(rows),
-          queries_(queries),
-          stage_(stage),
-          coded_(code_all(run.kernels, rows.ladder, queries, stage)),
-          panel_(of_codes(stage.source) ? Panel(coded_) : Panel(queries, stage.dim)) {}
-
-    // Appends to best[q] at least the `keep` best rows of tiles tile_at(0), ..., tile_at(tiles − 1)
-    // that beat the query's gate. tile_at ascends. A sample keeps fewer rows than the stage does.
-    // False if a value is not finite.
-    template <class TileAt>
-    bool run(int64_t tiles, const TileAt& tile_at, int64_t keep, const std::vector<float>& gates,
-             std::vector<std::vector<Entry>>* best) const;
-
-  private:
-    static std::vector<CodedQuery> code_all(const Kernels& kernels, const Ladder& ladder,
-                                            const Queries& queries, const FirstStage& stage) {
-        std::vector<CodedQuery> coded;
-        std::vector<float> less(stage.dim);
-        const float* centre = stage.source == Source::CODES ? nullptr : ladder.centre;
-        for (int64_t q = 0; q < queries.n && of_codes(stage.source); ++q) {
-            centred(queries.data + q * queries.stride, centre, stage.dim, less.data());
-            coded.push_back(code_query(kernels, stage.source, less.data(), stage.dim));
-        }
-        return coded;
-    }
-    const Run run_;
-    const Rows& rows_;
-    const Queries queries_;
-    const FirstStage stage_;
-    const std::vector<CodedQuery> coded_;
-    const Panel panel_;
-};
-
-template <class TileAt>
-bool Scanner::run(int64_t tiles, const TileAt& tile_at, int64_t keep,
-                  const std::vector<float>& gates, std::vector<std::vector<Entry>>* best) const {
-    const int threads =
-        threads_for(double(tiles) * TILE * stage_.dim * (queries_.n + 1), run_.threads);
-    // Many queries are divided among the threads, and each thread sees every row: its gates close
-    // sooner than if it saw a part of them. With few queries, the rows are divided.
-    const std::vector<Panel::Group>& groups = panel_.groups();
-    const int64_t parts = int64_t(groups.size()) >= 2 * threads ? threads : 1;
-    auto first_group = [&](int64_t part) { return part * int64_t(groups.size()) / parts; };
-    auto first_query = [&](int64_t part) {
-        return part < parts ? groups[first_group(part)].first : queries_.n;
-    };
-    std::atomic<bool> finite{true};
-    std::mutex merging;
-    std::deque<Ranges> ranges;
-    for (int64_t part = 0; part < parts; ++part)
-        ranges.emplace_back(tiles, std::clamp<int64_t>(tiles / (threads * 8), 1, 64));
-    parallel(threads, [&](int thread) {
-        const int64_t part = thread % parts, offset = first_query(part);
-        Kept mine(gates.data() + offset, first_query(part + 1) - offset, keep, rows_.count());
-        TileReader reader(run_.kernels, rows_, stage_.source, stage_.dim,
-                          first_group(part + 1) - first_group(part));
-        Scaling scaling(run_.kernels, rows_, queries_, stage_, coded_);
-        Scan scan = {};
-        for (int64_t i, last; ranges[part].next(&i, &last);) {
-            for (; i < last; ++i) {
-                poll();
-                if (!reader.read(tile_at(i), &scan)) finite = false;
-                scaling.prepare(reader, &scan);
-                for (int64_t g = first_group(part); g < first_group(part + 1); ++g) {
-                    const Panel::Group& group = groups[g];
-                    panel_.put(group, &scan);
-                    scaling.of_group(group, &scan);
-                    scan.topk = mine.topks.data() + group.first - offset;
-                    scan.thresholds = mine.thresholds.data() + group.first - offset;
-                    run_.kernels.scan[int(stage_.source)][group.size - 1](scan);
-                }
-            }
-        }
-        std::unique_lock<std::mutex> lock(merging, std::defer_lock);
-        if (parts == 1) lock.lock();
-        for (int64_t q = offset; q < first_query(part + 1); ++q) {
-            const TopK& topk = mine.topks[q - offset];
-            (*best)[q].insert((*best)[q].end(), topk.entries, topk.entries + topk.count);
-        }
-    });
-    return finite;
 }
 
 }  // namespace
@@ -269,12 +92,13 @@ float shrink(TopK& topk) {
     return score_of(std::min_element(topk.entries, topk.entries + topk.k, worse)->key);
 }
 
-Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const FirstStage& stage,
-                Entry* out, int64_t* counts) {
+// As scan_all, from columns packed into tiles, or codes.
+static Status scan_packed(const Run& run, const Rows& rows, const Queries& queries,
+                          const FirstStage& stage, Entry* out, int64_t* counts) {
     constexpr int64_t SAMPLE = 8;  // every eighth tile
     const int64_t dim = stage.dim, keep = stage.keep, step = stage.step;
     const int threads = run.threads;
-    const Scanner scanner(run, rows, queries, stage);
+    const Scanner scanner(run, rows, queries, stage, Reading::PACKED);
     const int64_t tiles = (TileReader::count(rows, stage.source) + step - 1) / step;
     const bool gathers = TileReader::gathers(rows, stage.source);
     std::vector<std::vector<Entry>> best(queries.n);
@@ -283,7 +107,7 @@ Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const 
     auto every = [&](int64_t i) { return i * step; };
     bool finite;
     if (queries.n < MAX_GROUP || rows.eligible() < 16 * SAMPLE * keep * step) {
-        finite = scanner.run(tiles, every, keep, gates, &best);
+        finite = scanner.run(tiles, every, keep, gates, &best).finite;
     } else {
         // A sample gates the rest. It holds about keep / SAMPLE of the `keep` best, hardly ever
         // `guess` of them, so rows below the sample's guess-th score are dropped.
@@ -291,12 +115,12 @@ Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const 
         const int64_t guess = int64_t(mean + 4.0 * std::sqrt(mean) + 4.0);
         auto sampled = [&](int64_t i) { return (i * SAMPLE + SAMPLE - 1) * step; };
         auto others = [&](int64_t i) { return (i + i / (SAMPLE - 1)) * step; };
-        finite = scanner.run(tiles / SAMPLE, sampled, guess, gates, &best);
+        finite = scanner.run(tiles / SAMPLE, sampled, guess, gates, &best).finite;
         each(queries.n, threads, [&](int64_t q) {
             cut(best[q], guess);
             if (int64_t(best[q].size()) == guess) gates[q] = score_of(best[q].back().key);
         });
-        finite &= scanner.run(tiles - tiles / SAMPLE, others, keep, gates, &best);
+        finite &= scanner.run(tiles - tiles / SAMPLE, others, keep, gates, &best).finite;
     }
     if (!finite) return Status::NOT_FINITE;
     std::vector<char> missed(queries.n, 0);
@@ -315,17 +139,12 @@ Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const 
         if (!missed[q]) finish(q, best[q]);
     });
     std::vector<int64_t> again;
-    std::vector<float> data;
-    for (int64_t q = 0; q < queries.n; ++q) {
-        if (!missed[q]) continue;
-        const float* query = queries.data + q * queries.stride;
-        again.push_back(q);
-        data.insert(data.end(), query, query + dim);
-    }
+    for (int64_t q = 0; q < queries.n; ++q)
+        if (missed[q]) again.push_back(q);
     if (!again.empty()) {
-        const Queries part = {data.data(), int64_t(again.size()), dim};
+        const Picked part(queries, again, dim);
         std::vector<std::vector<Entry>> found(again.size());
-        Scanner(run, rows, part, stage)
+        Scanner(run, rows, part.queries, stage, Reading::PACKED)
             .run(tiles, every, keep, std::vector<float>(again.size(), NAN), &found);
         each(again.size(), threads, [&](int64_t i) {
             cut(found[i], keep);
@@ -333,6 +152,23 @@ Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const 
         });
     }
     return overflow ? Status::OVERFLOW_ : Status::OK;
+}
+
+Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const FirstStage& stage,
+                Entry* out, int64_t* counts) {
+    const std::vector<int64_t> open = scan_lying(run, rows, queries, stage, out, counts);
+    if (int64_t(open.size()) == queries.n)
+        return scan_packed(run, rows, queries, stage, out, counts);
+    if (open.empty()) return Status::OK;
+    const Picked part(queries, open, stage.dim);
+    const std::unique_ptr<Entry[]> entries(new Entry[open.size() * stage.keep]);
+    std::vector<int64_t> found(open.size());
+    const Status status = scan_packed(run, rows, part.queries, stage, entries.get(), found.data());
+    for (size_t i = 0; i < open.size(); ++i) {
+        counts[open[i]] = found[i];
+        std::copy_n(entries.get() + i * stage.keep, found[i], out + open[i] * stage.keep);
+    }
+    return status;
 }
 
 Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 
@@ -10,6 +11,30 @@
 #include "cpu/search/search.h"
 
 namespace mrl {
+
+// Squared norms for which bounds and errors hold in fp32. A row beyond them is never dropped, and a
+// query beyond them drops no row.
+constexpr double SMALLEST = 1e-30, LARGEST = 1e30;
+inline bool ordinary(double square) {
+    return square == 0.0 || (square > SMALLEST && square < LARGEST);
+}
+
+// Room for the rounding of a sum of so many products, in any order, as a share of ‖q‖·‖x‖.
+inline double rounding(int64_t dim) { return 1.01 * std::ldexp(double(dim + 64), -24); }
+
+// The largest of values >= 0; NaN counts as larger than any. Their bits are in the same order, and
+// compilers use vectors for integers only.
+inline float largest_of(const float* values, int64_t count) {
+    int32_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        int32_t bits;
+        std::memcpy(&bits, values + i, sizeof bits);
+        largest = std::max(largest, bits & 0x7fffffff);
+    }
+    float value;
+    std::memcpy(&value, &largest, sizeof value);
+    return value;
+}
 
 inline bool better(const Entry& a, const Entry& b) { return a.key > b.key; }
 float score_of(uint64_t key);
@@ -74,20 +99,27 @@ class Panel {
     std::vector<Group> groups_;
 };
 
-// Reads the tiles that hold rows to be found, one after the other, and packs columns that lie
-// row-major. Where rows are listed in gathered_rows and no codes are read, these rows are gathered,
-// TILE a tile; a scan's row numbers are then places in that list.
+// What becomes of columns that lie row-major: they are packed into tiles, or left as they lie.
+enum class Reading { PACKED, AS_THEY_LIE };
+
+// Reads the tiles that hold rows to be found, one after the other. Where rows are listed in
+// gathered_rows and no codes are read, these rows are gathered, TILE a tile; a scan's row numbers
+// are then places in that list.
 class TileReader {
   public:
     // `groups` is the number of groups of queries that scan each tile.
-    TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim,
-               int64_t groups);
+    TileReader(const Kernels& kernels, const Rows& rows, Source source, int64_t dim, int64_t groups,
+               Reading reading = Reading::PACKED);
     static bool gathers(const Rows& rows, Source source) {
         return !of_codes(source) && !rows.gathered_rows.empty();
     }
     static int64_t count(const Rows& rows, Source source);
     // Fills the columns, first_row, rows and wanted; false if a value is not finite.
     bool read(int64_t tile, Scan* scan);
+    // [TILE]: where the columns of the last tile read lie that are not in it; then rows to
+    // prefetch.
+    const void* const* lying() const { return pointers_; }
+    int64_t lying_columns() const { return reading_ == Reading::PACKED ? 0 : suffix_; }
     // [TILE]: a statistic of the rows of the last tile read, which was not gathered.
     const float* stat(int which) const {
         return span_->stats + which * span_->stats_stride + local_ * TILE;
@@ -101,6 +133,8 @@ class TileReader {
     };
     Place place(int64_t i);
     bool gather(int64_t tile, Scan* scan);
+    void point(const Span& span, int64_t tile, const void** pointers) const;
+    bool pack(Scan* scan, float* tile);
     void ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const;
     const uint8_t* codes(const Place& at) const;
 
@@ -108,14 +142,27 @@ class TileReader {
     const Rows& rows_;
     const Source source_;
     const int64_t dim_, groups_;
+    const Reading reading_;
     const int64_t head_, suffix_;  // columns read from tiles, and from the suffix
     const int64_t code_bytes_;     // of a tile of the source's codes
     const int64_t count_;          // of tiles to read
     std::vector<int64_t> starts_;  // [spans + 1]: tiles before each span
     size_t at_ = 0;                // the span of the last place
     std::vector<float> unpacked_;  // [columns, TILE]
+    const void* pointers_[2 * TILE];
     const Span* span_ = nullptr;
     int64_t local_ = 0;  // the last tile read, counted from its span's first
+};
+
+// Some of the queries, side by side in memory.
+struct Picked {
+    Picked(const Queries& from, const std::vector<int64_t>& which, int64_t dim) {
+        for (int64_t q : which)
+            data.insert(data.end(), from.data + q * from.stride, from.data + q * from.stride + dim);
+        queries = {data.data(), int64_t(which.size()), dim};
+    }
+    std::vector<float> data;
+    Queries queries;
 };
 
 // Leaves the best `keep` entries, in order.
@@ -135,6 +182,12 @@ struct FirstStage {
     Source source;
     int64_t dim, keep, step;
 };
+
+// Few queries' best rows, found by sums in no particular order of columns of rows as they lie, and
+// then ranked as scan_all does. Writes those of the queries for which this provably finds what
+// scan_all does, and returns the others.
+std::vector<int64_t> scan_lying(const Run& run, const Rows& rows, const Queries& queries,
+                                const FirstStage& stage, Entry* out, int64_t* counts);
 
 // Scans for the `keep` best rows of each query. Writes counts[q] entries, best first, to
 // out[q, :], of [n, keep].

@@ -101,6 +101,7 @@ Status rerank(const Run& run, const Rows& rows, const Queries& queries, Metric m
               const Candidates& candidates, Stage stage, const Results& results) {
     rows.check();
     if (rows.packed_dim != 0) throw std::invalid_argument("rerank reads row-major vectors only");
+    if (!finite(queries, stage.dim)) return Status::QUERY_NOT_FINITE;
     const int64_t count = candidates.count;
     return each_query(queries.n, double(queries.n) * count * stage.dim, run.threads,
                       [&](int64_t q, std::vector<float>& tile, std::vector<Entry>& mine) {

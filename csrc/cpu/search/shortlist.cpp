@@ -1,6 +1,7 @@
 #include "cpu/search/shortlist.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "cpu/threads.h"
@@ -23,30 +24,52 @@ double least_norm(const Problem& p, const Span& span, int64_t row, std::vector<f
     return norm > 0.0 ? norm : INFINITY;
 }
 
+// The range of norms that are not 0.
+struct Range {
+    float least = INFINITY, greatest = 0.0f;
+    // The bits of values >= 0 are in the same order, and compilers use vectors for integers only.
+    void add(const float* norms, const float* tails, int64_t count) {
+        int32_t low = bits(least), high = bits(greatest);
+        for (int64_t i = 0; i < count; ++i) {
+            const int32_t norm = bits(norms[i] + (tails ? tails[i] : 0.0f));
+            high = std::max(high, norm);
+            low = std::min(low, norm == 0 ? INT32_MAX : norm);
+        }
+        std::memcpy(&least, &low, sizeof least);
+        std::memcpy(&greatest, &high, sizeof greatest);
+    }
+
+  private:
+    static int32_t bits(float value) {
+        int32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        return bits;
+    }
+};
+
 // The least norm of a row that is not 0, and the greatest; or what bounds these.
 std::pair<double, double> norms(const Problem& p, const Rows& rows) {
     // Of columns without statistics, only cosines ask for the least.
     const bool known = p.is_described() || !p.terms.normalized,
                tails = !(p.is_described() ? p.levels : rows.levels).empty();
     double shortest = INFINITY;
-    float least = INFINITY, greatest = 0.0f;
+    Range range;
     std::vector<float> room;
-    auto see = [&](const Span& span, int64_t row) {
-        const float* stats = span.stats + row;
-        const float tail = tails ? stats[TAIL_NORM * span.stats_stride] : 0.0f,
-                    norm = stats[PREFIX_NORM * span.stats_stride] + tail;  // within a factor √2
-        greatest = std::max(greatest, norm);
-        if (norm > 0.0f) least = std::min(least, norm);
-        if (norm > 0.0f && !known) shortest = std::min(shortest, least_norm(p, span, row, &room));
+    auto see = [&](const Span& span, int64_t row, int64_t count) {  // within a factor √2
+        const float *norms = span.stats + PREFIX_NORM * span.stats_stride + row,
+                    *rest = span.stats + TAIL_NORM * span.stats_stride + row;
+        range.add(norms, tails ? rest : nullptr, count);
+        for (int64_t i = row; !known && i < row + count; ++i)
+            if (norms[i - row] + (tails ? rest[i - row] : 0.0f) > 0.0f)
+                shortest = std::min(shortest, least_norm(p, span, i, &room));
     };
     if (rows.gathered_rows.empty())
-        for (const Span& span : rows.spans)
-            for (int64_t row = 0; row < span.rows; ++row) see(span, row);
+        for (const Span& span : rows.spans) see(span, 0, span.rows);
     for (int64_t row : rows.gathered_rows) {
         const Span& span = span_of(rows, row);
-        see(span, row - span.first);
+        see(span, row - span.first, 1);
     }
-    return {known ? least * 0.7 : shortest, greatest};
+    return {known ? range.least * 0.7 : shortest, range.greatest};
 }
 
 }  // namespace

@@ -2,8 +2,9 @@
 
 #include "cpu/simd/tile_kernels.h"
 
-// uses Vec and W of tile_kernels.h
+// use Vec and W of tile_kernels.h
 #include "cpu/simd/nested_kernels.h"
+#include "cpu/simd/row_kernels.h"
 #include "cpu/simd/wide_kernels.h"
 
 // Vectors of rows that are scored at a time. Those of NIBBLES take two registers each, one a half.
@@ -43,7 +44,7 @@ Kernels make_kernels(const char* name) {
                        sqnorms,
                        advance,
                        {},
-                       dots,
+                       {row_sums<Source::PRODUCT>, row_sums<Source::DIFFERENCE>},
                        widen_row,
                        dot64,
                        {},

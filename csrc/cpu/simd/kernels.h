@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace mrl {
@@ -89,14 +90,16 @@ inline int64_t element_size(DType dtype) {
     return with_element(dtype, [](auto* type) { return int64_t(sizeof *type); });
 }
 
-// Prefetches eight rows, each from its first line to its last: memory is fastest in this order.
+// Prefetches some rows, each from its first line to its last: memory is twice as fast in this
+// order.
+template <int COUNT>
 struct Prefetch {
-    const void* const* rows;  // null: none
+    const void* const* rows;  // [COUNT]; null: none
     int64_t row_bytes;
-    int row;
-    int64_t byte;
+    int row = 0;
+    int64_t byte = 0;
     MRL_INLINE void lines(int count) {
-        for (; rows && count > 0 && row < 8; --count) {
+        for (; rows && count > 0 && row < COUNT; --count) {
             __builtin_prefetch(static_cast<const char*>(rows[row]) + byte);
             byte += 64;
             if (byte >= row_bytes) byte = 0, ++row;
@@ -142,6 +145,7 @@ struct Scan {
     const uint8_t* lows;
     const float *low_scale, *low_gain;  // [TILE]; null: scores stay as they are
     const float* low_factors;           // [group]
+    const float* rest;                  // [group, TILE], added to sums of columns; null: 0
     const float* row_scale;             // [TILE]; null: scores are the bare sums and have no terms
     const float* query_scale;           // [group]
     const float* row_sqnorm;            // [TILE], kept in the entries
@@ -153,6 +157,20 @@ struct Scan {
     uint64_t wanted;    // bit r: row r may be kept
     TopK* topk;         // [group]
     float* thresholds;  // [group]; a row is dropped where its score is <= this
+};
+
+// Rows as they lie against some queries, summed in no particular order of columns.
+struct RowSums {
+    const float* queries;  // [count, stride]
+    int64_t stride;
+    int count;
+    const void* const* rows;   // [n]
+    const void* const* ahead;  // [n], rows to prefetch meanwhile; null: none
+    int n;                     // at most TILE where there are more queries than one
+    DType dtype;
+    int64_t cols;
+    float* sums;     // [count, TILE], continued: Σ q·x or −Σ (q − x)²
+    float* squares;  // [n], continued: Σ x²
 };
 
 // The fp64 Σ q·x is the sum of eight chains, each over every eighth column. Σ (q − x)² is one
@@ -178,9 +196,7 @@ struct Kernels {
     // sums[r] continues the chain of one query with the tile's rows; no codes.
     void (*advance)(Source source, Segment segment, const float* query, float* sums);
     void (*scan[SOURCES][MAX_GROUP])(Scan&);  // [source][group - 1]
-    // sums[i] += Σ_c query[c] · rows[i][c], in no particular order of columns.
-    void (*dots)(const float* query, const void* const* rows, DType dtype, int n, int64_t cols,
-                 float* sums);
+    void (*row_sums[2])(const RowSums&);      // of products, of differences
     void (*widen_row)(const void* row, DType dtype, int64_t cols, float* out);
     // Σ x·y in fp64: eight sums, each of every eighth column, then the sum of these in order.
     double (*dot64)(const float* x, const float* y, int64_t cols);

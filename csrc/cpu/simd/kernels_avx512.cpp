@@ -50,6 +50,17 @@ struct Simd {
     static Vec broadcast(float x) { return _mm512_set1_ps(x); }
     static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
     static Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
+    static constexpr int ROW_QUERIES = 4;  // that rows as they lie are summed with at a time
+    static void add_lanes(const Vec (&v)[4], float* out) {
+        __m256 halves[4];
+        for (int i = 0; i < 4; ++i) {
+            const __m512d pairs = _mm512_castps_pd(v[i]);
+            halves[i] =
+                _mm256_add_ps(_mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(255, pairs, 0)),
+                              _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(255, pairs, 1)));
+        }
+        add_lanes8(halves, out);
+    }
     static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
     static Vec load(const F16* x) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));

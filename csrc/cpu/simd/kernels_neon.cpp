@@ -45,6 +45,10 @@ struct Simd {
         return c;
     }
 #endif
+    static constexpr int ROW_QUERIES = 4;  // that rows as they lie are summed with at a time
+    static void add_lanes(const Vec (&v)[4], float* out) {
+        store(out, vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])));
+    }
     static Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
     static Vec load(const F16* x) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&x->bits))); }
     static Vec load(const BF16* x) {
@@ -56,7 +60,7 @@ struct Simd {
     template <class T>
     static float transpose(const T* const* rows, const void* const* ahead, int64_t cols,
                            float* tile) {
-        Prefetch prefetch = {ahead, cols * int64_t(sizeof(T)), 0, 0};
+        Prefetch<8> prefetch = {ahead, cols * int64_t(sizeof(T))};
         Vec check[4] = {};
         for (int64_t c = 0; c < cols; c += 4, tile += 4 * TILE) {
             prefetch.lines(sizeof(T) / 2);  // 8 rows of 4 columns are sizeof(T) / 2 lines

@@ -97,47 +97,6 @@ void advance(Source source, Segment segment, const float* query, float* sums) {
         advance_as<Source::PRODUCT>(segment, query, sums);
 }
 
-// --- dots: rows one by one, columns in lanes ---
-
-template <class T, int R>
-void dots_of(const float* query, const void* const* rows, int64_t cols, float* sums) {
-    Vec sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = Simd::broadcast(0.0f);
-    int64_t c = 0;
-    for (; c + W <= cols; c += W) {
-        const Vec q = Simd::load(query + c);
-        for (int r = 0; r < R; ++r)
-            sum[r] = Simd::fma(q, Simd::load(static_cast<const T*>(rows[r]) + c), sum[r]);
-    }
-    for (int r = 0; r < R; ++r) {
-        float lanes[W], total = 0.0f;
-        Simd::store(lanes, sum[r]);
-        for (int lane = 0; lane < W; ++lane) total += lanes[lane];
-        for (int64_t rest = c; rest < cols; ++rest)
-            total += query[rest] * widen(static_cast<const T*>(rows[r]) + rest);
-        sums[r] += total;
-    }
-}
-
-template <class T>
-void dots_as(const T*, const float* query, const void* const* rows, int n, int64_t cols,
-             float* sums) {
-    constexpr int R = 4;
-    int i = 0;
-    for (; i + R <= n; i += R) {
-        for (int r = i + R; r < i + 2 * R && r < n; ++r)
-            for (int64_t c = 0; c < cols; c += 64 / int64_t(sizeof(T)))
-                __builtin_prefetch(static_cast<const T*>(rows[r]) + c);
-        dots_of<T, R>(query, rows + i, cols, sums + i);
-    }
-    for (; i < n; ++i) dots_of<T, 1>(query, rows + i, cols, sums + i);
-}
-
-void dots(const float* query, const void* const* rows, DType dtype, int n, int64_t cols,
-          float* sums) {
-    with_element(dtype, [&](auto* type) { dots_as(type, query, rows, n, cols, sums); });
-}
-
 // --- whole rows ---
 
 template <class T>
@@ -207,6 +166,42 @@ inline void sum_codes(Scan& s, int r, Vec (&sum)[Q][V]) {
 
 #include "cpu/simd/code_kernels.h"
 
+// A score that at least k of V * W scores reach, and few more; NaN where one is not finite. A later
+// row of the thread has to beat it.
+template <int V>
+inline float first_gate(const float* scores, int64_t k) {
+    constexpr int STEPS = 8;
+    Vec least = Simd::load(scores), most = least, check = least - least;
+    for (int v = 1; v < V; ++v) {
+        const Vec x = Simd::load(scores + v * W);
+        most = Simd::max(most, x);
+        least = -Simd::max(-least, -x);
+        check = check + (x - x);
+    }
+    float lows[W], highs[W], checks[W], low, high, zero = 0.0f;
+    Simd::store(lows, least);
+    Simd::store(highs, most);
+    Simd::store(checks, check);
+    low = lows[0];
+    high = highs[0];
+    for (int i = 0; i < W; ++i) {
+        low = lows[i] < low ? lows[i] : low;
+        high = highs[i] > high ? highs[i] : high;
+        zero += checks[i];
+    }
+    if (zero != 0.0f) return __builtin_nanf("");
+    for (int i = 0; i < STEPS; ++i) {
+        const float middle = 0.5f * low + 0.5f * high;
+        const Vec gate = Simd::broadcast(middle);
+        int above = 0;
+        for (int v = 0; v < V; ++v)
+            above += __builtin_popcount(Simd::bits(Simd::above(Simd::load(scores + v * W), gate)));
+        (above >= k ? low : high) = middle;
+        if (above == k) break;
+    }
+    return low;
+}
+
 template <Source S, int Q, int V>
 void scan_as(Scan& s) {
     float of_signs[S == Source::SIGNS ? Q * TILE : 1];
@@ -226,9 +221,12 @@ void scan_as(Scan& s) {
             sum_columns<S, Q, V>(s, r, sum);
         const bool bare = s.row_scale == nullptr;
         auto score = [&](int q, int v) __attribute__((always_inline)) {
-            if (bare) return sum[q][v];
-            Vec value = sum[q][v] *
-                        (Simd::load(s.row_scale + r + v * W) * Simd::broadcast(s.query_scale[q]));
+            Vec value = sum[q][v];
+            if constexpr (!of_codes(S))
+                if (s.rest) value = value + Simd::load(s.rest + q * TILE + r + v * W);
+            if (bare) return value;
+            value =
+                value * (Simd::load(s.row_scale + r + v * W) * Simd::broadcast(s.query_scale[q]));
             if (s.term_values == nullptr) return value;
             for (int j = 0; j < TERMS; ++j)
                 value = Simd::fma(Simd::load(s.term_values + j * TILE + r + v * W),
@@ -260,6 +258,16 @@ void scan_as(Scan& s) {
                     if (lanes >> (v * W) & (~uint64_t(0) >> (64 - W)))
                         refine<Q>(s, q, r + v * W, scores + v * W);
             TopK& topk = s.topk[q];
+            float first = s.thresholds[q];
+            if (first != first && lanes == ~uint64_t(0) >> (64 - V * W) && topk.k < V * W) {
+                first = first_gate<V>(scores, topk.k);
+                const Vec gate = Simd::broadcast(first);
+                for (int v = 0; v < V; ++v)
+                    if (first == first)
+                        lanes &=
+                            ~(uint64_t(Simd::bits(Simd::above(gate, Simd::load(scores + v * W))))
+                              << (v * W));
+            }
             for (; lanes; lanes &= lanes - 1) {
                 const int lane = __builtin_ctzll(lanes), row = r + lane;
                 if (scores[lane] <= s.thresholds[q]) continue;  // that rose, or this fell
@@ -268,6 +276,7 @@ void scan_as(Scan& s) {
                                               s.row_sqnorm ? s.row_sqnorm[row] : 0.0f};
                 if (topk.count == topk.capacity) s.thresholds[q] = shrink(topk);
             }
+            if (s.thresholds[q] != s.thresholds[q]) s.thresholds[q] = first;
         }
     }
 }

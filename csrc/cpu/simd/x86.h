@@ -1,4 +1,11 @@
-// What AVX2 and AVX-512 share: packing by 8×8 transposes. Included like tile_kernels.h.
+// What AVX2 and AVX-512 share: sums over lanes, and packing by 8×8 transposes. Included like
+// tile_kernels.h.
+
+// out[i] = the sum of v[i]'s lanes.
+inline void add_lanes8(const __m256 (&v)[4], float* out) {
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
 
 inline __m256 load8(const float* x) { return _mm256_loadu_ps(x); }
 inline __m256 load8(const F16* x) {
@@ -13,7 +20,7 @@ inline __m256 load8(const BF16* x) {
 // finite. Prefetches as many columns of the 8 rows `ahead`, if not null.
 template <class T>
 inline float transpose8(const T* const* rows, const void* const* ahead, int64_t cols, float* tile) {
-    Prefetch prefetch = {ahead, cols * int64_t(sizeof(T)), 0, 0};
+    Prefetch<8> prefetch = {ahead, cols * int64_t(sizeof(T))};
     __m256 check = _mm256_setzero_ps();
     const __m256 zero = _mm256_setzero_ps();
     for (int64_t c = 0; c < cols; c += 8, tile += 8 * TILE) {

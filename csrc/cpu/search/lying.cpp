@@ -1,0 +1,79 @@
+// Few queries: packing rows into tiles would cost more than the sums. Rows are summed as they lie,
+// columns in lanes, and the best are scored again in the canonical order. Two sums of a pair differ
+// by their rounding at most, so that the list provably holds the best where its last entry is worse
+// than the k-th by more.
+#include <algorithm>
+#include <numeric>
+
+#include "cpu/search/scanner.h"
+#include "cpu/threads.h"
+
+namespace mrl {
+namespace {
+
+constexpr int64_t FEW = 16;      // queries
+constexpr int64_t COLUMNS = 32;  // fewer are packed as fast
+
+// How many rows are scored again; some more than are wanted, as sums may disagree on their order.
+int64_t length_of(int64_t keep) { return keep + keep / 8 + 4; }
+
+bool pays(const Rows& rows, const Queries& queries, const FirstStage& stage) {
+    return !of_codes(stage.source) && queries.n <= FEW && stage.keep > 0 &&
+           stage.dim - rows.packed_dim >= COLUMNS &&
+           2 * queries.n * length_of(stage.keep) * stage.step <= rows.eligible();
+}
+
+// How far a score by one order of columns may be from that by another, where the larger of two is
+// `score`.
+double apart(const FirstStage& stage, double query_norm, double row_norm, double score) {
+    const MetricTerms& terms = terms_of(stage.metric);
+    const double margin = rounding(stage.dim);
+    if (terms.source == Source::DIFFERENCE) return 1e-36 + 10.0 * margin * std::abs(score);
+    const double length = terms.normalized ? 3.0 : query_norm * row_norm;
+    return 1e-36 + 2.0 * terms.product * margin * length;
+}
+
+}  // namespace
+
+std::vector<int64_t> scan_lying(const Run& run, const Rows& rows, const Queries& queries,
+                                const FirstStage& stage, Entry* out, int64_t* counts) {
+    std::vector<int64_t> open(queries.n);
+    std::iota(open.begin(), open.end(), 0);
+    if (!pays(rows, queries, stage)) return open;
+    const int64_t dim = stage.dim, length = length_of(stage.keep);
+    const int64_t tiles = (TileReader::count(rows, stage.source) + stage.step - 1) / stage.step;
+    std::vector<std::vector<Entry>> best(queries.n);
+    const Seen seen = Scanner(run, rows, queries, stage, Reading::AS_THEY_LIE)
+                          .run(
+                              tiles, [&](int64_t i) { return i * stage.step; }, length,
+                              std::vector<float>(queries.n, NAN), &best);
+    if (!seen.finite) return open;
+    std::vector<char> decided(queries.n, 0);
+    each(queries.n, run.threads, [&](int64_t q) {
+        const float* query = queries.data + q * queries.stride;
+        const double norm = std::sqrt(run.kernels.dot64(query, query, dim));
+        std::vector<Entry>& list = best[q];
+        cut(list, length);
+        if (int64_t(list.size()) < length || !ordinary(norm * norm)) return;
+        const double last = score_of(list.back().key);
+        if (TileReader::gathers(rows, stage.source))
+            for (Entry& entry : list)
+                entry.key = with_row(entry.key, rows.gathered_rows[row_of(entry.key)]);
+        std::vector<float> tile;
+        if (advance_all(run.kernels, rows, query,
+                        {stage.metric, std::min(dim, rows.packed_dim), dim, stage.keep}, tile,
+                        list) != Status::OK)
+            return;
+        decided[q] =
+            last + apart(stage, norm, std::sqrt(seen.square), last) < score_of(list.back().key);
+        if (!decided[q]) return;
+        counts[q] = stage.keep;
+        std::copy(list.begin(), list.end(), out + q * stage.keep);
+    });
+    open.clear();
+    for (int64_t q = 0; q < queries.n; ++q)
+        if (!decided[q]) open.push_back(q);
+    return open;
+}
+
+}  // namespace mrl

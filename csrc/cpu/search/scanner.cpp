@@ -1,0 +1,224 @@
+#include "cpu/search/scanner.h"
+
+#include <algorithm>
+#include <deque>
+#include <mutex>
+
+#include "cpu/threads.h"
+
+namespace mrl {
+namespace {
+
+// The scales and terms that turn a tile's sums into a metric's scores.
+class Scaling {
+  public:
+    Scaling(const Kernels& kernels, const Rows& rows, const Queries& queries,
+            const FirstStage& stage, const std::vector<CodedQuery>& coded)
+        : kernels_(kernels),
+          ladder_(rows.ladder),
+          metric_(terms_of(stage.metric)),
+          source_(stage.source),
+          place_(ladder_.place(stage.dim)),
+          query_scale_(queries.n, 1.0f),
+          factors_(queries.n * 2) {
+        // Terms that depend on the query alone change no order and are left out.
+        const float* centre = of_codes(source_) ? ladder_.centre : nullptr;
+        const double square = centre ? kernels.dot64(centre, centre, stage.dim) : 0.0;
+        for (int64_t q = 0; q < queries.n; ++q) {
+            const float* query = queries.data + q * queries.stride;
+            if (metric_.normalized) query_scale_[q] = query_scale(query, stage.dim);
+            query_scale_[q] *= metric_.factor(source_);
+            factors_[2 * q] = metric_.squares > 0.0f ? -metric_.squares : query_scale_[q];
+            if (metric_.normalized && centre)
+                factors_[2 * q + 1] =
+                    float(query_scale_[q] * (kernels.dot64(query, centre, stage.dim) - square));
+            if (of_codes(source_)) query_scale_[q] *= coded[q].scale;
+        }
+        std::fill(row_scale_, row_scale_ + TILE, 1.0f);
+    }
+    // Sets the scales and terms of the tile that was read last; `rest` [TILE] is Σ x² of columns
+    // that are not in it.
+    void prepare(const TileReader& tiles, const float* rest, Scan* scan) {
+        if (source_ == Source::SIGNS || source_ == Source::NIBBLES) {
+            const int64_t dims = ladder_.dims.size(), first = SIGN_FACTOR + place_;
+            if (source_ == Source::SIGNS) {
+                scan->row_scale = whole(tiles.stat(first), scan->rows, row_scale_);
+            } else {
+                const float* scale = tiles.stat(CODE_SCALE);
+                const float* inverse = tiles.stat(first + (metric_.normalized ? 2 * dims : 0));
+                for (int r = 0; r < scan->rows; ++r)
+                    row_scale_[r] = metric_.normalized ? scale[r] * inverse[r] : scale[r];
+                scan->row_scale = row_scale_;
+            }
+            if (!ladder_.has_terms()) return;
+            std::copy_n(tiles.stat(first + dims), scan->rows, terms_);
+            if (metric_.normalized)
+                std::copy_n(tiles.stat(first + 2 * dims), scan->rows, terms_ + TILE);
+            scan->term_values = terms_;
+        } else if (source_ == Source::CODES) {
+            const float *scale = tiles.stat(CODE_SCALE), *norm = tiles.stat(PREFIX_NORM);
+            for (int r = 0; r < scan->rows; ++r) {
+                row_scale_[r] = scale[r];
+                if (metric_.normalized) row_scale_[r] = norm[r] > 0 ? scale[r] / norm[r] : 0;
+                terms_[r] = norm[r] * norm[r];  // ‖q‖² changes no order
+            }
+            scan->row_scale = row_scale_;
+            if (metric_.squares > 0.0f) scan->term_values = terms_;
+        } else if (metric_.normalized) {
+            std::fill(sqnorm_, sqnorm_ + TILE, 0.0f);
+            for (const Segment& segment : scan->segments) kernels_.sqnorms(segment, sqnorm_);
+            for (int r = 0; r < TILE; ++r) row_scale_[r] = inverse_norm(sqnorm_[r] + rest[r]);
+            scan->row_scale = row_scale_;
+            scan->row_sqnorm = sqnorm_;
+        } else if (metric_.factor(source_) != 1.0f) {
+            scan->row_scale = row_scale_;  // ones
+        }
+    }
+    void of_group(const Panel::Group& group, Scan* scan) {
+        scan->query_scale = query_scale_.data() + group.first;
+        scan->term_factors = of_group_;
+        std::fill(of_group_, of_group_ + TERMS * MAX_GROUP, 0.0f);
+        for (int64_t i = 0; i < group.size; ++i)
+            for (int j = 0; j < 2; ++j)
+                of_group_[j * group.size + i] = factors_[2 * (group.first + i) + j];
+    }
+
+  private:
+    // Values [TILE]. A tile that is not full is copied: another thread may be writing the rest.
+    static const float* whole(const float* values, int rows, float* copy) {
+        return rows == TILE ? values : (std::copy_n(values, rows, copy), copy);
+    }
+
+    const Kernels& kernels_;
+    const Ladder& ladder_;
+    const MetricTerms metric_;
+    const Source source_;
+    const int64_t place_;                       // of the stage's dim among the ladder's
+    std::vector<float> query_scale_, factors_;  // factors: [queries, 2], of the first two terms
+    float row_scale_[TILE], sqnorm_[TILE], terms_[TERMS * TILE] = {}, of_group_[TERMS * MAX_GROUP];
+};
+
+// The sums of columns that a reader leaves as they lie.
+class Lying {
+  public:
+    Lying(const Kernels& kernels, const Rows& rows, const Queries& queries, const FirstStage& stage,
+          Reading reading)
+        : kernels_(kernels),
+          dtype_(rows.dtype),
+          first_(std::min(stage.dim, rows.packed_dim)),
+          ahead_(rows_ahead((stage.dim - first_) * element_size(rows.dtype))),
+          source_(stage.source),
+          queries_(queries),
+          sums_(reading == Reading::PACKED ? 0 : queries.n * TILE) {}
+
+    // Sums those of the tile that was read last; `seen` learns of all its columns.
+    void sum(const TileReader& tiles, const Scan& scan, Seen* seen) {
+        const int64_t cols = tiles.lying_columns();
+        if (cols == 0) return;
+        std::fill(sums_.begin(), sums_.end(), 0.0f);
+        std::fill(squares_, squares_ + TILE, 0.0f);
+        kernels_.row_sums[int(source_)]({queries_.data + first_, queries_.stride, int(queries_.n),
+                                         tiles.lying(), tiles.lying() + ahead_, scan.rows, dtype_,
+                                         cols, sums_.data(), squares_});
+        float whole[TILE];
+        std::copy_n(squares_, TILE, whole);
+        kernels_.sqnorms(scan.segments[0], whole);
+        const float largest = largest_of(whole, scan.rows);
+        seen->finite &= largest < LARGEST;  // false for NaN
+        seen->square = std::max(seen->square, largest);
+    }
+    const float* squares() const { return squares_; }
+    const float* of(int64_t query) const {
+        return sums_.empty() ? nullptr : sums_.data() + query * TILE;
+    }
+
+  private:
+    // Far enough for memory to answer in time.
+    static int64_t rows_ahead(int64_t row_bytes) {
+        constexpr int64_t FAR = 8 << 10;
+        return std::clamp<int64_t>(FAR / std::max<int64_t>(row_bytes, 1) / 4 * 4, 4, TILE);
+    }
+    const Kernels& kernels_;
+    const DType dtype_;
+    const int64_t first_, ahead_;  // the first of these columns; rows from one to that prefetched
+    const Source source_;
+    const Queries queries_;
+    std::vector<float> sums_;   // [queries, TILE]
+    float squares_[TILE] = {};  // Σ x² of these columns
+};
+
+}  // namespace
+
+std::vector<CodedQuery> Scanner::code_all(const Kernels& kernels, const Ladder& ladder,
+                                          const Queries& queries, const FirstStage& stage) {
+    std::vector<CodedQuery> coded;
+    std::vector<float> less(stage.dim);
+    const float* centre = stage.source == Source::CODES ? nullptr : ladder.centre;
+    for (int64_t q = 0; q < queries.n && of_codes(stage.source); ++q) {
+        centred(queries.data + q * queries.stride, centre, stage.dim, less.data());
+        coded.push_back(code_query(kernels, stage.source, less.data(), stage.dim));
+    }
+    return coded;
+}
+
+Seen Scanner::run(int64_t tiles, const std::function<int64_t(int64_t)>& tile_at, int64_t keep,
+                  const std::vector<float>& gates, std::vector<std::vector<Entry>>* best) const {
+    // Choosing rows costs a query as much as some multiply-adds.
+    constexpr double CHOOSING = 8192.0;
+    const double multiplies =
+        double(tiles) * TILE * stage_.dim * (queries_.n + 1) + CHOOSING * queries_.n;
+    const int threads = threads_for(multiplies, run_.threads);
+    // Many queries are divided among the threads, and each thread sees every row: its gates close
+    // sooner than if it saw a part of them. With few queries, the rows are divided.
+    const std::vector<Panel::Group>& groups = panel_.groups();
+    const int64_t parts = int64_t(groups.size()) >= 2 * threads ? threads : 1;
+    auto first_group = [&](int64_t part) { return part * int64_t(groups.size()) / parts; };
+    auto first_query = [&](int64_t part) {
+        return part < parts ? groups[first_group(part)].first : queries_.n;
+    };
+    Seen seen;
+    std::mutex merging;
+    std::deque<Ranges> ranges;
+    for (int64_t part = 0; part < parts; ++part)
+        ranges.emplace_back(tiles, std::clamp<int64_t>(tiles / (threads * 8), 1, 64));
+    parallel(threads, [&](int thread) {
+        const int64_t part = thread % parts, offset = first_query(part),
+                      count = first_query(part + 1) - offset;
+        Kept mine(gates.data() + offset, count, keep, rows_.count());
+        TileReader reader(run_.kernels, rows_, stage_.source, stage_.dim,
+                          first_group(part + 1) - first_group(part), reading_);
+        Scaling scaling(run_.kernels, rows_, queries_, stage_, coded_);
+        Lying lying(run_.kernels, rows_,
+                    {queries_.data + offset * queries_.stride, count, queries_.stride}, stage_,
+                    reading_);
+        Seen here;
+        Scan scan = {};
+        for (int64_t i, last; ranges[part].next(&i, &last);) {
+            for (; i < last; ++i) {
+                poll();
+                here.finite &= reader.read(tile_at(i), &scan);
+                lying.sum(reader, scan, &here);
+                scaling.prepare(reader, lying.squares(), &scan);
+                for (int64_t g = first_group(part); g < first_group(part + 1); ++g) {
+                    const Panel::Group& group = groups[g];
+                    panel_.put(group, &scan);
+                    scaling.of_group(group, &scan);
+                    scan.rest = lying.of(group.first - offset);
+                    scan.topk = mine.topks.data() + group.first - offset;
+                    scan.thresholds = mine.thresholds.data() + group.first - offset;
+                    run_.kernels.scan[int(stage_.source)][group.size - 1](scan);
+                }
+            }
+        }
+        const std::lock_guard<std::mutex> lock(merging);
+        seen.finite &= here.finite;
+        seen.square = std::max(seen.square, here.square);
+        for (int64_t q = offset; q < first_query(part + 1); ++q) {
+            const TopK& topk = mine.topks[q - offset];
+            (*best)[q].insert((*best)[q].end(), topk.entries, topk.entries + topk.count);
+        }
+    });
+    return seen;
+}
+
+}  // namespace mrl

@@ -1,0 +1,93 @@
+// Few queries over rows as they lie: the bits that a scan of packed tiles gives, whatever the data;
+// and the list decides where nothing ties.
+#include "cpu/search/scan.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t ROWS = 600;
+
+// Rows that differ by about what fp32 sums of them are off.
+Table rounded_apart(int64_t width, DType dtype, std::mt19937& random) {
+    const Table centre = make_table(8, width, DType::F32, random);
+    Table table = make_table(ROWS, width, dtype, random);
+    for (int64_t row = 0; row < ROWS; ++row)
+        for (int64_t c = 0; c < width; ++c)
+            table.set(row, c, centre.row(7)[c] * (1.0f + 0x1p-22f * uniform(random)));
+    return table;
+}
+
+Table one_long(int64_t width, DType dtype, std::mt19937& random) {
+    Table table = make_table(ROWS, width, dtype, random);
+    for (int64_t c = 0; c < width; ++c) table.set(401, c, 3e4f * uniform(random));
+    return table;
+}
+
+// How many of the queries the list decided.
+int64_t check(const Table& table, int64_t packed, int64_t dim, int64_t count, int64_t k,
+              bool few_rows, Metric metric, const Kernels& kernels, std::mt19937& random) {
+    const QueryRows queries(make_table(40, table.width, DType::F32, random), count, random);
+    const Database database(table, {packed, false}, split(ROWS), 77, kernels, 1);
+    Rows rows = database.rows;
+    if (few_rows)
+        for (int64_t row = 0; row < ROWS; row += 1 + row % 2) rows.gathered_rows.push_back(row);
+    const int64_t all = few_rows ? rows.gathered_rows.size() : ROWS;
+    const FirstStage stage = {metric, terms_of(metric).source, dim, k, 1},
+                     whole = {metric, stage.source, dim, all, 1};
+    std::vector<Entry> right(count * all), found(count * k), lying(count * k);
+    std::vector<int64_t> counts(count);
+    for (int threads : THREADS) {
+        const Run run = {kernels, threads};
+        // Every row is wanted, so that tiles are packed.
+        CHECK(scan_all(run, rows, queries.queries, whole, right.data(), counts.data()) ==
+              Status::OK);
+        CHECK(scan_all(run, rows, queries.queries, stage, found.data(), counts.data()) ==
+              Status::OK);
+        for (int64_t q = 0; q < count; ++q) {
+            CHECK_EQUAL(counts[q], k);
+            for (int64_t i = 0; i < k; ++i) {
+                const Entry &a = found[q * k + i], &b = right[q * all + i];
+                CHECK_EQUAL(row_of(a.key), row_of(b.key));
+                CHECK_EQUAL(a.key, b.key);
+                CHECK_EQUAL(a.partial, b.partial);
+                if (terms_of(metric).normalized) CHECK_EQUAL(a.sqnorm, b.sqnorm);
+            }
+        }
+    }
+    return count - int64_t(scan_lying({kernels, THREADS[0]}, rows, queries.queries, stage,
+                                      lying.data(), counts.data())
+                               .size());
+}
+
+}  // namespace
+
+void test_lying() {
+    std::mt19937 random(11);
+    int64_t decided = 0, ordinary = 0;
+    for (const Kernels* kernels : tested_kernels())
+        for (DType dtype : DTYPES)
+            for (Metric metric : EVERY_METRIC)
+                for (const auto& [packed, width] :
+                     {std::pair<int64_t, int64_t>(0, 141), {13, 47}}) {
+                    const Table tables[] = {make_table(ROWS, width, dtype, random),
+                                            rounded_apart(width, dtype, random),
+                                            one_long(width, dtype, random)};
+                    for (int kind = 0; kind < 3; ++kind)
+                        for (const auto& [count, k] :
+                             {std::pair<int64_t, int64_t>(1, 1), {7, 9}, {16, 5}}) {
+                            scenario = std::string("lying, ") + kernels->name + ", dtype " +
+                                       std::to_string(int(dtype)) + ", metric " +
+                                       std::to_string(int(metric)) + ", width " +
+                                       std::to_string(width) + ", kind " + std::to_string(kind) +
+                                       ", queries " + std::to_string(count);
+                            const int64_t did = check(tables[kind], packed, width - 1, count, k,
+                                                      count == 1, metric, *kernels, random);
+                            if (kind > 0) continue;
+                            decided += did;
+                            ordinary += count;
+                        }
+                }
+    // An eighth of the rows are copies of others, and one query in a few is 0.
+    scenario = "lying, all";
+    CHECK(2 * decided > ordinary);
+}
