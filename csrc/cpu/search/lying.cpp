@@ -11,15 +11,15 @@
 namespace mrl {
 namespace {
 
-constexpr int64_t FEW = 16;      // queries
-constexpr int64_t COLUMNS = 32;  // fewer are packed as fast
+// Adding up a row's lanes costs a query as much as packing so many of its columns, in measurements.
+constexpr int64_t COLUMNS_A_QUERY = 20, MOST_QUERIES = 32;
 
 // How many rows are scored again; some more than are wanted, as sums may disagree on their order.
 int64_t length_of(int64_t keep) { return keep + keep / 8 + 4; }
 
 bool pays(const Rows& rows, const Queries& queries, const FirstStage& stage) {
-    return !of_codes(stage.source) && queries.n <= FEW && stage.keep > 0 &&
-           stage.dim - rows.packed_dim >= COLUMNS &&
+    return !of_codes(stage.source) && stage.keep > 0 && queries.n <= MOST_QUERIES &&
+           queries.n * COLUMNS_A_QUERY <= stage.dim - rows.packed_dim &&
            2 * queries.n * length_of(stage.keep) * stage.step <= rows.eligible();
 }
 

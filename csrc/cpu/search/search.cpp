@@ -48,8 +48,12 @@ Status each_query(int64_t count, double multiplies, int threads, const Fn& fn) {
 }  // namespace
 
 Status search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
-              const std::vector<Stage>& stages, const Results& results) {
+              const std::vector<Stage>& all_stages, const Results& results) {
     rows.check();
+    // A stage that would keep every row chooses nothing.
+    auto begins = all_stages.begin();
+    while (begins + 1 != all_stages.end() && begins->keep >= rows.eligible()) ++begins;
+    const std::vector<Stage> stages(begins, all_stages.end());
     const Stage first = stages.front();
     if (!finite(queries, stages.back().dim)) return Status::QUERY_NOT_FINITE;
     // Codes choose a shortlist only: scores that are returned come from the columns, and so do
