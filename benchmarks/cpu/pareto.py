@@ -3,7 +3,8 @@
     python -m benchmarks.cpu.pareto --out FILE.png [--set NAME] [--rows N] [--data DIR]
 
 The sets are search_data's. One query a call on one thread, and 256 on all: all settings of all
-searches take turns on the same queries; recall is measured on 256. FILE.json holds the numbers,
+searches take turns on the same queries; recall is measured on 256, and settings beyond one that
+finds (nearly) all are left out. FILE.json holds the numbers,
 with build times (on all threads) and bytes a row.
 """
 
@@ -44,6 +45,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter  # n
 BATCHES = {1: 1, 256: torch.get_num_threads()}  # queries a call: threads
 QUERIES = 16  # of a repetition, at least
 LEAST_RECALL = 0.8  # shown; the numbers hold all
+ENOUGH_RECALL = 0.999  # of a setting that is a search's last
 KEEPS = (10, 15, 20, 30, 50, 70, 100, 150, 200, 400, 800, 1600)
 
 
@@ -109,6 +111,14 @@ def graphs(all_of_them: Sequence[Built]) -> list[Point]:
 
 
 def measure(case: Case, batch: int, points: Sequence[Point], repetitions: int) -> list[dict]:
+    recalls: list[float] = []
+    points, swept = [], points
+    for point in swept:  # a search's settings by rising effort
+        before = points[-1] if points else None
+        if before and before.name == point.name and recalls[-1] >= ENOUGH_RECALL:
+            continue
+        points.append(point)
+        recalls.append(recall(case, point.search))
     parts = case.q[: max(batch, QUERIES)].split(batch)
     calls: dict[int, Callable[[], object]] = {
         i: lambda p=point: [p.search(q, K) for q in parts] for i, point in enumerate(points)
@@ -122,7 +132,7 @@ def measure(case: Case, batch: int, points: Sequence[Point], repetitions: int) -
         rows.append(
             {
                 "search": point.name, "setting": point.setting, "batch": batch,
-                "threads": BATCHES[batch], "recall": recall(case, point.search),
+                "threads": BATCHES[batch], "recall": recalls[i],
                 "time_ms": median(times_ms), "p20_ms": p20, "p80_ms": p80,
                 "build_s": point.build_s, "row_bytes": point.row_bytes,
             }

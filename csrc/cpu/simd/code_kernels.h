@@ -6,8 +6,9 @@ template <int Q>
 inline void sum_signs(Scan& s, const uint8_t* tables, int64_t apart, int block, float* sums) {
     typename Simd::U16 all[Q] = {}, odd[Q] = {};  // sums of pairs of bytes; of each second byte
     const uint8_t* x = s.codes + block;
-    for (int64_t i = 0; i < s.steps; i += 2, x += 2 * TILE) {
-        s.ahead.prefetch();
+    Ahead ahead = s.ahead;
+    for (int64_t i = 0, steps = s.steps; i < steps; i += 2, x += 2 * TILE) {
+        ahead.prefetch();
         const Simd::U8 first = Simd::load_u8(x), second = Simd::load_u8(x + TILE);
         const Simd::U8 index[4] = {Simd::low(first), Simd::high(first), Simd::low(second),
                                    Simd::high(second)};
@@ -20,6 +21,7 @@ inline void sum_signs(Scan& s, const uint8_t* tables, int64_t apart, int block, 
             odd[q] = Simd::add_u16(odd[q], Simd::seconds(sum));
         }
     }
+    s.ahead = ahead;
     for (int q = 0; q < Q; ++q) Simd::store_u16(all[q], odd[q], sums + q * TILE + block);
 }
 
@@ -68,8 +70,9 @@ inline void sum_nibbles(Scan& s, int r, Vec (&sum)[Q][V]) {
         for (int v = 0; v < V; ++v) dot[q][v] = Simd::broadcast_int(0);
     const char* query = static_cast<const char*>(s.panel);
     const uint8_t* x = s.codes + r * 4;
-    for (int64_t i = 0; i < s.steps; ++i, x += TILE * 4) {
-        s.ahead.prefetch();
+    Ahead ahead = s.ahead;
+    for (int64_t i = 0, steps = s.steps; i < steps; ++i, x += TILE * 4) {
+        ahead.prefetch();
         Simd::U8 low[V], high[V];
         for (int v = 0; v < V; ++v) {
             const Simd::U8 both = Simd::load_u8(x + v * W * 4);
@@ -82,6 +85,7 @@ inline void sum_nibbles(Scan& s, int r, Vec (&sum)[Q][V]) {
                 dot[q][v] = Simd::dot4_nibbles(high[v], query + 4, dot[q][v]);
             }
     }
+    s.ahead = ahead;
     for (int q = 0; q < Q; ++q)
         for (int v = 0; v < V; ++v)
             sum[q][v] = Simd::to_float(dot[q][v]) + Simd::broadcast(s.shifts[q]);

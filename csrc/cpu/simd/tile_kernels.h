@@ -132,10 +132,11 @@ inline void sum_columns(Scan& s, int r, Vec (&sum)[Q][V]) {
     for (int q = 0; q < Q; ++q)
         for (int v = 0; v < V; ++v) sum[q][v] = Simd::broadcast(0.0f);
     const float* query = static_cast<const float*>(s.panel);
+    Ahead ahead = s.ahead;  // in registers: what is read as bytes could be s itself
     for (const Segment& segment : s.segments) {
         const float* x = segment.tile + r;
         for (int64_t c = 0; c < segment.cols; ++c, x += TILE, query += Q) {
-            s.ahead.prefetch();
+            ahead.prefetch();
             Vec row[V];
             for (int v = 0; v < V; ++v) row[v] = Simd::load(x + v * W);
             for (int q = 0; q < Q; ++q) {
@@ -144,6 +145,7 @@ inline void sum_columns(Scan& s, int r, Vec (&sum)[Q][V]) {
             }
         }
     }
+    s.ahead = ahead;
 }
 
 template <int Q, int V>
@@ -153,13 +155,15 @@ inline void sum_codes(Scan& s, int r, Vec (&sum)[Q][V]) {
         for (int v = 0; v < V; ++v) dot[q][v] = Simd::broadcast_int(s.offsets[q]);
     const char* query = static_cast<const char*>(s.panel);
     const uint8_t* x = s.codes + r * 4;
-    for (int64_t i = 0; i < s.steps; ++i, x += TILE * 4) {
-        s.ahead.prefetch();
+    Ahead ahead = s.ahead;
+    for (int64_t i = 0, steps = s.steps; i < steps; ++i, x += TILE * 4) {
+        ahead.prefetch();
         Simd::Bytes row[V];
         for (int v = 0; v < V; ++v) row[v] = Simd::load_bytes(x + v * W * 4);
         for (int q = 0; q < Q; ++q, query += Simd::QUAD_BYTES)
             for (int v = 0; v < V; ++v) dot[q][v] = Simd::dot4(row[v], query, dot[q][v]);
     }
+    s.ahead = ahead;
     for (int q = 0; q < Q; ++q)
         for (int v = 0; v < V; ++v) sum[q][v] = Simd::to_float(dot[q][v]);
 }
