@@ -75,11 +75,12 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
         const Entry* mine = entries.get() + i * keep;
         std::vector<Entry> candidates(mine, mine + counts[i]);
         std::vector<float> room;
-        if (p.coded())
-            for (Entry& entry : candidates) entry.partial = entry.sqnorm = 0.0f;
         // An overflow shows again in the scores of the end.
-        const int64_t from = p.coded() ? 0 : dim;
-        advance_all(p.kernels, p.rows, p.data[q], {p.metric, from, p.dim, p.k}, room, candidates);
+        if (p.coded())
+            rank_lying(p.kernels, p.rows, p.data[q], p.metric, {p.dim, p.k}, &candidates);
+        else
+            advance_all(p.kernels, p.rows, p.data[q], {p.metric, dim, p.dim, p.k}, room,
+                        candidates);
         std::vector<double> scores;
         for (const Entry& entry : candidates)
             scores.push_back(p.score(q, row_of(entry.key), &room));

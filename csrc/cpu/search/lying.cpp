@@ -76,4 +76,28 @@ std::vector<int64_t> scan_lying(const Run& run, const Rows& rows, const Queries&
     return open;
 }
 
+void rank_lying(const Kernels& kernels, const Rows& rows, const float* query, Metric metric,
+                Stage stage, std::vector<Entry>* candidates) {
+    constexpr size_t AHEAD = 4;  // rows
+    const MetricTerms& terms = terms_of(metric);
+    const size_t count = candidates->size();
+    if (count == 0) return;
+    std::vector<const void*> pointers;
+    for (const Entry& entry : *candidates) {
+        const int64_t row = row_of(entry.key);
+        const Span& span = span_of(rows, row);
+        pointers.push_back(suffix_at(rows, span, row - span.first, 0));
+    }
+    pointers.resize(count + AHEAD, pointers.back());
+    std::vector<float> sums(count), squares(count);
+    kernels.row_sums[int(terms.source)]({query, stage.dim, 1, pointers.data(),
+                                         pointers.data() + AHEAD, int(count), rows.dtype, stage.dim,
+                                         sums.data(), squares.data()});
+    for (size_t i = 0; i < count; ++i) {
+        const float scale = terms.normalized ? inverse_norm(squares[i]) : 1.0f;
+        (*candidates)[i].key = make_key(sums[i] * scale, row_of((*candidates)[i].key));
+    }
+    cut(*candidates, stage.keep);
+}
+
 }  // namespace mrl

@@ -189,6 +189,11 @@ struct FirstStage {
 std::vector<int64_t> scan_lying(const Run& run, const Rows& rows, const Queries& queries,
                                 const FirstStage& stage, Entry* out, int64_t* counts);
 
+// Leaves the best of one query's candidates, of rows that nothing is packed of, by sums in no
+// particular order of columns, in order.
+void rank_lying(const Kernels& kernels, const Rows& rows, const float* query, Metric metric,
+                Stage stage, std::vector<Entry>* candidates);
+
 // Scans for the `keep` best rows of each query. Writes counts[q] entries, best first, to
 // out[q, :], of [n, keep].
 Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const FirstStage& stage,
