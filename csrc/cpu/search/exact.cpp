@@ -79,8 +79,7 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
         if (p.coded())
             rank_lying(p.kernels, p.rows, p.data[q], p.metric, {p.dim, p.k}, &candidates);
         else
-            advance_all(p.kernels, p.rows, p.data[q], {p.metric, dim, p.dim, p.k}, room,
-                        candidates);
+            advance_all(p.kernels, p.rows, p.data[q], {p.metric, dim, p.dim, p.k}, candidates);
         std::vector<double> scores;
         for (const Entry& entry : candidates)
             scores.push_back(p.score(q, row_of(entry.key), &room));

@@ -59,9 +59,8 @@ std::vector<int64_t> scan_lying(const Run& run, const Rows& rows, const Queries&
         if (TileReader::gathers(rows, stage.source))
             for (Entry& entry : list)
                 entry.key = with_row(entry.key, rows.gathered_rows[row_of(entry.key)]);
-        std::vector<float> tile;
         if (advance_all(run.kernels, rows, query,
-                        {stage.metric, std::min(dim, rows.packed_dim), dim, stage.keep}, tile,
+                        {stage.metric, std::min(dim, rows.packed_dim), dim, stage.keep},
                         list) != Status::OK)
             return;
         decided[q] =

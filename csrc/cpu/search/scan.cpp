@@ -172,15 +172,14 @@ Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const 
 }
 
 Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
-                   const LaterStage& stage, std::vector<float>& tile,
-                   std::vector<Entry>& candidates) {
+                   const LaterStage& stage, std::vector<Entry>& candidates) {
     constexpr int64_t COLUMN_BLOCK = 256;  // columns a gathered tile advances by
     const int64_t from = stage.from, to = stage.to;
     const MetricTerms& terms = terms_of(stage.metric);
     const float scale =
         (terms.normalized ? query_scale(query, to) : 1.0f) * terms.factor(terms.source);
     const int64_t count = candidates.size();
-    tile.resize(COLUMN_BLOCK * TILE);
+    const std::unique_ptr<float[]> tile(new float[std::min(COLUMN_BLOCK, to - from) * TILE]);
     // Points to a column of each of the TILE candidates from `first` on; the last candidate stands
     // for those beyond the end.
     auto point = [&](int64_t first, int64_t column, const void** pointers) {
@@ -203,10 +202,10 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
             sqnorm[r] = group[r].sqnorm;
         }
         for (int64_t column = from; column < to; column += COLUMN_BLOCK) {
-            const Segment segment = {tile.data(), std::min(COLUMN_BLOCK, to - column)};
+            const Segment segment = {tile.get(), std::min(COLUMN_BLOCK, to - column)};
             const bool last = column + COLUMN_BLOCK >= to;
             point(last ? first + TILE : first, last ? from : column + COLUMN_BLOCK, next);
-            if (!kernels.pack(now, next, rows.dtype, n, segment.cols, tile.data()))
+            if (!kernels.pack(now, next, rows.dtype, n, segment.cols, tile.get()))
                 return Status::NOT_FINITE;
             kernels.advance(terms.source, segment, query + column, sums);
             if (terms.normalized) kernels.sqnorms(segment, sqnorm);

@@ -205,9 +205,8 @@ struct LaterStage {
     int64_t from, to, keep;
 };
 
-// Continues one query's candidates and keeps the best, in order. `tile` is scratch.
+// Continues one query's candidates and keeps the best, in order.
 Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
-                   const LaterStage& stage, std::vector<float>& tile,
-                   std::vector<Entry>& candidates);
+                   const LaterStage& stage, std::vector<Entry>& candidates);
 
 }  // namespace mrl

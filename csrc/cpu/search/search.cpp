@@ -27,18 +27,17 @@ void write(const Rows& rows, const std::vector<Entry>& entries, int64_t q, int64
     std::fill(ids + count, ids + k, -1);
 }
 
-// Runs fn(query, tile, candidates) -> Status for every query, the latter two each thread's scratch,
-// on as many threads as `multiplies` are worth.
+// Runs fn(query, candidates) -> Status for every query, the latter each thread's scratch, on as
+// many threads as `multiplies` are worth.
 template <class Fn>
 Status each_query(int64_t count, double multiplies, int threads, const Fn& fn) {
     std::atomic<Status> status{Status::OK};
     Ranges ranges(count, 1);
     threads = int(std::min<int64_t>(threads_for(multiplies, threads), std::max<int64_t>(count, 1)));
     parallel(threads, [&](int) {
-        std::vector<float> tile;
         std::vector<Entry> candidates;
         for (int64_t q, last; ranges.next(&q, &last);) {
-            const Status mine = fn(q, tile, candidates);
+            const Status mine = fn(q, candidates);
             if (mine != Status::OK) status = mine;
         }
     });
@@ -79,8 +78,7 @@ Status search(const Run& run, const Rows& rows, const Queries& queries, Metric m
         if (status != Status::OK) return status;
         const double multiplies =
             stages.size() > 1 ? double(n) * keep * (stages[1].dim - first.dim) : 0.0;
-        const auto later_stages = [&](int64_t q, std::vector<float>& tile,
-                                      std::vector<Entry>& candidates) {
+        const auto later_stages = [&](int64_t q, std::vector<Entry>& candidates) {
             const float* query = part.data + q * part.stride;
             candidates.assign(entries.get() + q * keep, entries.get() + q * keep + counts[q]);
             if (coded)
@@ -89,7 +87,7 @@ Status search(const Run& run, const Rows& rows, const Queries& queries, Metric m
                 const int64_t from = coded && s == 1 ? 0 : stages[s - 1].dim;
                 const Status mine =
                     advance_all(run.kernels, rows, query,
-                                {metric, from, stages[s].dim, stages[s].keep}, tile, candidates);
+                                {metric, from, stages[s].dim, stages[s].keep}, candidates);
                 if (mine != Status::OK) return mine;
             }
             write(rows, candidates, begin + q, stages.back().keep, results);
@@ -108,14 +106,14 @@ Status rerank(const Run& run, const Rows& rows, const Queries& queries, Metric m
     if (!finite(queries, stage.dim)) return Status::QUERY_NOT_FINITE;
     const int64_t count = candidates.count;
     return each_query(queries.n, double(queries.n) * count * stage.dim, run.threads,
-                      [&](int64_t q, std::vector<float>& tile, std::vector<Entry>& mine) {
+                      [&](int64_t q, std::vector<Entry>& mine) {
                           mine.clear();
                           for (const int64_t* row = candidates.rows + q * count;
                                row < candidates.rows + (q + 1) * count; ++row)
                               if (*row >= 0) mine.push_back({make_key(0.0f, *row), 0.0f, 0.0f});
                           const Status status =
                               advance_all(run.kernels, rows, queries.data + q * queries.stride,
-                                          {metric, 0, stage.dim, stage.keep}, tile, mine);
+                                          {metric, 0, stage.dim, stage.keep}, mine);
                           if (status == Status::OK) write(rows, mine, q, stage.keep, results);
                           return status;
                       });

@@ -8,30 +8,19 @@ template <class T>
 bool pack_as(const T*, const void* const* rows, const void* const* ahead, int n, int64_t cols,
              float* tile) {
     float check = 0.0f;  // becomes NaN on the first value that is not finite
-    int64_t blocked = 0;
-    int r = 0;
-    if (Simd::TRANSPOSES) {
-        blocked = cols / 8 * 8;
-        for (; r + 8 <= n; r += 8) {
-            check += Simd::transpose(reinterpret_cast<const T* const*>(rows + r),
-                                     ahead ? ahead + r : nullptr, blocked, tile + r);
-            for (int i = r; i < r + 8; ++i) {
-                const T* row = static_cast<const T*>(rows[i]);
-                for (int64_t c = blocked; c < cols; ++c) {
-                    const float x = widen(row + c);
-                    tile[c * TILE + i] = x;
-                    check += x * 0.0f;
-                }
+    const int64_t blocked = Simd::TRANSPOSES ? cols / 8 * 8 : 0;
+    for (int r = 0; r < n; r += 8) {
+        const T* eight[8];  // the last row stands for those beyond it, whose lanes become 0
+        for (int i = 0; i < 8; ++i)
+            eight[i] = static_cast<const T*>(rows[r + i < n ? r + i : n - 1]);
+        check +=
+            Simd::transpose(eight, ahead && r + 8 <= n ? ahead + r : nullptr, blocked, tile + r);
+        for (int i = r; i < r + 8 && i < n; ++i)
+            for (int64_t c = blocked; c < cols; ++c) {
+                const float x = widen(eight[i - r] + c);
+                tile[c * TILE + i] = x;
+                check += x * 0.0f;
             }
-        }
-    }
-    for (; r < n; ++r) {
-        const T* row = static_cast<const T*>(rows[r]);
-        for (int64_t c = 0; c < cols; ++c) {
-            const float x = widen(row + c);
-            tile[c * TILE + r] = x;
-            check += x * 0.0f;
-        }
     }
     if (n < TILE)
         for (int64_t c = 0; c < cols; ++c)
