@@ -316,6 +316,9 @@ def _chains(index: Any, k: int) -> list[list[Stages]]:
         keeps.append(max(k, keeps[-1] // 2))
     *shorter, width = index.dims
     if index.config.code.whole and index.device == "cpu":
+        # A search's time is mostly that of its shortlist, so that steps between halves show.
+        fine = {max(k, 3 * keep // 4) for keep in keeps if keep <= 512}
+        keeps = sorted({*keeps, *fine}, reverse=True)
         return [[[(dim, 1, keep), (width, k)] for keep in keeps] for dim in index.dims]
     paths: list[tuple[int, ...]] = [(dim,) for dim in shorter]
     if shorter[1:]:
