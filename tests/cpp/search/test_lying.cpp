@@ -23,9 +23,18 @@ Table one_long(int64_t width, DType dtype, std::mt19937& random) {
     return table;
 }
 
+struct Scene {
+    const Kernels& kernels;
+    Metric metric;
+    int64_t packed;
+};
+
 // How many of the queries the list decided.
-int64_t check(const Table& table, int64_t packed, int64_t dim, int64_t count, int64_t k,
-              bool few_rows, Metric metric, const Kernels& kernels, std::mt19937& random) {
+int64_t check(const Scene& scene, const Table& table, int64_t count, int64_t k,
+              std::mt19937& random) {
+    const auto& [kernels, metric, packed] = scene;
+    const int64_t dim = table.width - 1;
+    const bool few_rows = count == 1;
     const QueryRows queries(make_table(40, table.width, DType::F32, random), count, random);
     const Database database(table, {packed, false}, split(ROWS), 77, kernels, 1);
     Rows rows = database.rows;
@@ -80,8 +89,8 @@ void test_lying() {
                                        std::to_string(int(metric)) + ", width " +
                                        std::to_string(width) + ", kind " + std::to_string(kind) +
                                        ", queries " + std::to_string(count);
-                            const int64_t did = check(tables[kind], packed, width - 1, count, k,
-                                                      count == 1, metric, *kernels, random);
+                            const int64_t did =
+                                check({*kernels, metric, packed}, tables[kind], count, k, random);
                             if (kind > 0) continue;
                             decided += did;
                             ordinary += count;
