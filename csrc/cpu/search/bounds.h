@@ -154,7 +154,9 @@ class Pass {
     std::vector<float> thresholds_, scales_, factors_;  // factors: [groups, TERMS, size]
     std::unique_ptr<Entry[]> entries_;
     std::vector<TopK> topks_;
-    float row_scale_[TILE], terms_[TERMS][TILE], low_scale_[TILE], low_gain_[TILE], ones_[TILE];
+    // Zeros at first: a factor of 0 times what happens to lie in memory could be NaN.
+    float row_scale_[TILE] = {}, terms_[TERMS][TILE] = {}, low_scale_[TILE] = {},
+          low_gain_[TILE] = {}, ones_[TILE];
     std::vector<float> vector_, sums_, squares_;
     std::vector<int64_t> local_;
     std::vector<const Span*> spans_;
