@@ -62,7 +62,7 @@ def exact_search(
     touched = empty(queries.shape[0], dtype=I64)
     problem = _C.exact_search(
         rows, _queries(queries), METRICS[metric].number, (dim, k, 0), native.run(),
-        _to(scores, ids), touched.data_ptr(),
+        _to(scores, ids), address(touched, I64),
     )  # fmt: skip
     _refuse(problem, queries, dim)
     return scores, ids, touched
@@ -107,7 +107,7 @@ def _queries(q: Tensor) -> tuple[int, int, int]:
 
 
 def _to(scores: Tensor, ids: Tensor) -> tuple[int, int]:
-    return scores.data_ptr(), ids.data_ptr()  # of _results
+    return address(scores, F32), address(ids, I64)
 
 
 def _results(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

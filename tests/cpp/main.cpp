@@ -22,7 +22,7 @@ void test_filter_exact();
 void test_writer();
 void test_ladder();
 void test_shortlist();
-void test_lying();
+void test_row_major();
 void test_fold();
 void test_gradients();
 
@@ -36,7 +36,7 @@ int main(int argc, char** argv) {
                  {"filter", test_filter},       {"filter exact", test_filter_exact},
                  {"writer", test_writer},       {"fold", test_fold},
                  {"gradients", test_gradients}, {"ladder", test_ladder},
-                 {"shortlist", test_shortlist}, {"lying", test_lying}};
+                 {"shortlist", test_shortlist}, {"row major", test_row_major}};
     std::vector<const char*> filters;
     for (int i = 1; i < argc; ++i) {
         if (!std::strcmp(argv[i], "--list")) {

@@ -7,10 +7,10 @@
 namespace mrl {
 namespace {
 
-// An fp32 threshold just below x; NaN, which drops no row, where that is beyond fp32. Sums of
-// denormal products lose less than 1e-36.
-float below(double x) {
-    const float least = std::nextafter(float(x - 1e-36), -INFINITY);
+// An fp32 threshold just below x, a score by so many columns; NaN, which drops no row, where that
+// is beyond fp32.
+float below(double x, int64_t dim) {
+    const float least = std::nextafter(float(x - underflow(dim)), -INFINITY);
     return std::isinf(least) ? NAN : least;
 }
 float above(double x) { return std::nextafter(float(x), INFINITY); }
@@ -59,10 +59,10 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
 float Problem::threshold(int64_t q, double theta) const {
     // The part of a score that depends on the query alone moves to the threshold. Where norms
     // divide, it depends on the row's norm too, and the scan adds it to each row.
-    if (terms.normalized) return below(theta);
-    if (terms.squares == 0.0f) return below(theta - terms.product * base[q]);
+    if (terms.normalized) return below(theta, dim);
+    if (terms.squares == 0.0f) return below(theta - terms.product * base[q], dim);
     const double size = laddered() ? head[q] : norm[q];
-    return below(theta + terms.squares * size * size * (1.0 - SLACK));
+    return below(theta + terms.squares * size * size * (1.0 - SLACK), dim);
 }
 
 const float* Problem::columns(int64_t row, std::vector<float>* x) const {
@@ -197,14 +197,13 @@ bool Pass::possible(size_t i, const Span& span, int64_t local, double sum, size_
 // that remain in fp64.
 void Pass::finish(size_t i, bool counting) {
     poll();
-    constexpr int64_t AHEAD = 4;  // rows
     const int64_t q = queries_[i];
     const TopK& kept = topks_[i];
     sums_.resize(kept.count);
     local_.resize(kept.count);
     spans_.resize(kept.count);
     squares_.resize(kept.count);
-    pointers_.resize(kept.count + AHEAD);
+    pointers_.resize(kept.count);
     for (int64_t e = 0; e < kept.count; ++e) {
         const int64_t row = row_of(kept.entries[e].key);
         spans_[e] = &span_of(p_.rows, row);
@@ -218,10 +217,9 @@ void Pass::finish(size_t i, bool counting) {
         const int64_t cols = p_.stops[s] - from;
         for (int64_t e = 0; e < count; ++e)
             pointers_[e] = suffix_at(p_.rows, *spans_[e], local_[e], from);
-        std::fill_n(pointers_.begin() + count, AHEAD, pointers_[count - 1]);
-        p_.kernels.row_sums[0]({p_.data[q] + from, cols, 1, pointers_.data(),
-                                pointers_.data() + AHEAD, int(count), p_.rows.dtype, cols,
-                                sums_.data(), squares_.data()});
+        pointers_.resize(count);
+        sum_listed(p_.kernels, Source::PRODUCT, p_.data[q] + from, p_.rows.dtype, cols, &pointers_,
+                   sums_.data(), squares_.data());
         columns_read[i] += count * cols;
         int64_t left = 0;
         for (int64_t e = 0; e < count; ++e) {

@@ -78,6 +78,9 @@ struct Problem {
         const double length = norm[q] * row_norm;
         return length > 0.0 ? terms.product * sum / length + 0.0 : 0.0;
     }
+    Gathered some(const std::vector<int64_t>& which) const {
+        return {which, dim, [&](int64_t q) { return data[q]; }};
+    }
     // The searched columns of a row, written to `x`.
     const float* columns(int64_t row, std::vector<float>* x) const;
     // The fp64 score of a row; `x` is room for its columns.
@@ -121,6 +124,7 @@ class Pass {
           factors_(TERMS * queries.size()),
           entries_(new Entry[queries.size() * (CHUNK_ROWS + 1)]) {
         for (size_t i = 0; i < queries.size(); ++i)
+            // k is as large as the room: every row that passes its gate is kept.
             topks_.push_back(
                 {entries_.get() + i * (CHUNK_ROWS + 1), 0, CHUNK_ROWS + 1, CHUNK_ROWS + 1});
         for (const Panel::Group& group : panel.groups())

@@ -157,9 +157,10 @@ Shortlist shortlist_by_differences(const Problem& p, const Rows& rows,
         if (!inside || !ordinary(norm * norm)) return;
         if (!p.terms.normalized)
             list.absolute[i] =
-                room * (p.terms.product * norm * far + p.terms.squares * beyond) + 1e-36;
+                room * (p.terms.product * norm * far + p.terms.squares * beyond) + underflow(p.dim);
         else if (norm > 0.0 && length > 0.0 && least * least > SMALLEST)
-            list.absolute[i] = room * p.terms.product * (far + beyond / length) / least + 1e-36;
+            list.absolute[i] =
+                room * p.terms.product * (far + beyond / length) / least + underflow(p.dim);
     });
     return list;
 }

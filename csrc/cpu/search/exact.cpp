@@ -35,7 +35,7 @@ Panel panel_of(const Problem& p, const std::vector<int64_t>& which) {
         for (int64_t q : which) coded.push_back(p.codes[q]);
         return Panel(coded);
     }
-    return Panel(Gathered(p, which).queries, p.prefix());
+    return Panel(p.some(which).queries, p.prefix());
 }
 
 // Whether so many neighbours are wanted that choosing rows first costs more than scoring all in
@@ -62,7 +62,7 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
             std::vector<double>* guess) {
     const int64_t n = which.size();
     if (n == 0) return Status::OK;
-    const Gathered gathered(p, which);
+    const Gathered gathered = p.some(which);
     const Source source = p.laddered() ? Source::SIGNS : p.coded() ? Source::CODES : p.terms.source;
     const int64_t dim = p.prefix(), keep = std::min(reranked(p), p.rows.eligible());
     std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
@@ -77,7 +77,7 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
         std::vector<float> room;
         // An overflow shows again in the scores of the end.
         if (p.coded())
-            rank_lying(p.kernels, p.rows, p.data[q], p.metric, {p.dim, p.k}, &candidates);
+            rank_row_major(p.kernels, p.rows, p.data[q], p.metric, {p.dim, p.k}, &candidates);
         else
             advance_all(p.kernels, p.rows, p.data[q], {p.metric, dim, p.dim, p.k}, candidates);
         std::vector<double> scores;
@@ -131,7 +131,7 @@ Status search_firsts(Problem& p, const EqualRows& equal, const std::vector<int64
                      int threads, std::vector<std::vector<Final>>* best) {
     Rows gathered = equal.firsts(p.rows), in_place = gathered;
     in_place.gathered_rows.clear();
-    const Gathered queries(p, which);
+    const Gathered queries = p.some(which);
     Problem firsts(p.kernels, in_place, queries.queries, p.metric, p.dim,
                    std::min(p.k, equal.count()));
     std::vector<std::vector<Final>> found(which.size());

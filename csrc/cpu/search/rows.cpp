@@ -79,7 +79,7 @@ TileReader::TileReader(const Kernels& kernels, const Rows& rows, Source source, 
                                               : rows.ladder.dims.back())),
       count_(count(rows, source)),
       unpacked_((gathers(rows, source) ? dim
-                 : lying_columns()     ? 0
+                 : row_major_columns() ? 0
                                        : suffix_) *
                 TILE) {
     int64_t tiles = 0;

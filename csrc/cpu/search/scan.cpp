@@ -142,7 +142,7 @@ static Status scan_packed(const Run& run, const Rows& rows, const Queries& queri
     for (int64_t q = 0; q < queries.n; ++q)
         if (missed[q]) again.push_back(q);
     if (!again.empty()) {
-        const Picked part(queries, again, dim);
+        const Gathered part(again, dim, queries);
         std::vector<std::vector<Entry>> found(again.size());
         Scanner(run, rows, part.queries, stage, Reading::PACKED)
             .run(tiles, every, keep, std::vector<float>(again.size(), NAN), &found);
@@ -156,11 +156,11 @@ static Status scan_packed(const Run& run, const Rows& rows, const Queries& queri
 
 Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const FirstStage& stage,
                 Entry* out, int64_t* counts) {
-    const std::vector<int64_t> open = scan_lying(run, rows, queries, stage, out, counts);
+    const std::vector<int64_t> open = scan_row_major(run, rows, queries, stage, out, counts);
     if (int64_t(open.size()) == queries.n)
         return scan_packed(run, rows, queries, stage, out, counts);
     if (open.empty()) return Status::OK;
-    const Picked part(queries, open, stage.dim);
+    const Gathered part(open, stage.dim, queries);
     const std::unique_ptr<Entry[]> entries(new Entry[open.size() * stage.keep]);
     std::vector<int64_t> found(open.size());
     const Status status = scan_packed(run, rows, part.queries, stage, entries.get(), found.data());

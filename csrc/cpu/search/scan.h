@@ -22,19 +22,36 @@ inline bool ordinary(double square) {
 // Room for the rounding of a sum of so many products, in any order, as a share of ‖q‖·‖x‖.
 inline double rounding(int64_t dim) { return 1.01 * std::ldexp(double(dim + 64), -24); }
 
-// The largest of values >= 0; NaN counts as larger than any. Their bits are in the same order, and
-// compilers use vectors for integers only.
-inline float largest_of(const float* values, int64_t count) {
-    int32_t largest = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        int32_t bits;
-        std::memcpy(&bits, values + i, sizeof bits);
-        largest = std::max(largest, bits & 0x7fffffff);
+// Room for what underflows of a score of so many products, whether denormals are kept or not.
+inline double underflow(int64_t dim) { return LARGEST_PRODUCT * 2e-38 * double(dim + 4); }
+
+// The range of values >= 0 that are not 0; NaN is the greatest. Their bits are in the same order,
+// and compilers use vectors for integers only.
+struct Range {
+    float least = INFINITY, greatest = 0.0f;
+    // `more` [count] is added to the values; null: nothing.
+    void add(const float* values, const float* more, int64_t count) {
+        int32_t low = bits(least), high = bits(greatest);
+        for (int64_t i = 0; i < count; ++i) {
+            const int32_t value = bits(values[i] + (more ? more[i] : 0.0f));
+            high = std::max(high, value);
+            low = std::min(low, value == 0 ? INT32_MAX : value);
+        }
+        std::memcpy(&least, &low, sizeof least);
+        std::memcpy(&greatest, &high, sizeof greatest);
     }
-    float value;
-    std::memcpy(&value, &largest, sizeof value);
-    return value;
-}
+    void add(const Range& other) {
+        add(&other.greatest, nullptr, 1);
+        add(&other.least, nullptr, 1);
+    }
+
+  private:
+    static int32_t bits(float value) {
+        int32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        return bits & 0x7fffffff;
+    }
+};
 
 inline bool better(const Entry& a, const Entry& b) { return a.key > b.key; }
 float score_of(uint64_t key);
@@ -99,8 +116,8 @@ class Panel {
     std::vector<Group> groups_;
 };
 
-// What becomes of columns that lie row-major: they are packed into tiles, or left as they lie.
-enum class Reading { PACKED, AS_THEY_LIE };
+// What becomes of columns that lie row-major: they are packed into tiles, or left.
+enum class Reading { PACKED, ROW_MAJOR };
 
 // Reads the tiles that hold rows to be found, one after the other. Where rows are listed in
 // gathered_rows and no codes are read, these rows are gathered, TILE a tile; a scan's row numbers
@@ -116,10 +133,10 @@ class TileReader {
     static int64_t count(const Rows& rows, Source source);
     // Fills the columns, first_row, rows and wanted; false if a value is not finite.
     bool read(int64_t tile, Scan* scan);
-    // [TILE]: where the columns of the last tile read lie that are not in it; then rows to
-    // prefetch.
-    const void* const* lying() const { return pointers_; }
-    int64_t lying_columns() const { return reading_ == Reading::PACKED ? 0 : suffix_; }
+    // [2 * TILE]: where the columns of the last tile's rows lie that are not in it; then those of
+    // rows to prefetch.
+    const void* const* row_major() const { return pointers_; }
+    int64_t row_major_columns() const { return reading_ == Reading::PACKED ? 0 : suffix_; }
     // [TILE]: a statistic of the rows of the last tile read, which was not gathered.
     const float* stat(int which) const {
         return span_->stats + which * span_->stats_stride + local_ * TILE;
@@ -154,13 +171,15 @@ class TileReader {
     int64_t local_ = 0;  // the last tile read, counted from its span's first
 };
 
-// Some of the queries, side by side in memory.
-struct Picked {
-    Picked(const Queries& from, const std::vector<int64_t>& which, int64_t dim) {
-        for (int64_t q : which)
-            data.insert(data.end(), from.data + q * from.stride, from.data + q * from.stride + dim);
+// Some queries' vectors side by side in memory; vector_of(q) is one's address.
+struct Gathered {
+    template <class VectorOf>
+    Gathered(const std::vector<int64_t>& which, int64_t dim, const VectorOf& vector_of) {
+        for (int64_t q : which) data.insert(data.end(), vector_of(q), vector_of(q) + dim);
         queries = {data.data(), int64_t(which.size()), dim};
     }
+    Gathered(const std::vector<int64_t>& which, int64_t dim, const Queries& all)
+        : Gathered(which, dim, [&](int64_t q) { return all.data + q * all.stride; }) {}
     std::vector<float> data;
     Queries queries;
 };
@@ -183,16 +202,16 @@ struct FirstStage {
     int64_t dim, keep, step;
 };
 
-// Few queries' best rows, found by sums in no particular order of columns of rows as they lie, and
+// Few queries' best rows, found by sums in no particular order of row-major columns, and
 // then ranked as scan_all does. Writes those of the queries for which this provably finds what
 // scan_all does, and returns the others.
-std::vector<int64_t> scan_lying(const Run& run, const Rows& rows, const Queries& queries,
-                                const FirstStage& stage, Entry* out, int64_t* counts);
+std::vector<int64_t> scan_row_major(const Run& run, const Rows& rows, const Queries& queries,
+                                    const FirstStage& stage, Entry* out, int64_t* counts);
 
 // Leaves the best of one query's candidates, of rows that nothing is packed of, by sums in no
 // particular order of columns, in order.
-void rank_lying(const Kernels& kernels, const Rows& rows, const float* query, Metric metric,
-                Stage stage, std::vector<Entry>* candidates);
+void rank_row_major(const Kernels& kernels, const Rows& rows, const float* query, Metric metric,
+                    Stage stage, std::vector<Entry>* candidates);
 
 // Scans for the `keep` best rows of each query. Writes counts[q] entries, best first, to
 // out[q, :], of [n, keep].
@@ -204,6 +223,11 @@ struct LaterStage {
     Metric metric;
     int64_t from, to, keep;
 };
+
+// Continues sums and squares of listed rows with one query, in no particular order of columns.
+// `pointers`, to the first of these, are as before afterwards.
+void sum_listed(const Kernels& kernels, Source source, const float* query, DType dtype,
+                int64_t cols, std::vector<const void*>* pointers, float* sums, float* squares);
 
 // Continues one query's candidates and keeps the best, in order.
 Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,

@@ -98,11 +98,11 @@ class Scaling {
     float row_scale_[TILE], sqnorm_[TILE], terms_[TERMS * TILE] = {}, of_group_[TERMS * MAX_GROUP];
 };
 
-// The sums of columns that a reader leaves as they lie.
-class Lying {
+// The sums of columns that a reader leaves row-major.
+class RowMajorSums {
   public:
-    Lying(const Kernels& kernels, const Rows& rows, const Queries& queries, const FirstStage& stage,
-          Reading reading)
+    RowMajorSums(const Kernels& kernels, const Rows& rows, const Queries& queries,
+                 const FirstStage& stage, Reading reading)
         : kernels_(kernels),
           dtype_(rows.dtype),
           first_(std::min(stage.dim, rows.packed_dim)),
@@ -113,19 +113,17 @@ class Lying {
 
     // Sums those of the tile that was read last; `seen` learns of all its columns.
     void sum(const TileReader& tiles, const Scan& scan, Seen* seen) {
-        const int64_t cols = tiles.lying_columns();
+        const int64_t cols = tiles.row_major_columns();
         if (cols == 0) return;
         std::fill(sums_.begin(), sums_.end(), 0.0f);
         std::fill(squares_, squares_ + TILE, 0.0f);
         kernels_.row_sums[int(source_)]({queries_.data + first_, queries_.stride, int(queries_.n),
-                                         tiles.lying(), tiles.lying() + ahead_, scan.rows, dtype_,
-                                         cols, sums_.data(), squares_});
+                                         tiles.row_major(), tiles.row_major() + ahead_, scan.rows,
+                                         dtype_, cols, sums_.data(), squares_});
         float whole[TILE];
         std::copy_n(squares_, TILE, whole);
         kernels_.sqnorms(scan.segments[0], whole);
-        const float largest = largest_of(whole, scan.rows);
-        seen->finite &= largest < LARGEST;  // false for NaN
-        seen->square = std::max(seen->square, largest);
+        seen->squares.add(whole, nullptr, scan.rows);
     }
     const float* squares() const { return squares_; }
     const float* of(int64_t query) const {
@@ -188,22 +186,22 @@ Seen Scanner::run(int64_t tiles, const std::function<int64_t(int64_t)>& tile_at,
         TileReader reader(run_.kernels, rows_, stage_.source, stage_.dim,
                           first_group(part + 1) - first_group(part), reading_);
         Scaling scaling(run_.kernels, rows_, queries_, stage_, coded_);
-        Lying lying(run_.kernels, rows_,
-                    {queries_.data + offset * queries_.stride, count, queries_.stride}, stage_,
-                    reading_);
+        RowMajorSums rest(run_.kernels, rows_,
+                          {queries_.data + offset * queries_.stride, count, queries_.stride},
+                          stage_, reading_);
         Seen here;
         Scan scan = {};
         for (int64_t i, last; ranges[part].next(&i, &last);) {
             for (; i < last; ++i) {
                 poll();
                 here.finite &= reader.read(tile_at(i), &scan);
-                lying.sum(reader, scan, &here);
-                scaling.prepare(reader, lying.squares(), &scan);
+                rest.sum(reader, scan, &here);
+                scaling.prepare(reader, rest.squares(), &scan);
                 for (int64_t g = first_group(part); g < first_group(part + 1); ++g) {
                     const Panel::Group& group = groups[g];
                     panel_.put(group, &scan);
                     scaling.of_group(group, &scan);
-                    scan.rest = lying.of(group.first - offset);
+                    scan.rest = rest.of(group.first - offset);
                     scan.topk = mine.topks.data() + group.first - offset;
                     scan.thresholds = mine.thresholds.data() + group.first - offset;
                     run_.kernels.scan[int(stage_.source)][group.size - 1](scan);
@@ -212,7 +210,7 @@ Seen Scanner::run(int64_t tiles, const std::function<int64_t(int64_t)>& tile_at,
         }
         const std::lock_guard<std::mutex> lock(merging);
         seen.finite &= here.finite;
-        seen.square = std::max(seen.square, here.square);
+        seen.squares.add(here.squares);
         for (int64_t q = offset; q < first_query(part + 1); ++q) {
             const TopK& topk = mine.topks[q - offset];
             (*best)[q].insert((*best)[q].end(), topk.entries, topk.entries + topk.count);

@@ -11,7 +11,7 @@ namespace mrl {
 // What a scan saw of the rows.
 struct Seen {
     bool finite = true;
-    float square = 0.0f;  // the largest Σ x² of a row, where columns are summed as they lie
+    Range squares;  // Σ x² of rows, where columns are left row-major
 };
 
 class Scanner {

@@ -1,7 +1,6 @@
 #include "cpu/search/shortlist.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "cpu/threads.h"
@@ -23,29 +22,6 @@ double least_norm(const Problem& p, const Span& span, int64_t row, std::vector<f
     const double norm = std::sqrt(p.kernels.dot64(x, x, p.dim));
     return norm > 0.0 ? norm : INFINITY;
 }
-
-// The range of norms that are not 0.
-struct Range {
-    float least = INFINITY, greatest = 0.0f;
-    // The bits of values >= 0 are in the same order, and compilers use vectors for integers only.
-    void add(const float* norms, const float* tails, int64_t count) {
-        int32_t low = bits(least), high = bits(greatest);
-        for (int64_t i = 0; i < count; ++i) {
-            const int32_t norm = bits(norms[i] + (tails ? tails[i] : 0.0f));
-            high = std::max(high, norm);
-            low = std::min(low, norm == 0 ? INT32_MAX : norm);
-        }
-        std::memcpy(&least, &low, sizeof least);
-        std::memcpy(&greatest, &high, sizeof greatest);
-    }
-
-  private:
-    static int32_t bits(float value) {
-        int32_t bits;
-        std::memcpy(&bits, &value, sizeof bits);
-        return bits;
-    }
-};
 
 // The least norm of a row that is not 0, and the greatest; or what bounds these.
 std::pair<double, double> norms(const Problem& p, const Rows& rows) {
@@ -91,7 +67,7 @@ Shortlist shortlist_by_scores(const Problem& p, const Rows& rows, const std::vec
         const double norm = p.norm[which[i]];
         if (!inside || !ordinary(norm * norm)) continue;
         list.base[i] = 0.0;
-        list.absolute[i] = 1e-36;
+        list.absolute[i] = underflow(p.dim);
         if (!differences)
             list.absolute[i] += product * p.margin * (p.terms.normalized ? 3.0 : norm * greatest);
     }

@@ -8,16 +8,6 @@
 
 namespace mrl {
 
-// Some queries' vectors side by side in memory.
-struct Gathered {
-    Gathered(const Problem& p, const std::vector<int64_t>& which) {
-        for (int64_t q : which) data.insert(data.end(), p.data[q], p.data[q] + p.dim);
-        queries = {data.data(), int64_t(which.size()), p.dim};
-    }
-    std::vector<float> data;
-    Queries queries;
-};
-
 // Some queries' `keep` best rows among every step-th tile, by sums that order as scores do. A score
 // is such a sum plus the query's `base` (−inf: not known); the sum is off by at most `error`
 // (infinite: not known).
@@ -28,7 +18,7 @@ struct Shortlist {
           counts(which.size()),
           base(which.size(), -INFINITY),
           absolute(which.size(), INFINITY),
-          data(p, which) {}
+          data(p.some(which)) {}
     const Entry* of(int64_t i) const { return entries.get() + i * keep; }
     double score(int64_t i, int64_t rank) const { return score_of(of(i)[rank].key); }
     double error(int64_t i, double score) const { return absolute[i] + relative * std::abs(score); }

@@ -159,7 +159,7 @@ struct Scan {
     float* thresholds;  // [group]; a row is dropped where its score is <= this
 };
 
-// Rows as they lie against some queries, summed in no particular order of columns.
+// Row-major rows against some queries, summed in no particular order of columns.
 struct RowSums {
     const float* queries;  // [count, stride]
     int64_t stride;

@@ -1,9 +1,10 @@
-// Sums of rows as they lie: columns in lanes, four rows at a time. Included after tile_kernels.h,
+// Sums of row-major rows: columns in lanes, four rows at a time. Included after tile_kernels.h,
 // whose Vec, W and step it uses.
 
 constexpr int ROWS = 4;
 
-// Adds the sums of Q queries with the rows from p.rows[r] on; Σ x² too where SQUARES.
+// Adds the sums of Q queries with the rows from p.rows[r] on. Where SQUARES, which is for the first
+// queries, it adds Σ x² too, and prefetches.
 template <Source S, int Q, bool SQUARES, class T>
 inline void sum_rows(const RowSums& p, int r, int query) {
     const int n = p.n - r < ROWS ? p.n - r : ROWS;
@@ -31,11 +32,12 @@ inline void sum_rows(const RowSums& p, int r, int query) {
                              for (int i = 0; SQUARES && i < ROWS; ++i)
                                  square[i] = Simd::fma(row[i], row[i], square[i]);
                          };
+    constexpr int LINES = ROWS * W * int(sizeof(T)) / 64;  // that a step reads
     const int64_t whole = p.cols / W * W;
     for (int64_t c = 0; c < whole; c += W) {
         const T* x[ROWS];
         for (int i = 0; i < ROWS; ++i) x[i] = rows[i] + c;
-        if (SQUARES) prefetch.lines(ROWS * W * int(sizeof(T)) / 64);
+        if (SQUARES) prefetch.lines(LINES > 0 ? LINES : 1);
         add(x, queries + c, p.stride);
     }
     if (whole < p.cols) {  // the last columns, then zeros

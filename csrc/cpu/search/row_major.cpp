@@ -1,4 +1,4 @@
-// Few queries: packing rows into tiles would cost more than the sums. Rows are summed as they lie,
+// Few queries: packing rows into tiles would cost more than the sums. Rows are summed row-major,
 // columns in lanes, and the best are scored again in the canonical order. Two sums of a pair differ
 // by their rounding at most, so that the list provably holds the best where its last entry is worse
 // than the k-th by more.
@@ -28,26 +28,29 @@ bool pays(const Rows& rows, const Queries& queries, const FirstStage& stage) {
 double apart(const FirstStage& stage, double query_norm, double row_norm, double score) {
     const MetricTerms& terms = terms_of(stage.metric);
     const double margin = rounding(stage.dim);
-    if (terms.source == Source::DIFFERENCE) return 1e-36 + 10.0 * margin * std::abs(score);
+    const double under = 2.0 * underflow(stage.dim);
+    if (terms.source == Source::DIFFERENCE) return under + 10.0 * margin * std::abs(score);
     const double length = terms.normalized ? 3.0 : query_norm * row_norm;
-    return 1e-36 + 2.0 * terms.product * margin * length;
+    return under + 2.0 * terms.product * margin * length;
 }
 
 }  // namespace
 
-std::vector<int64_t> scan_lying(const Run& run, const Rows& rows, const Queries& queries,
-                                const FirstStage& stage, Entry* out, int64_t* counts) {
+std::vector<int64_t> scan_row_major(const Run& run, const Rows& rows, const Queries& queries,
+                                    const FirstStage& stage, Entry* out, int64_t* counts) {
     std::vector<int64_t> open(queries.n);
     std::iota(open.begin(), open.end(), 0);
     if (!pays(rows, queries, stage)) return open;
     const int64_t dim = stage.dim, length = length_of(stage.keep);
     const int64_t tiles = (TileReader::count(rows, stage.source) + stage.step - 1) / stage.step;
     std::vector<std::vector<Entry>> best(queries.n);
-    const Seen seen = Scanner(run, rows, queries, stage, Reading::AS_THEY_LIE)
+    const Seen seen = Scanner(run, rows, queries, stage, Reading::ROW_MAJOR)
                           .run(
                               tiles, [&](int64_t i) { return i * stage.step; }, length,
                               std::vector<float>(queries.n, NAN), &best);
-    if (!seen.finite) return open;
+    // Where norms divide, what underflows of a small one is no small share of it.
+    const bool small = terms_of(stage.metric).normalized && seen.squares.least < SMALLEST;
+    if (!seen.finite || !(seen.squares.greatest < LARGEST) || small) return open;
     std::vector<char> decided(queries.n, 0);
     each(queries.n, run.threads, [&](int64_t q) {
         const float* query = queries.data + q * queries.stride;
@@ -63,8 +66,8 @@ std::vector<int64_t> scan_lying(const Run& run, const Rows& rows, const Queries&
                         {stage.metric, std::min(dim, rows.packed_dim), dim, stage.keep},
                         list) != Status::OK)
             return;
-        decided[q] =
-            last + apart(stage, norm, std::sqrt(seen.square), last) < score_of(list.back().key);
+        decided[q] = last + apart(stage, norm, std::sqrt(seen.squares.greatest), last) <
+                     score_of(list.back().key);
         if (!decided[q]) return;
         counts[q] = stage.keep;
         std::copy(list.begin(), list.end(), out + q * stage.keep);
@@ -75,23 +78,31 @@ std::vector<int64_t> scan_lying(const Run& run, const Rows& rows, const Queries&
     return open;
 }
 
-void rank_lying(const Kernels& kernels, const Rows& rows, const float* query, Metric metric,
-                Stage stage, std::vector<Entry>* candidates) {
+void sum_listed(const Kernels& kernels, Source source, const float* query, DType dtype,
+                int64_t cols, std::vector<const void*>* pointers, float* sums, float* squares) {
     constexpr size_t AHEAD = 4;  // rows
+    const size_t count = pointers->size();
+    if (count == 0) return;
+    const void* last = pointers->back();
+    pointers->resize(count + AHEAD, last);
+    kernels.row_sums[int(source)]({query, cols, 1, pointers->data(), pointers->data() + AHEAD,
+                                   int(count), dtype, cols, sums, squares});
+    pointers->resize(count);
+}
+
+void rank_row_major(const Kernels& kernels, const Rows& rows, const float* query, Metric metric,
+                    Stage stage, std::vector<Entry>* candidates) {
     const MetricTerms& terms = terms_of(metric);
     const size_t count = candidates->size();
-    if (count == 0) return;
     std::vector<const void*> pointers;
     for (const Entry& entry : *candidates) {
         const int64_t row = row_of(entry.key);
         const Span& span = span_of(rows, row);
         pointers.push_back(suffix_at(rows, span, row - span.first, 0));
     }
-    pointers.resize(count + AHEAD, pointers.back());
     std::vector<float> sums(count), squares(count);
-    kernels.row_sums[int(terms.source)]({query, stage.dim, 1, pointers.data(),
-                                         pointers.data() + AHEAD, int(count), rows.dtype, stage.dim,
-                                         sums.data(), squares.data()});
+    sum_listed(kernels, terms.source, query, rows.dtype, stage.dim, &pointers, sums.data(),
+               squares.data());
     for (size_t i = 0; i < count; ++i) {
         const float scale = terms.normalized ? inverse_norm(squares[i]) : 1.0f;
         (*candidates)[i].key = make_key(sums[i] * scale, row_of((*candidates)[i].key));
