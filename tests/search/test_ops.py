@@ -115,6 +115,18 @@ def test_results_depend_on_nothing_but_the_pair(metric, monkeypatch):
     assert torch.equal(funnel.scores, whole.scores) and torch.equal(funnel.ids, whole.ids)
 
 
+@pytest.mark.parametrize("distinct", [40_000, 3])  # rows that score alike are found by a sample
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_query_of_many_rows(metric, distinct):
+    x, q = vectors(distinct, 40, seed=1), vectors(70, 40)
+    x = x[torch.arange(40_000) % distinct]
+    whole = prefix_topk(q, x, 20, metric=metric)
+    for row in (0, 69):
+        one = prefix_topk(q[row], x, 20, metric=metric)
+        assert torch.equal(one.scores[0], whole.scores[row])
+        assert torch.equal(one.ids[0], whole.ids[row])
+
+
 @pytest.mark.parametrize(("impl", "metric"), RUNS)
 def test_equal_rows_come_in_order(impl, metric):
     rows = {"cpp": 1_000_000, "triton": 700}[impl]

@@ -3,6 +3,7 @@
 // by their rounding at most, so that the list provably holds the best where its last entry is worse
 // than the k-th by more.
 #include <algorithm>
+#include <atomic>
 #include <numeric>
 
 #include "cpu/search/scanner.h"
@@ -34,6 +35,29 @@ double apart(const FirstStage& stage, double query_norm, double row_norm, double
     return under + 2.0 * terms.product * margin * length;
 }
 
+// Whether so many rows score alike that a list would decide few of the queries, by a sample of many
+// rows: where lists decide nothing, rows are read twice.
+bool seems_tied(const Scanner& scanner, const Queries& queries, const FirstStage& stage,
+                const Kernels& kernels, int64_t tiles, int threads) {
+    constexpr int64_t MANY_TILES = 512, STEP = 16;
+    if (tiles < MANY_TILES) return false;
+    const int64_t kth = stage.keep / STEP, last = length_of(stage.keep) / STEP + 8;
+    std::vector<std::vector<Entry>> best(queries.n);
+    const Seen seen = scanner.run(
+        tiles / STEP, [&](int64_t i) { return i * STEP * stage.step; }, last + 1,
+        std::vector<float>(queries.n, NAN), &best);
+    std::atomic<int64_t> tied{0};
+    each(queries.n, threads, [&](int64_t q) {
+        const float* query = queries.data + q * queries.stride;
+        const double norm = std::sqrt(kernels.dot64(query, query, stage.dim));
+        cut(best[q], last + 1);
+        if (int64_t(best[q].size()) <= last) return;
+        const double low = score_of(best[q][last].key), high = score_of(best[q][kth].key);
+        tied += low + apart(stage, norm, std::sqrt(seen.squares.greatest), low) >= high;
+    });
+    return 2 * tied > queries.n;
+}
+
 }  // namespace
 
 std::vector<int64_t> scan_row_major(const Run& run, const Rows& rows, const Queries& queries,
@@ -44,10 +68,11 @@ std::vector<int64_t> scan_row_major(const Run& run, const Rows& rows, const Quer
     const int64_t dim = stage.dim, length = length_of(stage.keep);
     const int64_t tiles = (TileReader::count(rows, stage.source) + stage.step - 1) / stage.step;
     std::vector<std::vector<Entry>> best(queries.n);
-    const Seen seen = Scanner(run, rows, queries, stage, Reading::ROW_MAJOR)
-                          .run(
-                              tiles, [&](int64_t i) { return i * stage.step; }, length,
-                              std::vector<float>(queries.n, NAN), &best);
+    const Scanner scanner(run, rows, queries, stage, Reading::ROW_MAJOR);
+    if (seems_tied(scanner, queries, stage, run.kernels, tiles, run.threads)) return open;
+    const Seen seen = scanner.run(
+        tiles, [&](int64_t i) { return i * stage.step; }, length,
+        std::vector<float>(queries.n, NAN), &best);
     // Where norms divide, what underflows of a small one is no small share of it.
     const bool small = terms_of(stage.metric).normalized && seen.squares.least < SMALLEST;
     if (!seen.finite || !(seen.squares.greatest < LARGEST) || small) return open;
