@@ -34,7 +34,14 @@ class Stat(IntEnum):
     CODE_SCALE = 1
     CODE_ERROR = 2
     TAIL_NORM = 3
-    SIGN_FACTOR = 5  # of codes of all columns
+    SIGN_FACTOR = 4  # of codes of all columns
+
+class TileStat(IntEnum):
+    """Statistics of each tile of rows that have codes of all columns."""
+
+    CODE_NORM = 0
+    BOTH_NORMS = 1
+    TILE_STATS = 2  # how many there are
 
 def use_openmp(library: str, /) -> bool: ...
 def available() -> list[str]: ...  # instruction sets of this processor, best first
@@ -42,7 +49,7 @@ def advise_huge_pages(begin: int, bytes: int, /) -> None: ...
 
 class Rows:
     """Vectors to search, as spans ``(first, rows, packed, codes, suffix, stride, stats,
-    stats_stride, ids, signs, nibbles, lows)``; see csrc/cpu/search/search.h. Holds addresses, not
+    stats_stride, ids, signs, nibbles, lows, tile_stats)``; see csrc/cpu/search/search.h. Holds addresses, not
     the arrays."""
 
     eligible: int  # rows that may be found

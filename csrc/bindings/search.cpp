@@ -13,7 +13,7 @@ namespace {
 // A span's fields in their order; see search.h.
 using SpanFields = std::tuple<int64_t, int64_t, Address<float>, Address<uint8_t>, Address<void>,
                               int64_t, Address<float>, int64_t, Address<int64_t>, Address<uint8_t>,
-                              Address<uint8_t>, Address<uint8_t>>;
+                              Address<uint8_t>, Address<uint8_t>, Address<float>>;
 using LadderFields = std::tuple<std::vector<int64_t>, Address<float>, int>;
 
 Rows rows_of(const std::vector<SpanFields>& spans, int64_t packed_dim, int64_t code_dim, int dtype,
@@ -32,7 +32,7 @@ using StageFields = std::tuple<int64_t, int64_t, int64_t>;
 using NewRowsFields = std::tuple<Address<void>, DType, int64_t, int64_t, int64_t>;
 using SpanArraysFields =
     std::tuple<Address<float>, Address<uint8_t>, Address<float>, int64_t, Address<void>, int64_t,
-               Address<uint8_t>, Address<uint8_t>, Address<uint8_t>>;
+               Address<uint8_t>, Address<uint8_t>, Address<uint8_t>, Address<float>>;
 
 // The problem with the vectors, in the words that Python expects; empty for OK.
 std::string message(Status status) {
@@ -91,6 +91,11 @@ void bind_types(py::module_& m) {
         .value("CODE_ERROR", CODE_ERROR)
         .value("TAIL_NORM", TAIL_NORM)
         .value("SIGN_FACTOR", SIGN_FACTOR)
+        .finalize();
+    py::native_enum<TileStat>(m, "TileStat", "enum.IntEnum")
+        .value("CODE_NORM", CODE_NORM)
+        .value("BOTH_NORMS", BOTH_NORMS)
+        .value("TILE_STATS", TILE_STATS)
         .finalize();
     py::class_<Rows>(m, "Rows")
         .def(py::init(&rows_of))

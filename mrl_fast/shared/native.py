@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import mrl_fast._C as _C
-from mrl_fast._C import METRICS, TILE, DType, Rows, Stat, pack_flags
+from mrl_fast._C import METRICS, TILE, DType, Rows, Stat, TileStat, pack_flags
 from mrl_fast.shared import memory
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "_C",
     "Rows",
     "Stat",
+    "TileStat",
     "chunks",
     "pack_flags",
     "product",

@@ -13,7 +13,6 @@ float below(double x, int64_t dim) {
     const float least = std::nextafter(float(x - underflow(dim)), -INFINITY);
     return std::isinf(least) ? NAN : least;
 }
-float above(double x) { return std::nextafter(float(x), INFINITY); }
 
 double distance64(const float* x, const float* y, int64_t cols) {
     double sum = 0.0;
@@ -33,7 +32,8 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
       k(k_),
       margin(rounding(dim_)),
       theta(queries.n),
-      touched(queries.n) {
+      touched(queries.n),
+      predicted(queries.n) {
     if (is_whole()) levels = rows.levels;
     if (!levels.empty()) stops.assign(levels.begin() + 1, levels.end());
     stops.push_back(dim);
@@ -86,65 +86,41 @@ double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {
 }
 
 // The factors of one query for the terms that prepare() gives each row. Those are, in order: prefix
-// norm, tail norm, code error, squared norm. With a ladder: the sum of the row's norm and its
-// codes' norm, the codes' norm, code error, the row's own term, the row's inverse norm.
+// norm, tail norm, code error, squared norm.
 void Pass::factor(const Panel::Group& group, int64_t i) {
     const int64_t at = group.first + i, q = queries_[at];
-    const double unit = p_.unit(q), room = p_.margin * (p_.norm[q] + p_.centre_norm);
+    const double unit = p_.unit(q), room = p_.margin * p_.norm[q];
     float* factors = factors_.data() + group.first * TERMS + i;
-    const bool coded = p_.coded(), laddered = p_.laddered();
-    const double error = coded ? p_.codes[q].error : 0.0;
-    scales_[at] = float(unit * (coded ? p_.codes[q].scale : 1.0));
+    const double error = p_.coded() ? p_.codes[q].error : 0.0;
+    scales_[at] = float(unit * (p_.coded() ? p_.codes[q].scale : 1.0));
     if (!ordinary(p_.norm[q] * p_.norm[q])) scales_[at] = NAN;
-    factors[0 * group.size] = above(unit * (laddered ? room : error + room));
-    factors[1 * group.size] = above(unit * (laddered ? error : room + p_.tail(q, 0)));
+    factors[0 * group.size] = above(unit * (error + room));
+    factors[1 * group.size] = above(unit * (room + p_.tail(q, 0)));
     factors[2 * group.size] = above(unit * (error + p_.head[q] + room));
-    const bool squares = !laddered || p_.terms.squares > 0.0f;
-    factors[3 * group.size] = squares ? -p_.terms.squares : float(unit);
-    factors[4 * group.size] = p_.terms.normalized ? float(unit * p_.base[q]) : 0.0f;
+    factors[3 * group.size] = -p_.terms.squares;
 }
 
 void Pass::prepare(Scan* scan) {
-    scan->row_scale = row_scale_;
-    scan->term_values = terms_[0];
-    if (p_.laddered()) return prepare_ladder(scan);
     const bool coded = p_.coded(), tails = !p_.levels.empty();
-    const float *prefix = reader_.stat(PREFIX_NORM), *scale = reader_.stat(CODE_SCALE),
-                *error = reader_.stat(CODE_ERROR), *tail = reader_.stat(TAIL_NORM);
+    const float *prefix = reader_.stat(PREFIX_NORM, terms_[0]),
+                *tail = tails ? reader_.stat(TAIL_NORM, terms_[1]) : nullptr,
+                *scale = reader_.stat(CODE_SCALE, row_scale_),
+                *error = reader_.stat(CODE_ERROR, terms_[2]);
     for (int r = 0; r < scan->rows; ++r) {
-        const float rest = tails ? tail[r] : 0.0f, square = prefix[r] * prefix[r] + rest * rest;
+        const float norm = prefix[r], rest = tails ? tail[r] : 0.0f,
+                    square = norm * norm + rest * rest;
         float inverse = 1.0f;
         if (p_.terms.normalized) inverse = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f;
         row_scale_[r] = coded ? scale[r] * inverse : inverse;
-        if (!ordinary(square) || (square == 0.0f && prefix[r] + rest > 0.0f)) row_scale_[r] = NAN;
-        terms_[0][r] = prefix[r] * inverse;
+        if (!ordinary(square) || (square == 0.0f && norm + rest > 0.0f)) row_scale_[r] = NAN;
+        terms_[0][r] = norm * inverse;
         terms_[1][r] = rest * inverse;
         terms_[2][r] = coded ? error[r] * inverse : 0.0f;
         terms_[3][r] = square * float(1.0 - SLACK);
     }
-}
-
-// Loops without branches, which compilers vectorize: a row's terms must not cost more than its
-// scan.
-void Pass::prepare_ladder(Scan* scan) {
-    const int64_t dims = p_.rows.ladder.dims.size(), last = SIGN_FACTOR + dims - 1;
-    const float *norm = reader_.stat(PREFIX_NORM), *scale = reader_.stat(CODE_SCALE),
-                *error = reader_.stat(CODE_ERROR), *code_norm = reader_.stat(CODE_NORM),
-                *low_error = reader_.stat(LOW_ERROR), *own = reader_.stat(last + dims),
-                *inverse = p_.terms.normalized ? reader_.stat(last + 2 * dims) : ones_;
-    const int n = scan->rows;
-    const float room = p_.terms.squares > 0.0f ? float(1.0 - SLACK) : 1.0f;
-    for (int r = 0; r < n; ++r) terms_[0][r] = (norm[r] + code_norm[r]) * inverse[r];
-    for (int r = 0; r < n; ++r) terms_[1][r] = code_norm[r] * inverse[r];
-    for (int r = 0; r < n; ++r) terms_[2][r] = error[r] * inverse[r];
-    for (int r = 0; r < n; ++r) terms_[3][r] = own[r] * room;
-    std::copy_n(inverse, n, terms_[4]);
-    for (int r = 0; r < n; ++r) row_scale_[r] = scale[r] * inverse[r];
-    for (int r = 0; r < n; ++r) low_scale_[r] = row_scale_[r] * 0.0625f;
-    for (int r = 0; r < n; ++r)
-        low_gain_[r] = terms_[2][r] - low_error[r] * inverse[r] * float(1.0 + SLACK);
-    scan->low_scale = low_scale_;
-    scan->low_gain = low_gain_;
+    scan->row_scale = row_scale_;
+    scan->terms = TERMS;
+    for (int j = 0; j < TERMS; ++j) scan->term_values[j] = terms_[j];
 }
 
 bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
@@ -157,12 +133,12 @@ bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
     bool finite = true;
     for (int64_t tile = begin; tile < end; ++tile) {
         finite &= reader_.read(tile, &scan);
-        prepare(&scan);
+        p_.laddered() ? ladder_.prepare(reader_, &scan) : prepare(&scan);
         for (const Panel::Group& group : panel_.groups()) {
             panel_.put(group, &scan);
             scan.query_scale = scales_.data() + group.first;
             scan.term_factors = factors_.data() + group.first * TERMS;
-            scan.low_factors = scan.term_factors + 2 * group.size;
+            if (p_.laddered()) ladder_.of_group(group, &scan);
             scan.topk = topks_.data() + group.first;
             scan.thresholds = thresholds_.data() + group.first;
             p_.kernels.scan[int(source_)][group.size - 1](scan);
@@ -170,7 +146,7 @@ bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
     }
     for (size_t i = 0; i < queries_.size(); ++i)
         if (topks_[i].count > 0 && !(trial && columns_read[i] > trial->budget))
-            finish(i, trial != nullptr);
+            p_.laddered() ? finish_ladder(i, trial != nullptr) : finish(i, trial != nullptr);
     return finite;
 }
 
@@ -235,6 +211,29 @@ void Pass::finish(size_t i, bool counting) {
     for (int64_t e = 0; e < count; ++e) {
         const int64_t row = spans_[e]->first + local_[e];
         keep(i, {p_.score(q, row, &vector_), row});
+    }
+}
+
+// Takes the rows that four bits leave through the bound of eight, and scores those that remain in
+// fp64, the most promising first.
+void Pass::finish_ladder(size_t i, bool counting) {
+    constexpr int64_t BYTE_COLUMNS = 4, CALL_COLUMNS = 16;  // what a row's last four bits cost
+    poll();
+    const int64_t q = queries_[i];
+    const TopK& kept = topks_[i];
+    const auto gate = [&] {
+        return double(p_.threshold(q, counting ? thetas_[i] : p_.theta[q].load()));
+    };
+    ladder_.bound(i, kept.entries, kept.count, gate(), &possible_);
+    const int64_t count = possible_.size();
+    columns_read[i] += kept.count * (low_bytes(p_.dim) / BYTE_COLUMNS + CALL_COLUMNS) +
+                       count * 3 * p_.dim;  // in fp64
+    if (counting) return;
+    std::sort(possible_.begin(), possible_.end());
+    for (const Final& each : possible_) {
+        if (each.score < gate()) break;
+        p_.touched[q].fetch_add(1, std::memory_order_relaxed);
+        keep(i, {p_.score(q, each.row, &vector_), each.row});
     }
 }
 

@@ -12,13 +12,13 @@
 #include <atomic>
 #include <cmath>
 
+#include "cpu/search/ladder_bounds.h"
 #include "cpu/search/scan.h"
 
 namespace mrl {
 
-constexpr int64_t CHUNK_TILES = 16;  // rows of a chunk serve all queries while they are in cache
+constexpr int64_t CHUNK_TILES = 16;  // of a chunk, at most
 constexpr int64_t CHUNK_ROWS = CHUNK_TILES * TILE;
-constexpr double SLACK = 1e-6;  // relative: more than 8 roundings to fp32 of a norm or its square
 
 struct Final {
     double score;
@@ -57,6 +57,11 @@ struct Problem {
     int64_t prefix() const { return laddered() ? dim : coded() ? rows.code_dim : rows.packed_dim; }
     // The bytes that a scan reads of each of them.
     double column_bytes() const { return laddered() ? 0.5 : coded() ? 1.0 : 4.0; }
+    // How many tiles of codes serve all queries while they are in cache.
+    int64_t chunk_tiles() const {
+        constexpr int64_t CODES = 256 << 10;  // bytes
+        return laddered() ? std::clamp<int64_t>(CODES / (TILE * dim), 1, CHUNK_TILES) : CHUNK_TILES;
+    }
     // Whether a bound costs less than a score.
     bool prunes() const { return coded() || !levels.empty(); }
     double tail(int64_t q, size_t level) const {
@@ -102,6 +107,7 @@ struct Problem {
     std::vector<CodedQuery> codes;
     std::vector<std::atomic<double>> theta;
     std::vector<std::atomic<int64_t>> touched;
+    std::vector<double> predicted;  // [n]: columns that bounds leave to be read, a tile
 };
 
 // One thread's pass over chunks of rows for some of the queries.
@@ -118,6 +124,7 @@ class Pass {
           panel_(panel),
           source_(p_.source()),
           reader_(p_.kernels, p_.rows, source_, problem.prefix(), panel.groups().size()),
+          ladder_(problem, queries, panel),
           thetas_(queries.size()),
           thresholds_(queries.size()),
           scales_(queries.size()),
@@ -129,7 +136,6 @@ class Pass {
                 {entries_.get() + i * (CHUNK_ROWS + 1), 0, CHUNK_ROWS + 1, CHUNK_ROWS + 1});
         for (const Panel::Group& group : panel.groups())
             for (int64_t i = 0; i < group.size; ++i) factor(group, i);
-        std::fill(ones_, ones_ + TILE, 1.0f);
     }
 
     // A guess at each query's θ, and the number of columns beyond which counting may stop.
@@ -144,8 +150,8 @@ class Pass {
   private:
     void factor(const Panel::Group& group, int64_t i);
     void prepare(Scan* scan);
-    void prepare_ladder(Scan* scan);
     void finish(size_t i, bool counting);
+    void finish_ladder(size_t i, bool counting);
     void keep(size_t i, const Final& final);
     bool possible(size_t i, const Span& span, int64_t local, double sum, size_t level) const;
 
@@ -154,13 +160,14 @@ class Pass {
     const Panel& panel_;
     const Source source_;
     TileReader reader_;
+    LadderBounds ladder_;
     std::vector<double> thetas_;
     std::vector<float> thresholds_, scales_, factors_;  // factors: [groups, TERMS, size]
     std::unique_ptr<Entry[]> entries_;
     std::vector<TopK> topks_;
     // Zeros at first: a factor of 0 times what happens to lie in memory could be NaN.
-    float row_scale_[TILE] = {}, terms_[TERMS][TILE] = {}, low_scale_[TILE] = {},
-          low_gain_[TILE] = {}, ones_[TILE];
+    float row_scale_[TILE] = {}, terms_[TERMS][TILE] = {};
+    std::vector<Final> possible_;  // rows with their bounds
     std::vector<float> vector_, sums_, squares_;
     std::vector<int64_t> local_;
     std::vector<const Span*> spans_;

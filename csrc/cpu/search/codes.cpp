@@ -38,7 +38,8 @@ CodedQuery signs_of(const float* x, int64_t dim) {
                         0,
                         float(-total / unit),
                         float(unit),
-                        0.0};
+                        0.0,
+                        {}};
     for (int64_t t = 0; t < tables; ++t)
         for (int64_t mask = 0; mask < 16; ++mask) {
             double sum = reach(t);
@@ -81,9 +82,11 @@ CodedQuery code_query(const Kernels& kernels, Source source, const float* x, int
                         -128 * sum,
                         -7.5f * float(sum),
                         coded.scale,
-                        coded.error};
+                        coded.error,
+                        {}};
     for (int64_t i = 0; i < steps * quads; ++i)
         put_quad(coded.codes.data() + 4 * i, bytes, query.steps.data() + i * bytes);
+    query.plain.swap(coded.codes);
     return query;
 }
 
@@ -121,18 +124,40 @@ const LadderStats& LadderCoder::code(const float* x) {
             most[i] = most[i] > size ? most[i] : size;
         }
     float largest = *std::max_element(most, most + LANES);
-    if (largest < TINY) largest = 0.0f;  // the scale is 0, and the error is the norm
-    const float inverse = largest > 0.0f ? 128.0f / largest : 0.0f;
+    const float reach = reach_of(largest);
+    const float inverse = reach > 0.0f ? 128.0f / reach : 0.0f;
     for (int64_t c = 0; c < width; ++c) {
-        const float at = y[c] * inverse + 128.0f;
-        codes_[c] = uint8_t(int(at < 255.0f ? at : 255.0f));
+        const float at = y[c] * inverse + 128.0f, least = at > 0.0f ? at : 0.0f;
+        codes_[c] = uint8_t(int(least < 255.0f ? least : 255.0f));
     }
     for (int64_t c = 0; c < width; ++c) sign[c] = codes_[c] >= 128 ? 1.0f : -1.0f;
     describe(x);
-    stats_.scale = largest / 8.0f;
+    stats_.scale = reach / 8.0f;
     stats_.error = error_of(stats_.scale, 4, 7.5f);
     stats_.low_error = error_of(stats_.scale / 16.0f, 0, 127.5f);
     return stats_;
+}
+
+// How far from 0 codes reach: to the largest value, or less where the error of what lies beyond is
+// less than what finer codes save. 0, where all values are tiny: then the error is the norm.
+float LadderCoder::reach_of(float largest) const {
+    constexpr float DEVIATIONS = 2.7f;  // with 16 codes, best for normally distributed values
+    if (largest < TINY) return 0.0f;
+    const int64_t width = ladder_.dims.back();
+    const float* y = beside_.data();
+    const double square = kernels_.dot64(y, y, width);
+    const float reach = DEVIATIONS * float(std::sqrt(square / double(width)));
+    if (!(reach < largest)) return largest;
+    constexpr int LANES = 8;
+    float beyond[LANES] = {}, sum = 0.0f;
+    for (int64_t c = 0; c < int64_t(beside_.size()); c += LANES)
+        for (int i = 0; i < LANES; ++i) {
+            const float over = std::abs(y[c + i]) - reach, more = over > 0.0f ? over : 0.0f;
+            beyond[i] += more * more;
+        }
+    for (float each : beyond) sum += each;
+    const auto rounded = [&](double to) { return double(width) * to * to / (64.0 * 12.0); };
+    return sum + rounded(reach) < rounded(largest) ? reach : largest;
 }
 
 // The norm of y less what the codes stand for without their last `shift` bits.
@@ -170,20 +195,18 @@ void LadderCoder::describe(const float* x) {
 }
 
 void LadderCoder::put(int64_t row, const SpanArrays& to) const {
-    const int64_t steps = codes_.size() / 8, first = row / TILE * steps * TILE + row % TILE;
+    const int64_t steps = codes_.size() / 8, first = row / TILE * steps * TILE + row % TILE,
+                  half = 4 * steps;
     uint8_t *signs = to.signs + first, *nibbles = to.nibbles + 4 * first,
-            *lows = to.lows + 4 * first;
-    for (int64_t i = 0; i < steps; ++i, signs += TILE, nibbles += TILE * 4, lows += TILE * 4) {
+            *lows = to.lows + half * row;
+    for (int64_t j = 0; j < half; ++j)
+        lows[j] = uint8_t((codes_[j] & 15) | (codes_[half + j] & 15) << 4);
+    for (int64_t i = 0; i < steps; ++i, signs += TILE, nibbles += TILE * 4) {
         uint64_t codes = 0;  // the first in the lowest byte
         for (int j = 0; j < 8; ++j) codes |= uint64_t(codes_[8 * i + j]) << 8 * j;
-        constexpr uint64_t HALF = 0x0f0f0f0f0f0f0f0fu;
-        const uint64_t high = codes >> 4 & HALF, low = codes & HALF;
-        const uint32_t highs = uint32_t(high) | uint32_t(high >> 32) << 4,
-                       others = uint32_t(low) | uint32_t(low >> 32) << 4;
-        for (int j = 0; j < 4; ++j) {
-            nibbles[j] = uint8_t(highs >> 8 * j);
-            lows[j] = uint8_t(others >> 8 * j);
-        }
+        const uint64_t high = codes >> 4 & 0x0f0f0f0f0f0f0f0fu;
+        const uint32_t highs = uint32_t(high) | uint32_t(high >> 32) << 4;
+        for (int j = 0; j < 4; ++j) nibbles[j] = uint8_t(highs >> 8 * j);
         // The product gathers the eight bytes' bits in its highest byte.
         *signs = uint8_t((codes >> 7 & 0x0101010101010101u) * 0x0102040810204080u >> 56);
     }

@@ -1,6 +1,6 @@
 // Codes of rows and of queries: how they are made, and how they lie in memory. Rows' codes lie in
-// tiles [steps, TILE, bytes of a step]. A last step may reach past the last column: there the
-// query's codes add 0 to every sum.
+// tiles [steps, TILE, bytes of a step], but for those of few rows. A last step may reach past the
+// last column: there the query's codes add 0 to every sum.
 //
 // CODES: int8 codes of the first columns. A code times the vector's scale is the value to within
 // half a scale. A step holds four columns, each as its code plus 128.
@@ -8,8 +8,9 @@
 // The ladder: eight bits of every column, of which the first is the sign. The first four, a number
 // u of 0 to 15, stand for (u − 7.5) · scale; the last four, l, for (l − 7.5) · scale / 16 more.
 // NIBBLES are the first four: byte j of a step has column j in its low half, column j + 4 in its
-// high one; lows are the last four likewise. SIGNS are the first: bit j of a step's byte is column
-// j. Vectors are coded less a centre, where one is given.
+// high one. SIGNS are the first: bit j of a step's byte is column j. The last four, lows, are read
+// of few rows, and lie row by row: byte j has column j in its low half, and in its high one that of
+// so many columns later as a row has bytes. Vectors are coded less a centre, where one is given.
 #pragma once
 
 #include "cpu/search/search.h"
@@ -24,6 +25,7 @@ inline int64_t code_steps(Source source, int64_t dim) {
 inline int64_t code_tile_bytes(Source source, int64_t dim) {
     return code_steps(source, dim) * TILE * (source == Source::SIGNS ? 1 : 4);
 }
+inline int64_t low_bytes(int64_t dim) { return 4 * code_steps(Source::NIBBLES, dim); }  // of a row
 
 // A query in the form that a scan multiplies rows' codes with.
 struct CodedQuery {
@@ -33,6 +35,7 @@ struct CodedQuery {
     float shift;     // added to sums of SIGNS and NIBBLES
     float scale;     // the value of a sum of 1, but for the row's scale
     double error;    // norm of the query less what its codes stand for; 0 for SIGNS
+    std::vector<int8_t> plain;  // the codes of CODES and NIBBLES, column by column
 };
 CodedQuery code_query(const Kernels& kernels, Source source, const float* x, int64_t dim);
 
@@ -68,6 +71,7 @@ class LadderCoder {
     void put(int64_t row, const SpanArrays& to) const;
 
   private:
+    float reach_of(float largest) const;
     void describe(const float* x);
     double error_of(float scale, int shift, float zero);
     const Kernels& kernels_;

@@ -66,7 +66,8 @@ class Differences {
                 float(p_.terms.normalized ? beyond / ((norm + std::sqrt(square_)) * norm) : beyond);
         }
         scan->row_scale = row_scale_;
-        scan->term_values = terms_;
+        scan->term_values[0] = terms_;
+        scan->terms = 1;
     }
 
     float largest = 0.0f;     // ‖y‖² of the rows so far; infinite where one is beyond fp32
@@ -77,24 +78,24 @@ class Differences {
     const std::vector<float>& centre_;
     double square_;  // ‖c‖²
     std::vector<float> tile_;
-    float row_scale_[TILE], terms_[TERMS * TILE] = {};
+    float row_scale_[TILE], terms_[TILE];
 };
 
 // Each query's factors of those sums.
 struct Factors {
     Factors(const Problem& p, const std::vector<int64_t>& which, const Panel& panel,
             const std::vector<float>& centre, double centre_norm)
-        : scales(which.size()), terms(TERMS * which.size()) {
+        : scales(which.size()), terms(which.size()) {
         for (const Panel::Group& group : panel.groups())
             for (int64_t i = group.first; i < group.first + group.size; ++i) {
                 const int64_t q = which[i];
                 const double along = p.kernels.dot64(p.data[q], centre.data(), p.dim);
                 scales[i] = float(p.unit(q));
-                terms[TERMS * group.first + i - group.first] =
+                terms[i] =
                     float(p.terms.normalized ? -along * p.unit(q) / centre_norm : -p.terms.squares);
             }
     }
-    std::vector<float> scales, terms;  // terms: [groups, TERMS, size]
+    std::vector<float> scales, terms;
 };
 
 }  // namespace
@@ -128,7 +129,7 @@ Shortlist shortlist_by_differences(const Problem& p, const Rows& rows,
                 for (const Panel::Group& group : panel.groups()) {
                     scan.panel = group.data;
                     scan.query_scale = factors.scales.data() + group.first;
-                    scan.term_factors = factors.terms.data() + TERMS * group.first;
+                    scan.term_factors = factors.terms.data() + group.first;
                     scan.topk = mine.topks.data() + group.first;
                     scan.thresholds = mine.thresholds.data() + group.first;
                     p.kernels.scan[int(Source::PRODUCT)][group.size - 1](scan);

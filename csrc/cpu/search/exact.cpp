@@ -24,6 +24,7 @@ namespace {
 
 constexpr int64_t SAMPLE_STEP = 16;  // every 16th tile makes a guess at θ
 constexpr int64_t SEED_STEP = 2;  // every second makes a first real one; every tile where codes do
+constexpr int64_t CODED_STEP = 64;     // the most that is between two tiles of a ladder's sample
 constexpr int64_t PREDICT_TILES = 48;  // predict what bounds leave
 constexpr int64_t MANY = 128;  // rows a neighbour: where there are fewer, each is scored in fp64
 constexpr int64_t FEW_QUERIES = 4;  // tell for all whether bounds pay
@@ -45,9 +46,6 @@ bool many(const Problem& p) {
     return p.rows.eligible() <= MANY * std::max<int64_t>(p.k - FEW, 0) + 2 * p.k;
 }
 
-// The rows that are reranked for a first θ: one bit of a column tells less than its number does.
-int64_t reranked(const Problem& p) { return p.laddered() ? 8 * p.k + 64 : 2 * p.k + 32; }
-
 // Whether bounds that serve this share of the queries save less than first θs cost. The more
 // queries share a scan of all rows, the less it costs each.
 bool saves_little(const Problem& p, double share) {
@@ -56,15 +54,32 @@ bool saves_little(const Problem& p, double share) {
     return share * scan < seeds;
 }
 
+// Which of the best of every step-th tile a guess at θ is. Of the k best of all rows, k / step are
+// expected among these. A scan by codes is made anew where a guess was too high, so that theirs is
+// one that hardly ever is.
+int64_t guessed_rank(const Problem& p, int64_t step) {
+    if (!p.laddered()) return (p.k + step - 1) / step;
+    const double expected = double(p.k) / double(step);
+    return std::min(p.k, int64_t(std::ceil(expected + 2.0 * std::sqrt(expected) + 1.0)));
+}
+
+// What of rows a first θ is made by: their first columns, or codes of these; of a ladder four bits
+// where some are read, and signs where all are.
+Source seeding(const Problem& p, int64_t step) {
+    return !p.coded() ? p.terms.source : p.laddered() && step == 1 ? Source::SIGNS : p.source();
+}
+
 // Reranks what looks best by the prefix among every step-th tile and raises θ to the k-th best fp64
-// score of these rows; also a guess at the θ of all rows, whose k best are k / step of these.
+// score of these rows; also makes a guess at the θ of all rows.
 Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int threads,
             std::vector<double>* guess) {
     const int64_t n = which.size();
     if (n == 0) return Status::OK;
     const Gathered gathered = p.some(which);
-    const Source source = p.laddered() ? Source::SIGNS : p.coded() ? Source::CODES : p.terms.source;
-    const int64_t dim = p.prefix(), keep = std::min(reranked(p), p.rows.eligible());
+    const Source source = seeding(p, step);
+    // One bit of a column tells less than its number does, so that more rows are reranked.
+    const int64_t most = source == Source::SIGNS ? 8 * p.k + 64 : 2 * p.k + 32, dim = p.prefix(),
+                  keep = std::min(most, p.rows.eligible());
     std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
     std::vector<int64_t> counts(n);
     Status status = scan_all({p.kernels, threads}, p.rows, gathered.queries,
@@ -84,11 +99,20 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
         for (const Entry& entry : candidates)
             scores.push_back(p.score(q, row_of(entry.key), &room));
         std::sort(scores.rbegin(), scores.rend());
-        const int64_t rank = (p.k + step - 1) / step;
+        const int64_t rank = guessed_rank(p, step);
         if (rank <= int64_t(scores.size())) (*guess)[q] = scores[rank - 1];
         if (int64_t(scores.size()) == p.k) raise(p.theta[q], scores.back());
     });
     return Status::OK;
+}
+
+// The k best, in order.
+void cut(std::vector<Final>* best, int64_t k) {
+    if (k < int64_t(best->size())) {
+        std::nth_element(best->begin(), best->begin() + k, best->end());
+        best->resize(k);
+    }
+    std::sort(best->begin(), best->end());
 }
 
 // Bounds every row of some of the queries; appends each thread's best to theirs.
@@ -99,12 +123,13 @@ bool scan_bounded(Problem& p, const std::vector<int64_t>& which, int threads,
     const int64_t tiles = TileReader::count(p.rows, p.source());
     threads = threads_for(double(tiles) * TILE * p.prefix() * which.size(), threads);
     std::atomic<bool> finite{true};
-    Ranges ranges((tiles + CHUNK_TILES - 1) / CHUNK_TILES, 1);
+    const int64_t chunk = p.chunk_tiles();
+    Ranges ranges((tiles + chunk - 1) / chunk, 1);
     std::mutex merging;
     parallel(threads, [&](int) {
         Pass pass(p, which, panel);
         for (int64_t at, last; ranges.next(&at, &last);)
-            if (!pass.run(at * CHUNK_TILES, std::min(last * CHUNK_TILES, tiles), nullptr))
+            if (!pass.run(at * chunk, std::min(last * chunk, tiles), nullptr))
                 finite = false;
         const std::lock_guard<std::mutex> lock(merging);
         for (size_t i = 0; i < which.size(); ++i) {
@@ -115,13 +140,23 @@ bool scan_bounded(Problem& p, const std::vector<int64_t>& which, int threads,
     return finite;
 }
 
-// The k best, in order.
-void cut(std::vector<Final>* best, int64_t k) {
-    if (k < int64_t(best->size())) {
-        std::nth_element(best->begin(), best->begin() + k, best->end());
-        best->resize(k);
+// The same, with guesses at θ: once more for queries whose k best do not reach theirs.
+bool scan_guessed(Problem& p, const std::vector<int64_t>& which, const std::vector<double>& guess,
+                  int threads, std::vector<std::vector<Final>>* best) {
+    const std::vector<double> proved(p.theta.begin(), p.theta.end());
+    for (int64_t q : which) raise(p.theta[q], guess[q]);
+    if (!scan_bounded(p, which, threads, best)) return false;
+    std::vector<int64_t> again;
+    for (int64_t q : which) {
+        std::vector<Final>& found = (*best)[q];
+        cut(&found, p.k);
+        const double kth = int64_t(found.size()) < p.k ? -INFINITY : found.back().score;
+        if (kth >= guess[q]) continue;
+        p.theta[q] = std::max(proved[q], kth);
+        found.clear();
+        again.push_back(q);
     }
-    std::sort(best->begin(), best->end());
+    return scan_bounded(p, again, threads, best);
 }
 
 Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<Final>>* best);
@@ -205,8 +240,8 @@ Status search_fully(Problem& p, const Rows& rows, const std::vector<int64_t>& wh
 
 // Leaves in `which` the queries for which bounds cost less than reading every row does, by a sample
 // of the rows and a guess at each θ, and moves the others to `full`.
-void split(Problem& p, const std::vector<double>& guess, int threads, std::vector<int64_t>* which,
-           std::vector<int64_t>* full) {
+void split(Problem& p, const std::vector<double>& guess, int64_t step, int threads,
+           std::vector<int64_t>* which, std::vector<int64_t>* full) {
     if (which->empty()) return;
     const std::vector<int64_t> all = *which;
     const int64_t n = all.size();
@@ -228,10 +263,13 @@ void split(Problem& p, const std::vector<double>& guess, int threads, std::vecto
     Ranges ranges(sampled, 1);
     parallel(threads_for(trial.budget * n, threads), [&](int) {
         Pass pass(p, all, panel);
-        for (int64_t at, last; ranges.next(&at, &last);)
-            pass.run(at * tiles / sampled, at * tiles / sampled + 1, &trial);
+        for (int64_t at, last; ranges.next(&at, &last);) {
+            const int64_t tile = at * tiles / sampled / step * step;  // one that is in cache
+            pass.run(tile, tile + 1, &trial);
+        }
         for (int64_t i = 0; i < n; ++i) columns[i] += pass.columns_read[i];
     });
+    for (int64_t i = 0; i < n; ++i) p.predicted[all[i]] = double(columns[i]) / double(sampled);
     // The fewer give up, the more their scan costs each, so that fewer still do.
     auto gives_up = [&](int64_t i, int64_t with) { return columns[i] >= budget(with); };
     const int64_t before = full->size();
@@ -248,16 +286,17 @@ void split(Problem& p, const std::vector<double>& guess, int threads, std::vecto
 Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<Final>>* best) {
     std::vector<int64_t> bounded(p.data.size()), full;
     std::iota(bounded.begin(), bounded.end(), 0);
+    std::vector<double> guess(bounded.size(), -INFINITY);
     if (!p.prunes() || !rows.gathered_rows.empty() || many(p) || saves_little(p, 1.0)) {
         full.swap(bounded);
     } else {
         // Where a mask thins rows out, more tiles are sampled, so that as many rows are.
         const double full_tiles = double(rows.eligible()) / TILE,
-                     filled = full_tiles / TileReader::count(p.rows, p.source());
+                     filled = full_tiles / TileReader::count(p.rows, p.source()),
+                     most = p.laddered() ? CODED_STEP : SAMPLE_STEP;
         const int64_t step =
             std::clamp<int64_t>(rows.eligible() / (8 * p.k + 4095), 1,
-                                std::max<int64_t>(1, int64_t(SAMPLE_STEP * filled)));
-        std::vector<double> guess(bounded.size(), -INFINITY);
+                                std::max<int64_t>(1, int64_t(most * filled)));
         std::vector<int64_t> some, others;
         Status status = Status::OK;
         if (!p.laddered() && int64_t(bounded.size()) >= 4 * FEW_QUERIES) {
@@ -265,14 +304,30 @@ Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<
                 some.push_back(bounded[i * bounded.size() / FEW_QUERIES]);
             status = seed(p, some, step, threads, &guess);
             if (status != Status::OK) return status;
-            split(p, guess, threads, &some, &others);
+            split(p, guess, step, threads, &some, &others);
             if (saves_little(p, double(some.size()) / FEW_QUERIES)) full.swap(bounded);
         }
         status = seed(p, bounded, step, threads, &guess);
         if (status != Status::OK) return status;
-        split(p, guess, threads, &bounded, &full);
+        split(p, guess, step, threads, &bounded, &full);
         const int64_t seed_step = p.coded() ? 1 : SEED_STEP;
-        if (step > seed_step) {
+        if (p.laddered()) {
+            // A scan makes θ better as it goes. For queries whose scan would refine many rows
+            // meanwhile, every tile makes a first one, where bounds pay for most.
+            const double many_columns = double(TILE) * p.dim / 40.0;
+            const auto easy = std::partition(bounded.begin(), bounded.end(), [&](int64_t q) {
+                return p.predicted[q] < many_columns;
+            });
+            if (step > 1 && full.size() < bounded.size()) {
+                some.swap(full);
+                some.insert(some.end(), easy, bounded.end());
+                bounded.erase(easy, bounded.end());
+                status = seed(p, some, 1, threads, &guess);
+                if (status != Status::OK) return status;
+                split(p, guess, 1, threads, &some, &full);
+                bounded.insert(bounded.end(), some.begin(), some.end());
+            }
+        } else if (step > seed_step) {
             // The first guess was rough. Where bounds pay for most queries, a better one may make
             // them pay for the others.
             if (full.size() < bounded.size()) {
@@ -281,13 +336,13 @@ Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<
             }
             status = seed(p, bounded, seed_step, threads, &guess);
             if (status != Status::OK) return status;
-            split(p, guess, threads, &bounded, &full);
+            split(p, guess, seed_step, threads, &bounded, &full);
         }
         if (seed_step > 1) {
             // Where the proven θ is too low for bounds to pay, every tile makes another.
             std::vector<double> proved(p.theta.begin(), p.theta.end());
             std::vector<int64_t> low;
-            split(p, proved, threads, &bounded, &low);
+            split(p, proved, 1, threads, &bounded, &low);
             status = seed(p, low, 1, threads, &guess);
             if (status != Status::OK) return status;
             bounded.insert(bounded.end(), low.begin(), low.end());
@@ -299,12 +354,14 @@ Status search_pass(Problem& p, Rows& rows, int threads, std::vector<std::vector<
     if (status != Status::OK) return status;
     if (p.prunes()) {
         const std::vector<double> proved(p.theta.begin(), p.theta.end());
-        split(p, proved, threads, &undecided, &wide);
+        split(p, proved, 1, threads, &undecided, &wide);
         bounded.insert(bounded.end(), undecided.begin(), undecided.end());
     } else {
         wide.swap(undecided);
     }
-    if (!scan_bounded(p, bounded, threads, best)) return Status::NOT_FINITE;
+    const bool all_finite = p.laddered() ? scan_guessed(p, bounded, guess, threads, best)
+                                         : scan_bounded(p, bounded, threads, best);
+    if (!all_finite) return Status::NOT_FINITE;
     return scan_wide(p, rows, wide, threads, best);
 }
 

@@ -113,6 +113,7 @@ const uint8_t* TileReader::codes(const Place& at) const {
 // Spreads the prefetching of a tile over the scans of all groups.
 void TileReader::ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const {
     const char* begin = static_cast<const char*>(tile);
+    if (of_codes(source_) && groups_ == 1) { scan->ahead = {}; return; }
     scan->ahead = {begin, begin + steps * bytes,
                    std::max<int64_t>(1, (bytes / 64 + groups_ - 1) / groups_)};
 }
@@ -137,7 +138,6 @@ bool TileReader::read(int64_t tile, Scan* scan) {
     if (of_codes(source_)) {
         scan->steps = steps;
         scan->codes = codes(here);
-        if (source_ == Source::NIBBLES) scan->lows = span_->lows + here.tile * code_bytes_;
         // A step of signs is one cache line, and a scan reads two steps at once.
         ahead(scan, codes(later), source_ == Source::SIGNS ? steps / 2 : steps,
               TILE * std::max<int64_t>(step_bytes, 2));

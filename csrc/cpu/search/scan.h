@@ -22,6 +22,9 @@ inline bool ordinary(double square) {
 // Room for the rounding of a sum of so many products, in any order, as a share of ‖q‖·‖x‖.
 inline double rounding(int64_t dim) { return 1.01 * std::ldexp(double(dim + 64), -24); }
 
+// A relative room: more than 8 roundings to fp32 of a norm or its square.
+constexpr double SLACK = 1e-6;
+
 // Room for what underflows of a score of so many products, whether denormals are kept or not.
 inline double underflow(int64_t dim) { return LARGEST_PRODUCT * 2e-38 * double(dim + 4); }
 
@@ -53,6 +56,7 @@ struct Range {
     }
 };
 
+inline float above(double x) { return std::nextafter(float(x), INFINITY); }
 inline bool better(const Entry& a, const Entry& b) { return a.key > b.key; }
 float score_of(uint64_t key);
 inline int64_t row_of(uint64_t key) { return int64_t(0xffffffffu - uint32_t(key)); }
@@ -137,10 +141,14 @@ class TileReader {
     // rows to prefetch.
     const void* const* row_major() const { return pointers_; }
     int64_t row_major_columns() const { return reading_ == Reading::PACKED ? 0 : suffix_; }
-    // [TILE]: a statistic of the rows of the last tile read, which was not gathered.
-    const float* stat(int which) const {
-        return span_->stats + which * span_->stats_stride + local_ * TILE;
+    // [TILE]: a statistic of the rows of the last tile read, which was not gathered. Of a tile that
+    // is not full they are copied to `copy`, as another thread may be writing those of the rest.
+    const float* stat(int64_t which, float* copy) const {
+        const float* values = span_->stats + which * span_->stats_stride + local_ * TILE;
+        const int64_t rows = span_->rows - local_ * TILE;
+        return rows >= TILE ? values : (std::copy_n(values, rows, copy), copy);
     }
+    const float* tile_stats() const { return span_->tile_stats + local_ * TILE_STATS; }
 
   private:
     struct Place {

@@ -41,29 +41,25 @@ class Scaling {
     void prepare(const TileReader& tiles, const float* rest, Scan* scan) {
         if (source_ == Source::SIGNS || source_ == Source::NIBBLES) {
             const int64_t dims = ladder_.dims.size(), first = SIGN_FACTOR + place_;
-            if (source_ == Source::SIGNS) {
-                scan->row_scale = whole(tiles.stat(first), scan->rows, row_scale_);
-            } else {
-                const float* scale = tiles.stat(CODE_SCALE);
-                const float* inverse = tiles.stat(first + (metric_.normalized ? 2 * dims : 0));
-                for (int r = 0; r < scan->rows; ++r)
-                    row_scale_[r] = metric_.normalized ? scale[r] * inverse[r] : scale[r];
-                scan->row_scale = row_scale_;
-            }
+            const bool of_signs = source_ == Source::SIGNS;
+            scan->row_scale = tiles.stat(of_signs ? first : int64_t(CODE_SCALE), row_scale_);
             if (!ladder_.has_terms()) return;
-            std::copy_n(tiles.stat(first + dims), scan->rows, terms_);
-            if (metric_.normalized)
-                std::copy_n(tiles.stat(first + 2 * dims), scan->rows, terms_ + TILE);
-            scan->term_values = terms_;
+            scan->term_values[0] = tiles.stat(first + dims, terms_[0]);
+            scan->terms = 1;
+            if (!metric_.normalized) return;
+            scan->term_values[1] = tiles.stat(first + 2 * dims, terms_[1]);
+            scan->terms = 2;
         } else if (source_ == Source::CODES) {
-            const float *scale = tiles.stat(CODE_SCALE), *norm = tiles.stat(PREFIX_NORM);
+            const float *scale = tiles.stat(CODE_SCALE, row_scale_),
+                        *norm = tiles.stat(PREFIX_NORM, terms_[0]);
             for (int r = 0; r < scan->rows; ++r) {
                 row_scale_[r] = scale[r];
                 if (metric_.normalized) row_scale_[r] = norm[r] > 0 ? scale[r] / norm[r] : 0;
-                terms_[r] = norm[r] * norm[r];  // ‖q‖² changes no order
+                terms_[0][r] = norm[r] * norm[r];  // ‖q‖² changes no order
             }
             scan->row_scale = row_scale_;
-            if (metric_.squares > 0.0f) scan->term_values = terms_;
+            scan->term_values[0] = terms_[0];
+            scan->terms = metric_.squares > 0.0f;
         } else if (metric_.normalized) {
             std::fill(sqnorm_, sqnorm_ + TILE, 0.0f);
             for (const Segment& segment : scan->segments) kernels_.sqnorms(segment, sqnorm_);
@@ -77,25 +73,19 @@ class Scaling {
     void of_group(const Panel::Group& group, Scan* scan) {
         scan->query_scale = query_scale_.data() + group.first;
         scan->term_factors = of_group_;
-        std::fill(of_group_, of_group_ + TERMS * MAX_GROUP, 0.0f);
         for (int64_t i = 0; i < group.size; ++i)
             for (int j = 0; j < 2; ++j)
                 of_group_[j * group.size + i] = factors_[2 * (group.first + i) + j];
     }
 
   private:
-    // Values [TILE]. A tile that is not full is copied: another thread may be writing the rest.
-    static const float* whole(const float* values, int rows, float* copy) {
-        return rows == TILE ? values : (std::copy_n(values, rows, copy), copy);
-    }
-
     const Kernels& kernels_;
     const Ladder& ladder_;
     const MetricTerms metric_;
     const Source source_;
     const int64_t place_;                       // of the stage's dim among the ladder's
     std::vector<float> query_scale_, factors_;  // factors: [queries, 2], of the first two terms
-    float row_scale_[TILE], sqnorm_[TILE], terms_[TERMS * TILE] = {}, of_group_[TERMS * MAX_GROUP];
+    float row_scale_[TILE], sqnorm_[TILE], terms_[2][TILE] = {}, of_group_[2 * MAX_GROUP];
 };
 
 // The sums of columns that a reader leaves row-major.

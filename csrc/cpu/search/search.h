@@ -16,11 +16,17 @@ enum Stat : int {
     CODE_SCALE,   // the value of a code of 1
     CODE_ERROR,   // norm of the prefix less what its codes stand for
     TAIL_NORM,    // [levels]: norm of the suffix from a level on
-    // With a ladder, which has no levels. Its PREFIX_NORM is the whole row's, its CODE_ERROR that
-    // of four bits.
-    CODE_NORM = TAIL_NORM,  // at least the norm of what four bits stand for, and of what eight do
-    LOW_ERROR,              // CODE_ERROR of eight bits
+    // With a ladder, which has no levels. PREFIX_NORM is the whole row's; the others, of four bits,
+    // are divided by it where norms divide.
+    LOW_ERROR = TAIL_NORM,  // CODE_ERROR of eight bits
     SIGN_FACTOR,  // [dims], then terms [dims] and, where norms divide, inverses [dims]; see Ladder
+};
+
+// Statistics of a tile with a ladder: the greatest of its rows, divided like the rows' own.
+enum TileStat : int {
+    CODE_NORM,  // at least the norm of what four bits stand for, and of what eight do
+    BOTH_NORMS,  // that and the row's own, added
+    TILE_STATS
 };
 
 // Codes of all columns, of which a first stage reads the signs of a prefix or the first four bits;
@@ -52,6 +58,7 @@ struct Span {
     int64_t stats_stride;
     const int64_t* ids;  // [rows], named in results; null: the row's number
     const uint8_t *signs = nullptr, *nibbles = nullptr, *lows = nullptr;  // of a ladder
+    const float* tile_stats = nullptr;                                    // [tiles, TILE_STATS]
     int64_t tiles() const { return (rows + TILE - 1) / TILE; }
 };
 
@@ -152,6 +159,7 @@ struct SpanArrays {
     void* suffix;  // of the vectors' dtype
     int64_t suffix_stride;
     uint8_t *signs = nullptr, *nibbles = nullptr, *lows = nullptr;  // of a ladder
+    float* tile_stats = nullptr;
 };
 
 // Writes rows [begin, begin + n) of a span: columns [0, packed_dim) to tiles, the others to the

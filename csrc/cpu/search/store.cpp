@@ -103,18 +103,28 @@ class Writer {
             return to_.stats[which * to_.stats_stride + row];
         };
         const int64_t width = vectors_.dim, dims = layout_.ladder.dims.size();
+        const bool divided = terms_of(layout_.ladder.metric).normalized;
+        const double unit = !divided           ? 1.0
+                            : stats.norm > 0.0 ? 1.0 / stats.norm
+                                               : 0.0;
         stat(PREFIX_NORM) = above(stats.norm, width);
-        stat(CODE_SCALE) = stats.scale;
+        stat(CODE_SCALE) = float(stats.scale * unit);
         // NaN, which drops nothing, where bounds in fp32 do not hold.
         const bool bounded = ordinary(stats.norm * stats.norm);
-        stat(CODE_ERROR) = bounded ? above(stats.error, width) : NAN;
-        stat(LOW_ERROR) = above(stats.low_error, width);
-        stat(CODE_NORM) = above(stats.size + stats.error, width);  // by the triangle inequality
+        stat(CODE_ERROR) = bounded ? above(stats.error * unit, width) : NAN;
+        stat(LOW_ERROR) = above(stats.low_error * unit, width);
         for (int64_t i = 0; i < dims; ++i) {
             stat(SIGN_FACTOR + i) = stats.factors[i];
             stat(SIGN_FACTOR + dims + i) = stats.terms[i];
-            if (terms_of(layout_.ladder.metric).normalized)
-                stat(SIGN_FACTOR + 2 * dims + i) = stats.inverses[i];
+            if (divided) stat(SIGN_FACTOR + 2 * dims + i) = stats.inverses[i];
+        }
+        float* tile = to_.tile_stats + row / TILE * TILE_STATS;
+        if (row % TILE == 0) tile[CODE_NORM] = tile[BOTH_NORMS] = 0.0f;
+        if (bounded) {
+            const double code_norm = stats.size + stats.error;  // by the triangle inequality
+            tile[CODE_NORM] = std::max(tile[CODE_NORM], above(code_norm * unit, width));
+            tile[BOTH_NORMS] =
+                std::max(tile[BOTH_NORMS], above((stats.norm + code_norm) * unit, width));
         }
         coder_.put(row, to_);
         return std::isfinite(stats.norm);

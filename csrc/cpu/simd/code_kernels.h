@@ -46,23 +46,6 @@ void sum_signs(Scan& s, float* sums) {
     }
 }
 
-// Adds what the last four bits say to one query's scores of the W rows from r on.
-template <int Q>
-inline void refine(const Scan& s, int q, int r, float* scores) {
-    Simd::Int dot[2] = {Simd::broadcast_int(0), Simd::broadcast_int(0)};
-    const char* query = static_cast<const char*>(s.panel) + q * NIBBLE_BYTES;
-    const uint8_t* x = s.lows + r * 4;
-    for (int64_t i = 0; i < s.steps; ++i, x += TILE * 4, query += Q * NIBBLE_BYTES) {
-        const Simd::U8 both = Simd::load_u8(x);
-        dot[0] = Simd::dot4_nibbles(Simd::low(both), query, dot[0]);
-        dot[1] = Simd::dot4_nibbles(Simd::high(both), query + 4, dot[1]);
-    }
-    const Vec sum = Simd::to_float(dot[0] + dot[1]) + Simd::broadcast(s.shifts[q]);
-    const Vec gain = Simd::load(s.low_gain + r) * Simd::broadcast(s.low_factors[q]);
-    const Vec more = sum * (Simd::load(s.low_scale + r) * Simd::broadcast(s.query_scale[q])) - gain;
-    Simd::store(scores, Simd::load(scores) + more);
-}
-
 template <int Q, int V>
 inline void sum_nibbles(Scan& s, int r, Vec (&sum)[Q][V]) {
     Simd::Int dot[Q][V];
@@ -79,14 +62,44 @@ inline void sum_nibbles(Scan& s, int r, Vec (&sum)[Q][V]) {
             low[v] = Simd::low(both);
             high[v] = Simd::high(both);
         }
-        for (int q = 0; q < Q; ++q, query += NIBBLE_BYTES)
+        for (int q = 0; q < Q; ++q, query += NIBBLE_BYTES) {
+            const Simd::U8 first = Simd::broadcast4(query), second = Simd::broadcast4(query + 4);
             for (int v = 0; v < V; ++v) {
-                dot[q][v] = Simd::dot4_nibbles(low[v], query, dot[q][v]);
-                dot[q][v] = Simd::dot4_nibbles(high[v], query + 4, dot[q][v]);
+                dot[q][v] = Simd::dot4_nibbles(low[v], first, dot[q][v]);
+                dot[q][v] = Simd::dot4_nibbles(high[v], second, dot[q][v]);
             }
+        }
     }
     s.ahead = ahead;
     for (int q = 0; q < Q; ++q)
         for (int v = 0; v < V; ++v)
             sum[q][v] = Simd::to_float(dot[q][v]) + Simd::broadcast(s.shifts[q]);
+}
+
+int32_t dot_halves(const uint8_t* row, const int8_t* query, int64_t bytes) {
+    constexpr int BYTES = sizeof(Simd::U8);
+    const uint8_t* codes = reinterpret_cast<const uint8_t*>(query);
+    Simd::Int low = Simd::broadcast_int(0), high = low;
+    const auto add = [&](const uint8_t* x, const uint8_t* first, const uint8_t* second)
+                         __attribute__((always_inline)) {
+                             const Simd::U8 both = Simd::load_u8(x);
+                             low = Simd::dot4_nibbles(Simd::low(both), Simd::load_u8(first), low);
+                             high =
+                                 Simd::dot4_nibbles(Simd::high(both), Simd::load_u8(second), high);
+                         };
+    int64_t j = 0;
+    for (; j + BYTES <= bytes; j += BYTES) add(row + j, codes + j, codes + bytes + j);
+    if (j < bytes) {  // the last bytes, then zeros
+        uint8_t last[3][BYTES] = {};
+        for (int i = 0; j < bytes; ++i, ++j) {
+            last[0][i] = row[j];
+            last[1][i] = codes[j];
+            last[2][i] = codes[bytes + j];
+        }
+        add(last[0], last[1], last[2]);
+    }
+    const Simd::Int lanes = low + high;
+    int32_t sum = 0;
+    for (int i = 0; i < W; ++i) sum += lanes[i];
+    return sum;
 }

@@ -45,6 +45,7 @@ Kernels make_kernels(const char* name) {
                        advance,
                        {},
                        {row_sums<Source::PRODUCT>, row_sums<Source::DIFFERENCE>},
+                       dot_halves,
                        widen_row,
                        dot64,
                        {},

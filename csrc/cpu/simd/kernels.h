@@ -15,7 +15,7 @@ namespace mrl {
 
 constexpr int TILE = 64;      // rows of a tile
 constexpr int MAX_GROUP = 6;  // queries scored together
-constexpr int TERMS = 5;      // that a score may have besides its sum; see Scan
+constexpr int TERMS = 4;      // that a score may have besides its sum, at most; see Scan
 
 enum class DType : int { F32, F16, BF16 };
 // What a scan sums, in the order of the names: Σ q·x; −Σ (q − x)²; Σ code·code of 8 bits; Σ ±q by
@@ -132,7 +132,7 @@ struct Segment {
 };
 
 // One tile against one group of queries. A score is
-// sum · row_scale · query_scale + Σ_j term_factors[j] · term_values[j].
+// sum · row_scale · query_scale + base + Σ_j term_factors[j] · term_values[j].
 struct Scan {
     Segment segments[2];     // fp32 columns
     const uint8_t* codes;    // [steps, TILE, bytes of a step]
@@ -140,17 +140,14 @@ struct Scan {
     const void* panel;       // [cols, group] fp32; of codes [steps, group, bytes of a step]
     const int32_t* offsets;  // [group], added to sums of CODES: −128 · Σ of the query's codes
     const float* shifts;     // [group], added to sums of SIGNS and NIBBLES
-    // Only for NIBBLES: the last four bits, laid out like `codes`, refine the score of a row that
-    // passes the gate. They add sum · low_scale · query_scale − low_gain · low_factors to it.
-    const uint8_t* lows;
-    const float *low_scale, *low_gain;  // [TILE]; null: scores stay as they are
-    const float* low_factors;           // [group]
-    const float* rest;                  // [group, TILE], added to sums of columns; null: 0
-    const float* row_scale;             // [TILE]; null: scores are the bare sums and have no terms
-    const float* query_scale;           // [group]
-    const float* row_sqnorm;            // [TILE], kept in the entries
-    const float* term_values;           // [TERMS, TILE]; null: no terms
-    const float* term_factors;          // [TERMS, group]
+    const float* rest;                // [group, TILE], added to sums of columns; null: 0
+    const float* row_scale;           // [TILE]; null: scores are the bare sums
+    const float* query_scale;         // [group]
+    const float* bases;               // [group]; null: 0
+    const float* row_sqnorm;          // [TILE], kept in the entries
+    int terms;                        // how many there are
+    const float* term_values[TERMS];  // [TILE] each
+    const float* term_factors;        // [terms, group]
     Ahead ahead;
     int64_t first_row;
     int rows;           // of the tile, <= TILE
@@ -197,6 +194,8 @@ struct Kernels {
     void (*advance)(Source source, Segment segment, const float* query, float* sums);
     void (*scan[SOURCES][MAX_GROUP])(Scan&);  // [source][group - 1]
     void (*row_sums[2])(const RowSums&);      // of products, of differences
+    // Σ over both halves of a row's bytes: the low ones with query[0, bytes), then the high ones.
+    int32_t (*dot_halves)(const uint8_t* row, const int8_t* query, int64_t bytes);
     void (*widen_row)(const void* row, DType dtype, int64_t cols, float* out);
     // Σ x·y in fp64: eight sums, each of every eighth column, then the sum of these in order.
     double (*dot64)(const float* x, const float* y, int64_t cols);

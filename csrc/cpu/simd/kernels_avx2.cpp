@@ -75,6 +75,11 @@ struct Simd {
     static U8 load_u8(const uint8_t* x) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     }
+    static U8 broadcast4(const char* x) {
+        int32_t four;
+        __builtin_memcpy(&four, x, 4);
+        return _mm256_set1_epi32(four);
+    }
     static U8 low(U8 x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
     static U8 high(U8 x) { return low(_mm256_srli_epi16(x, 4)); }
     static U8 lookup(const uint8_t* table, U8 index) {
@@ -96,10 +101,8 @@ struct Simd {
             store(out + 8 * i, _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(rows[i])));
     }
     // A sum of two products is at most 15 · 256 and fits 16 bits.
-    static Int dot4_nibbles(U8 row, const char* query, Int sum) {
-        int32_t quad;
-        __builtin_memcpy(&quad, query, 4);
-        const __m256i pairs = _mm256_maddubs_epi16(row, _mm256_set1_epi32(quad));
+    static Int dot4_nibbles(U8 row, U8 query, Int sum) {
+        const __m256i pairs = _mm256_maddubs_epi16(row, query);
         return sum + Int(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
 };

@@ -109,6 +109,11 @@ struct Simd {
     typedef __m512i U16;
     static constexpr int SIGN_QUERIES = 6;
     static U8 load_u8(const uint8_t* x) { return _mm512_loadu_si512(x); }
+    static U8 broadcast4(const char* x) {
+        int32_t four;
+        __builtin_memcpy(&four, x, 4);
+        return _mm512_set1_epi32(four);
+    }
     static U8 low(U8 x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
     static U8 high(U8 x) { return low(_mm512_srli_epi16(x, 4)); }
     static U8 lookup(const uint8_t* table, U8 index) {
@@ -132,13 +137,11 @@ struct Simd {
         put(2, _mm512_extracti32x4_epi32(low, 2), _mm512_extracti32x4_epi32(high, 2));
         put(3, _mm512_extracti32x4_epi32(low, 3), _mm512_extracti32x4_epi32(high, 3));
     }
-    static Int dot4_nibbles(U8 row, const char* query, Int sum) {
-        int32_t quad;
-        __builtin_memcpy(&quad, query, 4);
+    static Int dot4_nibbles(U8 row, U8 query, Int sum) {
 #if defined(MRL_VNNI)
-        return Int(_mm512_dpbusd_epi32(__m512i(sum), row, _mm512_set1_epi32(quad)));
+        return Int(_mm512_dpbusd_epi32(__m512i(sum), row, query));
 #else  // a sum of two products is at most 15 · 256
-        const __m512i pairs = _mm512_maddubs_epi16(row, _mm512_set1_epi32(quad));
+        const __m512i pairs = _mm512_maddubs_epi16(row, query);
         return sum + Int(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 #endif
     }

@@ -108,6 +108,11 @@ struct Simd {
     typedef uint16x8_t U16;
     static constexpr int SIGN_QUERIES = 6;
     static U8 load_u8(const uint8_t* x) { return vld1q_u8(x); }
+    static U8 broadcast4(const char* x) {
+        int32_t four;
+        __builtin_memcpy(&four, x, 4);
+        return vreinterpretq_u8_s32(vdupq_n_s32(four));
+    }
     static U8 low(U8 x) { return vandq_u8(x, vdupq_n_u8(15)); }
     static U8 high(U8 x) { return vshrq_n_u8(x, 4); }
     static U8 lookup(const uint8_t* table, U8 index) { return vqtbl1q_u8(vld1q_u8(table), index); }
@@ -120,10 +125,8 @@ struct Simd {
         for (int i = 0; i < 8; ++i) out[2 * i] = even[i], out[2 * i + 1] = odd[i];
     }
     // A product is at most 15 · 128, so a sum of two is below 2^15.
-    static Int dot4_nibbles(U8 row, const char* query, Int sum) {
-        int32_t quad;
-        __builtin_memcpy(&quad, query, 4);
-        const int8x16_t x = vreinterpretq_s8_u8(row), q = vreinterpretq_s8_s32(vdupq_n_s32(quad));
+    static Int dot4_nibbles(U8 row, U8 query, Int sum) {
+        const int8x16_t x = vreinterpretq_s8_u8(row), q = vreinterpretq_s8_u8(query);
         return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(q)),
                                            vmull_s8(vget_high_s8(x), vget_high_s8(q))));
     }

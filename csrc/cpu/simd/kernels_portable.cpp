@@ -66,6 +66,11 @@ struct Simd {
         __builtin_memcpy(&bytes, x, sizeof bytes);
         return bytes;
     }
+    static U8 broadcast4(const char* x) {
+        U8 bytes;
+        for (int i = 0; i < 16; ++i) bytes[i] = uint8_t(x[i % 4]);
+        return bytes;
+    }
     static U8 low(U8 x) { return x & 15; }
     static U8 high(U8 x) { return x >> 4; }
     static U8 lookup(const uint8_t* table, U8 index) {
@@ -84,11 +89,8 @@ struct Simd {
         const U16 even = all - (odd << 8);
         for (int i = 0; i < 8; ++i) out[2 * i] = even[i], out[2 * i + 1] = odd[i];
     }
-    static Int dot4_nibbles(U8 row, const char* query, Int sum) {
-        int8_t q[4];
-        __builtin_memcpy(q, query, sizeof q);
-        for (int lane = 0; lane < 4; ++lane)
-            for (int i = 0; i < 4; ++i) sum[lane] += int32_t(row[lane * 4 + i]) * q[i];
+    static Int dot4_nibbles(U8 row, U8 query, Int sum) {
+        for (int i = 0; i < 16; ++i) sum[i / 4] += int32_t(row[i]) * int8_t(query[i]);
         return sum;
     }
 };

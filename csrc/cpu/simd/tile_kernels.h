@@ -218,11 +218,11 @@ void scan_as(Scan& s) {
             if constexpr (!of_codes(S))
                 if (s.rest) value = value + Simd::load(s.rest + q * TILE + r + v * W);
             if (bare) return value;
-            value =
-                value * (Simd::load(s.row_scale + r + v * W) * Simd::broadcast(s.query_scale[q]));
-            if (s.term_values == nullptr) return value;
-            for (int j = 0; j < TERMS; ++j)
-                value = Simd::fma(Simd::load(s.term_values + j * TILE + r + v * W),
+            value = Simd::fma(
+                value, Simd::load(s.row_scale + r + v * W) * Simd::broadcast(s.query_scale[q]),
+                Simd::broadcast(s.bases ? s.bases[q] : 0.0f));
+            for (int j = 0; j < TERMS && j < s.terms; ++j)
+                value = Simd::fma(Simd::load(s.term_values[j] + r + v * W),
                                   Simd::broadcast(s.term_factors[j * Q + q]), value);
             return value;
         };
@@ -246,10 +246,6 @@ void scan_as(Scan& s) {
                 Simd::store(scores + v * W, score(q, v));
                 Simd::store(partials + v * W, sum[q][v]);
             }
-            if constexpr (S == Source::NIBBLES)
-                for (int v = 0; s.low_scale && v < V; ++v)
-                    if (lanes >> (v * W) & (~uint64_t(0) >> (64 - W)))
-                        refine<Q>(s, q, r + v * W, scores + v * W);
             TopK& topk = s.topk[q];
             float first = s.thresholds[q];
             if (first != first && lanes == ~uint64_t(0) >> (64 - V * W) && topk.k < V * W) {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mrl_fast.search.disk.tensorfile import Parts, TensorFile
-from mrl_fast.search.index.blocks import Block, Layout
+from mrl_fast.search.index.blocks import VERSION, Block, Layout
 from mrl_fast.search.index.codes import TILED
 from mrl_fast.shared import memory
 from mrl_fast.shared.native import TILE
@@ -56,12 +56,12 @@ def _pieces(
         for stat in range(shape[0]):
             yield from (array[stat, first:last] for array, first, last in arrays)
             yield memory.zeros(padding)
-    elif name in TILED:  # [tiles, columns, TILE, ...]
+    elif name in TILED:  # [tiles, ...]
         for array, first, last in arrays:
             yield array[first // TILE : last // TILE]
             if last % TILE:
                 tile = array[last // TILE].clone()
-                tile[:, last % TILE :] = 0
+                TILED[name].clear(tile, last % TILE)
                 yield tile
     else:  # [rows, ...]
         yield from (array[first:last] for array, first, last in arrays)
@@ -80,9 +80,9 @@ class IndexFile(NamedTuple):
         return TensorFile(folder / entry["file"], self.parts, entry["sha256"], self.scattered)
 
 
-def rows_file(layout: Layout, rows: int) -> IndexFile:
-    """The arrays of so many rows, which are whole tiles."""
-    return IndexFile("rows", layout.parts(rows), scattered="tail")
+def rows_file(layout: Layout, rows: int, version: int = VERSION) -> IndexFile:
+    """The arrays of so many rows, which are whole tiles, in a version of the files."""
+    return IndexFile("rows", layout.parts(rows, version), scattered="tail")
 
 
 def alive_file(count: int) -> IndexFile:
@@ -112,7 +112,10 @@ class Files(NamedTuple):
         segments, alive, axes = (manifest[name] for name in ("segments", "alive", "axes"))
         count = sum(segment["used"] for segment in segments)
         return cls(
-            [rows_file(layout, segment["rows"]).open(folder, segment) for segment in segments],
+            [
+                rows_file(layout, segment["rows"], manifest["version"]).open(folder, segment)
+                for segment in segments
+            ],
             alive and alive_file(count).open(folder, alive),
             axes and axes_file(layout).open(folder, axes),
         )

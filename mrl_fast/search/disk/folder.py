@@ -136,10 +136,6 @@ def load(
 def _contents(files: Files, manifest: dict[str, Any], layout: Layout) -> Contents:
     segments = manifest["segments"]
     counts = [segment["used"] for segment in segments]
-    blocks = [
-        Block(layout, segment["rows"], file.tensors)
-        for segment, file in zip(segments, files.rows, strict=True)
-    ]
     alive = axes = None
     if files.alive:
         alive = files.alive.tensors["alive"].clone()
@@ -151,6 +147,11 @@ def _contents(files: Files, manifest: dict[str, Any], layout: Layout) -> Content
         axes = files.axes.tensors["axes"].clone()
         if not bool(torch.isfinite(axes).all()):
             raise ValueError(f"{files.axes.path}: axes: expected finite values")
+    layout.use(axes)
+    blocks = [
+        Block.of_version(manifest["version"], layout, file.tensors, used)
+        for file, used in zip(files.rows, counts, strict=True)
+    ]
     fields = {name: manifest[name] for name in manifests.INDEX_FIELDS}
     return Contents(fields, layout, blocks, counts, alive, axes)
 

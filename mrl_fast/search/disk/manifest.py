@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mrl_fast.search.index.blocks import VERSION
 from mrl_fast.shared.native import TILE
 
-FORMAT, VERSION = "mrl_fast index", 2
-VERSIONS = 1, VERSION  # that can be read
+FORMAT = "mrl_fast index"
+VERSIONS = 1, 2, VERSION  # that can be read
 FILE = "manifest.json"
 NAME = re.compile(r"(rows|alive|axes)-(\d{8})\.safetensors")
 MANIFEST_BYTES = 1 << 20  # at most; parsed, it may take 25 times that

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mrl_fast.search.index.codes import TILED
 from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.shared import memory, native
 from mrl_fast.shared.checks import check_finite
 from mrl_fast.shared.memory import address
 from mrl_fast.shared.native import _C, DTYPES, METRICS, TILE, Stat
 
+VERSION = 3  # of an index's files; 1 and 2 can be read
 F32, U8, I64 = torch.float32, torch.uint8, torch.int64
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape, by an array's name
@@ -48,18 +50,32 @@ class Layout:
             return Stat.TAIL_NORM + len(self.levels)
         return Stat.SIGN_FACTOR + len(self.ladder) * (3 if self.metric.normalized else 2)
 
-    def parts(self, rows: int) -> Parts:
-        """The arrays that hold so many rows, whole tiles, in the order of a file."""
+    def parts(self, rows: int, version: int = VERSION) -> Parts:
+        """The arrays that hold so many rows, whole tiles, in the order of a version's files."""
         tiles = {
-            name: (dtype, (rows // TILE, *tile(self.coded)))
-            for name, (dtype, tile) in self.code.arrays.items()
+            name: (array.dtype, (rows // TILE, *array.tile(self.coded)))
+            for name, array in self.code.arrays.items()
         }
+        stats = self.stats
+        if version == 2 and self.ladder:  # the same bytes of codes in another order
+            stats += 1
+            del tiles["tile_stats"]
+            tiles["lows"] = tiles["nibbles"]
         return {
             "ids": (I64, (rows,)),
-            "stats": (F32, (self.stats, rows)),
+            "stats": (F32, (stats, rows)),
             **tiles,
             "tail": (self.dtype, (rows, self.width - self.packed)),
         }
+
+    def reads(self, version: int) -> bool:
+        """Whether arrays of that version of the files are as those of today."""
+        return self.parts(0, version) == self.parts(0)
+
+    def use(self, frame: Tensor | None) -> None:
+        """Takes what vectors are given in: the rotation's axes, then the centre of the codes."""
+        if frame is not None and self.ladder:
+            self.centre = frame[-1] if bool(frame[-1].any()) else None
 
     def rows(self, spans: list[tuple[int, ...]]) -> _C.Rows:
         code_dim = 0 if self.code.exact or self.code.whole else self.coded
@@ -86,9 +102,27 @@ class Block:
         self.ids, self.stats, self.suffix = arrays["ids"], arrays["stats"], arrays["tail"]
         self.tiles = {name: arrays[name] for name in layout.code.arrays}
 
+    @classmethod
+    def of_version(
+        cls, version: int, layout: Layout, arrays: dict[str, Tensor], used: int
+    ) -> Block:
+        """A read-only block of ``used`` rows that a version of the files holds. Where its codes
+        are not today's, they are made again of the vectors."""
+        ids, tail = arrays["ids"], arrays["tail"]
+        if layout.reads(version):
+            return cls(layout, len(ids), arrays)
+        parts = layout.parts(len(ids))
+        made = {name: _empty(*parts[name]) for name in parts if name not in ("ids", "tail")}
+        block = cls(layout, len(ids), {"ids": ids, "tail": tail, **made})
+        block._store(tail[:used], 0)
+        return block
+
     def store(self, vectors: Tensor, ids: Tensor, begin: int) -> None:
         """Writes rows from ``begin`` on; ``vectors`` are of the layout's dtype."""
         self.ids[begin : begin + len(vectors)] = ids
+        self._store(vectors, begin, self.suffix)
+
+    def _store(self, vectors: Tensor, begin: int, suffix: Tensor | None = None) -> None:
         dtype = self.layout.dtype
         problem = _C.store(
             self.layout.rows([]),
@@ -97,8 +131,8 @@ class Block:
             native.run(),
             (
                 *self._addresses(self.tiles, "packed", "codes"), address(self.stats, F32),
-                self.capacity, address(self.suffix, dtype), self.suffix.stride(0),
-                *self._addresses(self.tiles, "signs", "nibbles", "lows"),
+                self.capacity, address(suffix, dtype), self.suffix.stride(0),
+                *self._addresses(self.tiles, "signs", "nibbles", "lows", "tile_stats"),
             ),
         )  # fmt: skip
         if problem:
@@ -108,7 +142,7 @@ class Block:
     def _addresses(tiles: dict[str, Tensor], *names: str) -> Iterator[int]:
         for name in names:
             array = tiles.get(name)
-            yield address(array, F32 if name == "packed" else U8)
+            yield address(array, TILED[name].dtype)
 
     def spans(self, first: int, rows: int) -> tuple[list[tuple[int, ...]], list[Tensor]]:
         """The block's first ``rows`` rows, numbered from ``first`` on, as the kernels read them.
@@ -131,7 +165,7 @@ class Block:
                 address(self.suffix[begin:], self.layout.dtype), self.suffix.stride(0),
                 address(self.stats[:, begin:], F32), self.stats.stride(0),
                 address(self.ids[begin:], I64),
-                *self._addresses(arrays, "signs", "nibbles", "lows"),
+                *self._addresses(arrays, "signs", "nibbles", "lows", "tile_stats"),
             ))  # fmt: skip
         return spans, copies
 
@@ -144,8 +178,10 @@ class Block:
             last = {name: x.clone() for name, x in self._cut(whole, whole + TILE).items()}
             used = rows - whole
             paddings = [last["ids"][used:], last["stats"][:, used:], last["tail"][used:]]
-            for padding in (*paddings, *(last[name][0, :, used:] for name in self.tiles)):
+            for padding in paddings:
                 padding.zero_()  # nothing else of our memory goes out
+            for name in self.tiles:
+                TILED[name].clear(last[name][0], used)
             parts.append((used, last))
         return parts
 

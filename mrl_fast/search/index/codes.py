@@ -8,15 +8,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mrl_fast.shared.native import TILE
+from mrl_fast.shared.native import TILE, TileStat
+
+
+class TileArray(NamedTuple):
+    """An array of a code.
+
+    Attributes:
+        dtype: Of its elements.
+        tile: The shape of a tile, by the number of columns that are coded.
+        rows: Which axis of that shape is the tile's rows; None: there is none.
+    """
+
+    dtype: torch.dtype
+    tile: Callable[[int], tuple[int, ...]]
+    rows: int | None
+
+    def clear(self, tile: Tensor, used: int) -> None:
+        """Sets what a tile holds of the rows from ``used`` on to zeros."""
+        if self.rows is not None:
+            tile.narrow(self.rows, used, TILE - used).zero_()
 
 
 class Code(NamedTuple):
-    """What an index scans, in tiles of rows side by side.
+    """What an index scans, in tiles of rows.
 
     Attributes:
-        arrays: The dtype of an array's elements and the shape of a tile, by the number of columns
-            that are coded; by the array's name in an index's files, and as the kernels take it.
+        arrays: By their names in an index's files, and as the kernels take them.
         bits: The numbers of bits of a column that a scan may read.
         whole: All columns are coded; else the first prefix.
         exact: The array holds the vectors' own columns, which lie nowhere else, so that scores are
@@ -26,7 +44,7 @@ class Code(NamedTuple):
             reads the vectors themselves.
     """
 
-    arrays: Mapping[str, tuple[torch.dtype, Callable[[int], tuple[int, ...]]]]
+    arrays: Mapping[str, TileArray]
     bits: tuple[int, ...]
     whole: bool
     exact: bool
@@ -41,23 +59,24 @@ def _eights(columns: int) -> int:
 
 CODES = {
     "float32": Code(
-        {"packed": (torch.float32, lambda prefix: (prefix, TILE))}, (32,), whole=False, exact=True,
-        widest=1 << 24,
+        {"packed": TileArray(torch.float32, lambda prefix: (prefix, TILE), 1)}, (32,),
+        whole=False, exact=True, widest=1 << 24,
     ),
     "int8": Code(  # plus 128, four columns of a row together; sums of products are int32
-        {"codes": (torch.uint8, lambda prefix: (-(-prefix // 4), TILE, 4))}, (8,), whole=False,
-        exact=False, widest=1 << 15,
+        {"codes": TileArray(torch.uint8, lambda prefix: (-(-prefix // 4), TILE, 4), 1)}, (8,),
+        whole=False, exact=False, widest=1 << 15,
         signed=lambda codes: (codes.to(torch.int16) - 128).to(torch.int8),
     ),
     # Eight bits of every column, the first four and the last; the first, the sign, lies apart too.
-    # Sums of products are exact in fp32.
+    # The last four lie row by row. Sums of products are exact in fp32.
     "bits": Code(
         {
-            "signs": (torch.uint8, lambda width: (_eights(width), TILE)),
-            "nibbles": (torch.uint8, lambda width: (_eights(width), TILE, 4)),
-            "lows": (torch.uint8, lambda width: (_eights(width), TILE, 4)),
+            "signs": TileArray(torch.uint8, lambda width: (_eights(width), TILE), 1),
+            "nibbles": TileArray(torch.uint8, lambda width: (_eights(width), TILE, 4), 1),
+            "lows": TileArray(torch.uint8, lambda width: (TILE, 4 * _eights(width)), 0),
+            "tile_stats": TileArray(torch.float32, lambda width: (int(TileStat.TILE_STATS),), None),
         },
         (1, 4), whole=True, exact=False, widest=1 << 13,
     ),
 }  # fmt: skip
-TILED = [name for code in CODES.values() for name in code.arrays]
+TILED = {name: array for code in CODES.values() for name, array in code.arrays.items()}

@@ -90,7 +90,8 @@ class Persistent(pickled.Copies):
         index, contents, index._saved = folder.load(Path(path), make, verify=verify)
         next_id = index._saved.manifest["next_id"]
         index._rows.adopt(contents.blocks, contents.counts, contents.alive, contents.axes, next_id)
-        index._rows.store.saved_prefix_rows = sum(contents.counts)
+        if index._rows.layout.reads(index._saved.manifest["version"]):
+            index._rows.store.saved_prefix_rows = sum(contents.counts)
         index._left[index._saved.path] = index._saved.manifest
         index._loaded_marks = index._marks()
         return index

@@ -76,14 +76,14 @@ def restore(index: Any, state: dict[str, Any]) -> None:
     made, layout = type(index)._from_fields(state["device"], fields)
     segments = []
     for used, data in state["segments"]:
-        parts = layout.parts(data["ids"].nbytes // 8)
+        parts = layout.parts(data["ids"].nbytes // 8, state["version"])
         segments.append((used, {name: _tensor(data[name], *parts[name]) for name in parts}))
     live, axes = state["live"], state["axes"]
     if live is not None:
         live = _tensor(live, torch.int64, (live.nbytes // 8,))
     if axes is not None:
         axes = _tensor(axes, torch.float32, (layout.axes, layout.width))
-    made._rows.thaw(Frozen(segments, live, axes, fields["next_id"]))
+    made._rows.thaw(Frozen(segments, live, axes, fields["next_id"]), state["version"])
     index.__dict__.update(made.__dict__)
 
 

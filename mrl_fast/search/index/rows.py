@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mrl_fast.search.index import host_search
 from mrl_fast.search.index import validate as inputs
-from mrl_fast.search.index.blocks import Block, Layout
+from mrl_fast.search.index.blocks import VERSION, Block, Layout
 from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.search.index.rotation import Rotation
 from mrl_fast.search.index.snapshot import Snapshot
@@ -203,10 +203,11 @@ class IndexRows:
             self.next_id = next_id
             self.store.adopt(blocks, counts, live)
 
-    def thaw(self, frozen: Frozen) -> None:
-        """As ``adopt``."""
+    def thaw(self, frozen: Frozen, version: int = VERSION) -> None:
+        """As ``adopt``; the arrays are of a version of the files."""
+        self.layout.use(frozen.frame)
         counts = [used for used, _ in frozen.segments]
-        blocks = [Block(self.layout, len(its["ids"]), its) for _, its in frozen.segments]
+        blocks = [Block.of_version(version, self.layout, its, used) for used, its in frozen.segments]
         self.adopt(blocks, counts, frozen.live, frozen.frame, frozen.next_id)
 
     def _known(self, ids: Tensor, now: Snapshot) -> Tensor:
@@ -253,8 +254,7 @@ class IndexRows:
 
     def _use_frame(self, frame: Tensor | None) -> None:
         self.frame = frame
-        if frame is not None and self.layout.ladder:
-            self.layout.centre = frame[-1] if bool(frame[-1].any()) else None
+        self.layout.use(frame)
 
     def _convert(self, part: Tensor) -> Tensor:
         """Vectors rotated and in the stored dtype; the next call overwrites them."""
