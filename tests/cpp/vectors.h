@@ -212,7 +212,7 @@ class Database {
 
     struct Block {
         Elements suffix;
-        std::vector<float> packed, stats;
+        std::vector<float> packed, stats, tile_stats;
         std::vector<uint8_t> codes, signs, nibbles, lows;
     };
     Rows rows;
@@ -232,6 +232,7 @@ class Database {
         blocks.push_back({{data, n, width, packed, width, width - packed + 5, table.dtype},
                           std::vector<float>(tiles * packed * TILE, NAN),
                           std::vector<float>(stats ? kinds * n : 0, NAN),
+                          std::vector<float>(laddered ? tiles * TILE_STATS : 0, NAN),
                           std::vector<uint8_t>(tiles * ((code + 3) / 4) * TILE * 4, 0xab),
                           std::vector<uint8_t>(tiles * steps * TILE, 0xab),
                           std::vector<uint8_t>(tiles * steps * TILE * 4, 0xab),
@@ -245,10 +246,10 @@ class Database {
                         begin,
                         {packed ? to.packed.data() : nullptr, code ? to.codes.data() : nullptr,
                          to.stats.data(), n, nullptr, 0, laddered ? to.signs.data() : nullptr,
-                         to.nibbles.data(), to.lows.data()}) == Status::OK);
+                         to.nibbles.data(), to.lows.data(), to.tile_stats.data()}) == Status::OK);
         rows.spans.push_back({first, n, to.packed.data(), to.codes.data(), to.suffix.row(0),
                               to.suffix.stride, to.stats.data(), n, nullptr, to.signs.data(),
-                              to.nibbles.data(), to.lows.data()});
+                              to.nibbles.data(), to.lows.data(), to.tile_stats.data()});
     }
 };
 

@@ -35,26 +35,39 @@ struct Code {
 Code code_of(const Database::Block& block, int64_t row, int64_t c) {
     const int64_t steps = code_steps(Source::NIBBLES, WIDTH),
                   at = (row / TILE * steps + c / 8) * TILE + row % TILE, byte = 4 * at + c % 4;
-    const int half = c % 8 < 4 ? 0 : 4;
+    const int64_t bytes = low_bytes(WIDTH);
+    const int half = c % 8 < 4 ? 0 : 4, low_half = c < bytes ? 0 : 4;
     return {bool(block.signs[at] >> c % 8 & 1), block.nibbles[byte] >> half & 15,
-            block.lows[byte] >> half & 15};
+            block.lows[row * bytes + c % bytes] >> low_half & 15};
 }
 
 // The statistics of a row against their definitions; norms are upper bounds, but hardly larger.
 void check_row(const Setup& setup, const Table& table, const Database::Block& block, int64_t row) {
     const float *stats = block.stats.data() + row, *x = table.row(row);
     const auto stat = [&](int64_t which) { return double(stats[which * table.n]); };
-    const double unit = stat(CODE_SCALE);
+    const MetricTerms& terms = terms_of(setup.ladder.metric);
+    // What the statistics are divided by. Those of a row of norm 0 say nothing.
+    double length = 0.0;
+    for (int64_t c = 0; c < WIDTH; ++c) length += double(x[c]) * x[c];
+    length = terms.normalized ? std::sqrt(length) : 1.0;
+    const double unit = stat(CODE_SCALE) * length;
+    if (length == 0.0) return CHECK_EQUAL(stat(CODE_ERROR), 0.0);
     double error = 0.0, low_error = 0.0, coded = 0.0, square = 0.0, beside = 0.0, along = 0.0,
-           of_centre = 0.0;
+           of_centre = 0.0, largest = 0.0;
     int64_t place = 0;
     for (int64_t c = 0; c < WIDTH; ++c) {
         const Code code = code_of(block, row, c);
         const double y = x[c] - setup.of(c), four = (code.nibble - 7.5) * unit,
                      eight = four + (code.low - 7.5) * unit / 16;
         CHECK_EQUAL(code.sign, code.nibble >= 8);
-        CHECK(std::abs(y - four) <= 0.50001 * unit + 1e-6);
-        CHECK(std::abs(y - eight) <= 0.50001 * unit / 16 + 1e-6);
+        if (std::abs(y) <= 8.00001 * unit) {
+            CHECK(std::abs(y - four) <= 0.50001 * unit + 1e-6);
+            CHECK(std::abs(y - eight) <= 0.50001 * unit / 16 + 1e-6);
+        } else {
+            CHECK_EQUAL(code.nibble, y > 0 ? 15 : 0);
+            CHECK_EQUAL(code.low, y > 0 ? 15 : 0);
+        }
+        largest = std::max(largest, std::abs(y));
         error += (y - four) * (y - four);
         low_error += (y - eight) * (y - eight);
         coded += std::max(four * four, eight * eight);
@@ -63,7 +76,6 @@ void check_row(const Setup& setup, const Table& table, const Database::Block& bl
         along += code.sign ? y : -y;
         of_centre += setup.of(c) * x[c];
         if (c + 1 != DIMS[place]) continue;
-        const MetricTerms& terms = terms_of(setup.ladder.metric);
         if (beside == 0.0) {
             CHECK_EQUAL(stat(SIGN_FACTOR + place++), 0.0);
             continue;
@@ -77,12 +89,16 @@ void check_row(const Setup& setup, const Table& table, const Database::Block& bl
     }
     const auto above = [&](int which, double value, double slack) {
         CHECK(stat(which) >= value);
-        CHECK_NEAR(stat(which), value, value * slack + 1e-5 * std::sqrt(square));
+        CHECK_NEAR(stat(which), value, value * slack + 1e-5 * std::sqrt(square) / length);
     };
-    above(PREFIX_NORM, std::sqrt(square), 1e-6);
-    above(CODE_ERROR, std::sqrt(error), 1e-4);
-    above(LOW_ERROR, std::sqrt(low_error), 1e-3);
-    CHECK(stat(CODE_NORM) >= std::sqrt(coded) * 0.99 && stat(CODE_NORM) <= 2 * std::sqrt(beside));
+    const double reach = std::min(largest, 2.7 * std::sqrt(beside / WIDTH));
+    CHECK(8 * unit >= reach * 0.9999 && 8 * unit <= largest * 1.0001);
+    above(PREFIX_NORM, std::sqrt(square), 2e-5);
+    above(CODE_ERROR, std::sqrt(error) / length, 1e-4);
+    above(LOW_ERROR, std::sqrt(low_error) / length, 1e-3);
+    const float* tile = block.tile_stats.data() + row / TILE * TILE_STATS;
+    CHECK(tile[CODE_NORM] >= std::sqrt(coded) / length * (1 - 1e-6));
+    CHECK(tile[BOTH_NORMS] >= (std::sqrt(coded) + std::sqrt(square)) / length * (1 - 1e-6));
 }
 
 // A scan's sums over a prefix of every row, against sums made of the codes.
@@ -143,7 +159,7 @@ void check_codes(std::mt19937& random) {
 Table along_the_error(const Setup& setup, const float* query, int bits, int64_t n,
                       std::mt19937& random) {
     Table table = rows_beside(setup, n, random);
-    for (int64_t row = 0; row < n; row += 3) {
+    for (int64_t row = 0; row < n; row += 9) {
         float largest = 0.0f;
         for (int64_t c = 0; c < WIDTH; ++c)
             largest = std::max(largest, std::abs(float(table.row(row)[c] - setup.of(c))));
@@ -178,6 +194,9 @@ void check_exact(int bits, std::mt19937& random) {
             const QueryRows queries(WIDTH, queries_of_codes(setup, 9, random).values);
             const Table table = along_the_error(setup, queries.row(0), bits, 700, random);
             const std::vector<double> scores = scores64(table, queries, metric);
+            std::vector<double> first(scores.begin(), scores.begin() + table.n);
+            std::sort(first.rbegin(), first.rend());
+            const double threshold = (first[6] + first[7]) / 2;
             for (const Kernels* kernels : tested_kernels())
                 for (int threads : THREADS) {
                     scenario = std::string("exact by codes, ") + kernels->name + ", metric " +
@@ -188,10 +207,14 @@ void check_exact(int bits, std::mt19937& random) {
                         check_found(find_exact(*kernels, database.rows, queries, metric, k, threads,
                                                &visits),
                                     brute_force(scores, 9, table.n, all_rows(table.n), k));
+                    // Bounds serve every query of a range search, whatever they drop.
+                    check_range({*kernels, threads}, database.rows, queries.queries, metric, WIDTH,
+                                threshold, scores,
+                                rows_in_range(scores, 9, table.n, all_rows(table.n), threshold));
                 }
         }
     scenario = "exact by codes";
-    CHECK(visits.pruned > visits.full);
+    CHECK(3 * visits.pruned > visits.full);
 }
 
 }  // namespace

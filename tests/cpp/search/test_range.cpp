@@ -17,23 +17,6 @@ std::vector<double> thresholds(const std::vector<double>& scores, int64_t n) {
     return out;
 }
 
-void check_range(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
-                 int64_t dim, double threshold, const std::vector<double>& scores,
-                 const InRange& right) {
-    std::vector<std::vector<Neighbour>> found(1);
-    CHECK(range_search(run, rows, queries, metric, dim, threshold, &found) == Status::OK);
-    CHECK_EQUAL(found.size(), right.size());
-    for (size_t q = 0; q < right.size(); ++q) {
-        CHECK_EQUAL(found[q].size(), right[q].size());
-        for (size_t i = 0; i < right[q].size(); ++i) {
-            const double score = scores[q * rows.count() + right[q][i]];
-            CHECK_EQUAL(found[q][i].id, right[q][i]);
-            CHECK(found[q][i].score >= threshold);
-            CHECK_NEAR(found[q][i].score, score, 2 * ROUNDING * std::abs(score) + 1e-45);
-        }
-    }
-}
-
 void check_table(const Table& table, const QueryRows& queries, int64_t prefix,
                  std::mt19937& random) {
     const int64_t n = table.n, count = queries.queries.n;
