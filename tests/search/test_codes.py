@@ -157,3 +157,18 @@ def test_a_device_ignores_codes():
     assert torch.equal(index.search(q, 5).ids, plain.search(q, 5, exact=True).ids)
     with pytest.raises(TypeError, match="pairs"):
         index.search(q, 5, stages=[(100, 1, 50), (100, 5)])
+
+
+def test_a_guess_that_is_too_high():
+    """The best rows lie in one tile, which a sample of one tile in sixteen takes for a sixteenth of
+    such rows."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(70_000, 32, generator=generator)
+    q = torch.randn(8, 32, generator=generator)
+    x[:40] = q.repeat(5, 1) * (1 + 0.1 * torch.rand(40, 1, generator=generator))
+    index = MatryoshkaIndex((16, 32), metric="ip", codes="bits")
+    index.add(x)
+    found = index.search(q, 10, exact=True)
+    right = brute_force(q, x, "ip").topk(10)
+    assert torch.equal(found.ids, right.indices)
+    assert (found.rows_touched < 35_000).all()  # bounds served them
