@@ -217,7 +217,7 @@ void Pass::finish(size_t i, bool counting) {
 // Takes the rows that four bits leave through the bound of eight, and scores those that remain in
 // fp64, the most promising first.
 void Pass::finish_ladder(size_t i, bool counting) {
-    constexpr int64_t BYTE_COLUMNS = 4, CALL_COLUMNS = 16;  // what a row's last four bits cost
+    constexpr int64_t BYTE_COLUMNS = 8, CALL_COLUMNS = 16;  // what a row's last four bits cost
     poll();
     const int64_t q = queries_[i];
     const TopK& kept = topks_[i];

@@ -52,42 +52,43 @@ void LadderBounds::of_group(const Panel::Group& group, Scan* scan) const {
 
 void LadderBounds::bound(size_t i, const Entry* entries, int64_t count, double gate,
                          std::vector<Final>* possible) {
-    constexpr int64_t AHEAD = 4;  // rows
     const CodedQuery& query = p_.codes[queries_[i]];
     const int64_t dims = p_.rows.ladder.dims.size(), own = SIGN_FACTOR + 2 * dims - 1,
                   bytes = low_bytes(p_.dim);
-    places_.resize(count);
-    for (int64_t e = 0; e < count; ++e) {
-        const int64_t row = row_of(entries[e].key);
-        const Span& span = span_of(p_.rows, row);
-        places_[e] = {&span, row - span.first};
-    }
-    const auto stat = [&](const Place& at, int64_t which) {
-        return at.span->stats + which * at.span->stats_stride + at.row;
-    };
-    const auto prefetch = [&](const Place& at) {
-        for (int64_t byte = 0; byte < bytes; byte += 64)
-            __builtin_prefetch(at.span->lows + at.row * bytes + byte);
-        __builtin_prefetch(stat(at, LOW_ERROR));
-    };
     possible->clear();
-    for (int64_t e = 0; e < std::min(count, AHEAD); ++e) prefetch(places_[e]);
-    for (int64_t e = 0; e < count; ++e) {
-        if (e + AHEAD < count) prefetch(places_[e + AHEAD]);
-        const Place& at = places_[e];
-        const float* tile = at.span->tile_stats + at.row / TILE * TILE_STATS;
-        const int32_t dot =
-            p_.kernels.dot_halves(at.span->lows + at.row * bytes, query.plain.data(), bytes);
-        const double sum = entries[e].partial + (dot + double(query.shift)) / 16.0;
-        double bound = sum * scales_[i] * *stat(at, CODE_SCALE) +
-                       error_[i] * *stat(at, LOW_ERROR) * (1.0 + SLACK) +
-                       double(of_code_norm_[i]) * tile[CODE_NORM] +
-                       double(of_both_norms_[i]) * tile[BOTH_NORMS];
-        if (terms_ > OWN) bound += own_[i] * *stat(at, own);
-        if (terms_ > INVERSE) bound += inverse_[i] * *stat(at, own + dims);
-        // NaN, which says nothing, is beyond every gate; so is a row whose error is not known.
-        if (std::isnan(bound) || std::isnan(*stat(at, CODE_ERROR))) bound = INFINITY;
-        if (bound >= gate || std::isnan(gate)) possible->push_back({bound, at.span->first + at.row});
+    for (int64_t first = 0; first < count; first += AT_ONCE) {
+        const int64_t n = std::min(AT_ONCE, count - first), fours = (n + 3) / 4 * 4;
+        for (int64_t e = 0; e < n; ++e) {
+            const int64_t row = row_of(entries[first + e].key);
+            const Span& span = span_of(p_.rows, row);
+            spans_[e] = &span;
+            locals_[e] = row - span.first;
+            lows_[e] = span.lows + locals_[e] * bytes;
+            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(lows_[e] + byte);
+            __builtin_prefetch(span.stats + LOW_ERROR * span.stats_stride + locals_[e]);
+        }
+        std::fill(lows_ + n, lows_ + fours, lows_[n - 1]);
+        float sums[AT_ONCE];
+        p_.kernels.dot_halves(lows_, n, query.plain.data(), bytes, sums);
+        for (int64_t e = 0; e < n; ++e) {
+            const Span& span = *spans_[e];
+            const float *stats = span.stats + locals_[e],
+                        *tile = span.tile_stats + locals_[e] / TILE * TILE_STATS;
+            const auto stat = [&](int64_t which) {
+                return double(stats[which * span.stats_stride]);
+            };
+            const double sum =
+                entries[first + e].partial + (double(sums[e]) + query.shift) / 16.0;
+            double bound = sum * scales_[i] * stat(CODE_SCALE) +
+                           error_[i] * stat(LOW_ERROR) * (1.0 + SLACK) +
+                           double(of_code_norm_[i]) * tile[CODE_NORM] +
+                           double(of_both_norms_[i]) * tile[BOTH_NORMS];
+            if (terms_ > OWN) bound += own_[i] * stat(own);
+            if (terms_ > INVERSE) bound += inverse_[i] * stat(own + dims);
+            // NaN, which says nothing, is beyond every gate; so is a row whose error is not known.
+            if (std::isnan(bound) || std::isnan(stat(CODE_ERROR))) bound = INFINITY;
+            if (!(bound < gate)) possible->push_back({bound, span.first + locals_[e]});
+        }
     }
 }
 

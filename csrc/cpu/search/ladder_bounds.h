@@ -27,10 +27,7 @@ class LadderBounds {
 
   private:
     enum Term { ERROR, OWN, INVERSE };
-    struct Place {
-        const Span* span;
-        int64_t row;  // counted from the span's first
-    };
+    static constexpr int64_t AT_ONCE = 16;  // rows: few enough that all are prefetched
     const Problem& p_;
     const std::vector<int64_t>& queries_;
     int terms_ = 0;
@@ -38,7 +35,10 @@ class LadderBounds {
     std::vector<double> error_, own_, inverse_;
     std::vector<float> of_code_norm_, of_both_norms_, bases_;  // [queries]
     float copies_[4][TILE] = {};
-    std::vector<Place> places_;
+    // Of rows that are bounded at once: where they lie, counted from the span's first.
+    const Span* spans_[AT_ONCE];
+    int64_t locals_[AT_ONCE];
+    const uint8_t* lows_[AT_ONCE];
 };
 
 }  // namespace mrl

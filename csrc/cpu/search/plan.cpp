@@ -86,7 +86,7 @@ Status plan_ladder(Problem& p, int64_t step, int threads, Plan* plan) {
     split(p, guess, step, threads, &bounded, &full);
     // Where bounds pay for few, no first θ is worth its scan.
     if (step == 1 || full.size() >= bounded.size()) return Status::OK;
-    const double many_columns = double(TILE) * p.dim / 40.0;
+    const double many_columns = double(TILE) * p.dim / 50.0;
     const auto hard = std::partition(bounded.begin(), bounded.end(), [&](int64_t q) {
         return p.predicted[q] < many_columns;
     });

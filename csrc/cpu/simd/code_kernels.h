@@ -76,30 +76,39 @@ inline void sum_nibbles(Scan& s, int r, Vec (&sum)[Q][V]) {
             sum[q][v] = Simd::to_float(dot[q][v]) + Simd::broadcast(s.shifts[q]);
 }
 
-int32_t dot_halves(const uint8_t* row, const int8_t* query, int64_t bytes) {
-    constexpr int BYTES = sizeof(Simd::U8);
+void dot_halves(const uint8_t* const* rows, int64_t n, const int8_t* query, int64_t bytes,
+                float* sums) {
+    constexpr int BYTES = sizeof(Simd::U8), FOUR = 4;
     const uint8_t* codes = reinterpret_cast<const uint8_t*>(query);
-    Simd::Int low = Simd::broadcast_int(0), high = low;
-    const auto add = [&](const uint8_t* x, const uint8_t* first, const uint8_t* second)
-                         __attribute__((always_inline)) {
-                             const Simd::U8 both = Simd::load_u8(x);
-                             low = Simd::dot4_nibbles(Simd::low(both), Simd::load_u8(first), low);
-                             high =
-                                 Simd::dot4_nibbles(Simd::high(both), Simd::load_u8(second), high);
-                         };
-    int64_t j = 0;
-    for (; j + BYTES <= bytes; j += BYTES) add(row + j, codes + j, codes + bytes + j);
-    if (j < bytes) {  // the last bytes, then zeros
-        uint8_t last[3][BYTES] = {};
-        for (int i = 0; j < bytes; ++i, ++j) {
-            last[0][i] = row[j];
-            last[1][i] = codes[j];
-            last[2][i] = codes[bytes + j];
+    for (int64_t r = 0; r < n; r += FOUR, rows += FOUR, sums += FOUR) {
+        Simd::Int low[FOUR], high[FOUR];
+        for (int i = 0; i < FOUR; ++i) low[i] = high[i] = Simd::broadcast_int(0);
+        const auto add = [&](const uint8_t* first, const uint8_t* second,
+                             const uint8_t* const* x) __attribute__((always_inline)) {
+            const Simd::U8 one = Simd::load_u8(first), other = Simd::load_u8(second);
+            for (int i = 0; i < FOUR; ++i) {
+                const Simd::U8 both = Simd::load_u8(x[i]);
+                low[i] = Simd::dot4_nibbles(Simd::low(both), one, low[i]);
+                high[i] = Simd::dot4_nibbles(Simd::high(both), other, high[i]);
+            }
+        };
+        const int64_t whole = bytes / BYTES * BYTES;
+        for (int64_t j = 0; j < whole; j += BYTES) {
+            const uint8_t* const x[FOUR] = {rows[0] + j, rows[1] + j, rows[2] + j, rows[3] + j};
+            add(codes + j, codes + bytes + j, x);
         }
-        add(last[0], last[1], last[2]);
+        if (whole < bytes) {  // the last bytes, then zeros
+            uint8_t last[FOUR][BYTES] = {}, first[BYTES] = {}, second[BYTES] = {};
+            for (int64_t j = whole; j < bytes; ++j) {
+                first[j - whole] = codes[j];
+                second[j - whole] = codes[bytes + j];
+                for (int i = 0; i < FOUR; ++i) last[i][j - whole] = rows[i][j];
+            }
+            const uint8_t* const x[FOUR] = {last[0], last[1], last[2], last[3]};
+            add(first, second, x);
+        }
+        Vec lanes[FOUR];  // integers below 2^24, whose sums are exact
+        for (int i = 0; i < FOUR; ++i) lanes[i] = Simd::to_float(low[i] + high[i]);
+        Simd::add_lanes(lanes, sums);
     }
-    const Simd::Int lanes = low + high;
-    int32_t sum = 0;
-    for (int i = 0; i < W; ++i) sum += lanes[i];
-    return sum;
 }

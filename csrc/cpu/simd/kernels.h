@@ -194,8 +194,10 @@ struct Kernels {
     void (*advance)(Source source, Segment segment, const float* query, float* sums);
     void (*scan[SOURCES][MAX_GROUP])(Scan&);  // [source][group - 1]
     void (*row_sums[2])(const RowSums&);      // of products, of differences
-    // Σ over both halves of a row's bytes: the low ones with query[0, bytes), then the high ones.
-    int32_t (*dot_halves)(const uint8_t* row, const int8_t* query, int64_t bytes);
+    // sums[r] = Σ over both halves of a row's bytes: the low ones with query[0, bytes), the high ones
+    // with what follows. The rows are n, rounded up to whole fours.
+    void (*dot_halves)(const uint8_t* const* rows, int64_t n, const int8_t* query, int64_t bytes,
+                       float* sums);
     void (*widen_row)(const void* row, DType dtype, int64_t cols, float* out);
     // Σ x·y in fp64: eight sums, each of every eighth column, then the sum of these in order.
     double (*dot64)(const float* x, const float* y, int64_t cols);
