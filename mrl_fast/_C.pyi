@@ -40,7 +40,7 @@ class TileStat(IntEnum):
     """Statistics of each tile of rows that have codes of all columns."""
 
     CODE_NORM = 0
-    BOTH_NORMS = 1
+    ROUNDED_NORM = 1
     TILE_STATS = 2  # how many there are
 
 def use_openmp(library: str, /) -> bool: ...
@@ -49,8 +49,8 @@ def advise_huge_pages(begin: int, bytes: int, /) -> None: ...
 
 class Rows:
     """Vectors to search, as spans ``(first, rows, packed, codes, suffix, stride, stats,
-    stats_stride, ids, signs, nibbles, lows, tile_stats)``; see csrc/cpu/search/search.h. Holds addresses, not
-    the arrays."""
+    stats_stride, ids, signs, nibbles, lows, tile_stats)``; see csrc/cpu/search/search.h. Holds
+    addresses, not the arrays."""
 
     eligible: int  # rows that may be found
 

@@ -94,7 +94,7 @@ void bind_types(py::module_& m) {
         .finalize();
     py::native_enum<TileStat>(m, "TileStat", "enum.IntEnum")
         .value("CODE_NORM", CODE_NORM)
-        .value("BOTH_NORMS", BOTH_NORMS)
+        .value("ROUNDED_NORM", ROUNDED_NORM)
         .value("TILE_STATS", TILE_STATS)
         .finalize();
     py::class_<Rows>(m, "Rows")

@@ -1,6 +1,8 @@
 """Codes of every column: stages by one and by four bits, what they cost, and data that are hard for
 codes. Exact search by them is in test_exact.py and test_worst_cases.py."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -172,3 +174,32 @@ def test_a_guess_that_is_too_high():
     right = brute_force(q, x, "ip").topk(10)
     assert torch.equal(found.ids, right.indices)
     assert (found.rows_touched < 35_000).all()  # bounds served them
+
+
+def test_factors_beyond_fp32():
+    """A cosine's part of the centre may be beyond fp32 where every score is not."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(64, generator=generator)
+    x = 3e11 * (mean + 0.3 * torch.randn(9000, 64, generator=generator))
+    q = 1.3e-16 * (mean + 0.3 * torch.randn(4, 64, generator=generator))
+    index = MatryoshkaIndex((16, 64), metric="cosine", codes="bits")
+    index.add(x)
+    right = brute_force(q * 1e16, x * 1e-11, "cosine")
+    best = right.topk(10)
+    assert torch.equal(index.search(q, 10, exact=True).ids, best.indices)
+    threshold = right.flatten().sort(descending=True).values[100:102].mean().item()
+    assert len(index.range_search(q, threshold).ids) == 101
+
+
+def test_a_search_outlives_the_centre_of_its_rows():
+    x = nested(3000, centre=5.0)
+    index = MatryoshkaIndex(DIMS, metric="ip", codes="bits")
+    index.add(x)
+    before = index._rows.snapshot
+    centre = weakref.ref(index._rows.layout.centre)
+    index.remove(range(3000))
+    index.compact()
+    index.fit(nested(3000, 2))
+    assert centre() is not None  # which the old rows name
+    del before
+    assert index.search(x[:2], 3, exact=True).ids.eq(-1).all()

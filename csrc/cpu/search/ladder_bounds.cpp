@@ -17,13 +17,17 @@ LadderBounds::LadderBounds(const Problem& problem, const std::vector<int64_t>& q
             const int64_t q = queries[group.first + i];
             const double unit = p_.unit(q), room = p_.margin * (p_.norm[q] + p_.centre_norm),
                          error = p_.codes[q].error;
-            scales_.push_back(ordinary(p_.norm[q] * p_.norm[q]) ? float(unit * p_.codes[q].scale)
-                                                                : NAN);
             of_code_norm_.push_back(above(unit * error * (1.0 + SLACK)));
-            of_both_norms_.push_back(above(unit * room * (1.0 + SLACK)));
+            of_rounded_norm_.push_back(above(unit * room * (1.0 + SLACK)));
             error_.push_back(unit * (error + p_.head[q] + room));
             own_.push_back(terms.squares > 0.0f ? -terms.squares * (1.0 - SLACK) : unit);
             inverse_.push_back(terms.normalized ? unit * p_.base[q] : 0.0);
+            // Beyond fp32 a bound says nothing: NaN drops no row.
+            const bool bounded = ordinary(p_.norm[q] * p_.norm[q]) &&
+                                 std::isfinite(float(error_.back())) &&
+                                 std::isfinite(float(own_.back())) &&
+                                 std::isfinite(float(inverse_.back()));
+            scales_.push_back(bounded ? float(unit * p_.codes[q].scale) : NAN);
             float* factors = factors_.data() + group.first * terms_ + i;
             factors[ERROR * group.size] = above(error_.back());
             if (terms_ > OWN) factors[OWN * group.size] = float(own_.back());
@@ -39,9 +43,9 @@ void LadderBounds::prepare(const TileReader& tiles, Scan* scan) {
     if (terms_ > OWN) scan->term_values[OWN] = tiles.stat(own, copies_[OWN]);
     if (terms_ > INVERSE) scan->term_values[INVERSE] = tiles.stat(own + dims, copies_[INVERSE]);
     const float code_norm = tiles.tile_stats()[CODE_NORM],
-                both_norms = tiles.tile_stats()[BOTH_NORMS];
+                rounded_norm = tiles.tile_stats()[ROUNDED_NORM];
     for (size_t i = 0; i < bases_.size(); ++i)
-        bases_[i] = of_code_norm_[i] * code_norm + of_both_norms_[i] * both_norms;
+        bases_[i] = of_code_norm_[i] * code_norm + of_rounded_norm_[i] * rounded_norm;
 }
 
 void LadderBounds::of_group(const Panel::Group& group, Scan* scan) const {
@@ -82,7 +86,7 @@ void LadderBounds::bound(size_t i, const Entry* entries, int64_t count, double g
             double bound = sum * scales_[i] * stat(CODE_SCALE) +
                            error_[i] * stat(LOW_ERROR) * (1.0 + SLACK) +
                            double(of_code_norm_[i]) * tile[CODE_NORM] +
-                           double(of_both_norms_[i]) * tile[BOTH_NORMS];
+                           double(of_rounded_norm_[i]) * tile[ROUNDED_NORM];
             if (terms_ > OWN) bound += own_[i] * stat(own);
             if (terms_ > INVERSE) bound += inverse_[i] * stat(own + dims);
             // NaN, which says nothing, is beyond every gate; so is a row whose error is not known.

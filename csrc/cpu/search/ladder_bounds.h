@@ -3,8 +3,9 @@
 //
 // Let q̂ and ŷ be what the codes of p = q − c and of y = x − c stand for. Then
 //   ⟨p, y⟩ <= ⟨q̂, ŷ⟩ + ‖p − q̂‖·‖ŷ‖ + ‖p‖·‖y − ŷ‖,
-// and Ladder lists the terms that the centre c adds. ‖y − ŷ‖ is a row's own; ‖ŷ‖, and the norms
-// that rounding is a share of, are as large as the tile's greatest.
+// and Ladder lists the terms that the centre c adds. ‖y − ŷ‖ is a row's own; ‖y‖ plus that of four
+// bits, and the norms that rounding is a share of, are as large as the tile's greatest. Of eight bits
+// ‖y − ŷ‖ may be larger than of four: ‖p − q̂‖·‖y − ŷ‖ is in the factor of the row's own error, too.
 #pragma once
 
 #include "cpu/search/scan.h"
@@ -33,7 +34,7 @@ class LadderBounds {
     int terms_ = 0;
     std::vector<float> scales_, factors_;  // factors: [groups, terms, size]
     std::vector<double> error_, own_, inverse_;
-    std::vector<float> of_code_norm_, of_both_norms_, bases_;  // [queries]
+    std::vector<float> of_code_norm_, of_rounded_norm_, bases_;  // [queries]
     float copies_[4][TILE] = {};
     // Of rows that are bounded at once: where they lie, counted from the span's first.
     const Span* spans_[AT_ONCE];

@@ -55,6 +55,8 @@ Status seed(Problem& p, const std::vector<int64_t>& which, int64_t step, int thr
     std::vector<int64_t> counts(n);
     Status status = scan_all({p.kernels, threads}, p.rows, gathered.queries,
                              {p.metric, source, dim, keep, step}, entries.get(), counts.data());
+    // Scores by codes may overflow where the rows' own do not: then there is no guess.
+    if (status == Status::OVERFLOW_ && p.laddered()) return Status::OK;
     if (status != Status::OK) return status;
     each(n, threads, [&](int64_t i) {
         const int64_t q = which[i];

@@ -110,10 +110,14 @@ const uint8_t* TileReader::codes(const Place& at) const {
     return tiles + at.tile * code_bytes_;
 }
 
-// Spreads the prefetching of a tile over the scans of all groups.
+// Spreads the prefetching of a tile over the scans of all groups. Codes that one group reads are a
+// stream, which processors prefetch better themselves.
 void TileReader::ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const {
     const char* begin = static_cast<const char*>(tile);
-    if (of_codes(source_) && groups_ == 1) { scan->ahead = {}; return; }
+    if (of_codes(source_) && groups_ == 1) {
+        scan->ahead = {};
+        return;
+    }
     scan->ahead = {begin, begin + steps * bytes,
                    std::max<int64_t>(1, (bytes / 64 + groups_ - 1) / groups_)};
 }

@@ -16,16 +16,16 @@ enum Stat : int {
     CODE_SCALE,   // the value of a code of 1
     CODE_ERROR,   // norm of the prefix less what its codes stand for
     TAIL_NORM,    // [levels]: norm of the suffix from a level on
-    // With a ladder, which has no levels. PREFIX_NORM is the whole row's; the others, of four bits,
-    // are divided by it where norms divide.
+    // With a ladder, which has no levels. PREFIX_NORM is the whole row's; CODE_SCALE and CODE_ERROR
+    // are of four bits, and these and LOW_ERROR divided by that norm where norms divide.
     LOW_ERROR = TAIL_NORM,  // CODE_ERROR of eight bits
     SIGN_FACTOR,  // [dims], then terms [dims] and, where norms divide, inverses [dims]; see Ladder
 };
 
 // Statistics of a tile with a ladder: the greatest of its rows, divided like the rows' own.
 enum TileStat : int {
-    CODE_NORM,  // at least the norm of what four bits stand for, and of what eight do
-    BOTH_NORMS,  // that and the row's own, added
+    CODE_NORM,     // norm of the row less the centre, plus CODE_ERROR: at least the codes' norm
+    ROUNDED_NORM,  // CODE_NORM plus the row's own norm: what rounding is a share of
     TILE_STATS
 };
 
@@ -133,7 +133,7 @@ Status rerank(const Run& run, const Rows& rows, const Queries& queries, Metric m
 // rows, exact search makes no θ and no bounds. Tests set it to 0, so that few rows are bounded too.
 extern std::atomic<int64_t> seed_columns;
 
-// The best by `dim` columns, ranked by scores summed in fp64. touched[q] is the number of rows that
+// The best by `dim` columns, ranked by scores summed in fp64. touched[q] is the number of times that rows
 // were read beyond their prefix.
 Status exact_search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
                     Stage stage, const Results& results, int64_t* touched);

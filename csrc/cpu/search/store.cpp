@@ -119,12 +119,12 @@ class Writer {
             if (divided) stat(SIGN_FACTOR + 2 * dims + i) = stats.inverses[i];
         }
         float* tile = to_.tile_stats + row / TILE * TILE_STATS;
-        if (row % TILE == 0) tile[CODE_NORM] = tile[BOTH_NORMS] = 0.0f;
+        if (row % TILE == 0) tile[CODE_NORM] = tile[ROUNDED_NORM] = 0.0f;
         if (bounded) {
-            const double code_norm = stats.size + stats.error;  // by the triangle inequality
+            const double code_norm = stats.size + stats.error;
             tile[CODE_NORM] = std::max(tile[CODE_NORM], above(code_norm * unit, width));
-            tile[BOTH_NORMS] =
-                std::max(tile[BOTH_NORMS], above((stats.norm + code_norm) * unit, width));
+            tile[ROUNDED_NORM] =
+                std::max(tile[ROUNDED_NORM], above((stats.norm + code_norm) * unit, width));
         }
         coder_.put(row, to_);
         return std::isfinite(stats.norm);

@@ -195,7 +195,7 @@ struct Kernels {
     void (*scan[SOURCES][MAX_GROUP])(Scan&);  // [source][group - 1]
     void (*row_sums[2])(const RowSums&);      // of products, of differences
     // sums[r] = Σ over both halves of a row's bytes: the low ones with query[0, bytes), the high ones
-    // with what follows. The rows are n, rounded up to whole fours.
+    // with what follows. There are as many rows and sums as n rounded up to whole fours.
     void (*dot_halves)(const uint8_t* const* rows, int64_t n, const int8_t* query, int64_t bytes,
                        float* sums);
     void (*widen_row)(const void* row, DType dtype, int64_t cols, float* out);

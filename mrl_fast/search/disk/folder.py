@@ -148,10 +148,12 @@ def _contents(files: Files, manifest: dict[str, Any], layout: Layout) -> Content
         if not bool(torch.isfinite(axes).all()):
             raise ValueError(f"{files.axes.path}: axes: expected finite values")
     layout.use(axes)
-    blocks = [
-        Block.of_version(manifest["version"], layout, file.tensors, used)
-        for file, used in zip(files.rows, counts, strict=True)
-    ]
+    blocks = []
+    for file, used in zip(files.rows, counts, strict=True):
+        try:
+            blocks.append(Block.of_version(manifest["version"], layout, file.tensors, used))
+        except ValueError as error:
+            raise ValueError(f"{file.path}: {error}") from None
     fields = {name: manifest[name] for name in manifests.INDEX_FIELDS}
     return Contents(fields, layout, blocks, counts, alive, axes)
 
@@ -186,6 +188,7 @@ class _NewFiles:
             return old[file.kind] if same else self._put(file, {file.kind: [tensor]})
 
         return manifests.new(
+            layout.version,
             **contents.fields,
             generation=self.generation,
             segments=segments,

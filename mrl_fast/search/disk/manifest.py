@@ -26,9 +26,9 @@ PATIENCE_S = 20.0  # to wait for a folder that is saved to again and again
 T = TypeVar("T")
 
 
-def new(**fields: Any) -> dict[str, Any]:
+def new(version: int, **fields: Any) -> dict[str, Any]:
     """As it is read back: tuples are lists."""
-    return json.loads(json.dumps(signed({"format": FORMAT, "version": VERSION, **fields})))
+    return json.loads(json.dumps(signed({"format": FORMAT, "version": version, **fields})))
 
 
 def signed(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,11 @@ class Layout:
             level *= 2
 
     @property
+    def version(self) -> int:
+        """The first version of the files whose arrays are as today's."""
+        return VERSION if self.ladder else 2
+
+    @property
     def stats(self) -> int:
         if not self.ladder:
             return Stat.TAIL_NORM + len(self.levels)
@@ -57,7 +62,7 @@ class Layout:
             for name, array in self.code.arrays.items()
         }
         stats = self.stats
-        if version == 2 and self.ladder:  # the same bytes of codes in another order
+        if version == 2 and self.ladder:  # other codes in as many bytes
             stats += 1
             del tiles["tile_stats"]
             tiles["lows"] = tiles["nibbles"]
@@ -137,6 +142,7 @@ class Block:
         )  # fmt: skip
         if problem:
             check_finite(vectors, "vectors")
+            raise ValueError(f"vectors: expected squares within float32, got {problem}")
 
     @staticmethod
     def _addresses(tiles: dict[str, Tensor], *names: str) -> Iterator[int]:

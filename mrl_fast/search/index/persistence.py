@@ -73,7 +73,8 @@ class Persistent(pickled.Copies):
         cls: type[Index], path: str | os.PathLike[str], *, device: str = "cpu", verify: bool = False
     ) -> Index:
         """Opens what ``save`` wrote, without reading it: vectors come from the file as they are
-        needed, so that an index may be larger than memory.
+        needed, so that an index may be larger than memory. Codes that version 2 of the files holds
+        are made again, in memory, from all vectors: save the index once.
 
         Args:
             path: The folder. Its files must not be changed but by ``save``, which may run

@@ -92,6 +92,7 @@ class IndexRows:
             if self.rotation is not None:
                 self.rotation = Rotation(self.config.width).fit(x)
             self._set_frame(x)
+            self.store.adopt([], [], None)  # a search reads the centre that its rows name
 
     def add(self, vectors: Any, ids: Any = None) -> None:
         """Appends vectors; all of them or, where anything is wrong, none.
@@ -207,7 +208,9 @@ class IndexRows:
         """As ``adopt``; the arrays are of a version of the files."""
         self.layout.use(frozen.frame)
         counts = [used for used, _ in frozen.segments]
-        blocks = [Block.of_version(version, self.layout, its, used) for used, its in frozen.segments]
+        blocks = [
+            Block.of_version(version, self.layout, its, used) for used, its in frozen.segments
+        ]
         self.adopt(blocks, counts, frozen.live, frozen.frame, frozen.next_id)
 
     def _known(self, ids: Tensor, now: Snapshot) -> Tensor:

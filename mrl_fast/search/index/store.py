@@ -144,7 +144,8 @@ class RowStore:
             spans += mine
             copies += its
             first += count
-        now = Snapshot(self.layout.rows(spans), blocks, counts, live, copies, before)
+        kept = copies, self.layout.centre
+        now = Snapshot(self.layout.rows(spans), blocks, counts, live, kept, before)
         if self.mirror is not None:
             self.mirror.follow(now, before)
         self.snapshot = now

@@ -98,7 +98,7 @@ void check_row(const Setup& setup, const Table& table, const Database::Block& bl
     above(LOW_ERROR, std::sqrt(low_error) / length, 1e-3);
     const float* tile = block.tile_stats.data() + row / TILE * TILE_STATS;
     CHECK(tile[CODE_NORM] >= std::sqrt(coded) / length * (1 - 1e-6));
-    CHECK(tile[BOTH_NORMS] >= (std::sqrt(coded) + std::sqrt(square)) / length * (1 - 1e-6));
+    CHECK(tile[ROUNDED_NORM] >= (std::sqrt(coded) + std::sqrt(square)) / length * (1 - 1e-6));
 }
 
 // A scan's sums over a prefix of every row, against sums made of the codes.
