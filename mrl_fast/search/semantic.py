@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from mrl_fast.search.index import MatryoshkaIndex
+from mrl_fast.search.index.config import IndexConfig
+from mrl_fast.search.index.queries import checked_queries
 from mrl_fast.search.ops import funnel_search, prefix_topk
 from mrl_fast.shared.arrays import as_vectors
-from mrl_fast.shared.checks import check_finite, check_int, check_stages
+from mrl_fast.shared.checks import check_choice, check_finite, check_int, check_stages
 from mrl_fast.shared.native import METRICS
 from mrl_fast.shared.types import SearchResult, Stage
 
@@ -27,6 +29,14 @@ SIMILARITIES = {
     "euclidean": "l2",
     "l2": "l2",
 }
+# By sentence-transformers' names: bits of a column, and the option of an index that holds them. Its
+# signed and unsigned forms differ in how codes are stored, and rank alike.
+CODED: dict[str, tuple[int, dict[str, Any]]] = {
+    "int8": (8, {"prefix_dtype": "int8"}),
+    "uint8": (8, {"prefix_dtype": "int8"}),
+    "binary": (1, {"codes": "bits"}),
+    "ubinary": (1, {"codes": "bits"}),
+}
 
 
 def semantic_search(
@@ -40,6 +50,9 @@ def semantic_search(
     dim: int | None = None,
     stages: Sequence[Stage] | None = None,
     allowed: Any = None,
+    precision: str = "float32",
+    rescore: bool = True,
+    rescore_multiplier: int = 2,
 ) -> list[list[dict[str, int | float]]]:
     """The best of a corpus for each query, as ``sentence_transformers.util.semantic_search`` gives
     them, without scores in memory; of equal scores the lower corpus_id first.
@@ -62,20 +75,34 @@ def semantic_search(
         stages: ``(dim, keep)`` pairs: search a short prefix, rerank by longer ones, as
             ``funnel_search`` does. With neither, an index searches as it is tuned, or exactly.
         allowed: Of an index, searches these ids only, as its ``search`` does.
+        precision: What all vectors are ranked by, as the ``corpus_precision`` of
+            ``semantic_search_faiss``: ``"binary"`` or ``"ubinary"`` by the signs of the columns
+            that are searched, of an index with ``codes="bits"`` on the CPU; ``"int8"`` or
+            ``"uint8"`` by eight bits of the first prefix of an index with ``prefix_dtype="int8"``.
+            A corpus on the CPU that is no index is copied and coded anew by every call, all the
+            columns that are searched: worth it to try, not to serve. An error with stages. Where
+            few ids are allowed, an index on the CPU ranks them by their vectors.
+        rescore: With codes, whether more than top_k candidates are kept. Codes give no scores: the
+            candidates are always scored and ordered by the corpus's vectors, not, as sentence-
+            transformers does, by decoded codes. Without it they are the top_k by codes.
+        rescore_multiplier: With codes and rescore, the candidates are so many times top_k, at least
+            1.
 
     Returns:
         For each query a list of ``{"corpus_id": int, "score": float}``, best first: an index's ids,
         or rows; euclidean scores are −distance.
 
     Raises:
-        ValueError, TypeError: Another score function, or not the index's; both dim and stages;
-            allowed without an index; a wrong shape or dtype, NaN or infinite values.
+        ValueError, TypeError: Another score function, or not the index's; both dim and stages, or
+            both precision and stages; a precision whose codes the index does not hold; allowed
+            without an index; a wrong shape or dtype, NaN or infinite values.
     """
     check_int(query_chunk_size, "query_chunk_size", 1)
     check_int(corpus_chunk_size, "corpus_chunk_size", 1)
     k = check_int(top_k, "top_k", 1)
     if dim is not None and stages is not None:
         raise ValueError(f"dim: expected None where stages are given, got {dim}")
+    candidates = _candidates(k, precision, rescore, rescore_multiplier, stages)
     metric = None if score_function is None else _metric(score_function)
     queries = as_vectors(query_embeddings, "query_embeddings", one=True)
     check_finite(queries, "query_embeddings")
@@ -87,7 +114,10 @@ def semantic_search(
                 f"made with, got {_shown(score_function)}"
             )
         metric = index.metric
-        result = index.search(queries, k, dim=dim, stages=stages, allowed=allowed)
+        if precision != "float32":
+            result = _search_codes(queries, index, (k, candidates), precision, dim, allowed)
+        else:
+            result = index.search(queries, k, dim=dim, stages=stages, allowed=allowed)
     else:
         if allowed is not None:
             raise ValueError(
@@ -96,7 +126,12 @@ def semantic_search(
             )
         metric = metric or "cosine"
         corpus = as_vectors(corpus_embeddings, "corpus_embeddings")
-        result = _search_matrix(queries, corpus, k, metric, dim, stages)
+        queries, corpus = _fitting(queries, corpus, dim is not None or stages is not None)
+        if precision != "float32":
+            queries, index = _coded(queries, corpus, metric, precision, dim)
+            result = _search_codes(queries, index, (k, candidates), precision)
+        else:
+            result = _search_matrix(queries, corpus, k, metric, dim, stages)
     scores, terms = result.scores, METRICS[metric]
     if terms.differences:
         scores = -(-scores / terms.squares).sqrt()  # −distance
@@ -106,18 +141,90 @@ def semantic_search(
     ]
 
 
-def _search_matrix(
-    queries: Tensor, corpus: Tensor, k: int, metric: str, dim: int | None, stages: Any
+def _candidates(k: int, precision: Any, rescore: Any, multiplier: Any, stages: Any) -> int:
+    """How many rows codes choose, of the options that say so, checked."""
+    if not isinstance(precision, str):
+        raise TypeError(f"precision: expected a str, got {type(precision).__name__}")
+    check_choice(precision, "precision", ("float32", *CODED))
+    if stages is not None and precision != "float32":
+        raise ValueError(
+            f"precision: expected 'float32' where stages are given, got {precision!r}: a stage "
+            "(dim, bits, keep) says by how many bits it ranks"
+        )
+    if not isinstance(rescore, bool):
+        raise TypeError(f"rescore: expected True or False, got {type(rescore).__name__}")
+    multiplier = check_int(multiplier, "rescore_multiplier", 1)
+    return k * multiplier if rescore else k
+
+
+def _search_codes(
+    queries: Tensor,
+    index: MatryoshkaIndex,
+    keeps: tuple[int, int],
+    precision: str,
+    dim: int | None = None,
+    allowed: Any = None,
 ) -> SearchResult:
+    """Ranks all rows by codes and what they keep by vectors; ``keeps``: of the last stage and of
+    the first."""
+    _, dim = checked_queries(queries, index.config, dim)
+    bits = _held_bits(index.config, precision)
+    k, candidates = (min(keep, max(1, len(index))) for keep in keeps)
+    coded = dim if index.config.code.whole else index.dims[0]
+    return index.search(queries, k, stages=[(coded, bits, candidates), (dim, k)], allowed=allowed)
+
+
+def _held_bits(config: IndexConfig, precision: str) -> int:
+    """The bits of a precision, where the index can rank by them."""
+    bits, option = CODED[precision]
+    if bits not in config.ranking:
+        held = [name for name, (n, _) in CODED.items() if n in config.ranking]
+        ((name, value),) = option.items()
+        where = " on the CPU" if "codes" in option else ""
+        raise ValueError(
+            f"precision: expected one of {', '.join(map(repr, ['float32', *held]))}, by which this "
+            f"index can rank, got {precision!r}, which needs {name}={value!r}{where}"
+        )
+    return bits
+
+
+def _coded(
+    queries: Tensor, corpus: Tensor, metric: str, precision: str, dim: int | None
+) -> tuple[Tensor, MatryoshkaIndex]:
+    """Queries and an index of a corpus, of the columns that are searched, which all are coded."""
+    if corpus.device.type != "cpu":
+        raise ValueError(
+            f"precision: expected 'float32' where corpus_embeddings is on {corpus.device}, got "
+            f"{precision!r}: pass a MatryoshkaIndex"
+        )
+    widest = min(queries.shape[1], corpus.shape[1])
+    dim = widest if dim is None else check_int(dim, "dim", 1, widest)
+    queries, corpus = queries[:, :dim], corpus[:, :dim]
+    check_finite(corpus, "corpus_embeddings")
+    dtype = str(corpus.dtype).removeprefix("torch.")
+    index = MatryoshkaIndex((dim,), metric=metric, dtype=dtype, **CODED[precision][1])
+    index.add(corpus)
+    return queries, index
+
+
+def _fitting(queries: Tensor, corpus: Tensor, prefix: bool) -> tuple[Tensor, Tensor]:
+    """Both on the corpus's device and in its dtype, float64 as fp32; of one width, unless they are
+    searched by a prefix."""
     queries = queries.to(corpus.device)
     queries, corpus = (x.float() if x.dtype == torch.float64 else x for x in (queries, corpus))
-    width, prefix = queries.shape[1], dim is not None or stages is not None
+    width = queries.shape[1]
     if queries.dtype != corpus.dtype or (width != corpus.shape[1] and not prefix):
         hint = f": pass dim={width}" if width < corpus.shape[1] else ""
         raise ValueError(
             f"query_embeddings: expected width {corpus.shape[1]} and {corpus.dtype} as "
             f"corpus_embeddings, got {width} and {queries.dtype}{hint}"
         )
+    return queries, corpus
+
+
+def _search_matrix(
+    queries: Tensor, corpus: Tensor, k: int, metric: str, dim: int | None, stages: Any
+) -> SearchResult:
     if stages is None:
         return prefix_topk(queries, corpus, min(k, max(1, len(corpus))), dim=dim, metric=metric)
     checked = check_stages(stages)

@@ -84,6 +84,13 @@ class IndexConfig:
         return CODES[self.codes or self.prefix_dtype]
 
     @property
+    def ranking(self) -> tuple[int, ...]:
+        """The numbers of bits of a column by which a first stage may rank: a device holds no codes
+        of bits."""
+        on_device = self.device != "cpu"
+        return () if self.code.exact or (self.code.whole and on_device) else self.code.bits
+
+    @property
     def coded(self) -> int:
         """How many columns are coded."""
         return self.width if self.code.whole else self.dims[0]

@@ -68,7 +68,7 @@ def rotated(queries: Tensor, rotation: Rotation) -> Tensor:
 def search_rows(q: Tensor, rows: DeviceRows, stages: Sequence[Stage], metric: str) -> Result:
     """Runs the stages. Where there are codes, a first stage of their width ranks by them unless it
     is the last, and the next stage begins at the first column."""
-    (dim, keep), *later = stages
+    (dim, *_, keep), *later = stages
     _in_use(rows)
     found = empty(q, keep)
     if later and rows.codes is not None and dim == rows.dims[0]:

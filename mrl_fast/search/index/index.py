@@ -186,8 +186,9 @@ class MatryoshkaIndex(Persistent):
             stages: ``(dim, keep)`` pairs, dims of the index ascending, keeps not growing, the last
                 at least k: search all rows by the first dim and rerank what each stage keeps by the
                 next. With codes the first may be ``(dim, 1, keep)``, by the signs of any prefix, or
-                ``(D, 4, keep)``, by four bits of every column. No dim may be larger than the
-                queries' width. None: the stages that ``tune`` chose, where it did, for at least
+                ``(D, 4, keep)``, by four bits of every column; with an int8 prefix it may be
+                ``(dims[0], 8, keep)``, and the next have that dim again. No dim may be larger than
+                the queries' width. None: the stages that ``tune`` chose, where it did, for at least
                 this k, at most a tenth of the vectors were added since, and all D columns of all
                 vectors are searched; else exact, and where they lapsed or vectors are ``allowed``
                 a warning says so once.

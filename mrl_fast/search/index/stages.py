@@ -19,13 +19,12 @@ def checked_stages(
 ) -> list[Stage]:
     """Stages by dims, and codes, of the index, the last of which keeps k where that is given; none
     goes past the queries' ``width`` where that is."""
-    dims, code = config.dims, config.code
-    ranking = code.bits if code.whole and config.device == "cpu" else ()
+    dims, ranking = config.dims, config.ranking
     listed = x if isinstance(x, (list, tuple)) else ()
     if not ranking and any(len(s) == 3 for s in listed if isinstance(s, (list, tuple))):
         raise TypeError(
             f"stages: expected (dim, keep) pairs, got {x!r}: (dim, bits, keep) needs an index with "
-            "codes='bits' on the CPU"
+            "codes='bits' on the CPU, or with prefix_dtype='int8'"
         )
     checked = list(check_stages(x, ranking))
     for i, (dim, *_) in enumerate(checked):
@@ -36,9 +35,9 @@ def checked_stages(
                 f"stages[{i}] dim: expected at most {width}, the queries' width, got {dim}"
             )
     dim, *bits = checked[0][:-1]
-    if bits and bits[0] > 1 and dim < config.width:
+    if bits and bits[0] > 1 and dim != config.coded:
         raise ValueError(
-            f"stages[0] dim: expected {config.width} where {bits[0]} bits rank, got {dim}"
+            f"stages[0] dim: expected {config.coded} where {bits[0]} bits rank, got {dim}"
         )
     if k is None:
         return checked
