@@ -137,13 +137,20 @@ def row_step(bytes_a_row: int) -> int:
     return min(MOST_ROWS, max(128, WORKSPACE_BYTES // max(1, bytes_a_row) // 128 * 128))
 
 
+def equal_step(size: int, step: int) -> int:
+    """The least step, in whole tiles, that makes no more chunks than this one."""
+    return max(128, whole_tiles(cdiv(size, max(1, cdiv(size, step)))))
+
+
 def chunk_steps(rows: int, classes: int, bytes_a_score: int) -> tuple[int, int]:
     """Rows and classes of a chunk of scores that fits the workspace, about as high as it is wide:
-    the products over a chunk are as deep as its sides."""
+    the products over a chunk are as deep as its sides. Chunks are equally high, so that they can be
+    wider and fewer, and equally wide, so that the last ones fill the device too."""
     area = WORKSPACE_BYTES // bytes_a_score
     row_step = max(128, math.isqrt(area), area // max(1, classes)) // 128 * 128
-    row_step = min(row_step, MOST_ROWS)
-    return row_step, max(128, area // max(1, min(row_step, rows)) // 128 * 128)
+    row_step = equal_step(rows, min(row_step, MOST_ROWS))
+    class_step = max(128, area // max(1, min(row_step, rows)) // 128 * 128)
+    return row_step, equal_step(classes, class_step)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

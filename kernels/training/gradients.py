@@ -25,7 +25,7 @@ from mrl_fast.kernels.shared.tiling import (
     tile_of,
 )
 from mrl_fast.kernels.training.fold import Fold, by_class, finite, load_soft, values_of
-from mrl_fast.kernels.training.products import nested_gradients
+from mrl_fast.kernels.training.products import Wanted, nested_gradients
 from torch import Tensor
 
 # Half-precision workspaces hold gradients relative to the largest, which becomes this: fp16 keeps
@@ -294,17 +294,17 @@ def fold_backward(spec: Any, upstream: Any) -> Gradients:
             G=G, limit=torch.finfo(torch.float16).max / G,
         )  # fmt: skip
         if scaled:
-            d_row_scale[:, rows] += part_row.sum(dim=1).mul_(largest)
+            d_row_scale[:, rows].addcmul_(part_row.sum(dim=1), largest)
             size = classes.stop - classes.start
-            d_col_scale[:, classes] += part_col.sum(dim=1)[:, :size].mul_(largest)
+            d_col_scale[:, classes].addcmul_(part_col.sum(dim=1)[:, :size], largest)
             if db_scaled is not None:
-                db_scaled[classes] += part_db.sum(dim=(0, 1))[:size].mul_(largest)
+                db_scaled[classes].addcmul_(part_db.sum(dim=(0, 1))[:size], largest)
         return reversed(out[:, :, : classes.stop - classes.start].unbind())
 
     bytes_a_score = G * workspace.element_size() + fold.copied_bytes()
+    wanted = Wanted(x.dtype, weight.dtype, bias is not None and not scaled)
     dx, dw, db = nested_gradients(
-        fold.x, fold.weight, dims, bytes_a_score, suffix_sums, largest * magnitude,
-        x.dtype, weight.dtype,
-    )  # fmt: skip
+        fold.x, fold.weight, dims, bytes_a_score, suffix_sums, largest * magnitude, wanted
+    )
     db = db if db_scaled is None else db_scaled
-    return dx, dw, None if bias is None else db.to(bias.dtype), d_row_scale, d_col_scale
+    return dx, dw, None if db is None else db.to(bias.dtype), d_row_scale, d_col_scale

@@ -23,7 +23,7 @@ from mrl_fast.kernels.shared.tiling import (
     score_offsets,
     tile_of,
 )
-from mrl_fast.kernels.training.products import nested_gradients
+from mrl_fast.kernels.training.products import Wanted, nested_gradients
 from torch import Tensor
 
 
@@ -100,7 +100,6 @@ def logits_backward(
 
     bytes_a_score = 4 + x.element_size()  # the sum, and the sum rounded
     one = torch.ones((), dtype=torch.float32, device=x.device)
-    dx, dw, db = nested_gradients(
-        x, weight, dims, bytes_a_score, suffix_sums, one, x.dtype, weight.dtype
-    )
-    return dx, dw, None if bias is None else db.to(bias.dtype)
+    wanted = Wanted(x.dtype, weight.dtype, bias is not None)
+    dx, dw, db = nested_gradients(x, weight, dims, bytes_a_score, suffix_sums, one, wanted)
+    return dx, dw, None if bias is None or db is None else db.to(bias.dtype)

@@ -46,6 +46,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     wide, rows = on_device(100_000, 256), on_device(1024, 200, dtype=torch.int64)
     few = on_device(1024, 256)
     a, b, w = (on_device(n, 256) for n in (2048, 2048, 5000))
+    c, d = (on_device(32768, 256) for _ in "cd")
     target = on_device(2048, dtype=torch.int64)
     index = MatryoshkaIndex((64, 256), device="cuda")
     coded = MatryoshkaIndex((64, 256), device="cuda", prefix_dtype="int8")
@@ -62,6 +63,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "funnel": lambda: funnel_search(few, wide, stages),
         "cross_entropy": step(lambda x, w: matryoshka_cross_entropy(x, w, target, DIMS), a, w),
         "info_nce": step(lambda q, p: matryoshka_info_nce(q, p, DIMS), a, b),
+        "info_nce, chunks": step(lambda q, p: matryoshka_info_nce(q, p, DIMS), c, d),
         "logits": lambda: matryoshka_logits(a.detach(), w.detach(), DIMS),
         "predict": lambda: matryoshka_predict(a.detach(), w.detach(), DIMS),
         "index, stages": lambda: index.search(asked, 10, stages=stages),

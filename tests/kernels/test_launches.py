@@ -74,6 +74,16 @@ def test_launches_of_the_others(seen):
     assert grids["_predict_kernel"] == [40, 16, 1]
 
 
+def test_a_chunk_of_gradients_takes_few_launches(seen):
+    """Two products a prefix, each added in one launch; two sums of scales, added; the scores."""
+    found = seen["info_nce, chunks"]
+    chunks = found["kernels"]["_score_gradients_kernel"]
+    assert chunks == 25
+    assert found["ops"].count("mm") == 6 * chunks
+    assert found["ops"].count("addcmul_") == 8 * chunks
+    assert len(found["ops"]) <= 16 * chunks + 256
+
+
 def test_no_more_launches_than_there_were(seen):
     """Triton's and torch's, as found; fewer is a change to make here as well."""
     most = {

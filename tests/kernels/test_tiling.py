@@ -23,6 +23,15 @@ def test_chunks_fit_the_workspace(rows, classes, bytes_a_score):
     assert row_step % 128 == class_step % 128 == 0
 
 
+def test_chunks_are_as_large_as_one_another():
+    rows, classes = tiling.chunk_steps(32768, 32768, 10)
+    sizes = [[c.stop - c.start for c in tiling.chunks(32768, step)] for step in (rows, classes)]
+    assert len(sizes[0]) * len(sizes[1]) == 42  # 41 would be the least
+    assert all(min(these) > 0.9 * max(these) for these in sizes)
+    assert tiling.chunk_steps(1, 10_000_000, 10) == (128, 10_000_000)
+    assert tiling.chunk_steps(0, 0, 10) == (128, 128)
+
+
 @pytest.mark.parametrize("classes", [1, 1000])
 def test_rows_of_a_chunk_fit_a_grid(classes):
     """Its second axis ends at 65535 tiles, of 64 rows at least."""
