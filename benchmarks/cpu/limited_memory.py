@@ -1,6 +1,7 @@
 """Searching an index that is four times as large as the memory there is for it.
 
-    python -m benchmarks.cpu.limited_memory --folder DIR [--rows N] [--share 0.25] [--bits] [--out FILE.json]
+    python -m benchmarks.cpu.limited_memory --folder DIR [--rows N] [--share 0.25] [--bits]
+        [--out FILE.json]
 
 Builds an index of the standard set in DIR, unless it is there, drops it from the page cache, and
 searches it in a process whose memory, page cache included, is limited to a share of the files'
@@ -39,9 +40,9 @@ def build(folder: Path, rows: int, bits: bool) -> None:
     index.add(x)
     index.save(folder / "index")
     best = index.search(q[:QUERIES], K, exact=True)
-    torch.save(
-        {"queries": q[:QUERIES], "scores": best.scores, "ids": best.ids}, folder / "truth.pt"
-    )
+    first = (WIDTH, 1, KEEP) if bits else (PREFIX, KEEP)
+    truth = {"queries": q[:QUERIES], "scores": best.scores, "ids": best.ids, "first": first}
+    torch.save(truth, folder / "truth.pt")
 
 
 def uncache(folder: Path) -> None:
@@ -71,7 +72,7 @@ def search(folder: Path) -> dict[str, object]:
     opened = time.perf_counter() - begin
     truth = torch.load(folder / "truth.pt")
     q = truth["queries"]
-    stages = [(WIDTH, 1, KEEP) if index.codes else (PREFIX, KEEP), (WIDTH, K)]
+    stages = [truth["first"], (WIDTH, K)]
 
     def run(batch: int) -> tuple[list[float], torch.Tensor]:
         seconds, ids = [], []
