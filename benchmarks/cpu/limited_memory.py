@@ -1,11 +1,13 @@
 """Searching an index that is four times as large as the memory there is for it.
 
-    python -m benchmarks.cpu.limited_memory --folder DIR [--rows N] [--share 0.25] [--out FILE.json]
+    python -m benchmarks.cpu.limited_memory --folder DIR [--rows N] [--share 0.25] [--bits]
+        [--out FILE.json]
 
 Builds an index of the standard set in DIR, unless it is there, drops it from the page cache, and
 searches it in a process whose memory, page cache included, is limited to a share of the files'
 size, by a control group: it needs the right to make one (root, as a rule). Prints the time to open,
-the time of searches as they come and again, and recall@10 against the exact answer.
+the time of searches as they come and again, and recall@10 against the exact answer. With --bits the
+index has codes="bits", whose signs of all columns choose what is read of the vectors.
 """
 
 from __future__ import annotations
@@ -31,15 +33,16 @@ WIDTH, PREFIX, KEEP, QUERIES = 768, 64, 300, 1024
 GROUPS = Path("/sys/fs/cgroup")
 
 
-def build(folder: Path, rows: int) -> None:
+def build(folder: Path, rows: int, bits: bool) -> None:
     x, q = standard(rows, WIDTH)
-    index = MatryoshkaIndex((PREFIX, WIDTH), metric="ip", prefix_dtype="int8")
+    options = {"codes": "bits"} if bits else {"prefix_dtype": "int8"}
+    index = MatryoshkaIndex((PREFIX, WIDTH), metric="ip", **options)
     index.add(x)
     index.save(folder / "index")
     best = index.search(q[:QUERIES], K, exact=True)
-    torch.save(
-        {"queries": q[:QUERIES], "scores": best.scores, "ids": best.ids}, folder / "truth.pt"
-    )
+    first = (WIDTH, 1, KEEP) if bits else (PREFIX, KEEP)
+    truth = {"queries": q[:QUERIES], "scores": best.scores, "ids": best.ids, "first": first}
+    torch.save(truth, folder / "truth.pt")
 
 
 def uncache(folder: Path) -> None:
@@ -69,7 +72,7 @@ def search(folder: Path) -> dict[str, object]:
     opened = time.perf_counter() - begin
     truth = torch.load(folder / "truth.pt")
     q = truth["queries"]
-    stages = [(PREFIX, KEEP), (WIDTH, K)]
+    stages = [truth["first"], (WIDTH, K)]
 
     def run(batch: int) -> tuple[list[float], torch.Tensor]:
         seconds, ids = [], []
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=1_400_000)
     parser.add_argument("--share", type=float, default=0.25)
+    parser.add_argument("--bits", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -126,7 +130,7 @@ def main() -> None:
         return
     if not (folder / "truth.pt").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        build(folder, options.rows)
+        build(folder, options.rows, options.bits)
     truth = torch.load(folder / "truth.pt")
     exact = SearchResult(truth["scores"], truth["ids"])
     size = sum(path.stat().st_size for path in (folder / "index").iterdir())

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/search/read_ahead.h"
 #include "cpu/threads.h"
 
 namespace mrl {
@@ -194,6 +195,7 @@ void Pass::finish(size_t i, bool counting) {
         for (int64_t e = 0; e < count; ++e)
             pointers_[e] = suffix_at(p_.rows, *spans_[e], local_[e], from);
         pointers_.resize(count);
+        read_ahead(pointers_, cols * element_size(p_.rows.dtype));
         sum_listed(p_.kernels, Source::PRODUCT, p_.data[q] + from, p_.rows.dtype, cols, &pointers_,
                    sums_.data(), squares_.data());
         columns_read[i] += count * cols;
@@ -215,26 +217,40 @@ void Pass::finish(size_t i, bool counting) {
 }
 
 // Takes the rows that four bits leave through the bound of eight, and scores those that remain in
-// fp64, the most promising first.
+// fp64, the most promising first; later, many at once, where the last were read from disk.
 void Pass::finish_ladder(size_t i, bool counting) {
     constexpr int64_t BYTE_COLUMNS = 8, CALL_COLUMNS = 16;  // what a row's last four bits cost
+    constexpr size_t LATE = 64;  // rows: enough for a disk to answer side by side
     poll();
     const int64_t q = queries_[i];
     const TopK& kept = topks_[i];
-    const auto gate = [&] {
-        return double(p_.threshold(q, counting ? thetas_[i] : p_.theta[q].load()));
-    };
-    ladder_.bound(i, kept.entries, kept.count, gate(), &possible_);
+    const double theta = counting ? thetas_[i] : p_.theta[q].load();
+    ladder_.bound(i, kept.entries, kept.count, double(p_.threshold(q, theta)), &possible_);
     const int64_t count = possible_.size();
     columns_read[i] += kept.count * (low_bytes(p_.dim) / BYTE_COLUMNS + CALL_COLUMNS) +
                        count * 3 * p_.dim;  // in fp64
     if (counting) return;
-    std::sort(possible_.begin(), possible_.end());
-    for (const Final& each : possible_) {
-        if (each.score < gate()) break;
+    late_[i].insert(late_[i].end(), possible_.begin(), possible_.end());
+    if (!on_disk_ || late_[i].size() >= LATE) score_late(i);
+}
+
+void Pass::score_late(size_t i) {
+    std::vector<Final>& rows = late_[i];
+    if (rows.empty()) return;
+    poll();
+    const int64_t q = queries_[i];
+    std::sort(rows.begin(), rows.end());
+    on_disk_ = read_ahead(p_.rows, rows.size(), 0, p_.dim, [&](int64_t e) { return rows[e].row; });
+    for (const Final& each : rows) {
+        if (each.score < double(p_.threshold(q, p_.theta[q].load()))) break;
         p_.touched[q].fetch_add(1, std::memory_order_relaxed);
         keep(i, {p_.score(q, each.row, &vector_), each.row});
     }
+    rows.clear();
+}
+
+void Pass::score_late() {
+    for (size_t i = 0; i < queries_.size(); ++i) score_late(i);
 }
 
 void Pass::keep(size_t i, const Final& final) {

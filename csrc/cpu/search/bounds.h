@@ -129,7 +129,8 @@ class Pass {
           thresholds_(queries.size()),
           scales_(queries.size()),
           factors_(TERMS * queries.size()),
-          entries_(new Entry[queries.size() * (CHUNK_ROWS + 1)]) {
+          entries_(new Entry[queries.size() * (CHUNK_ROWS + 1)]),
+          late_(queries.size()) {
         for (size_t i = 0; i < queries.size(); ++i)
             // k is as large as the room: every row that passes its gate is kept.
             topks_.push_back(
@@ -146,12 +147,15 @@ class Pass {
     // Scans tiles [begin, end), at most a chunk; false if a value is not finite. A trial finds no
     // rows: it only adds to columns_read.
     bool run(int64_t begin, int64_t end, const Trial* trial);
+    // Scores the rows that still wait for it; to be called after the last chunk.
+    void score_late();
 
   private:
     void factor(const Panel::Group& group, int64_t i);
     void prepare(Scan* scan);
     void finish(size_t i, bool counting);
     void finish_ladder(size_t i, bool counting);
+    void score_late(size_t i);
     void keep(size_t i, const Final& final);
     bool possible(size_t i, const Span& span, int64_t local, double sum, size_t level) const;
 
@@ -167,7 +171,9 @@ class Pass {
     std::vector<TopK> topks_;
     // Zeros at first: a factor of 0 times what happens to lie in memory could be NaN.
     float row_scale_[TILE] = {}, terms_[TERMS][TILE] = {};
-    std::vector<Final> possible_;  // rows with their bounds
+    std::vector<Final> possible_;           // rows with their bounds
+    std::vector<std::vector<Final>> late_;  // [queries]: those that are to be scored
+    bool on_disk_ = false;                  // whether rows that were scored last were not in memory
     std::vector<float> vector_, sums_, squares_;
     std::vector<int64_t> local_;
     std::vector<const Span*> spans_;

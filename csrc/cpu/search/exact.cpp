@@ -46,8 +46,8 @@ bool scan_bounded(Problem& p, const std::vector<int64_t>& which, int threads,
     parallel(threads, [&](int) {
         Pass pass(p, which, panel);
         for (int64_t at, last; ranges.next(&at, &last);)
-            if (!pass.run(at * chunk, std::min(last * chunk, tiles), nullptr))
-                finite = false;
+            if (!pass.run(at * chunk, std::min(last * chunk, tiles), nullptr)) finite = false;
+        pass.score_late();
         const std::lock_guard<std::mutex> lock(merging);
         for (size_t i = 0; i < which.size(); ++i) {
             std::vector<Final>& all = (*best)[which[i]];

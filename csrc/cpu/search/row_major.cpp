@@ -6,6 +6,7 @@
 #include <atomic>
 #include <numeric>
 
+#include "cpu/search/read_ahead.h"
 #include "cpu/search/scanner.h"
 #include "cpu/threads.h"
 
@@ -125,6 +126,7 @@ void rank_row_major(const Kernels& kernels, const Rows& rows, const float* query
         const Span& span = span_of(rows, row);
         pointers.push_back(suffix_at(rows, span, row - span.first, 0));
     }
+    read_ahead(pointers, stage.dim * element_size(rows.dtype));
     std::vector<float> sums(count), squares(count);
     sum_listed(kernels, terms.source, query, rows.dtype, stage.dim, &pointers, sums.data(),
                squares.data());

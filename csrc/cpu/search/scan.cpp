@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/search/read_ahead.h"
 #include "cpu/search/scanner.h"
 #include "cpu/threads.h"
 
@@ -174,6 +175,7 @@ Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const 
 Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
                    const LaterStage& stage, std::vector<Entry>& candidates) {
     constexpr int64_t COLUMN_BLOCK = 256;  // columns a gathered tile advances by
+    constexpr int64_t AHEAD = 1024;        // rows that are read ahead at once: whole tiles
     const int64_t from = stage.from, to = stage.to;
     const MetricTerms& terms = terms_of(stage.metric);
     const float scale =
@@ -189,12 +191,17 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
             pointers[r] = suffix_at(rows, span, row - span.first, column);
         }
     };
+    const auto ahead = [&](int64_t first) {
+        read_ahead(rows, std::min(AHEAD, count - first), from, to,
+                   [&](int64_t i) { return row_of(candidates[first + i].key); });
+    };
     const void *pointers[2][TILE], **now = pointers[0], **next = pointers[1];
     float sums[TILE], sqnorm[TILE];
     if (count > 0) point(0, from, now);
     for (int64_t first = 0; first < count; first += TILE) {
         const int n = int(std::min<int64_t>(TILE, count - first));
         Entry* group = candidates.data() + first;
+        if (first % AHEAD == 0) ahead(first);
         std::fill(sums, sums + TILE, 0.0f);
         std::fill(sqnorm, sqnorm + TILE, 0.0f);
         for (int r = 0; r < n; ++r) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "cpu/search/read_ahead.h"
 #include "cpu/threads.h"
 
 namespace mrl {
@@ -121,6 +122,8 @@ Status scan_narrow(Problem& p, const Rows& rows, const std::vector<int64_t>& whi
         }
         std::vector<float> room;
         (*best)[q].reserve(list.keep);
+        read_ahead(p.rows, list.keep, p.rows.packed_dim, p.dim,
+                   [&](int64_t e) { return row_of(list.of(i)[e].key); });
         for (const Entry* entry = list.of(i); entry < list.of(i) + list.keep; ++entry) {
             const double score = score_of(entry->key);
             if (score + list.error(i, score) < least) break;
