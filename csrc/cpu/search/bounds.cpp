@@ -148,6 +148,7 @@ bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
     for (size_t i = 0; i < queries_.size(); ++i)
         if (topks_[i].count > 0 && !(trial && columns_read[i] > trial->budget))
             p_.laddered() ? finish_ladder(i, trial != nullptr) : finish(i, trial != nullptr);
+    if (p_.laddered() && !on_disk_) on_disk_ = has_waited();
     return finite;
 }
 
@@ -231,16 +232,15 @@ void Pass::finish_ladder(size_t i, bool counting) {
                        count * 3 * p_.dim;  // in fp64
     if (counting) return;
     late_[i].insert(late_[i].end(), possible_.begin(), possible_.end());
-    if (!on_disk_ || late_[i].size() >= LATE) score_late(i);
+    if (late_[i].size() >= (on_disk_ ? LATE : 1)) score_late(i);
 }
 
 void Pass::score_late(size_t i) {
     std::vector<Final>& rows = late_[i];
-    if (rows.empty()) return;
-    poll();
     const int64_t q = queries_[i];
     std::sort(rows.begin(), rows.end());
-    on_disk_ = read_ahead(p_.rows, rows.size(), 0, p_.dim, [&](int64_t e) { return rows[e].row; });
+    if (on_disk_)
+        read_ahead(p_.rows, rows.size(), 0, p_.dim, [&](int64_t e) { return rows[e].row; });
     for (const Final& each : rows) {
         if (each.score < double(p_.threshold(q, p_.theta[q].load()))) break;
         p_.touched[q].fetch_add(1, std::memory_order_relaxed);

@@ -173,7 +173,7 @@ class Pass {
     float row_scale_[TILE] = {}, terms_[TERMS][TILE] = {};
     std::vector<Final> possible_;           // rows with their bounds
     std::vector<std::vector<Final>> late_;  // [queries]: those that are to be scored
-    bool on_disk_ = false;                  // whether rows that were scored last were not in memory
+    bool on_disk_ = false;                  // whether rows had to be read from disk
     std::vector<float> vector_, sums_, squares_;
     std::vector<int64_t> local_;
     std::vector<const Span*> spans_;
