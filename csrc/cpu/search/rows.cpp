@@ -110,11 +110,12 @@ const uint8_t* TileReader::codes(const Place& at) const {
     return tiles + at.tile * code_bytes_;
 }
 
-// Spreads the prefetching of a tile over the scans of all groups. Codes that one group reads are a
-// stream, which processors prefetch better themselves.
+// Spreads the prefetching of a tile over the scans of all groups. What few groups read is a stream,
+// which processors prefetch better themselves.
 void TileReader::ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const {
     const char* begin = static_cast<const char*>(tile);
-    if (of_codes(source_) && groups_ == 1) {
+    constexpr int64_t FEW_GROUPS = 2;
+    if (groups_ <= FEW_GROUPS) {
         scan->ahead = {};
         return;
     }
