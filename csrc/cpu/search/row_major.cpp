@@ -112,7 +112,7 @@ void sum_listed(const Kernels& kernels, Source source, const float* query, DType
     const void* last = pointers->back();
     pointers->resize(count + AHEAD, last);
     kernels.row_sums[int(source)]({query, cols, 1, pointers->data(), pointers->data() + AHEAD,
-                                   int(count), dtype, cols, sums, squares});
+                                   int(count), false, dtype, cols, sums, squares});
     pointers->resize(count);
 }
 

@@ -97,6 +97,7 @@ class RowMajorSums {
           dtype_(rows.dtype),
           first_(std::min(stage.dim, rows.packed_dim)),
           ahead_(rows_ahead((stage.dim - first_) * element_size(rows.dtype))),
+          cached_(rows.eligible() * (stage.dim - first_) * element_size(rows.dtype) < CACHED),
           source_(stage.source),
           queries_(queries),
           sums_(reading == Reading::PACKED ? 0 : queries.n * TILE) {}
@@ -107,9 +108,12 @@ class RowMajorSums {
         if (cols == 0) return;
         std::fill(sums_.begin(), sums_.end(), 0.0f);
         std::fill(squares_, squares_ + TILE, 0.0f);
+        // The rows that one query reads are a stream, which processors prefetch better themselves.
+        const bool stream = queries_.n == 1 && !cached_;
+        const void* const* ahead = stream ? nullptr : tiles.row_major() + ahead_;
         kernels_.row_sums[int(source_)]({queries_.data + first_, queries_.stride, int(queries_.n),
-                                         tiles.row_major(), tiles.row_major() + ahead_, scan.rows,
-                                         dtype_, cols, sums_.data(), squares_});
+                                         tiles.row_major(), ahead, scan.rows, cached_, dtype_, cols,
+                                         sums_.data(), squares_});
         float whole[TILE];
         std::copy_n(squares_, TILE, whole);
         kernels_.sqnorms(scan.segments[0], whole);
@@ -128,7 +132,9 @@ class RowMajorSums {
     }
     const Kernels& kernels_;
     const DType dtype_;
+    static constexpr int64_t CACHED = 12 << 20;  // bytes that last-level caches hold
     const int64_t first_, ahead_;  // the first of these columns; rows from one to that prefetched
+    const bool cached_;
     const Source source_;
     const Queries queries_;
     std::vector<float> sums_;   // [queries, TILE]

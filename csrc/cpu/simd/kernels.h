@@ -164,6 +164,7 @@ struct RowSums {
     const void* const* rows;   // [n]
     const void* const* ahead;  // [n], rows to prefetch meanwhile; null: none
     int n;                     // at most TILE where there are more queries than one
+    bool cached;  // the rows lie in the processor's caches, most likely
     DType dtype;
     int64_t cols;
     float* sums;     // [count, TILE], continued: Σ q·x or −Σ (q − x)²

@@ -1,9 +1,19 @@
-// Sums of row-major rows: columns in lanes, four rows at a time. Included after tile_kernels.h,
+// Sums of row-major rows: columns in lanes; the lanes of four rows are added up together. Included after tile_kernels.h,
 // whose Vec, W and step it uses.
 
 constexpr int ROWS = 4;
 
-// Adds the sums of Q queries with the rows from p.rows[r] on. Where SQUARES, which is for the first
+// Adds the sums of the lanes of n of four rows.
+inline void continue_sums(const Vec (&lanes)[ROWS], int n, float* to) {
+    float four[ROWS];
+    Simd::add_lanes(lanes, four);
+    if (n == ROWS)
+        for (int i = 0; i < ROWS; ++i) to[i] += four[i];
+    else
+        for (int i = 0; i < n; ++i) to[i] += four[i];
+}
+
+// Adds the sums of Q queries with the rows from p.rows[r] on, four rows side by side. Where SQUARES, which is for the first
 // queries, it adds Σ x² too, and prefetches.
 template <Source S, int Q, bool SQUARES, class T>
 inline void sum_rows(const RowSums& p, int r, int query) {
@@ -52,16 +62,48 @@ inline void sum_rows(const RowSums& p, int r, int query) {
                 values[q][c - whole] = queries[q * p.stride + c];
         add(x, values[0], W);
     }
-    const auto put = [&](const Vec(&lanes)[ROWS], float* to) __attribute__((always_inline)) {
-        float four[ROWS];
-        Simd::add_lanes(lanes, four);
-        if (n == ROWS)
-            for (int i = 0; i < ROWS; ++i) to[i] += four[i];
-        else
-            for (int i = 0; i < n; ++i) to[i] += four[i];
-    };
-    for (int q = 0; q < Q; ++q) put(sum[q], p.sums + (query + q) * TILE + r);
-    if (SQUARES) put(square, p.squares + r);
+    for (int q = 0; q < Q; ++q) continue_sums(sum[q], n, p.sums + (query + q) * TILE + r);
+    if (SQUARES) continue_sums(square, n, p.squares + r);
+}
+
+// The same for one query, a row after the other: memory is read fastest in its order.
+template <Source S, class T>
+inline void sum_linear(const RowSums& p, int r) {
+    constexpr int CHAINS = 4;  // of a row's sum
+    const int n = p.n - r < ROWS ? p.n - r : ROWS;
+    Vec sum[ROWS], square[ROWS];
+    for (int i = 0; i < ROWS; ++i) {
+        const int row = r + (i < n ? i : n - 1);
+        const T* x = static_cast<const T*>(p.rows[row]);
+        const char* ahead = p.ahead ? static_cast<const char*>(p.ahead[row]) : nullptr;
+        Vec sums[CHAINS], squares[CHAINS];
+        for (int k = 0; k < CHAINS; ++k) sums[k] = squares[k] = Simd::broadcast(0.0f);
+        const auto add = [&](int k, Vec query, Vec value) __attribute__((always_inline)) {
+            sums[k] = step<S>(query, value, sums[k]);
+            squares[k] = Simd::fma(value, value, squares[k]);
+        };
+        constexpr int64_t STEP = CHAINS * W, BYTES = STEP * sizeof(T), LINE = 64;
+        int64_t c = 0;
+        for (; c + STEP <= p.cols; c += STEP) {
+            for (int64_t byte = 0; ahead && byte < BYTES; byte += LINE)
+                __builtin_prefetch(ahead + c * int64_t(sizeof(T)) + byte);
+            for (int k = 0; k < CHAINS; ++k)
+                add(k, Simd::load(p.queries + c + k * W), Simd::load(x + c + k * W));
+        }
+        for (; c + W <= p.cols; c += W) add(0, Simd::load(p.queries + c), Simd::load(x + c));
+        if (c < p.cols) {  // the last columns, then zeros
+            float value[W] = {}, query[W] = {};
+            for (int64_t at = c; at < p.cols; ++at) {
+                query[at - c] = p.queries[at];
+                value[at - c] = widen(x + at);
+            }
+            add(0, Simd::load(query), Simd::load(value));
+        }
+        sum[i] = sums[0] + sums[1] + (sums[2] + sums[3]);
+        square[i] = squares[0] + squares[1] + (squares[2] + squares[3]);
+    }
+    continue_sums(sum, n, p.sums + r);
+    continue_sums(square, n, p.squares + r);
 }
 
 template <Source S, bool SQUARES, class T>
@@ -79,6 +121,9 @@ template <Source S>
 void row_sums(const RowSums& p) {
     with_element(p.dtype, [&](auto* type) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
+        const bool linear = p.count == 1 && !p.cached;
+        for (int r = 0; linear && r < p.n; r += ROWS) sum_linear<S, T>(p, r);
+        if (linear) return;
         for (int r = 0; r < p.n; r += ROWS)
             for (int q = 0; q < p.count; q += Simd::ROW_QUERIES) {
                 const int size = p.count - q < Simd::ROW_QUERIES ? p.count - q : Simd::ROW_QUERIES;
