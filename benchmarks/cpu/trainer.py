@@ -173,11 +173,12 @@ def step_of(provider: str, pairs: Pairs, width: int, rows: int) -> Callable[[], 
 
 
 def largest_batch(provider: str, width: int) -> int:
-    """The most pairs, a power of two, whose step fits LIMIT_MIB: each tried in its own process."""
+    """The most pairs, a power of two up to 65,536, whose step fits LIMIT_MIB: each tried in its own
+    process."""
     rows = 512
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "benchmarks.cpu.trainer", "--width", f"{width}"]
-    while rows < 1 << 18:
+    while rows < 1 << 16:
         asked = [*command, "--peak", provider, "--rows", f"{2 * rows}"]
         done = subprocess.run(asked, capture_output=True, text=True, env=environment, cwd=ROOT)
         if done.returncode or float(done.stdout.split()[-1]) > LIMIT_MIB:
