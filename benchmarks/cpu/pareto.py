@@ -213,6 +213,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--data", type=Path, default=os.environ.get("MRL_FAST_DATA"))
     options = parser.parse_args()
+    if options.out.suffix != ".png":
+        parser.error(f"--out: expected a FILE.png, got {options.out}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     generated = options.set in ("clustered", "centreless")
     rows = options.rows or (100_000 if generated else sys.maxsize)
     case = load(options.set, rows, folder=options.data)
@@ -222,7 +225,6 @@ def main() -> None:
         torch.set_num_threads(threads)
         points = [*mine, *scans(case, batch), *graphs(others)]
         found += measure(case, batch, points, options.repetitions)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     plot(options.out, case, found)
     numbers = {"data": str(case), "k": K} | machine() | {"points": found}
     options.out.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
