@@ -31,10 +31,10 @@ inline int64_t low_bytes(int64_t dim) { return 4 * code_steps(Source::NIBBLES, d
 struct CodedQuery {
     std::vector<char> steps;  // [steps, step_bytes]
     int64_t step_bytes;
-    int32_t offset;  // added to sums of CODES
-    float shift;     // added to sums of SIGNS and NIBBLES
-    float scale;     // the value of a sum of 1, but for the row's scale
-    double error;    // norm of the query less what its codes stand for; 0 for SIGNS
+    int32_t offset;             // added to sums of CODES
+    float shift;                // added to sums of SIGNS and NIBBLES
+    float scale;                // the value of a sum of 1, but for the row's scale
+    double error;               // norm of the query less what its codes stand for; 0 for SIGNS
     std::vector<int8_t> plain;  // the codes of CODES and NIBBLES, column by column
 };
 CodedQuery code_query(const Kernels& kernels, Source source, const float* x, int64_t dim);

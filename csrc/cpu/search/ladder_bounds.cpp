@@ -23,10 +23,9 @@ LadderBounds::LadderBounds(const Problem& problem, const std::vector<int64_t>& q
             own_.push_back(terms.squares > 0.0f ? -terms.squares * (1.0 - SLACK) : unit);
             inverse_.push_back(terms.normalized ? unit * p_.base[q] : 0.0);
             // Beyond fp32 a bound says nothing: NaN drops no row.
-            const bool bounded = ordinary(p_.norm[q] * p_.norm[q]) &&
-                                 std::isfinite(float(error_.back())) &&
-                                 std::isfinite(float(own_.back())) &&
-                                 std::isfinite(float(inverse_.back()));
+            const bool bounded =
+                ordinary(p_.norm[q] * p_.norm[q]) && std::isfinite(float(error_.back())) &&
+                std::isfinite(float(own_.back())) && std::isfinite(float(inverse_.back()));
             scales_.push_back(bounded ? float(unit * p_.codes[q].scale) : NAN);
             float* factors = factors_.data() + group.first * terms_ + i;
             factors[ERROR * group.size] = above(error_.back());
@@ -81,8 +80,7 @@ void LadderBounds::bound(size_t i, const Entry* entries, int64_t count, double g
             const auto stat = [&](int64_t which) {
                 return double(stats[which * span.stats_stride]);
             };
-            const double sum =
-                entries[first + e].partial + (double(sums[e]) + query.shift) / 16.0;
+            const double sum = entries[first + e].partial + (double(sums[e]) + query.shift) / 16.0;
             double bound = sum * scales_[i] * stat(CODE_SCALE) +
                            error_[i] * stat(LOW_ERROR) * (1.0 + SLACK) +
                            double(of_code_norm_[i]) * tile[CODE_NORM] +

@@ -4,8 +4,9 @@
 // Let q̂ and ŷ be what the codes of p = q − c and of y = x − c stand for. Then
 //   ⟨p, y⟩ <= ⟨q̂, ŷ⟩ + ‖p − q̂‖·‖ŷ‖ + ‖p‖·‖y − ŷ‖,
 // and Ladder lists the terms that the centre c adds. ‖y − ŷ‖ is a row's own; ‖y‖ plus that of four
-// bits, and the norms that rounding is a share of, are as large as the tile's greatest. Of eight bits
-// ‖y − ŷ‖ may be larger than of four: ‖p − q̂‖·‖y − ŷ‖ is in the factor of the row's own error, too.
+// bits, and the norms that rounding is a share of, are as large as the tile's greatest. Of eight
+// bits ‖y − ŷ‖ may be larger than of four: ‖p − q̂‖·‖y − ŷ‖ is in the factor of the row's own error,
+// too.
 #pragma once
 
 #include "cpu/search/scan.h"

@@ -11,9 +11,9 @@ std::atomic<int64_t> seed_columns{2800};
 
 namespace {
 
-constexpr int64_t SAMPLE_STEP = 16;  // every 16th tile makes a guess at θ
-constexpr int64_t SEED_STEP = 2;     // every second makes a first θ; every tile where codes do
-constexpr int64_t LADDER_STEP = 64;  // the most that is between two tiles of a ladder's sample
+constexpr int64_t SAMPLE_STEP = 16;    // every 16th tile makes a guess at θ
+constexpr int64_t SEED_STEP = 2;       // every second makes a first θ; every tile where codes do
+constexpr int64_t LADDER_STEP = 64;    // the most that is between two tiles of a ladder's sample
 constexpr int64_t PREDICT_TILES = 48;  // predict what bounds leave
 constexpr int64_t FEW_QUERIES = 4;     // tell for all whether bounds pay
 
@@ -89,9 +89,8 @@ Status plan_ladder(Problem& p, int64_t step, int threads, Plan* plan) {
     // Where bounds pay for few, no first θ is worth its scan.
     if (step == 1 || full.size() >= bounded.size()) return Status::OK;
     const double many_columns = double(TILE) * p.dim / 50.0;
-    const auto hard = std::partition(bounded.begin(), bounded.end(), [&](int64_t q) {
-        return p.predicted[q] < many_columns;
-    });
+    const auto hard = std::partition(bounded.begin(), bounded.end(),
+                                     [&](int64_t q) { return p.predicted[q] < many_columns; });
     std::vector<int64_t> some(hard, bounded.end());
     some.insert(some.end(), full.begin(), full.end());
     bounded.erase(hard, bounded.end());

@@ -9,8 +9,8 @@
 
 namespace mrl {
 
-// Whether this thread had to wait for pages from disk since it last asked. Takes 0.3 µs; false where
-// the system does not tell.
+// Whether this thread had to wait for pages from disk since it last asked. Takes 0.3 µs; false
+// where the system does not tell.
 bool has_waited();
 
 // Touches the places, in order, until one had to be read from disk; then asks the system for

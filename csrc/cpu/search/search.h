@@ -133,8 +133,8 @@ Status rerank(const Run& run, const Rows& rows, const Queries& queries, Metric m
 // rows, exact search makes no θ and no bounds. Tests set it to 0, so that few rows are bounded too.
 extern std::atomic<int64_t> seed_columns;
 
-// The best by `dim` columns, ranked by scores summed in fp64. touched[q] is the number of times that rows
-// were read beyond their prefix.
+// The best by `dim` columns, ranked by scores summed in fp64. touched[q] is the number of times
+// that rows were read beyond their prefix.
 Status exact_search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
                     Stage stage, const Results& results, int64_t* touched);
 

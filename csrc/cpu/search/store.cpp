@@ -104,9 +104,7 @@ class Writer {
         };
         const int64_t width = vectors_.dim, dims = layout_.ladder.dims.size();
         const bool divided = terms_of(layout_.ladder.metric).normalized;
-        const double unit = !divided           ? 1.0
-                            : stats.norm > 0.0 ? 1.0 / stats.norm
-                                               : 0.0;
+        const double unit = !divided ? 1.0 : stats.norm > 0.0 ? 1.0 / stats.norm : 0.0;
         stat(PREFIX_NORM) = above(stats.norm, width);
         stat(CODE_SCALE) = float(stats.scale * unit);
         // NaN, which drops nothing, where bounds in fp32 do not hold.

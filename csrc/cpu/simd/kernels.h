@@ -134,18 +134,18 @@ struct Segment {
 // One tile against one group of queries. A score is
 // sum · row_scale · query_scale + base + Σ_j term_factors[j] · term_values[j].
 struct Scan {
-    Segment segments[2];     // fp32 columns
-    const uint8_t* codes;    // [steps, TILE, bytes of a step]
-    int64_t steps;           // groups of four columns of CODES, of eight of SIGNS and NIBBLES
-    const void* panel;       // [cols, group] fp32; of codes [steps, group, bytes of a step]
-    const int32_t* offsets;  // [group], added to sums of CODES: −128 · Σ of the query's codes
-    const float* shifts;     // [group], added to sums of SIGNS and NIBBLES
-    const float* rest;                // [group, TILE], added to sums of columns; null: 0
-    const float* row_scale;           // [TILE]; null: scores are the bare sums
-    const float* query_scale;         // [group]
-    const float* bases;               // [group]; null: 0
-    const float* row_sqnorm;          // [TILE], kept in the entries
-    int terms;                        // how many there are
+    Segment segments[2];       // fp32 columns
+    const uint8_t* codes;      // [steps, TILE, bytes of a step]
+    int64_t steps;             // groups of four columns of CODES, of eight of SIGNS and NIBBLES
+    const void* panel;         // [cols, group] fp32; of codes [steps, group, bytes of a step]
+    const int32_t* offsets;    // [group], added to sums of CODES: −128 · Σ of the query's codes
+    const float* shifts;       // [group], added to sums of SIGNS and NIBBLES
+    const float* rest;         // [group, TILE], added to sums of columns; null: 0
+    const float* row_scale;    // [TILE]; null: scores are the bare sums
+    const float* query_scale;  // [group]
+    const float* bases;        // [group]; null: 0
+    const float* row_sqnorm;   // [TILE], kept in the entries
+    int terms;                 // how many there are
     const float* term_values[TERMS];  // [TILE] each
     const float* term_factors;        // [terms, group]
     Ahead ahead;
@@ -164,7 +164,7 @@ struct RowSums {
     const void* const* rows;   // [n]
     const void* const* ahead;  // [n], rows to prefetch meanwhile; null: none
     int n;                     // at most TILE where there are more queries than one
-    bool cached;  // the rows lie in the processor's caches, most likely
+    bool cached;               // the rows lie in the processor's caches, most likely
     DType dtype;
     int64_t cols;
     float* sums;     // [count, TILE], continued: Σ q·x or −Σ (q − x)²
@@ -195,8 +195,8 @@ struct Kernels {
     void (*advance)(Source source, Segment segment, const float* query, float* sums);
     void (*scan[SOURCES][MAX_GROUP])(Scan&);  // [source][group - 1]
     void (*row_sums[2])(const RowSums&);      // of products, of differences
-    // sums[r] = Σ over both halves of a row's bytes: the low ones with query[0, bytes), the high ones
-    // with what follows. There are as many rows and sums as n rounded up to whole fours.
+    // sums[r] = Σ over both halves of a row's bytes: the low ones with query[0, bytes), the high
+    // ones with what follows. There are as many rows and sums as n rounded up to whole fours.
     void (*dot_halves)(const uint8_t* const* rows, int64_t n, const int8_t* query, int64_t bytes,
                        float* sums);
     void (*widen_row)(const void* row, DType dtype, int64_t cols, float* out);

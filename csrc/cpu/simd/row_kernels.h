@@ -1,5 +1,5 @@
-// Sums of row-major rows: columns in lanes; the lanes of four rows are added up together. Included after tile_kernels.h,
-// whose Vec, W and step it uses.
+// Sums of row-major rows: columns in lanes; the lanes of four rows are added up together. Included
+// after tile_kernels.h, whose Vec, W and step it uses.
 
 constexpr int ROWS = 4;
 
@@ -13,8 +13,8 @@ inline void continue_sums(const Vec (&lanes)[ROWS], int n, float* to) {
         for (int i = 0; i < n; ++i) to[i] += four[i];
 }
 
-// Adds the sums of Q queries with the rows from p.rows[r] on, four rows side by side. Where SQUARES, which is for the first
-// queries, it adds Σ x² too, and prefetches.
+// Adds the sums of Q queries with the rows from p.rows[r] on, four rows side by side. Where
+// SQUARES, which is for the first queries, it adds Σ x² too, and prefetches.
 template <Source S, int Q, bool SQUARES, class T>
 inline void sum_rows(const RowSums& p, int r, int query) {
     const int n = p.n - r < ROWS ? p.n - r : ROWS;

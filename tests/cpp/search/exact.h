@@ -84,8 +84,8 @@ inline InRange rows_in_range(const std::vector<double>& scores, int64_t queries,
 }
 
 inline void check_range(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
-                 int64_t dim, double threshold, const std::vector<double>& scores,
-                 const InRange& right) {
+                        int64_t dim, double threshold, const std::vector<double>& scores,
+                        const InRange& right) {
     std::vector<std::vector<Neighbour>> found(1);
     CHECK(range_search(run, rows, queries, metric, dim, threshold, &found) == Status::OK);
     CHECK_EQUAL(found.size(), right.size());

@@ -187,8 +187,8 @@ Table queries_of_codes(const Setup& setup, int64_t n, float more, std::mt19937& 
     return table;
 }
 
-// Rows of many directions about the queries', and but for one column what eight bits stand for: only
-// a bound with the whole error of the query keeps them.
+// Rows of many directions about the queries', and but for one column what eight bits stand for:
+// only a bound with the whole error of the query keeps them.
 Table along_the_queries(const Setup& setup, const Table& queries, int64_t n, std::mt19937& random) {
     Table table = make_table(n, WIDTH, DType::F32, random);
     for (int64_t row = 0; row < n; ++row)
