@@ -142,12 +142,13 @@ const LadderStats& LadderCoder::code(const float* x) {
 // less than what finer codes save. 0, where all values are tiny: then the error is the norm.
 float LadderCoder::reach_of(float largest) const {
     constexpr float DEVIATIONS = 2.7f;  // with 16 codes, best for normally distributed values
+    constexpr float WORTH = 1.15f;      // so much finer codes save more than eight bits then lose
     if (largest < TINY) return 0.0f;
     const int64_t width = ladder_.dims.back();
     const float* y = beside_.data();
     const double square = kernels_.dot64(y, y, width);
     const float reach = DEVIATIONS * float(std::sqrt(square / double(width)));
-    if (!(reach < largest)) return largest;
+    if (!(WORTH * reach < largest)) return largest;
     constexpr int LANES = 8;
     float beyond[LANES] = {}, sum = 0.0f;
     for (int64_t c = 0; c < int64_t(beside_.size()); c += LANES)
