@@ -21,6 +21,7 @@ OPTIONS = {  # metric, dtype, prefix_dtype, codes
     "v1/float32": ("cosine", "float32", "float32", None),
     "v1/int8": ("l2", "float16", "int8", None),  # and rotated
     "v2/bits": ("cosine", "float32", "float32", "bits"),
+    "v3/bits": ("cosine", "float32", "float32", "bits"),
 }
 
 
