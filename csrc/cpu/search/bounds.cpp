@@ -33,8 +33,7 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
       k(k_),
       margin(rounding(dim_)),
       theta(queries.n),
-      touched(queries.n),
-      predicted(queries.n) {
+      touched(queries.n) {
     if (is_whole()) levels = rows.levels;
     if (!levels.empty()) stops.assign(levels.begin() + 1, levels.end());
     stops.push_back(dim);
@@ -124,6 +123,11 @@ void Pass::prepare(Scan* scan) {
     for (int j = 0; j < TERMS; ++j) scan->term_values[j] = terms_[j];
 }
 
+void Pass::of_group(const Panel::Group& group, Scan* scan) const {
+    scan->query_scale = scales_.data() + group.first;
+    scan->term_factors = factors_.data() + group.first * TERMS;
+}
+
 bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
     for (size_t i = 0; i < queries_.size(); ++i) {
         topks_[i].count = 0;
@@ -137,9 +141,7 @@ bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
         p_.laddered() ? ladder_.prepare(reader_, &scan) : prepare(&scan);
         for (const Panel::Group& group : panel_.groups()) {
             panel_.put(group, &scan);
-            scan.query_scale = scales_.data() + group.first;
-            scan.term_factors = factors_.data() + group.first * TERMS;
-            if (p_.laddered()) ladder_.of_group(group, &scan);
+            p_.laddered() ? ladder_.of_group(group, &scan) : of_group(group, &scan);
             scan.topk = topks_.data() + group.first;
             scan.thresholds = thresholds_.data() + group.first;
             p_.kernels.scan[int(source_)][group.size - 1](scan);
@@ -148,7 +150,7 @@ bool Pass::run(int64_t begin, int64_t end, const Trial* trial) {
     for (size_t i = 0; i < queries_.size(); ++i)
         if (topks_[i].count > 0 && !(trial && columns_read[i] > trial->budget))
             p_.laddered() ? finish_ladder(i, trial != nullptr) : finish(i, trial != nullptr);
-    if (p_.laddered() && !on_disk_) on_disk_ = has_waited();
+    if (!on_disk_) on_disk_ = has_waited();
     return finite;
 }
 
@@ -196,7 +198,7 @@ void Pass::finish(size_t i, bool counting) {
         for (int64_t e = 0; e < count; ++e)
             pointers_[e] = suffix_at(p_.rows, *spans_[e], local_[e], from);
         pointers_.resize(count);
-        read_ahead(pointers_, cols * element_size(p_.rows.dtype));
+        if (on_disk_) read_ahead(pointers_, cols * element_size(p_.rows.dtype));
         sum_listed(p_.kernels, Source::PRODUCT, p_.data[q] + from, p_.rows.dtype, cols, &pointers_,
                    sums_.data(), squares_.data());
         columns_read[i] += count * cols;

@@ -107,7 +107,6 @@ struct Problem {
     std::vector<CodedQuery> codes;
     std::vector<std::atomic<double>> theta;
     std::vector<std::atomic<int64_t>> touched;
-    std::vector<double> predicted;  // [n]: columns that bounds leave to be read, a tile
 };
 
 // One thread's pass over chunks of rows for some of the queries.
@@ -136,7 +135,7 @@ class Pass {
             topks_.push_back(
                 {entries_.get() + i * (CHUNK_ROWS + 1), 0, CHUNK_ROWS + 1, CHUNK_ROWS + 1});
         for (const Panel::Group& group : panel.groups())
-            for (int64_t i = 0; i < group.size; ++i) factor(group, i);
+            for (int64_t i = 0; i < group.size && !p_.laddered(); ++i) factor(group, i);
     }
 
     // A guess at each query's θ, and the number of columns beyond which counting may stop.
@@ -153,6 +152,7 @@ class Pass {
   private:
     void factor(const Panel::Group& group, int64_t i);
     void prepare(Scan* scan);
+    void of_group(const Panel::Group& group, Scan* scan) const;
     void finish(size_t i, bool counting);
     void finish_ladder(size_t i, bool counting);
     void score_late(size_t i);

@@ -85,12 +85,12 @@ Status plan_ladder(Problem& p, int64_t step, int threads, Plan* plan) {
     auto& [bounded, full, guess] = *plan;
     Status status = seed(p, bounded, step, threads, &guess);
     if (status != Status::OK) return status;
-    split(p, guess, step, threads, &bounded, &full);
+    const std::vector<double> left = split(p, guess, step, threads, &bounded, &full);
     // Where bounds pay for few, no first θ is worth its scan.
     if (step == 1 || full.size() >= bounded.size()) return Status::OK;
     const double many_columns = double(TILE) * p.dim / 50.0;
     const auto hard = std::partition(bounded.begin(), bounded.end(),
-                                     [&](int64_t q) { return p.predicted[q] < many_columns; });
+                                     [&](int64_t q) { return left[q] < many_columns; });
     std::vector<int64_t> some(hard, bounded.end());
     some.insert(some.end(), full.begin(), full.end());
     bounded.erase(hard, bounded.end());
@@ -157,9 +157,10 @@ bool many(const Problem& p) {
     return p.rows.eligible() <= MANY * std::max<int64_t>(p.k - FEW, 0) + 2 * p.k;
 }
 
-void split(Problem& p, const std::vector<double>& guess, int64_t step, int threads,
-           std::vector<int64_t>* which, std::vector<int64_t>* full) {
-    if (which->empty()) return;
+std::vector<double> split(Problem& p, const std::vector<double>& guess, int64_t step, int threads,
+                          std::vector<int64_t>* which, std::vector<int64_t>* full) {
+    std::vector<double> left(p.data.size());
+    if (which->empty()) return left;
     const std::vector<int64_t> all = *which;
     const int64_t n = all.size();
     const Panel panel = panel_of(p, all);
@@ -186,7 +187,7 @@ void split(Problem& p, const std::vector<double>& guess, int64_t step, int threa
         }
         for (int64_t i = 0; i < n; ++i) columns[i] += pass.columns_read[i];
     });
-    for (int64_t i = 0; i < n; ++i) p.predicted[all[i]] = double(columns[i]) / double(sampled);
+    for (int64_t i = 0; i < n; ++i) left[all[i]] = double(columns[i]) / double(sampled);
     // The fewer give up, the more their scan costs each, so that fewer still do.
     auto gives_up = [&](int64_t i, int64_t with) { return columns[i] >= budget(with); };
     const int64_t before = full->size();
@@ -198,6 +199,7 @@ void split(Problem& p, const std::vector<double>& guess, int64_t step, int threa
     }
     which->clear();
     for (int64_t i = 0; i < n; ++i) (gives_up(i, with) ? full : which)->push_back(all[i]);
+    return left;
 }
 
 Status make_plan(Problem& p, bool tiles, int threads, Plan* plan) {

@@ -16,9 +16,9 @@ Status make_plan(Problem& p, bool tiles, int threads, Plan* plan);
 
 // Leaves in `which` the queries for which bounds cost less than reading every row does, by a sample
 // of the rows and a guess at each θ, and moves the others to `full`. Every step-th tile is in
-// cache.
-void split(Problem& p, const std::vector<double>& guess, int64_t step, int threads,
-           std::vector<int64_t>* which, std::vector<int64_t>* full);
+// cache. Returns [n], by query: the columns a tile that bounds leave to be read.
+std::vector<double> split(Problem& p, const std::vector<double>& guess, int64_t step, int threads,
+                          std::vector<int64_t>* which, std::vector<int64_t>* full);
 
 Panel panel_of(const Problem& p, const std::vector<int64_t>& which);
 
