@@ -28,6 +28,7 @@ PYBIND11_MODULE(_C, m) {
         }
     });
     m.attr("TILE") = TILE;
+    m.attr("SCALE_BYTES") = SCALE_BYTES;
     m.def("use_openmp", [](const std::string& library) { return use_openmp(library.c_str()); });
     m.def("available", [] {
         std::vector<std::string> names;

@@ -71,6 +71,7 @@ void bind_types(py::module_& m) {
         .value("F32", DType::F32)
         .value("F16", DType::F16)
         .value("BF16", DType::BF16)
+        .value("I8", DType::I8)
         .finalize();
     py::class_<MetricTerms>(m, "MetricTerms")
         .def_property_readonly("number",

@@ -163,7 +163,8 @@ def _check_rows(index: MatryoshkaIndex, vectors: Vectors, out: Path) -> None:
             f"--out: expected at most the {vectors.rows:,} rows of {vectors.name} in {out}, got "
             f"{count:,}; --overwrite builds anew"
         )
-    ids, dtype = index.ids, torch.finfo(getattr(torch, index.dtype))
+    ids, coded = index.ids, index.dtype == "int8"
+    dtype = torch.finfo(getattr(torch, "float32" if coded else index.dtype))
     for row in sorted({0, count - 1}) if count else ():
         part, given, _ = next(vectors.chunks(1, row))
         there, here = index.reconstruct(ids[row : row + 1]), as_tensor(part, "vectors").float()
@@ -171,6 +172,8 @@ def _check_rows(index: MatryoshkaIndex, vectors: Vectors, out: Path) -> None:
         moved = float(torch.linalg.vector_norm(there - here))
         # Rounding to the dtype, and in fp32 where the rows were rotated there and back.
         rounding = dtype.eps * (norm + dtype.tiny * vectors.width**0.5) + 1e-5 * norm
+        if coded:  # each value by half a 127th of the largest at most
+            rounding += vectors.width**0.5 * norm / 254
         if int(ids[row]) != (row if given is None else given[0]) or not moved <= rounding:
             raise ValueError(
                 f"--out: expected {out} to hold the first rows of {vectors.name}, got another "

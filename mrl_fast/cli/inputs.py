@@ -193,6 +193,7 @@ def naming_rows(vectors: Vectors, part: Any, row: int, dtype: str = "float32") -
         yield
     except ValueError as error:
         path, _ = vectors.source.place(row)
+        dtype = "float32" if dtype == "int8" else dtype  # what is rounded to codes
         finite = torch.isfinite(as_tensor(part, "vectors").to(getattr(torch, dtype))).all(dim=1)
         if not bool(finite.all()):
             path, row = vectors.source.place(row + int((~finite).nonzero()[0]))

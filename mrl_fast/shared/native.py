@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import mrl_fast._C as _C
-from mrl_fast._C import METRICS, TILE, DType, Rows, Stat, TileStat, pack_flags
+from mrl_fast._C import METRICS, SCALE_BYTES, TILE, DType, Rows, Stat, TileStat, pack_flags
 from mrl_fast.shared import memory
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ISA",
     "METRICS",
     "OPENMP",
+    "SCALE_BYTES",
     "TILE",
     "_C",
     "Rows",
@@ -29,7 +30,12 @@ __all__ = [
     "run",
 ]
 
-DTYPES = {torch.float32: DType.F32, torch.float16: DType.F16, torch.bfloat16: DType.BF16}
+DTYPES = {
+    torch.float32: DType.F32,
+    torch.float16: DType.F16,
+    torch.bfloat16: DType.BF16,
+    torch.int8: DType.I8,
+}
 
 ISA = ""  # the instruction set; empty is the best this processor has. Tests set it.
 threads: int | None = None  # of a call, as shared/threads.py sets it; None: as many as PyTorch's

@@ -39,6 +39,7 @@ from tests.helpers.cli_index import (
         {"metric": "ip", "dtype": "float16", "prefix_dtype": "int8"},
         {"codes": "bits"},
         {"metric": "l2", "dtype": "bfloat16"},
+        {"dtype": "int8"},
         {"rotation": "pca"},
     ],
 )

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.search.disk import manifest as manifests
-from mrl_fast.search.index.config import DTYPES
 from mrl_fast.testing import assert_same_topk
-from tests.helpers.search import brute_force
+from tests.helpers.search import brute_force, held
 
 # How many times as long random tests run as in the test suite; `make fuzz` sets it.
 TIMES = int(os.environ.get("MRL_FAST_FUZZ", "1"))
@@ -83,7 +82,7 @@ class Answers:
         if rotation is not None and len(x):  # exact means by the vectors as stored
             x, q = rotation.apply(x), rotation.apply(q)
         self.ids = torch.tensor(model.ids, dtype=torch.int64)
-        self.scores = brute_force(q, x.to(DTYPES[index.dtype]), index.metric)  # [B, N]
+        self.scores = brute_force(q, held(x, index.dtype), index.metric)  # [B, N]
         if among is not None:
             out = torch.tensor([i not in among for i in model.ids], dtype=torch.bool)
             self.scores[:, out] = -torch.inf
@@ -133,7 +132,7 @@ def assert_same(index: MatryoshkaIndex, model: Model, seed: int = 0) -> None:
     assert len(index) == len(model.vectors) and index.ids.tolist() == model.ids
     back = index.reconstruct(index.ids)
     if index.rotation is None:
-        assert torch.equal(back, model.matrix.to(DTYPES[index.dtype]).float())
+        assert torch.equal(back, held(model.matrix, index.dtype))
     else:
         rounding = 1e-5 if index.dtype == "float32" else 0.05
         torch.testing.assert_close(back, model.matrix, atol=rounding, rtol=rounding)

@@ -30,7 +30,7 @@ def recall(index, queries, stages):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("centre", [0.0, 5.0])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_few_bits_of_all_columns_rank_well(dtype, centre, metric):
     index = MatryoshkaIndex(DIMS, metric=metric, dtype=dtype, codes="bits")
     index.add(nested(6000, centre=centre))

@@ -66,6 +66,7 @@ def in_a_gap(scores):
         {"prefix_dtype": "int8"},
         {"dtype": "bfloat16", "rotation": "pca"},
         {"dtype": "float16", "prefix_dtype": "int8"},
+        {"dtype": "int8"},
     ],
     ids=str,
 )

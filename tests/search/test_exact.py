@@ -8,7 +8,7 @@ from mrl_fast import _C, MatryoshkaIndex
 from mrl_fast.search.index import store
 from mrl_fast.shared import native
 from tests.helpers.coding import CODINGS, coding
-from tests.helpers.search import METRICS, brute_force
+from tests.helpers.search import METRICS, brute_force, held
 
 
 def best(q, x, k, metric):
@@ -82,11 +82,11 @@ def test_one_row_beyond_the_sums_of_fp32(metric, rows, queries, as_shipped):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("prefix_dtype", CODINGS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("dims", [(16, 100), (7, 100), (100,), (33, 64, 100)], ids=str)
 def test_clustered(metric, prefix_dtype, dtype, dims):
     x, q = clustered(6000, 100)
-    x = x.to(getattr(torch, dtype)).float()
+    x = held(x, dtype)
     index = build(x, dims, metric, 1, 4999, 1000, dtype=dtype, **coding(prefix_dtype))
     result = assert_exact(index, q, x, 10, metric)
     if prefix_dtype == "int8" and dims[0] > 30:  # an assertion on all rows would test no bound

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.disk import tensorfile
-from mrl_fast.search.index.codes import CODES, TILED
+from mrl_fast.search.index.codes import TILED
 from mrl_fast.shared.types import Tuned
 from tests.helpers.coding import CODINGS, coding
 from tests.helpers.index_model import (  # noqa: F401
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.mark.parametrize("rotation", [None, "pca"])
 @pytest.mark.parametrize("prefix_dtype", CODINGS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_round_trip(metric, dtype, prefix_dtype, rotation, tmp_path):
     options = dict(metric=metric, dtype=dtype, **coding(prefix_dtype), rotation=rotation)
@@ -177,7 +177,7 @@ def test_many_small_saves(rows, saves, files, tmp_path):
 
 
 @pytest.mark.parametrize("prefix_dtype", CODINGS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_other_programs_can_read_the_files(dtype, prefix_dtype, tmp_path):
     index, model = build(dtype=dtype, **coding(prefix_dtype), rotation="pca")
     change(index, model)
@@ -203,7 +203,7 @@ def test_other_programs_can_read_the_files(dtype, prefix_dtype, tmp_path):
                     used = count % 64
                     rest = tensors[array][whole:].narrow(1 + axis, used, 64 - used)
                     assert not rest.any()
-            assert set(tensors) == {"ids", "tail", "stats", *CODES[prefix_dtype].arrays}
+            assert set(tensors) == {"ids", "tail", "stats", *index.config.code.arrays}
         elif name.startswith("axes"):
             assert torch.equal(tensors["axes"][: index.width], index.rotation)
         else:

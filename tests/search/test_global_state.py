@@ -31,6 +31,7 @@ OPTIONS = [
     {"metric": "ip", "prefix_dtype": "int8"},
     {"metric": "l2", "dtype": "bfloat16", "rotation": "pca"},
     {"dtype": "float16", "prefix_dtype": "int8", "rotation": "pca"},
+    {"dtype": "int8"},
 ]
 
 

@@ -45,6 +45,7 @@ OPTIONS = [
     {},
     {"prefix_dtype": "int8", "rotation": "pca", "dtype": "bfloat16", "metric": "l2"},
     {"dtype": "float16", "metric": "ip"},
+    {"dtype": "int8", "metric": "ip"},
 ]
 
 

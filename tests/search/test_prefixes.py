@@ -6,7 +6,7 @@ import torch
 from mrl_fast import ExactResult, MatryoshkaIndex, funnel_search, prefix_topk
 from mrl_fast.shared.types import Tuned
 from tests.helpers.coding import CODINGS, coding
-from tests.helpers.search import METRICS, brute_force
+from tests.helpers.search import METRICS, brute_force, held
 
 DIMS = (7, 16, 48, 64)
 
@@ -53,13 +53,13 @@ def check_exact(index, q, x, ids, dim, k, **options):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("code", CODINGS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_exact(metric, code, dtype):
     x, q = clustered(2500)
     index = MatryoshkaIndex(DIMS, metric=metric, dtype=dtype, **coding(code))
     for part in x.split([1, 1999, 500]):
         index.add(part)
-    x, ids = x.to(getattr(torch, dtype)).float(), torch.arange(2500)
+    x, ids = held(x, dtype), torch.arange(2500)
     for dim in DIMS:
         check_exact(index, q, x, ids, dim, 10)
     kept = (ids % 5 != 2) & (ids > 70)

@@ -8,7 +8,7 @@ import torch
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.shared.native import METRICS as METRIC_TERMS
 from tests.helpers.coding import CODINGS, coding
-from tests.helpers.search import METRICS
+from tests.helpers.search import METRICS, held
 from tests.search.test_exact import best
 
 ROWS, WIDTH = 12_000, 36
@@ -104,10 +104,10 @@ def test_cosines_closer_than_fp64_tells(prefix_dtype):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("k", [90, 100, 5000, ROWS, ROWS + 7])  # a 128th of the rows is 93
 def test_many_neighbours(k, dtype, metric):
-    x = rows_of("few equal among many", ROWS, WIDTH).to(getattr(torch, dtype)).float()
+    x = held(rows_of("few equal among many", ROWS, WIDTH), dtype)
     queries = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(3))
     index = MatryoshkaIndex((9, WIDTH), metric=metric, dtype=dtype)
     index.add(x)

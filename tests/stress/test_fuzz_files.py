@@ -48,6 +48,7 @@ def bases(root):
         {"metric": "l2", "dtype": "bfloat16", "rotation": "pca"},
         {"metric": "ip", "dtype": "float16", "prefix_dtype": "int8"},
         {"metric": "cosine", "prefix_dtype": "int8", "rotation": "pca"},
+        {"metric": "ip", "dtype": "int8"},
     ]):  # fmt: skip
         folder = root / f"base{i}"
         index, model = build(rows=70, seed=i, **options)

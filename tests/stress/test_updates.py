@@ -36,7 +36,7 @@ class Machine(RuleBasedStateMachine):
         self.left: list[tuple[MatryoshkaIndex, Model]] = []  # whose files may be gone
 
     @initialize(
-        dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+        dtype=st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
         rotation=st.sampled_from([None, "pca"]),
         rows=st.sampled_from([0, 1, 64, 300]),
         seed=SEEDS,

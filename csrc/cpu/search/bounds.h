@@ -63,7 +63,7 @@ struct Problem {
         return laddered() ? std::clamp<int64_t>(CODES / (TILE * dim), 1, CHUNK_TILES) : CHUNK_TILES;
     }
     // Whether a bound costs less than a score.
-    bool prunes() const { return coded() || !levels.empty(); }
+    bool prunes() const { return coded() || (prefix() > 0 && !levels.empty()); }
     double tail(int64_t q, size_t level) const {
         return level < levels.size() ? tails[q * levels.size() + level] : 0.0;
     }
@@ -177,7 +177,7 @@ class Pass {
     std::vector<float> vector_, sums_, squares_;
     std::vector<int64_t> local_;
     std::vector<const Span*> spans_;
-    std::vector<const void*> pointers_;
+    std::vector<RowColumns> pointers_;
 };
 
 }  // namespace mrl

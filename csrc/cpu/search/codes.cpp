@@ -1,6 +1,7 @@
 #include "cpu/search/codes.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -51,17 +52,25 @@ CodedQuery signs_of(const float* x, int64_t dim) {
 
 }  // namespace
 
-Codes encode(const float* x, int64_t dim) {
-    Codes coded = {std::vector<int8_t>((dim + 3) / 4 * 4), 0.0f, 0.0};
+float quantize(const float* x, int64_t dim, float least, int8_t* codes) {
+    constexpr float MOST = 0.9999999f * (FLT_MAX / 127.0f);  // 127 times it is finite
+    constexpr float WHOLE = 12582912.0f;  // 1.5 · 2^23: what is added to it is rounded to integers
     float largest = 0.0f;
     for (int64_t c = 0; c < dim; ++c) largest = std::max(largest, std::abs(x[c]));
-    if (largest < TINY) largest = 0.0f;  // all codes are 0, and the error is the norm
-    coded.scale = largest / 127.0f;
+    if (largest < least) largest = 0.0f;
     const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-    double error = 0.0;
     for (int64_t c = 0; c < dim; ++c) {
         const float scaled = std::min(std::max(x[c] * inverse, -127.0f), 127.0f);
-        coded.codes[c] = int8_t(std::lrint(scaled));
+        codes[c] = int8_t(int32_t(scaled + WHOLE - WHOLE));
+    }
+    return std::min(largest / 127.0f, MOST);
+}
+
+Codes encode(const float* x, int64_t dim) {
+    Codes coded = {std::vector<int8_t>((dim + 3) / 4 * 4), 0.0f, 0.0};
+    coded.scale = quantize(x, dim, TINY, coded.codes.data());
+    double error = 0.0;
+    for (int64_t c = 0; c < dim; ++c) {
         const double rest = x[c] - double(coded.scale) * coded.codes[c];
         error += rest * rest;
     }

@@ -17,7 +17,8 @@
 
 namespace mrl {
 
-constexpr float TINY = 1e-30f;  // vectors of smaller values have codes of 0
+constexpr float TINY = 1e-30f;         // vectors of smaller values have codes of 0
+constexpr float LEAST_CODED = 2e-36f;  // the same of rows of I8, whose scales are never subnormal
 
 inline int64_t code_steps(Source source, int64_t dim) {
     return source == Source::CODES ? (dim + 3) / 4 : (dim + 15) / 16 * 2;
@@ -46,6 +47,9 @@ struct Codes {
     double error;  // norm of the prefix less what the codes stand for
 };
 Codes encode(const float* x, int64_t dim);
+// Rounds x to codes of −127 to 127 and returns their scale, max |x| / 127; all are 0 where no value
+// is as large as `least`.
+float quantize(const float* x, int64_t dim, float least, int8_t* codes);
 // Writes a row's codes to its tile.
 void put_codes(const Codes& codes, int64_t row, uint8_t* tiles);
 

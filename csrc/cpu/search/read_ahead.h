@@ -15,12 +15,12 @@ bool has_waited();
 
 // Touches the places, in order, until one had to be read from disk; then asks the system for
 // `bytes` from each on. Whether there was one; false where the system does not tell.
-bool read_ahead(const std::vector<const void*>& places, size_t bytes);
+bool read_ahead(const std::vector<RowColumns>& places, size_t bytes);
 
 // The same for columns [from, to) of the suffixes of `count` rows; row_at(i) is one's number.
 template <class RowAt>
 bool read_ahead(const Rows& rows, int64_t count, int64_t from, int64_t to, const RowAt& row_at) {
-    std::vector<const void*> places(count);
+    std::vector<RowColumns> places(count);
     for (int64_t i = 0; i < count; ++i) {
         const int64_t row = row_at(i);
         const Span& span = span_of(rows, row);

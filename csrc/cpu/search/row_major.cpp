@@ -105,11 +105,11 @@ std::vector<int64_t> scan_row_major(const Run& run, const Rows& rows, const Quer
 }
 
 void sum_listed(const Kernels& kernels, Source source, const float* query, DType dtype,
-                int64_t cols, std::vector<const void*>* pointers, float* sums, float* squares) {
+                int64_t cols, std::vector<RowColumns>* pointers, float* sums, float* squares) {
     constexpr size_t AHEAD = 4;  // rows
     const size_t count = pointers->size();
     if (count == 0) return;
-    const void* last = pointers->back();
+    const RowColumns last = pointers->back();
     pointers->resize(count + AHEAD, last);
     kernels.row_sums[int(source)]({query, cols, 1, pointers->data(), pointers->data() + AHEAD,
                                    int(count), false, dtype, cols, sums, squares});
@@ -120,7 +120,7 @@ void rank_row_major(const Kernels& kernels, const Rows& rows, const float* query
                     Stage stage, std::vector<Entry>* candidates) {
     const MetricTerms& terms = terms_of(metric);
     const size_t count = candidates->size();
-    std::vector<const void*> pointers;
+    std::vector<RowColumns> pointers;
     for (const Entry& entry : *candidates) {
         const int64_t row = row_of(entry.key);
         const Span& span = span_of(rows, row);

@@ -162,11 +162,9 @@ bool TileReader::read(int64_t tile, Scan* scan) {
 }
 
 // Points to the suffixes of a tile's rows.
-void TileReader::point(const Span& span, int64_t tile, const void** pointers) const {
-    const char* row =
-        static_cast<const char*>(suffix_at(rows_, span, tile * TILE, rows_.packed_dim));
-    const int64_t bytes = span.stride * element_size(rows_.dtype);
-    for (int r = 0; r < TILE; ++r) pointers[r] = row + r * bytes;
+void TileReader::point(const Span& span, int64_t tile, RowColumns* pointers) const {
+    for (int r = 0; r < TILE; ++r)
+        pointers[r] = suffix_at(rows_, span, tile * TILE + r, rows_.packed_dim);
 }
 
 bool TileReader::pack(Scan* scan, float* tile) {

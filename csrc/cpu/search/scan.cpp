@@ -184,7 +184,7 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
     const std::unique_ptr<float[]> tile(new float[std::min(COLUMN_BLOCK, to - from) * TILE]);
     // Points to a column of each of the TILE candidates from `first` on; the last candidate stands
     // for those beyond the end.
-    auto point = [&](int64_t first, int64_t column, const void** pointers) {
+    auto point = [&](int64_t first, int64_t column, RowColumns* pointers) {
         for (int r = 0; r < TILE; ++r) {
             const int64_t row = row_of(candidates[std::min(first + r, count - 1)].key);
             const Span& span = span_of(rows, row);
@@ -195,7 +195,7 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
         read_ahead(rows, std::min(AHEAD, count - first), from, to,
                    [&](int64_t i) { return row_of(candidates[first + i].key); });
     };
-    const void *pointers[2][TILE], **now = pointers[0], **next = pointers[1];
+    RowColumns pointers[2][TILE], *now = pointers[0], *next = pointers[1];
     float sums[TILE], sqnorm[TILE];
     if (count > 0) point(0, from, now);
     for (int64_t first = 0; first < count; first += TILE) {

@@ -84,9 +84,10 @@ inline int64_t id_of(const Rows& rows, int64_t row) {
     return span.ids ? span.ids[row - span.first] : row;
 }
 // The address of a column of the suffix; `row` counts from the span's first.
-inline const void* suffix_at(const Rows& rows, const Span& span, int64_t row, int64_t column) {
-    return static_cast<const char*>(span.suffix) +
-           (row * span.stride + column - rows.packed_dim) * element_size(rows.dtype);
+inline RowColumns suffix_at(const Rows& rows, const Span& span, int64_t row, int64_t column) {
+    const int64_t size = element_size(rows.dtype);
+    const char* begin = static_cast<const char*>(span.suffix) + row * span.stride * size;
+    return {begin + row_header(rows.dtype) + (column - rows.packed_dim) * size, begin};
 }
 
 // As many threads as the work is worth.
@@ -139,7 +140,7 @@ class TileReader {
     bool read(int64_t tile, Scan* scan);
     // [2 * TILE]: where the columns of the last tile's rows lie that are not in it; then those of
     // rows to prefetch.
-    const void* const* row_major() const { return pointers_; }
+    const RowColumns* row_major() const { return pointers_; }
     int64_t row_major_columns() const { return reading_ == Reading::PACKED ? 0 : suffix_; }
     // [TILE]: a statistic of the rows of the last tile read, which was not gathered. Of a tile that
     // is not full they are copied to `copy`, as another thread may be writing those of the rest.
@@ -158,7 +159,7 @@ class TileReader {
     };
     Place place(int64_t i);
     bool gather(int64_t tile, Scan* scan);
-    void point(const Span& span, int64_t tile, const void** pointers) const;
+    void point(const Span& span, int64_t tile, RowColumns* pointers) const;
     bool pack(Scan* scan, float* tile);
     void ahead(Scan* scan, const void* tile, int64_t steps, int64_t bytes) const;
     const uint8_t* codes(const Place& at) const;
@@ -174,7 +175,7 @@ class TileReader {
     std::vector<int64_t> starts_;  // [spans + 1]: tiles before each span
     size_t at_ = 0;                // the span of the last place
     std::vector<float> unpacked_;  // [columns, TILE]
-    const void* pointers_[2 * TILE];
+    RowColumns pointers_[2 * TILE];
     const Span* span_ = nullptr;
     int64_t local_ = 0;  // the last tile read, counted from its span's first
 };
@@ -235,7 +236,7 @@ struct LaterStage {
 // Continues sums and squares of listed rows with one query, in no particular order of columns.
 // `pointers`, to the first of these, are as before afterwards.
 void sum_listed(const Kernels& kernels, Source source, const float* query, DType dtype,
-                int64_t cols, std::vector<const void*>* pointers, float* sums, float* squares);
+                int64_t cols, std::vector<RowColumns>* pointers, float* sums, float* squares);
 
 // Continues one query's candidates and keeps the best, in order.
 Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,

@@ -110,7 +110,7 @@ class RowMajorSums {
         std::fill(squares_, squares_ + TILE, 0.0f);
         // The rows that one query reads are a stream, which processors prefetch better themselves.
         const bool stream = queries_.n == 1 && !cached_;
-        const void* const* ahead = stream ? nullptr : tiles.row_major() + ahead_;
+        const RowColumns* ahead = stream ? nullptr : tiles.row_major() + ahead_;
         kernels_.row_sums[int(source_)]({queries_.data + first_, queries_.stride, int(queries_.n),
                                          tiles.row_major(), ahead, scan.rows, cached_, dtype_, cols,
                                          sums_.data(), squares_});

@@ -65,7 +65,7 @@ struct Span {
 struct Rows {
     std::vector<Span> spans;  // in order
     int64_t packed_dim, code_dim;
-    DType dtype;                  // of the suffix
+    DType dtype;                  // of the suffix; with I8, packed_dim is 0
     std::vector<int64_t> levels;  // columns from which TAIL_NORM sums; the first ends the prefix
     Ladder ladder = {};
     int64_t width = 0;  // columns that the statistics are of; 0: those that are searched
@@ -156,14 +156,16 @@ struct SpanArrays {
     uint8_t* codes;
     float* stats;
     int64_t stats_stride;
-    void* suffix;  // of the vectors' dtype
+    void* suffix;  // of the layout's dtype
     int64_t suffix_stride;
     uint8_t *signs = nullptr, *nibbles = nullptr, *lows = nullptr;  // of a ladder
     float* tile_stats = nullptr;
 };
 
 // Writes rows [begin, begin + n) of a span: columns [0, packed_dim) to tiles, the others to the
-// suffix; the codes of columns [0, code_dim) and the statistics. `layout` need have no spans.
+// suffix; the codes of columns [0, code_dim) and the statistics. `layout` need have no spans. The
+// vectors are of its dtype, or F32 where that is I8: then they are rounded to codes, and the rest
+// is of what these stand for.
 Status store(const Run& run, const Rows& layout, const NewRows& vectors, int64_t begin,
              const SpanArrays& to);
 

@@ -25,6 +25,7 @@ class Writer {
           begin_(begin),
           end_(begin + vectors.n),
           size_(element_size(vectors.dtype)),
+          header_(row_header(vectors.dtype)),
           to_(to),
           coder_(kernels, layout.ladder),
           widened_(vectors.dim),
@@ -36,7 +37,7 @@ class Writer {
         const int count = int(std::min((tile + 1) * TILE, end_) - first);
         bool finite = !to_.packed || pack(tile, first, count);
         for (int64_t row = first; row < first + count; ++row) {
-            if (to_.suffix) copy_suffix(row);
+            if (to_.suffix) layout_.dtype == vectors_.dtype ? copy_suffix(row) : code_suffix(row);
             if (to_.stats && !describe(row)) finite = false;
         }
         return finite;
@@ -47,11 +48,13 @@ class Writer {
         return static_cast<const char*>(vectors_.data) + (row - begin_) * vectors_.stride * size_;
     }
 
+    RowColumns columns(int64_t row) const { return {at(row) + header_, at(row)}; }
+
     bool pack(int64_t tile, int64_t first, int count) {
-        const void *pointers[TILE], *ahead[TILE];
+        RowColumns pointers[TILE], ahead[TILE];
         for (int r = 0; r < TILE; ++r) {
-            pointers[r] = at(first + std::min(r, count - 1));
-            ahead[r] = at(std::min(first + TILE + r, end_ - 1));
+            pointers[r] = columns(first + std::min(r, count - 1));
+            ahead[r] = columns(std::min(first + TILE + r, end_ - 1));
         }
         const int64_t cols = layout_.packed_dim;
         const int lane = int(first - tile * TILE);
@@ -65,16 +68,31 @@ class Writer {
     }
 
     void copy_suffix(int64_t row) const {
-        std::memcpy(static_cast<char*>(to_.suffix) + row * to_.suffix_stride * size_,
-                    at(row) + layout_.packed_dim * size_,
+        char* target = static_cast<char*>(to_.suffix) + row * to_.suffix_stride * size_;
+        std::memcpy(target, at(row), header_);
+        std::memcpy(target + header_, at(row) + header_ + layout_.packed_dim * size_,
                     (vectors_.dim - layout_.packed_dim) * size_);
+    }
+
+    // Codes a row of F32, of which nothing is packed.
+    char* coded(int64_t row) const {
+        return static_cast<char*>(to_.suffix) + row * to_.suffix_stride;
+    }
+    void code_suffix(int64_t row) const {
+        const float* x = static_cast<const float*>(static_cast<const void*>(at(row)));
+        int8_t* codes = static_cast<int8_t*>(static_cast<void*>(coded(row) + SCALE_BYTES));
+        const float scale = quantize(x, vectors_.dim, LEAST_CODED, codes);
+        std::memcpy(coded(row), &scale, SCALE_BYTES);
     }
 
     // Writes a row's codes and statistics; false if a value that a ladder codes is not finite.
     bool describe(int64_t row) {
         const float* x = static_cast<const float*>(static_cast<const void*>(at(row)));
-        if (vectors_.dtype != DType::F32) {
-            kernels_.widen_row(at(row), vectors_.dtype, vectors_.dim, widened_.data());
+        if (layout_.dtype != DType::F32) {  // what is kept of it
+            const bool copied = layout_.dtype == vectors_.dtype;
+            const RowColumns kept =
+                copied ? columns(row) : RowColumns{coded(row) + SCALE_BYTES, coded(row)};
+            kernels_.widen_row(kept, layout_.dtype, vectors_.dim, widened_.data());
             x = widened_.data();
         }
         const auto stat = [&](int64_t which) -> float& {
@@ -131,7 +149,7 @@ class Writer {
     const Kernels& kernels_;
     const Rows& layout_;
     const NewRows& vectors_;
-    const int64_t begin_, end_, size_;
+    const int64_t begin_, end_, size_, header_;
     const SpanArrays& to_;
     LadderCoder coder_;
     std::vector<float> widened_, lanes_;

@@ -17,7 +17,8 @@ constexpr int TILE = 64;      // rows of a tile
 constexpr int MAX_GROUP = 6;  // queries scored together
 constexpr int TERMS = 4;      // that a score may have besides its sum, at most; see Scan
 
-enum class DType : int { F32, F16, BF16 };
+// I8 are codes: the row begins with an fp32 scale, and a code times it, in fp32, is the value.
+enum class DType : int { F32, F16, BF16, I8 };
 // What a scan sums, in the order of the names: Σ q·x; −Σ (q − x)²; Σ code·code of 8 bits; Σ ±q by
 // signs; Σ code·code of 4 bits. See codes.h for the last three.
 enum class Source : int { PRODUCT, DIFFERENCE, CODES, SIGNS, NIBBLES };
@@ -51,7 +52,11 @@ struct F16 {
 struct BF16 {
     uint16_t bits;
 };
+struct I8 {
+    int8_t code;
+};
 MRL_INLINE float widen(const float* x) { return *x; }
+MRL_INLINE float widen(const I8* x) { return float(x->code); }  // without the row's scale
 MRL_INLINE float widen(const BF16* x) {
     const uint32_t bits = uint32_t(x->bits) << 16;
     float value;
@@ -82,6 +87,8 @@ MRL_INLINE auto with_element(DType dtype, const Fn& fn) {
             return fn(static_cast<const F16*>(nullptr));
         case DType::BF16:
             return fn(static_cast<const BF16*>(nullptr));
+        case DType::I8:
+            return fn(static_cast<const I8*>(nullptr));
         default:
             return fn(static_cast<const float*>(nullptr));
     }
@@ -90,17 +97,34 @@ inline int64_t element_size(DType dtype) {
     return with_element(dtype, [](auto* type) { return int64_t(sizeof *type); });
 }
 
+constexpr int64_t SCALE_BYTES = 4;  // that a row of I8 begins with
+inline int64_t row_header(DType dtype) { return dtype == DType::I8 ? SCALE_BYTES : 0; }
+
+// Some columns of a row-major row.
+struct RowColumns {
+    const void* at;     // the first of them
+    const void* scale;  // of I8: the row's, of any alignment
+};
+template <class T>
+constexpr bool SCALED = std::is_same_v<T, I8>;
+template <class T>
+MRL_INLINE float scale_of(const RowColumns& row) {
+    float scale = 1.0f;
+    if constexpr (SCALED<T>) __builtin_memcpy(&scale, row.scale, sizeof scale);
+    return scale;
+}
+
 // Prefetches some rows, each from its first line to its last: memory is twice as fast in this
 // order.
 template <int COUNT>
 struct Prefetch {
-    const void* const* rows;  // [COUNT]; null: none
+    const RowColumns* rows;  // [COUNT]; null: none
     int64_t row_bytes;
     int row = 0;
     int64_t byte = 0;
     MRL_INLINE void lines(int count) {
         for (; rows && count > 0 && row < COUNT; --count) {
-            __builtin_prefetch(static_cast<const char*>(rows[row]) + byte);
+            __builtin_prefetch(static_cast<const char*>(rows[row].at) + byte);
             byte += 64;
             if (byte >= row_bytes) byte = 0, ++row;
         }
@@ -161,10 +185,10 @@ struct RowSums {
     const float* queries;  // [count, stride]
     int64_t stride;
     int count;
-    const void* const* rows;   // [n]
-    const void* const* ahead;  // [n], rows to prefetch meanwhile; null: none
-    int n;                     // at most TILE where there are more queries than one
-    bool cached;               // the rows lie in the processor's caches, most likely
+    const RowColumns* rows;   // [n]
+    const RowColumns* ahead;  // [n], rows to prefetch meanwhile; null: none
+    int n;                    // at most TILE where there are more queries than one
+    bool cached;              // the rows lie in the processor's caches, most likely
     DType dtype;
     int64_t cols;
     float* sums;     // [count, TILE], continued: Σ q·x or −Σ (q − x)²
@@ -187,8 +211,8 @@ struct Kernels {
     int quad_bytes;  // four codes of a query: 4 bytes as int8, 8 as int16 in the order 0 2 1 3
     // tile[c][r] = rows[r][c], lanes >= n are 0; false if a value is not finite. `ahead` are rows
     // to prefetch meanwhile, or null.
-    bool (*pack)(const void* const* rows, const void* const* ahead, DType dtype, int n,
-                 int64_t cols, float* tile);
+    bool (*pack)(const RowColumns* rows, const RowColumns* ahead, DType dtype, int n, int64_t cols,
+                 float* tile);
     // sums[r] continues Σ_c tile[c][r]².
     void (*sqnorms)(Segment segment, float* sums);
     // sums[r] continues the chain of one query with the tile's rows; no codes.
@@ -199,7 +223,7 @@ struct Kernels {
     // ones with what follows. There are as many rows and sums as n rounded up to whole fours.
     void (*dot_halves)(const uint8_t* const* rows, int64_t n, const int8_t* query, int64_t bytes,
                        float* sums);
-    void (*widen_row)(const void* row, DType dtype, int64_t cols, float* out);
+    void (*widen_row)(RowColumns row, DType dtype, int64_t cols, float* out);
     // Σ x·y in fp64: eight sums, each of every eighth column, then the sum of these in order.
     double (*dot64)(const float* x, const float* y, int64_t cols);
     // The same for whole tiles; [2] is products, then differences. widen_tile writes a tile's two

@@ -45,7 +45,7 @@ struct Simd {
         return load8(x);
     }
     template <class T>
-    static float transpose(const T* const* rows, const void* const* ahead, int64_t cols,
+    static float transpose(const T* const* rows, const RowColumns* ahead, int64_t cols,
                            float* tile) {
         return transpose8(rows, ahead, cols, tile);
     }

@@ -69,8 +69,12 @@ struct Simd {
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     }
+    static Vec load(const I8* x) {
+        const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+    }
     template <class T>
-    static float transpose(const T* const* rows, const void* const* ahead, int64_t cols,
+    static float transpose(const T* const* rows, const RowColumns* ahead, int64_t cols,
                            float* tile) {
         return transpose8(rows, ahead, cols, tile);
     }

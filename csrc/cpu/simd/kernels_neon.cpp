@@ -54,16 +54,17 @@ struct Simd {
     static Vec load(const BF16* x) {
         return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&x->bits), 16));
     }
+    static Vec load(const I8* x) { return Vec{widen(x), widen(x + 1), widen(x + 2), widen(x + 3)}; }
 
     // tile[c][0..8) = rows[0..8)[c] for c < cols, a multiple of 8. Returns 0, or NaN if a value is
     // not finite. Prefetches as many columns of the 8 rows `ahead`, if not null.
     template <class T>
-    static float transpose(const T* const* rows, const void* const* ahead, int64_t cols,
+    static float transpose(const T* const* rows, const RowColumns* ahead, int64_t cols,
                            float* tile) {
         Prefetch<8> prefetch = {ahead, cols * int64_t(sizeof(T))};
         Vec check[4] = {};
         for (int64_t c = 0; c < cols; c += 4, tile += 4 * TILE) {
-            prefetch.lines(sizeof(T) / 2);  // 8 rows of 4 columns are sizeof(T) / 2 lines
+            prefetch.lines((sizeof(T) + 1) / 2);  // 8 rows of 4 columns are sizeof(T) / 2 lines
             for (int r = 0; r < 8; r += 4) {
                 Vec row[4];
                 for (int i = 0; i < 4; ++i) {

@@ -35,7 +35,7 @@ struct Simd {
         return Vec{widen(x), widen(x + 1), widen(x + 2), widen(x + 3)};
     }
     template <class T>
-    static float transpose(const T* const*, const void* const*, int64_t, float*) {
+    static float transpose(const T* const*, const RowColumns*, int64_t, float*) {
         return 0.0f;
     }
 

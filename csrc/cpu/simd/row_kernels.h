@@ -19,8 +19,11 @@ template <Source S, int Q, bool SQUARES, class T>
 inline void sum_rows(const RowSums& p, int r, int query) {
     const int n = p.n - r < ROWS ? p.n - r : ROWS;
     const T* rows[ROWS];
+    float scales[ROWS];
     for (int i = 0; i < ROWS; ++i) {
-        rows[i] = static_cast<const T*>(p.rows[r + (i < n ? i : n - 1)]);
+        const RowColumns& row = p.rows[r + (i < n ? i : n - 1)];
+        rows[i] = static_cast<const T*>(row.at);
+        scales[i] = scale_of<T>(row);
     }
     Prefetch<ROWS> prefetch = {p.ahead && n == ROWS ? p.ahead + r : nullptr,
                                p.cols * int64_t(sizeof(T))};
@@ -33,7 +36,8 @@ inline void sum_rows(const RowSums& p, int r, int query) {
     const auto add = [&](const auto* const* x, const float* values, int64_t stride)
                          __attribute__((always_inline)) {
                              Vec row[ROWS];
-                             for (int i = 0; i < ROWS; ++i) row[i] = Simd::load(x[i]);
+                             for (int i = 0; i < ROWS; ++i)
+                                 row[i] = scaled<T>(Simd::load(x[i]), scales[i]);
                              for (int q = 0; q < Q; ++q) {
                                  const Vec value = Simd::load(values + q * stride);
                                  for (int i = 0; i < ROWS; ++i)
@@ -74,11 +78,13 @@ inline void sum_linear(const RowSums& p, int r) {
     Vec sum[ROWS], square[ROWS];
     for (int i = 0; i < ROWS; ++i) {
         const int row = r + (i < n ? i : n - 1);
-        const T* x = static_cast<const T*>(p.rows[row]);
-        const char* ahead = p.ahead ? static_cast<const char*>(p.ahead[row]) : nullptr;
+        const T* x = static_cast<const T*>(p.rows[row].at);
+        const float scale = scale_of<T>(p.rows[row]);
+        const char* ahead = p.ahead ? static_cast<const char*>(p.ahead[row].at) : nullptr;
         Vec sums[CHAINS], squares[CHAINS];
         for (int k = 0; k < CHAINS; ++k) sums[k] = squares[k] = Simd::broadcast(0.0f);
-        const auto add = [&](int k, Vec query, Vec value) __attribute__((always_inline)) {
+        const auto add = [&](int k, Vec query, Vec loaded) __attribute__((always_inline)) {
+            const Vec value = scaled<T>(loaded, scale);
             sums[k] = step<S>(query, value, sums[k]);
             squares[k] = Simd::fma(value, value, squares[k]);
         };

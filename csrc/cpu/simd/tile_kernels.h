@@ -5,14 +5,14 @@
 // --- packing ---
 
 template <class T>
-bool pack_as(const T*, const void* const* rows, const void* const* ahead, int n, int64_t cols,
+bool pack_as(const T*, const RowColumns* rows, const RowColumns* ahead, int n, int64_t cols,
              float* tile) {
     float check = 0.0f;  // becomes NaN on the first value that is not finite
     const int64_t blocked = Simd::TRANSPOSES ? cols / 8 * 8 : 0;
     for (int r = 0; r < n; r += 8) {
         const T* eight[8];  // the last row stands for those beyond it, whose lanes become 0
         for (int i = 0; i < 8; ++i)
-            eight[i] = static_cast<const T*>(rows[r + i < n ? r + i : n - 1]);
+            eight[i] = static_cast<const T*>(rows[r + i < n ? r + i : n - 1].at);
         check +=
             Simd::transpose(eight, ahead && r + 8 <= n ? ahead + r : nullptr, blocked, tile + r);
         for (int i = r; i < r + 8 && i < n; ++i)
@@ -21,6 +21,15 @@ bool pack_as(const T*, const void* const* rows, const void* const* ahead, int n,
                 tile[c * TILE + i] = x;
                 check += x * 0.0f;
             }
+        if constexpr (SCALED<T>) {
+            float scales[8];
+            for (int i = 0; i < 8; ++i) {
+                scales[i] = scale_of<T>(rows[r + i < n ? r + i : n - 1]);
+                check += scales[i] * 0.0f;
+            }
+            for (int64_t c = 0; c < cols; ++c)
+                for (int i = 0; i < 8; ++i) tile[c * TILE + r + i] *= scales[i];
+        }
     }
     if (n < TILE)
         for (int64_t c = 0; c < cols; ++c)
@@ -28,7 +37,7 @@ bool pack_as(const T*, const void* const* rows, const void* const* ahead, int n,
     return check == 0.0f;
 }
 
-bool pack(const void* const* rows, const void* const* ahead, DType dtype, int n, int64_t cols,
+bool pack(const RowColumns* rows, const RowColumns* ahead, DType dtype, int n, int64_t cols,
           float* tile) {
     return with_element(dtype,
                         [&](auto* type) { return pack_as(type, rows, ahead, n, cols, tile); });
@@ -38,6 +47,23 @@ bool pack(const void* const* rows, const void* const* ahead, DType dtype, int n,
 
 using Vec = Simd::Vec;
 constexpr int W = Simd::WIDTH;
+
+// Keeps the compiler from fusing a product with the sum it is added to, which would leave it
+// unrounded.
+template <class X>
+inline X rounded(X product) {
+#if defined(__x86_64__)  // on ARM, setup.py turns fusing off
+    asm("" : "+v"(product));
+#endif
+    return product;
+}
+
+// What codes stand for; of other elements, themselves.
+template <class T, class X>
+inline X scaled(X x, float scale) {
+    if constexpr (SCALED<T>) return rounded(X(x * scale));
+    return x;
+}
 
 // One column of one pair: scores grow nowhere else.
 template <Source S>
@@ -89,14 +115,17 @@ void advance(Source source, Segment segment, const float* query, float* sums) {
 // --- whole rows ---
 
 template <class T>
-void widen_as(const T* row, int64_t cols, float* out) {
+void widen_as(const T* x, float scale, int64_t cols, float* out) {
     int64_t c = 0;
-    for (; c + W <= cols; c += W) Simd::store(out + c, Simd::load(row + c));
-    for (; c < cols; ++c) out[c] = widen(row + c);
+    for (; c + W <= cols; c += W) Simd::store(out + c, scaled<T>(Simd::load(x + c), scale));
+    for (; c < cols; ++c) out[c] = scaled<T>(widen(x + c), scale);
 }
 
-void widen_row(const void* row, DType dtype, int64_t cols, float* out) {
-    with_element(dtype, [&](auto* type) { widen_as(static_cast<decltype(type)>(row), cols, out); });
+void widen_row(RowColumns row, DType dtype, int64_t cols, float* out) {
+    with_element(dtype, [&](auto* type) {
+        using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
+        widen_as(static_cast<const T*>(row.at), scale_of<T>(row), cols, out);
+    });
 }
 
 // A product of two fp32 is exact in fp64, so fusing changes no bit.

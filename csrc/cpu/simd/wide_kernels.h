@@ -39,15 +39,6 @@ inline Wide load_wide(const double* x) {
     return wide;
 }
 
-// Keeps the compiler from fusing a product with the sum it is added to, which would leave it
-// unrounded.
-inline Wide rounded(Wide product) {
-#if defined(__x86_64__)  // on ARM, setup.py turns fusing off
-    asm("" : "+v"(product));
-#endif
-    return product;
-}
-
 // `queries` is [cols, Q], columns by chain; out is [Q, TILE].
 template <Source S, int Q>
 void scores64(const double* tile, const double* queries, int64_t cols, Ahead* ahead, double* out) {

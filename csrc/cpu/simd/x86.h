@@ -16,10 +16,15 @@ inline __m256 load8(const BF16* x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
+inline __m256 load8(const I8* x) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+}
+
 // tile[c][0..8) = rows[0..8)[c] for c < cols, a multiple of 8. Returns 0, or NaN if a value is not
 // finite. Prefetches as many columns of the 8 rows `ahead`, if not null.
 template <class T>
-inline float transpose8(const T* const* rows, const void* const* ahead, int64_t cols, float* tile) {
+inline float transpose8(const T* const* rows, const RowColumns* ahead, int64_t cols, float* tile) {
     Prefetch<8> prefetch = {ahead, cols * int64_t(sizeof(T))};
     __m256 check = _mm256_setzero_ps();
     const __m256 zero = _mm256_setzero_ps();

@@ -38,9 +38,9 @@ void pack_blocks(Matrix m, int64_t begin, int64_t end, int64_t cols, float* out,
 }
 
 void pack_tile(const Kernels& kernels, const Scores& s, int64_t tile, float* out) {
-    const void* rows[TILE];
+    RowColumns rows[TILE];
     const int n = int(std::min<int64_t>(TILE, s.cols - tile * TILE));
-    for (int r = 0; r < n; ++r) rows[r] = s.w.data + (tile * TILE + r) * s.w.stride;
+    for (int r = 0; r < n; ++r) rows[r] = {s.w.data + (tile * TILE + r) * s.w.stride, nullptr};
     kernels.pack(rows, nullptr, DType::F32, n, s.dims.back(), out);
 }
 

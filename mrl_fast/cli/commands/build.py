@@ -32,7 +32,7 @@ Metric = Annotated[
     ),
 ]
 Dtype = Annotated[
-    Literal["float32", "float16", "bfloat16"],
+    Literal["float32", "float16", "bfloat16", "int8"],
     typer.Option(help="What vectors are rounded to and stored as."),
 ]
 PrefixDtype = Annotated[

@@ -30,6 +30,7 @@ NAMES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.uint8: "U8",
+    torch.int8: "I8",
 }
 ALIGNMENT = 64
 # Bytes that are hashed, and bytes that wait for the disk, between two looks for Ctrl-C.

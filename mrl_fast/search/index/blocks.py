@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mrl_fast.search.index import scaled
 from mrl_fast.search.index.codes import TILED
 from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.shared import memory, native
@@ -42,7 +43,7 @@ class Layout:
         level = self.coded
         while level < self.width:
             self.levels.append(level)
-            level *= 2
+            level = max(2 * level, config.dims[0])
 
     @property
     def version(self) -> int:
@@ -70,7 +71,7 @@ class Layout:
             "ids": (I64, (rows,)),
             "stats": (F32, (stats, rows)),
             **tiles,
-            "tail": (self.dtype, (rows, self.width - self.packed)),
+            "tail": (self.dtype, (rows, scaled.header(self.dtype) + self.width - self.packed)),
         }
 
     def reads(self, version: int) -> bool:
@@ -123,25 +124,26 @@ class Block:
         return block
 
     def store(self, vectors: Tensor, ids: Tensor, begin: int) -> None:
-        """Writes rows from ``begin`` on; ``vectors`` are of the layout's dtype."""
+        """Writes rows from ``begin`` on; ``vectors`` are as ``vectors`` returns them, or fp32 where
+        those are codes."""
         self.ids[begin : begin + len(vectors)] = ids
         self._store(vectors, begin, self.suffix)
 
     def _store(self, vectors: Tensor, begin: int, suffix: Tensor | None = None) -> None:
-        dtype = self.layout.dtype
+        dtype, (rows, width) = vectors.dtype, (len(vectors), self.layout.width)
         problem = _C.store(
             self.layout.rows([]),
-            (address(vectors, dtype), DTYPES[dtype], vectors.stride(0), *vectors.shape),
+            (address(vectors, dtype), DTYPES[dtype], vectors.stride(0), rows, width),
             begin,
             native.run(),
             (
                 *self._addresses(self.tiles, "packed", "codes"), address(self.stats, F32),
-                self.capacity, address(suffix, dtype), self.suffix.stride(0),
+                self.capacity, address(suffix, self.layout.dtype), self.suffix.stride(0),
                 *self._addresses(self.tiles, "signs", "nibbles", "lows", "tile_stats"),
             ),
         )  # fmt: skip
         if problem:
-            check_finite(vectors, "vectors")
+            check_finite(scaled.values(vectors), "vectors")
             raise ValueError(f"vectors: expected squares within float32, got {problem}")
 
     @staticmethod
@@ -202,7 +204,8 @@ class Block:
         }
 
     def vectors(self, rows: Tensor) -> Tensor:
-        """Rows of the block, ``[n, D]``, of the layout's dtype."""
+        """Rows of the block as they are stored, ``[n, D]`` of the layout's dtype; what they stand
+        for is ``scaled.values`` of them."""
         suffix = self.suffix[rows]
         if "packed" not in self.tiles:
             return suffix

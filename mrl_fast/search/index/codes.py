@@ -79,4 +79,6 @@ CODES = {
         (1, 4), whole=True, exact=False, widest=1 << 13,
     ),
 }  # fmt: skip
+# None: rows of int8 are scanned as they lie.
+ROWS = Code({}, (8,), whole=False, exact=True, widest=1 << 24)
 TILED = {name: array for code in CODES.values() for name, array in code.arrays.items()}

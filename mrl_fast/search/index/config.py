@@ -8,11 +8,16 @@ from typing import Any
 import torch
 
 from mrl_fast.search.index import validate as inputs
-from mrl_fast.search.index.codes import CODES, Code
+from mrl_fast.search.index.codes import CODES, ROWS, Code
 from mrl_fast.shared.checks import METRICS, check_choice, check_dims
 from mrl_fast.shared.dispatch import triton_is_interpreted
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
 ROTATIONS = ("pca",)
 WIDTH = 1 << 24  # at most
 
@@ -81,7 +86,8 @@ class IndexConfig:
 
     @property
     def code(self) -> Code:
-        return CODES[self.codes or self.prefix_dtype]
+        code = CODES[self.codes or self.prefix_dtype]
+        return ROWS if code.exact and self.dtype == "int8" else code
 
     @property
     def ranking(self) -> tuple[int, ...]:
@@ -93,6 +99,8 @@ class IndexConfig:
     @property
     def coded(self) -> int:
         """How many columns are coded."""
+        if self.code is ROWS:
+            return 0
         return self.width if self.code.whole else self.dims[0]
 
     @property

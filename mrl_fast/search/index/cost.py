@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from mrl_fast.search.index import scaled
 from mrl_fast.search.index.stages import checked_stages
 from mrl_fast.shared.checks import check_int
 from mrl_fast.shared.types import Stage
@@ -67,11 +68,12 @@ def explain(index: Any, stages: Sequence[Stage], batch: int = 1) -> Explanation:
     checked = checked_stages(stages, config)
     batch = check_int(batch, "batch", 1)
     code, width, item = config.code, config.width, config.stored_dtype.itemsize
+    head = scaled.header(config.stored_dtype)  # elements that are read with any columns
     exact = config.coded if code.exact else 0  # columns that lie in the code's array only
 
     def row_bytes(begin: int, end: int) -> int:
         of_code = max(0, min(end, exact) - begin)
-        return of_code * code.bits[0] // 8 + item * (end - begin - of_code)
+        return of_code * code.bits[0] // 8 + item * (head + end - begin - of_code)
 
     rows: list[StageCost] = []
     count, begin = len(index), 0

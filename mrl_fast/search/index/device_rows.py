@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mrl_fast.kernels.search.metrics import upper
+from mrl_fast.search.index import scaled
 from mrl_fast.search.index.blocks import Block, Layout
 from mrl_fast.search.index.device_metrics import DEVICE_METRICS, inverse
 from mrl_fast.search.index.snapshot import Snapshot, flags_of
@@ -22,7 +23,7 @@ class DeviceRows(NamedTuple):
     """The rows of one state on the device; a later state writes beyond them only.
 
     Attributes:
-        vectors: ``[N, D]`` of the index's dtype.
+        vectors: ``[N, D]`` of the index's dtype; fp32 where it holds codes.
         factors: ``[G, N]`` fp32, of every prefix in ``dims`` the metric's factor; ``[0, N]`` where
             it has none.
         suffixes: ``[N]`` fp32, norms of the columns after the first prefix, over the whole vector's
@@ -72,7 +73,7 @@ class DeviceCopy:
         self.dims, self.metric, self.device = tuple(dims), DEVICE_METRICS[metric], device
         self.code = layout.code
         self.columns = {  # by row, but the factors, of which a scan reads one prefix's
-            "vectors": (layout.dtype, (dims[-1],)),
+            "vectors": (scaled.values_dtype(layout.dtype), (dims[-1],)),
             "factors": (torch.float32, (0 if self.metric.factor is None else len(dims),)),
             "suffixes": (torch.float32, ()),
             "ids": (torch.int64, ()),
@@ -129,7 +130,7 @@ class DeviceCopy:
     def _store(self, block: Block, low: int, high: int, at: int) -> None:
         to, arrays = slice(at, at + high - low), self.arrays
         x, head = arrays["vectors"][to], self.dims[0]
-        suffix = block.suffix[low:high].to(self.device)
+        suffix = scaled.values(block.suffix[low:high].to(self.device))
         x[:, self.dims[-1] - suffix.shape[1] :] = suffix
         if "packed" in block.tiles:  # [tiles, head, TILE]
             x[:, :head] = self._of_tiles(block.tiles["packed"], low, high).to(x.dtype)

@@ -64,8 +64,13 @@ class MatryoshkaIndex(Persistent):
             is the vectors' width D; the smallest is laid out for scanning, so it should be the dim
             that searches start with.
         metric: As in ``prefix_topk``: ``"cosine"``, ``"ip"`` or ``"l2"``.
-        dtype: What vectors are stored as: ``"float32"``, ``"float16"`` or ``"bfloat16"``. They are
-            rounded to it as they are added.
+        dtype: What vectors are stored as: ``"float32"``, ``"float16"``, ``"bfloat16"`` or
+            ``"int8"``. They are rounded to it as they are added, and are from then on what it
+            holds: exact search is exact by that. With ``"int8"`` a row is codes of −127 to 127 and
+            one scale, the largest |value| / 127, and stands for code · scale, in fp32; one of which
+            no value is as large as 2e-36 becomes 0. It takes 4 bytes a row beside those of codes,
+            norms and id, and no fp32 prefix: exact search reads all codes of every row, but with
+            ``codes="bits"`` or ``prefix_dtype="int8"``. On a device its vectors are fp32.
         prefix_dtype: What the first prefix is scanned as: ``"float32"``, or ``"int8"``, a quarter
             of the bytes: a code with one scale a row, for shortlists and bounds only. Scores are
             those of the vectors as stored.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mrl_fast.search.index import host_search
+from mrl_fast.search.index import host_search, scaled
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.blocks import VERSION, Block, Layout
 from mrl_fast.search.index.config import IndexConfig
@@ -52,12 +52,13 @@ class IndexRows:
         self._lock = Lock()
         self.config, self.backend, self.next_id = config, backend_of(config), 0
         self.layout = Layout(config)
+        self._added = scaled.values_dtype(config.stored_dtype)  # of vectors as they are stored
         self.rotation = None if config.rotation is None else Rotation(config.width)
         self.frame: Tensor | None = None  # [n, D] fp32: the rotation's axes, then codes' centre
         with self.changing():
             self.store: RowStore = self.backend.new_store(self.layout, config)
             # For a chunk that is converted: a new one each time would leave holes among the blocks.
-            self._converted = memory.empty(0, config.width, dtype=config.stored_dtype)
+            self._converted = memory.empty(0, config.width, dtype=self._added)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -260,15 +261,15 @@ class IndexRows:
         self.layout.use(frame)
 
     def _convert(self, part: Tensor) -> Tensor:
-        """Vectors rotated and in the stored dtype; the next call overwrites them."""
+        """Vectors rotated and in the dtype that blocks take; the next call overwrites them."""
         if self.rotation is not None:
             part = self.rotation.apply(part)
-        if part.dtype == self.layout.dtype:
+        if part.dtype == self._added:
             return part
         if len(self._converted) < len(part):
-            self._converted = memory.empty(*part.shape, dtype=self.layout.dtype)
+            self._converted = memory.empty(*part.shape, dtype=self._added)
         stored = self._converted[: len(part)].copy_(part)
-        check_finite(stored, f"vectors as {self.config.dtype}")
+        check_finite(stored, "vectors as " + str(self._added).removeprefix("torch."))
         return stored
 
 

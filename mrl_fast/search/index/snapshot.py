@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mrl_fast.search.index import scaled
 from mrl_fast.search.index.blocks import Block
 from mrl_fast.shared import memory
 from mrl_fast.shared.memory import HOST, address
@@ -122,7 +123,7 @@ class Snapshot:
         for i in which.unique().tolist():
             mine = (which == i).nonzero()[:, 0]
             local = rows[mine] - (ends[i] - self.counts[i])
-            result[mine] = self.blocks[i].vectors(local).float()
+            result[mine] = scaled.values(self.blocks[i].vectors(local)).float()
         return result
 
     def without(self, rows: Tensor) -> Tensor:
