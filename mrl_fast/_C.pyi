@@ -8,6 +8,7 @@ alive during the call and has checked them: ``mrl_fast.shared.memory.address``. 
 from enum import IntEnum
 
 TILE: int  # rows of a vertical tile
+SCALE_BYTES: int  # that a row of I8 begins with
 ROWS: int  # rows of a block of nested scores
 GROUP_ROWS: int  # rows that share column statistics
 
@@ -15,6 +16,7 @@ class DType(IntEnum):
     F32 = 0
     F16 = 1
     BF16 = 2
+    I8 = 3
 
 class MetricTerms:
     """What a metric's scores are made of; see csrc/cpu/search/metric.h."""

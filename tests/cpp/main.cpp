@@ -25,18 +25,27 @@ void test_shortlist();
 void test_row_major();
 void test_fold();
 void test_gradients();
+void test_int8();
 
 int main(int argc, char** argv) {
     const struct {
         const char* name;
         void (*run)();
-    } tests[] = {{"store", test_store},         {"search", test_search},
-                 {"exact", test_exact},         {"shared", test_shared},
-                 {"bounds", test_bounds},       {"range", test_range},
-                 {"filter", test_filter},       {"filter exact", test_filter_exact},
-                 {"writer", test_writer},       {"fold", test_fold},
-                 {"gradients", test_gradients}, {"ladder", test_ladder},
-                 {"shortlist", test_shortlist}, {"row major", test_row_major}};
+    } tests[] = {{"store", test_store},
+                 {"search", test_search},
+                 {"exact", test_exact},
+                 {"shared", test_shared},
+                 {"bounds", test_bounds},
+                 {"range", test_range},
+                 {"filter", test_filter},
+                 {"filter exact", test_filter_exact},
+                 {"writer", test_writer},
+                 {"fold", test_fold},
+                 {"gradients", test_gradients},
+                 {"ladder", test_ladder},
+                 {"shortlist", test_shortlist},
+                 {"row major", test_row_major},
+                 {"int8", test_int8}};
     std::vector<const char*> filters;
     for (int i = 1; i < argc; ++i) {
         if (!std::strcmp(argv[i], "--list")) {

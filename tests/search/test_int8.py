@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrl_fast import _C, MatryoshkaIndex
-from mrl_fast.search.index import store
+from mrl_fast.search.index import scaled, store
 from mrl_fast.shared import native
 from tests.helpers.coding import CODINGS, coding
 from tests.helpers.index_model import TIMES, Answers, Model
 from tests.helpers.search import METRICS, held
 
-DIMS = (5, 40)
+DIMS = (5, 41)  # rows begin at any byte
 FLOAT_MAX = torch.finfo(torch.float32).max
 
 
@@ -98,11 +98,11 @@ def test_each_code_is_multiplied_by_its_rows_scale_and_rounded(monkeypatch):
             for queries in (q, q[:1]):
                 for how, expected in (
                     ({"exact": True}, right),
-                    ({"stages": [(5, 300), (40, 300)]}, single),
-                    ({"stages": [(40, 300)]}, single),
-                    ({"stages": [(40, 7)]}, single),
+                    ({"stages": [(5, 300), (41, 300)]}, single),
+                    ({"stages": [(41, 300)]}, single),
+                    ({"stages": [(41, 7)]}, single),
                 ):
-                    k = 7 if how == {"stages": [(40, 7)]} else 300
+                    k = 7 if how == {"stages": [(41, 7)]} else 300
                     found = index.search(queries, k, **how)
                     mine = expected[: len(queries)]
                     assert torch.equal(found.scores, mine.gather(1, found.ids))
@@ -127,6 +127,14 @@ def test_values_beyond_fp32_are_refused(large):
     x[1, 7] = large
     with pytest.raises(ValueError, match="vectors as float32: expected finite values"):
         built(x)
+
+
+def test_one_row_at_any_byte():
+    index = built(vectors(20))
+    rows, right = index._rows.snapshot.blocks[0].suffix, index.reconstruct(range(20))
+    for i in range(20):
+        assert torch.equal(scaled.values(rows[i : i + 1]), right[i : i + 1])
+    assert scaled.values(rows[:0]).shape == (0, DIMS[-1])
 
 
 def stored(index):

@@ -204,8 +204,8 @@ class Block:
         }
 
     def vectors(self, rows: Tensor) -> Tensor:
-        """Rows of the block as they are stored, ``[n, D]`` of the layout's dtype; what they stand
-        for is ``scaled.values`` of them."""
+        """Rows of the block as they are stored, ``[n, D]`` of the layout's dtype; where those are
+        codes, ``[n, D + 4]``, of which ``scaled.values`` is what they stand for."""
         suffix = self.suffix[rows]
         if "packed" not in self.tiles:
             return suffix

@@ -25,5 +25,6 @@ def values(rows: Tensor) -> Tensor:
     are codes."""
     if rows.dtype != CODED:
         return rows
-    scales = rows[:, :SCALE_BYTES].contiguous().view(torch.float32)
-    return rows[:, SCALE_BYTES:].float() * scales
+    # A copy, as scales lie at any byte.
+    scales = rows[:, :SCALE_BYTES].clone(memory_format=torch.contiguous_format)
+    return rows[:, SCALE_BYTES:].float() * scales.view(torch.float32)
