@@ -163,8 +163,11 @@ bool TileReader::read(int64_t tile, Scan* scan) {
 
 // Points to the suffixes of a tile's rows.
 void TileReader::point(const Span& span, int64_t tile, RowColumns* pointers) const {
-    for (int r = 0; r < TILE; ++r)
-        pointers[r] = suffix_at(rows_, span, tile * TILE + r, rows_.packed_dim);
+    const RowColumns first = suffix_at(rows_, span, tile * TILE, rows_.packed_dim);
+    const char *at = static_cast<const char*>(first.at),
+               *scale = static_cast<const char*>(first.scale);
+    const int64_t bytes = span.stride * element_size(rows_.dtype);
+    for (int r = 0; r < TILE; ++r) pointers[r] = {at + r * bytes, scale + r * bytes};
 }
 
 bool TileReader::pack(Scan* scan, float* tile) {
