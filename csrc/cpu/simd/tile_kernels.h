@@ -53,7 +53,8 @@ constexpr int W = Simd::WIDTH;
 template <class X>
 inline X rounded(X product) {
 #if defined(__x86_64__)  // on ARM, setup.py turns fusing off
-    asm("" : "+v"(product));
+    // Shorter vectors are the portable kernels', which do not fuse; Clang has no register for them.
+    if constexpr (sizeof(X) >= 16) asm("" : "+v"(product));
 #endif
     return product;
 }
