@@ -37,6 +37,7 @@ struct Simd {
     static Vec broadcast(float x) { return _mm256_set1_ps(x); }
     static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
     static Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
+    static __m256d to_double(__m128 x) { return _mm256_cvtps_pd(x); }
     static constexpr int ROW_QUERIES = 2;  // that row-major rows are summed with at a time
     static void add_lanes(const Vec (&v)[4], float* out) { add_lanes8(v, out); }
     static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }

@@ -50,6 +50,7 @@ struct Simd {
     static Vec broadcast(float x) { return _mm512_set1_ps(x); }
     static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
     static Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
+    static __m512d to_double(__m256 x) { return _mm512_cvtps_pd(x); }
     static constexpr int ROW_QUERIES = 4;  // that row-major rows are summed with at a time
     static void add_lanes(const Vec (&v)[4], float* out) {
         __m256 halves[4];

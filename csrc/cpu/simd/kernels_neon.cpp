@@ -45,6 +45,7 @@ struct Simd {
         return c;
     }
 #endif
+    static float64x2_t to_double(float32x2_t x) { return vcvt_f64_f32(x); }
     static constexpr int ROW_QUERIES = 4;  // that row-major rows are summed with at a time
     static void add_lanes(const Vec (&v)[4], float* out) {
         store(out, vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])));

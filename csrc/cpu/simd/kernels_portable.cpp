@@ -22,6 +22,9 @@ struct Simd {
     static Vec broadcast(float x) { return Vec{x, x, x, x}; }
     static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
     static Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
+    typedef float Half __attribute__((vector_size(8)));
+    typedef double Wide __attribute__((vector_size(16)));
+    static Wide to_double(Half x) { return __builtin_convertvector(x, Wide); }
     static constexpr int ROW_QUERIES = 2;  // that row-major rows are summed with at a time
     static void add_lanes(const Vec (&v)[4], float* out) {
         for (int i = 0; i < 4; ++i) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);

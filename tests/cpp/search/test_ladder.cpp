@@ -136,11 +136,32 @@ void check_sums(const Setup& setup, const Table& table, const Database& database
     }
 }
 
+// Codes and statistics have the same bits whatever kernels make them, of whatever pieces.
+void check_bits(const Setup& setup, const Table& table) {
+    const auto stored = [&](const Kernels& kernels, int64_t batch) {
+        return Database(table, {0, false}, {table.n}, batch, kernels, 1, setup.ladder);
+    };
+    const Database right = stored(portable_kernels(), table.n);
+    const Database::Block& block = right.blocks[0];
+    for (const Kernels* kernels : tested_kernels())
+        for (int64_t batch : {int64_t(1), int64_t(37), table.n}) {
+            scenario = std::string("bits of codes, ") + kernels->name;
+            const Database found = stored(*kernels, batch);
+            const Database::Block& other = found.blocks[0];
+            CHECK(other.signs == block.signs);
+            CHECK(other.nibbles == block.nibbles);
+            CHECK(other.lows == block.lows);
+            CHECK(same_bits(other.stats, block.stats));
+            CHECK(same_bits(other.tile_stats, block.tile_stats));
+        }
+}
+
 void check_codes(std::mt19937& random) {
     for (Metric metric : METRICS)
         for (bool centred : {false, true}) {
             const Setup setup(metric, centred, random);
             const Table table = rows_beside(setup, 150, random);
+            check_bits(setup, table);
             for (const Kernels* kernels : tested_kernels()) {
                 scenario = std::string("codes, ") + kernels->name;
                 const Database database(table, {0, false}, {table.n}, 37, *kernels, 1,
