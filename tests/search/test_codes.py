@@ -6,7 +6,8 @@ import weakref
 import pytest
 import torch
 
-from mrl_fast import MatryoshkaIndex
+from mrl_fast import _C, MatryoshkaIndex
+from mrl_fast.shared import native
 from tests.helpers.search import METRICS, brute_force
 
 DIMS = (16, 48, 100)  # no multiples of a step
@@ -203,3 +204,21 @@ def test_a_search_outlives_the_centre_of_its_rows():
     assert centre() is not None  # which the old rows name
     del before
     assert index.search(x[:2], 3, exact=True).ids.eq(-1).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_codes_have_the_same_bits_on_every_instruction_set(dtype, metric, monkeypatch):
+    """As compiled for users: compilers fuse products and sums only where they optimize fully."""
+    vectors, made = nested(200, centre=2.0), []
+    for isa in [*_C.available(), "portable"]:
+        monkeypatch.setattr(native, "ISA", isa)
+        index = MatryoshkaIndex(DIMS, metric=metric, dtype=dtype, codes="bits")
+        first, rest = vectors.split([37, 163])  # the first rows' mean is the centre
+        for piece in (first, rest) if isa == "portable" else (first, *rest.split(50)):
+            index.add(piece)
+        arrays = index._rows.snapshot.blocks[0].arrays
+        whole = [arrays[name][:3] for name in ("signs", "nibbles", "lows", "tile_stats")]
+        made.append([arrays["stats"][:, :192], *whole])  # of the tiles that are full
+    for arrays in made:
+        assert all(map(torch.equal, arrays, made[-1]))
