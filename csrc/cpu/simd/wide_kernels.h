@@ -44,7 +44,8 @@ inline Wide load_wide(const double* x) {
 template <class V>
 inline V rounded(V product) {
 #if defined(__x86_64__)  // on ARM, setup.py turns fusing off
-    asm("" : "+v"(product));
+    // Shorter vectors are the portable kernels', which do not fuse; Clang has no register for them.
+    if constexpr (sizeof(V) >= 16) asm("" : "+v"(product));
 #endif
     return product;
 }
