@@ -227,8 +227,8 @@ def test_tune_tries_eight_bits_of_files(tmp_path):
     loaded = MatryoshkaIndex.load(tmp_path)
     *chains, rung = _chains(loaded, 10)
     assert chains == in_memory
-    keeps = [640, 320, 240, 160, 120, 80, 60, 40, 30]
-    assert rung == [[(D, 1, keep), (D, 8, 20), (D, 10)] for keep in keeps]
+    keeps = [(640, 160), (320, 80), (240, 60), (160, 40), (120, 30), (80, 20), (60, 20), (40, 20)]
+    assert rung == [[(D, 1, keep), (D, 8, few), (D, 10)] for keep, few in [*keeps, (30, 20)]]
     assert len(_chains(loaded, 320)) == 3  # where all that may be kept is left by eight bits
     report = loaded.tune(nested(256, 1), 10, 0.5, seconds=2, progress=False)
     assert len(report.rows) - 1 + sum(left.lists for left in report.untried) == sum(

@@ -91,11 +91,6 @@ class IndexConfig:
         return () if self.code.exact or (self.code.whole and on_device) else self.code.bits
 
     @property
-    def reranking(self) -> tuple[int, ...]:
-        """Those by which further stages may rank."""
-        return self.code.reranking if self.ranking else ()
-
-    @property
     def coded(self) -> int:
         """How many columns are coded."""
         return self.width if self.code.whole else self.dims[0]

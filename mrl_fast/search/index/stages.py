@@ -26,7 +26,7 @@ def checked_stages(
             f"stages: expected (dim, keep) pairs, got {x!r}: (dim, bits, keep) needs an index with "
             "codes='bits' on the CPU, or with prefix_dtype='int8'"
         )
-    checked = list(check_stages(x, ranking, config.reranking))
+    checked = list(check_stages(x, ranking, config.code.reranking))
     for i, (dim, *bits, _) in enumerate(checked):
         if dim not in dims:
             raise ValueError(f"stages[{i}] dim: expected one of {tuple(dims)}, got {dim}")
