@@ -50,7 +50,7 @@ def search_rows(
     problem = _C.search(
         rows, _queries(q), METRICS[metric].number, _stages(stages), native.run(), _to(scores, ids)
     )
-    _refuse(problem, queries, stages[-1][0], unchecked)
+    _refuse(problem, queries, max(stage[0] for stage in stages), unchecked)
     return scores, ids
 
 

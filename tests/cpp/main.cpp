@@ -21,6 +21,7 @@ void test_filter();
 void test_filter_exact();
 void test_writer();
 void test_ladder();
+void test_code_stages();
 void test_shortlist();
 void test_row_major();
 void test_fold();
@@ -30,13 +31,21 @@ int main(int argc, char** argv) {
     const struct {
         const char* name;
         void (*run)();
-    } tests[] = {{"store", test_store},         {"search", test_search},
-                 {"exact", test_exact},         {"shared", test_shared},
-                 {"bounds", test_bounds},       {"range", test_range},
-                 {"filter", test_filter},       {"filter exact", test_filter_exact},
-                 {"writer", test_writer},       {"fold", test_fold},
-                 {"gradients", test_gradients}, {"ladder", test_ladder},
-                 {"shortlist", test_shortlist}, {"row major", test_row_major}};
+    } tests[] = {{"store", test_store},
+                 {"search", test_search},
+                 {"exact", test_exact},
+                 {"shared", test_shared},
+                 {"bounds", test_bounds},
+                 {"range", test_range},
+                 {"filter", test_filter},
+                 {"filter exact", test_filter_exact},
+                 {"writer", test_writer},
+                 {"fold", test_fold},
+                 {"gradients", test_gradients},
+                 {"ladder", test_ladder},
+                 {"shortlist", test_shortlist},
+                 {"row major", test_row_major},
+                 {"code stages", test_code_stages}};
     std::vector<const char*> filters;
     for (int i = 1; i < argc; ++i) {
         if (!std::strcmp(argv[i], "--list")) {

@@ -109,8 +109,8 @@ def test_the_centre_is_of_the_first_vectors_or_of_samples(tmp_path):
         ([(100, 2, 50), (100, 10)], ValueError, r"stages\[0\] bits: expected .*1, 4\), got 2"),
         ([(48, 4, 50), (100, 10)], ValueError, r"stages\[0\] dim: expected 100 where 4 bits rank"),
         ([(40, 1, 50), (100, 10)], ValueError, r"stages\[0\] dim: expected one of \(16, 48, 100\)"),
-        ([(100, 1, 50)], TypeError, "the first perhaps"),  # scores are of columns
-        ([(48, 50), (100, 1, 10)], TypeError, "the first perhaps"),
+        ([(100, 1, 50)], TypeError, "the first ones perhaps"),  # scores are of columns
+        ([(48, 50), (100, 1, 10)], TypeError, "the first ones perhaps"),
         ([(100, 1, 5), (100, 10)], ValueError, "keeps that do not grow"),
     ],
 )  # fmt: skip

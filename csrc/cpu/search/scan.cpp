@@ -13,13 +13,12 @@ namespace {
 // Below this, starting a thread costs more than it brings.
 constexpr double MULTIPLIES_A_THREAD = 2e6;
 
-// Whether the best or the worst of sorted entries has a score that is infinite or NaN.
-bool beyond_float(const Entry* sorted, int64_t count) {
-    return count > 0 && !(std::isfinite(score_of(sorted[0].key)) &&
-                          std::isfinite(score_of(sorted[count - 1].key)));
-}
-
 }  // namespace
+
+bool beyond_float(const std::vector<Entry>& sorted) {
+    return !sorted.empty() && !(std::isfinite(score_of(sorted.front().key)) &&
+                                std::isfinite(score_of(sorted.back().key)));
+}
 
 // Moves the k best of more to the front, in any order.
 static void select(Entry* entries, int64_t count, int64_t k) {
@@ -130,7 +129,7 @@ static Status scan_packed(const Run& run, const Rows& rows, const Queries& queri
         std::copy(all.begin(), all.end(), out + q * keep);
         for (Entry* e = out + q * keep; gathers && e < out + q * keep + counts[q]; ++e)
             e->key = with_row(e->key, rows.gathered_rows[row_of(e->key)]);
-        if (beyond_float(all.data(), counts[q])) overflow = true;
+        if (beyond_float(all)) overflow = true;
     };
     each(queries.n, threads, [&](int64_t q) {
         cut(best[q], keep);
@@ -225,7 +224,7 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
         }
     }
     cut(candidates, stage.keep);
-    return beyond_float(candidates.data(), candidates.size()) ? Status::OVERFLOW_ : Status::OK;
+    return beyond_float(candidates) ? Status::OVERFLOW_ : Status::OK;
 }
 
 }  // namespace mrl

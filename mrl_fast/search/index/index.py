@@ -186,7 +186,10 @@ class MatryoshkaIndex(Persistent):
             stages: ``(dim, keep)`` pairs, dims of the index ascending, keeps not growing, the last
                 at least k: search all rows by the first dim and rerank what each stage keeps by the
                 next. With codes the first may be ``(dim, 1, keep)``, by the signs of any prefix, or
-                ``(D, 4, keep)``, by four bits of every column; with an int8 prefix it may be
+                ``(D, 4, keep)``, by four bits of every column, and what it keeps may be ranked by
+                more bits, ``(D, 4, keep)`` or ``(D, 8, keep)``, before vectors are read: ``[(D, 1,
+                500), (D, 8, 100), (D, 10)]`` reads 100 of them, which saves time where these lie
+                on disk, codes in memory. With an int8 prefix the first may be
                 ``(dims[0], 8, keep)``, and the next have that dim again. No dim may be larger than
                 the queries' width. None: the stages that ``tune`` chose, where it did, for at least
                 this k, at most a tenth of the vectors were added since, and all D columns of all

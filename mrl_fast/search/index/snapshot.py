@@ -69,6 +69,11 @@ class Snapshot:
         self._runs: tuple[tuple[IdRun, ...], int] = before._runs if before else ((), 0)
 
     @property
+    def on_disk(self) -> bool:
+        """Whether vectors lie in files, which are mapped to memory."""
+        return any(block.fixed for block in self.blocks)
+
+    @property
     def nbytes(self) -> int:
         blocks = zip(self.blocks, self.counts, strict=True)
         runs = sum(run.ids.nbytes + run.rows.nbytes for run in self._runs[0])

@@ -26,19 +26,18 @@ def checked_stages(
             f"stages: expected (dim, keep) pairs, got {x!r}: (dim, bits, keep) needs an index with "
             "codes='bits' on the CPU, or with prefix_dtype='int8'"
         )
-    checked = list(check_stages(x, ranking))
-    for i, (dim, *_) in enumerate(checked):
+    checked = list(check_stages(x, ranking, config.code.reranking))
+    for i, (dim, *bits, _) in enumerate(checked):
         if dim not in dims:
             raise ValueError(f"stages[{i}] dim: expected one of {tuple(dims)}, got {dim}")
         if width is not None and dim > width:
             raise ValueError(
                 f"stages[{i}] dim: expected at most {width}, the queries' width, got {dim}"
             )
-    dim, *bits = checked[0][:-1]
-    if bits and bits[0] > 1 and dim != config.coded:
-        raise ValueError(
-            f"stages[0] dim: expected {config.coded} where {bits[0]} bits rank, got {dim}"
-        )
+        if bits and bits[0] > 1 and dim != config.coded:
+            raise ValueError(
+                f"stages[{i}] dim: expected {config.coded} where {bits[0]} bits rank, got {dim}"
+            )
     if k is None:
         return checked
     if checked[-1][1] < k:

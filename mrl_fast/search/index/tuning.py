@@ -38,6 +38,7 @@ from mrl_fast.shared.types import SearchResult, shown
 MIN_QUERIES = 256  # as many are searched at once where time does not count
 ENOUGH = 512  # queries: no more are left out so that all lists may be tried
 PROBE = 64  # queries that say what more will take
+RUNG = 4  # one in so many of what signs keep is left by eight bits, but 2 · k at least
 THINNEST = 8  # of the lists of a chain one in so many is tried at least
 EXACT, RECALLS = 0.4, 0.8  # of the budget: when exact answers, and recalls, are to be known
 PLANNED = 0.5  # of the budget: for what lists are likely to take
@@ -310,7 +311,7 @@ def _rows(
 
 def _chains(index: Any, k: int) -> list[list[Stages]]:
     """Chains of two stages (a dim, the width), of three (first, middle, width), and with codes (the
-    signs of a dim, the width)."""
+    signs of a dim, the width), of files also (the signs, eight bits, the width)."""
     keeps = [max(k, min(max(64 * k, 4096), len(index)))]
     while keeps[-1] > k:
         keeps.append(max(k, keeps[-1] // 2))
@@ -319,7 +320,12 @@ def _chains(index: Any, k: int) -> list[list[Stages]]:
         # A search's time is mostly that of its shortlist, so that steps between halves show.
         fine = {max(k, 3 * keep // 4) for keep in keeps if keep <= 512}
         keeps = sorted({*keeps, *fine}, reverse=True)
-        return [[[(dim, 1, keep), (width, k)] for keep in keeps] for dim in index.dims]
+        chains = [[[(dim, 1, keep), (width, k)] for keep in keeps] for dim in index.dims]
+        # In memory a row's eight bits, of which the first four lie apart, cost what its columns do.
+        rungs = [(keep, max(2 * k, keep // RUNG)) for keep in keeps if keep > 2 * k]
+        if rungs and index._rows.snapshot.on_disk:
+            chains.append([[(width, 1, keep), (width, 8, few), (width, k)] for keep, few in rungs])
+        return chains
     paths: list[tuple[int, ...]] = [(dim,) for dim in shorter]
     if shorter[1:]:
         middle = min(shorter[1:], key=lambda d: abs(math.log(d * d / shorter[0] / width)))
