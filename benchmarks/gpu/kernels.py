@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from mrl_fast.kernels.search import certified, plan
-from mrl_fast.kernels.search.certified import Prefix, exact_topk
+from mrl_fast.kernels.search.certified import exact_topk
+from mrl_fast.kernels.search.coarse import Prefix
 from mrl_fast.kernels.search.keys import empty
 from mrl_fast.kernels.search.metrics import row_terms
 from mrl_fast.kernels.search.pair_scores import RESCANNED
@@ -119,7 +120,7 @@ def exact_error(q: Tensor, x: Tensor, metric: str, size: Sizes, structured: bool
     tails = torch.linalg.vector_norm(x[:, head:].float(), dim=1) * (1 + 1e-6)
     tails = tails if terms.scale is None else tails * terms.scale
     bounds = KnownRows(terms._replace(outer=tails), norm)
-    prefix = Prefix(head, KnownRows(short, short_norm), bounds)
+    prefix = Prefix(x[:, :head], KnownRows(short, short_norm), bounds)
     result = empty(q, size.k)
     with small_buffers():
         exact_topk(q, x, size.k, metric, result, KnownRows(terms, norm), prefix)
