@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mrl_fast.kernels.search.coarse import ALIGNMENT, Int8
 from mrl_fast.kernels.search.metrics import upper
 from mrl_fast.search.index.blocks import Block, Layout
 from mrl_fast.search.index.device_metrics import DEVICE_METRICS, inverse
@@ -16,6 +17,8 @@ from mrl_fast.search.index.snapshot import Snapshot, flags_of
 from mrl_fast.shared.native import TILE, Stat
 
 CHUNK_ROWS = 1 << 16  # carried to the device at a time
+CODED_BYTES = 256 << 20  # of fp32 columns coded at a time
+BY_COLUMN = "factors", "outers"  # arrays [.., N], of which a scan reads whole columns
 
 
 class DeviceRows(NamedTuple):
@@ -29,8 +32,9 @@ class DeviceRows(NamedTuple):
             where the metric counts rows as unit vectors; rounded up. Of fewer columns both the norm
             and its share are no larger.
         largest, smallest: ``[G]`` fp32, of the norms; the smallest of those that are not 0.
-        codes, scales: ``[N, dims[0]]`` int8 and ``[N]`` fp32: the prefix is about
-            ``scale · code``, over its norm where the metric counts rows as unit vectors.
+        codes, scales: ``[N, coded]`` int8 and ``[N]`` fp32: the first columns, or all, are about
+            ``scale · code``, over their norm where the metric counts rows as unit vectors.
+        outers: As of ``coarse.Codes``, where all columns are coded.
         ids: ``[N]`` int64.
         allowed: ``[N]`` uint8, 0 where a row was removed or is filtered out; None: all are.
         out: ``[N]`` fp32, −inf there, else 0.
@@ -46,6 +50,7 @@ class DeviceRows(NamedTuple):
     smallest: Tensor
     codes: Tensor | None
     scales: Tensor | None
+    outers: Tensor | None
     ids: Tensor
     captured: dict[int, Tensor]
     allowed: Tensor | None = None
@@ -71,14 +76,18 @@ class DeviceCopy:
     def __init__(self, dims: Sequence[int], metric: str, layout: Layout, device: torch.device):
         self.dims, self.metric, self.device = tuple(dims), DEVICE_METRICS[metric], device
         self.code = layout.code
-        self.columns = {  # by row, but the factors, of which a scan reads one prefix's
+        self.columns = {
             "vectors": (layout.dtype, (dims[-1],)),
             "factors": (torch.float32, (0 if self.metric.factor is None else len(dims),)),
             "suffixes": (torch.float32, ()),
             "ids": (torch.int64, ()),
         }
-        if self.code.signed is not None:
-            self.columns |= {"codes": (torch.int8, (dims[0],)), "scales": (torch.float32, ())}
+        if not self.code.exact:
+            columns = layout.coded + (-layout.coded % ALIGNMENT if self.code.whole else 0)
+            self.columns |= {"codes": (torch.int8, (columns,)), "scales": (torch.float32, ())}
+        if self.code.whole:
+            outers = 2 + (self.metric.added is not None)
+            self.columns["outers"] = torch.float32, (outers,)
         self.captured: dict[int, Tensor] = {}
         self.clear()
 
@@ -108,7 +117,7 @@ class DeviceCopy:
     def _with_room(self, rows: int) -> dict[str, Tensor]:
         arrays = {}
         for name, (dtype, shape) in self.columns.items():
-            shape = (*shape, rows) if name == "factors" else (rows, *shape)
+            shape = (*shape, rows) if name in BY_COLUMN else (rows, *shape)
             arrays[name] = torch.empty(shape, dtype=dtype, device=self.device)
         return arrays
 
@@ -116,6 +125,7 @@ class DeviceCopy:
         """The snapshot's rows from ``first`` on; those before it are here."""
         if snapshot.count > len(self.arrays["ids"]):
             room = max(snapshot.count, 2 * len(self.arrays["ids"]), 1024)
+            room += -room % TILE  # so that what lies by column is aligned
             grown = self._with_room(room)
             for name, old in _cut(self.arrays, first).items():
                 _cut(grown, first)[name].copy_(old)
@@ -151,6 +161,24 @@ class DeviceCopy:
             arrays["codes"][to] = self.code.signed(self._of_tiles(tiles, low, high)[:, :head])
             scales = block.stats[Stat.CODE_SCALE, low:high].to(self.device)
             arrays["scales"][to] = scales * inverse(norms[0]) if unit else scales
+        elif self.code.whole:
+            step = max(1, CODED_BYTES // (4 * self.dims[-1]))
+            for part, its in zip(x.split(step), norms[-1].split(step), strict=True):
+                self._code(part, its, at)
+                at += len(part)
+
+    def _code(self, x: Tensor, norms: Tensor, at: int) -> None:
+        """Codes of the vectors ``x [n, D]``, whose norms these are."""
+        to, metric, (codes, scales, left) = slice(at, at + len(x)), self.metric, Int8.of(x)
+        self.arrays["codes"][to] = codes
+        outers = [left, upper(norms, x.shape[1])]
+        if metric.unit:
+            scales = scales * inverse(norms)
+            outers = [its * inverse(norms) * (1 + 2e-6) for its in outers]
+        if metric.added is not None:
+            outers.append(metric.added(norms))
+        self.arrays["scales"][to] = scales
+        self.arrays["outers"][:, to] = torch.stack(outers)
 
     def _of_tiles(self, array: Tensor, low: int, high: int) -> Tensor:
         """Rows [low, high) of tiles ``[.., TILE, ..]``, row by row, on the device."""
@@ -159,7 +187,9 @@ class DeviceCopy:
         return rows[low % TILE :][: high - low]
 
     def rows(self, count: int, live: Tensor | None) -> DeviceRows:
-        arrays: dict[str, Any] = {"codes": None, "scales": None, **_cut(self.arrays, count)}
+        arrays: dict[str, Any] = {
+            "codes": None, "scales": None, "outers": None, **_cut(self.arrays, count)
+        }  # fmt: skip
         rows = DeviceRows(
             dims=self.dims, largest=self.largest.clone(), smallest=self.smallest.clone(),
             captured=self.captured, **arrays,
@@ -168,4 +198,4 @@ class DeviceCopy:
 
 
 def _cut(arrays: dict[str, Tensor], rows: int) -> dict[str, Any]:
-    return {name: x[:, :rows] if name == "factors" else x[:rows] for name, x in arrays.items()}
+    return {name: x[:, :rows] if name in BY_COLUMN else x[:rows] for name, x in arrays.items()}
