@@ -42,6 +42,8 @@ INSTRUCTIONS = {
         kernel: 1.05 * measured
         for kernel, measured in {
             "scan int8 1024q 128d": 5.06,
+            "scan int8 512q 128d scale 2 outers": 8.49,
+            "scan int8 512q 128d scale 3 outers": 9.61,
             "scan fp8 1024q 128d": 6.67,
             "scan fp32 tf32 1024q 32d": 3.5,
             "scan fp32 tf32x3 1024q 32d": 9.89,

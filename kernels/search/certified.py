@@ -29,8 +29,13 @@ def exact_topk(
 ) -> Tensor:  # fmt: skip
     """Writes the k best of the rows ``x [N, D]``, by scores summed in fp64 and rounded to fp32.
 
-    Returns how many rows of each query were scored at full width, ``[B]`` int64; N where all were
-    scanned."""
+    Args:
+        form: What bounds the rows' scores; None: nothing does.
+
+    Returns:
+        How many rows of each query were scored at full width, ``[B]`` int64; N where all were
+        scanned.
+    """
     touched = torch.full((len(q),), len(x), dtype=torch.int64, device=q.device)
     plan = Plan.from_sizes(k, x, scan_config(len(q), x), Margin.from_rows(x, metric), len(q))
     if form is None or not len(x) or k > SURVIVORS or len(plan.ends) == 1:
@@ -46,7 +51,7 @@ def exact_topk(
 def _certify(
     q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: KnownRows,
     form: Prefix | Codes,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     pairs = rows.pairs(q, x, metric, double=True)
     near = empty(q, min(RESCANNED, max(64, 4 * k)))
     queries, ranks, known = form.ranking(q, metric)

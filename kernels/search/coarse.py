@@ -16,6 +16,7 @@ from mrl_fast.kernels.search.metrics import (
     Margin,
     SumTerms,
     row_norms,
+    row_terms,
     upper,
 )
 from mrl_fast.kernels.search.plan import KnownRows
@@ -35,12 +36,10 @@ class Int8(NamedTuple):
     Attributes:
         codes: ``[n, columns]`` int8; columns beyond the vectors' are 0.
         scale: ``[n]`` fp32.
-        left: ``[n]`` fp32, norms of what the codes lack, rounded up.
     """
 
     codes: Tensor
     scale: Tensor
-    left: Tensor
 
     @classmethod
     def of(cls, x: Tensor) -> "Int8":
@@ -48,12 +47,16 @@ class Int8(NamedTuple):
         x = x.float()
         scale = x.abs().amax(dim=1, keepdim=True) / 127
         scale = torch.where(scale > LEAST_SCALE, scale, 1.0)  # of zeros, or of as good as nothing
-        rounded = (x / scale).round()
+        codes, more = (x / scale).round().to(torch.int8), -x.shape[1] % ALIGNMENT
+        return cls(torch.nn.functional.pad(codes, (0, more)) if more else codes, scale[:, 0])
+
+    def lacking(self, x: Tensor) -> Tensor:
+        """``[n]`` fp32, norms of what the codes lack of ``x [n, D]``, rounded up."""
+        x, D = x.float(), x.shape[1]
+        left = row_norms(x - self.codes[:, :D] * self.scale[:, None])
         # Where a code is not 0 its column is at least half the scale: a product and a difference
         # are off by less than 2^-22 of the column.
-        left = row_norms(x - rounded * scale) + 2.0**-22 * row_norms(x)
-        codes = torch.nn.functional.pad(rounded.to(torch.int8), (0, -x.shape[1] % ALIGNMENT))
-        return cls(codes, scale[:, 0], upper(left, x.shape[1]))
+        return upper(left + 2.0**-22 * row_norms(x), D)
 
 
 class Bounds(NamedTuple):
@@ -130,17 +133,25 @@ class Codes(NamedTuple):
     term: Tensor | None = None
     allowed: Tensor | None = None
 
-    @property
-    def whole(self) -> bool:
-        return self.outers is not None
+    @classmethod
+    def of(cls, x: Tensor, metric: str) -> "Codes":
+        """Of all columns of the rows ``x [N, D]``."""
+        coded, (terms, largest) = Int8.of(x), row_terms(x, metric)
+        codes, scale = coded
+        outers = torch.stack([coded.lacking(x), upper(row_norms(x), x.shape[1])])
+        if terms.scale is not None:
+            scale, outers = scale * terms.scale, outers * terms.scale * (1 + ROUNDED) ** 2
+        if terms.term is not None:
+            outers = torch.cat([outers, terms.term[None]])
+        return cls(codes, scale, largest, terms.term, outers)
 
     def ranking(self, q: Tensor, metric: str) -> tuple[Tensor, str, KnownRows]:
         """Queries in eight bits, and what turns sums of products of codes into scores in the unit
         of the query's scale, as only their order counts."""
-        codes, scale, _ = Int8.of(q)
+        codes, scale = Int8.of(q)
         terms = SumTerms(self.scale, self.term)
         # The margin is a shortlist's: no sum times its scale is larger than 127 · 127 · dim · norm.
-        norm = 2 * torch.where(self.norm < torch.inf, self.norm, 1.0)
+        norm = 2 * self.norm
         if self.linear is not None:
             terms = terms._replace(outer=self.linear, factor=scale.reciprocal())
             norm = norm + norm * norm
@@ -150,14 +161,16 @@ class Codes(NamedTuple):
     def bounding(self, q: Tensor, metric: str) -> Bounds:
         """For queries at full width, ``[B, D]``; scores are in the unit of the query's scale."""
         assert self.outers is not None
-        (codes, scale, left), dim = Int8.of(q), q.shape[1]
+        coded, dim = Int8.of(q), q.shape[1]
+        codes, scale = coded
         margin = Margin(CODE_ERROR, dim * torch.finfo(torch.float32).tiny, d=CODE_ERROR)
         if metric == "l2":
             margin = margin._replace(c=CODE_ERROR, d=0.0, e=CODE_ERROR)
         bound = NormBound(LEAST_NORM[metric], dim * LOST, 1 + ROUNDED)
         coarse = ScanQueries(codes, None, row_norms(q), None, margin, bound)
         lengths = upper(row_norms(codes), dim)
-        factor = torch.stack([lengths, left / scale * (1 + ROUNDED), scale.reciprocal()])
+        left = coded.lacking(q) / scale * (1 + ROUNDED)
+        factor = torch.stack([lengths, left, scale.reciprocal()])
         terms = SumTerms(self.scale, self.term, self.outers, factor[: len(self.outers)])
         error = margin.error(coarse.upper_norms(), self.norm)
         return Bounds(coarse, terms, error, scale)

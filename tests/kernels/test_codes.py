@@ -3,12 +3,13 @@
 import pytest
 import torch
 from mrl_fast.kernels.search import certified, plan
-from mrl_fast.kernels.search.coarse import Int8
+from mrl_fast.kernels.search.coarse import Codes, Int8
 from mrl_fast.kernels.search.keys import empty
+from mrl_fast.kernels.search.metrics import row_terms
+from mrl_fast.kernels.search.plan import KnownRows
 
 from mrl_fast.search import reference
 from mrl_fast.testing import assert_same_topk
-from tests.helpers.coded import coded
 from tests.helpers.kernels import METRICS
 
 WIDTH = 40
@@ -29,8 +30,8 @@ def randn(rows, seed=0):
 
 def search(q, x, k, metric):
     """Checks the k best against fp64, and returns them and how many rows were scored."""
-    result, (rows, codes) = empty(q, k), coded(x, metric)
-    touched = certified.exact_topk(q, x, k, metric, result, rows, codes)
+    result, rows = empty(q, k), KnownRows(*row_terms(x, metric))
+    touched = certified.exact_topk(q, x, k, metric, result, rows, Codes.of(x, metric))
     exact = reference.scores(q, x, x.shape[1], metric)
     assert_same_topk(result, exact, name=metric, tolerance=1e-6 * exact.abs().max().item())
     return result[1], touched
@@ -80,7 +81,7 @@ def test_bounds_that_are_the_scores(metric, triton_device, monkeypatch):
     x[:, 0] = q[:, 0] = 127
     x, q = x.to(triton_device), q.to(triton_device)
     assert torch.equal(Int8.of(x).codes[:, :WIDTH].float(), x)
-    _, codes = coded(x, metric)
+    codes = Codes.of(x, metric)
     bounds = codes.bounding(q, metric)
     low = 0.99 * bounds.error / bounds.unit
     exactly = codes._replace(outers=torch.cat([0 * codes.outers[:2], codes.outers[2:]]))
@@ -90,7 +91,7 @@ def test_bounds_that_are_the_scores(metric, triton_device, monkeypatch):
             super().__call__(hits, count, theta + low, *phase, **more)
 
     monkeypatch.setattr(certified, "Scan", Low)
-    rows, result = coded(x, metric)[0], empty(q, 3)
+    rows, result = KnownRows(*row_terms(x, metric)), empty(q, 3)
     certified.exact_topk(q, x, 3, metric, result, rows, exactly)
     exact = reference.scores(q, x, WIDTH, metric)
     assert_same_topk(result, exact, name=metric, tolerance=1e-6 * exact.abs().max().item())
@@ -99,7 +100,8 @@ def test_bounds_that_are_the_scores(metric, triton_device, monkeypatch):
 def test_codes_and_what_they_lack(triton_device):
     x = torch.stack([randn(1)[0] * 10.0**e for e in (-35, -25, -3, 0, 4, 15)]).to(triton_device)
     x = torch.cat([x, 0 * x[:1]])
-    codes, scale, left = Int8.of(x)
+    coded = Int8.of(x)
+    (codes, scale), left = coded, coded.lacking(x)
     assert codes.shape == (7, 48) and not codes[:, WIDTH:].any()
     lacking = x.double() - scale[:, None].double() * codes[:, :WIDTH].double()
     norms = lacking.norm(dim=1)
@@ -112,9 +114,9 @@ def test_codes_and_what_they_lack(triton_device):
 @pytest.mark.parametrize("metric", METRICS)
 def test_range(metric, triton_device):
     x = randn(600).to(triton_device)
-    q, exact = x[[17, 200]].clone(), None
+    q = x[[17, 200]].clone()
     exact = reference.scores(q, x, WIDTH, metric)
-    rows, codes = coded(x, metric)
+    rows, codes = KnownRows(*row_terms(x, metric)), Codes.of(x, metric)
     threshold = exact[0].sort().values[-21:-19].mean().item()  # between two scores
     lims, scores, ids = certified.range_search(q, x, threshold, metric, rows, codes)
     for b in range(2):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mrl_fast.kernels.search.coarse import ALIGNMENT, Int8
+from mrl_fast.kernels.search.coarse import ALIGNMENT, Codes
 from mrl_fast.kernels.search.metrics import upper
 from mrl_fast.search.index.blocks import Block, Layout
 from mrl_fast.search.index.device_metrics import DEVICE_METRICS, inverse
@@ -31,7 +31,7 @@ class DeviceRows(NamedTuple):
         suffixes: ``[N]`` fp32, norms of the columns after the first prefix, over the whole vector's
             where the metric counts rows as unit vectors; rounded up. Of fewer columns both the norm
             and its share are no larger.
-        largest, smallest: ``[G]`` fp32, of the norms; the smallest of those that are not 0.
+        norms: ``[G]`` fp32, the norms that scans' margins have to hold for.
         codes, scales: ``[N, coded]`` int8 and ``[N]`` fp32: the first columns, or all, are about
             ``scale · code``, over their norm where the metric counts rows as unit vectors.
         outers: As of ``coarse.Codes``, where all columns are coded.
@@ -46,8 +46,7 @@ class DeviceRows(NamedTuple):
     vectors: Tensor
     factors: Tensor
     suffixes: Tensor
-    largest: Tensor
-    smallest: Tensor
+    norms: Tensor
     codes: Tensor | None
     scales: Tensor | None
     outers: Tensor | None
@@ -74,7 +73,8 @@ class DeviceCopy:
     """
 
     def __init__(self, dims: Sequence[int], metric: str, layout: Layout, device: torch.device):
-        self.dims, self.metric, self.device = tuple(dims), DEVICE_METRICS[metric], device
+        self.dims, self.name, self.device = tuple(dims), metric, device
+        self.metric = DEVICE_METRICS[metric]
         self.code = layout.code
         self.columns = {
             "vectors": (layout.dtype, (dims[-1],)),
@@ -162,23 +162,13 @@ class DeviceCopy:
             scales = block.stats[Stat.CODE_SCALE, low:high].to(self.device)
             arrays["scales"][to] = scales * inverse(norms[0]) if unit else scales
         elif self.code.whole:
-            step = max(1, CODED_BYTES // (4 * self.dims[-1]))
-            for part, its in zip(x.split(step), norms[-1].split(step), strict=True):
-                self._code(part, its, at)
-                at += len(part)
-
-    def _code(self, x: Tensor, norms: Tensor, at: int) -> None:
-        """Codes of the vectors ``x [n, D]``, whose norms these are."""
-        to, metric, (codes, scales, left) = slice(at, at + len(x)), self.metric, Int8.of(x)
-        self.arrays["codes"][to] = codes
-        outers = [left, upper(norms, x.shape[1])]
-        if metric.unit:
-            scales = scales * inverse(norms)
-            outers = [its * inverse(norms) * (1 + 2e-6) for its in outers]
-        if metric.added is not None:
-            outers.append(metric.added(norms))
-        self.arrays["scales"][to] = scales
-        self.arrays["outers"][:, to] = torch.stack(outers)
+            for part in x.split(max(1, CODED_BYTES // (4 * self.dims[-1]))):
+                to = slice(at, at + len(part))
+                coded = Codes.of(part, self.name)
+                arrays["codes"][to], arrays["scales"][to] = coded.x, coded.scale
+                assert coded.outers is not None
+                arrays["outers"][:, to] = coded.outers
+                at = to.stop
 
     def _of_tiles(self, array: Tensor, low: int, high: int) -> Tensor:
         """Rows [low, high) of tiles ``[.., TILE, ..]``, row by row, on the device."""
@@ -191,7 +181,7 @@ class DeviceCopy:
             "codes": None, "scales": None, "outers": None, **_cut(self.arrays, count)
         }  # fmt: skip
         rows = DeviceRows(
-            dims=self.dims, largest=self.largest.clone(), smallest=self.smallest.clone(),
+            dims=self.dims, norms=self.metric.largest(self.largest, self.smallest).clone(),
             captured=self.captured, **arrays,
         )  # fmt: skip
         return rows.only(None if live is None else flags_of(live, count))

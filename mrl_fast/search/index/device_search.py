@@ -70,8 +70,9 @@ def search_rows(q: Tensor, rows: DeviceRows, stages: Sequence[Stage], metric: st
     unless it is the last; the next stage then begins at the first column."""
     (dim, *bits, keep), *later = stages
     _in_use(rows)
-    found, codes = empty(q, keep), _codes(rows, metric)
-    if codes and (bits or (later and not codes.whole and dim == rows.dims[0])):
+    found, prefix = empty(q, keep), rows.outers is None and dim == rows.dims[0]
+    codes = _codes(rows, metric) if bits or (later and prefix) else None
+    if codes:
         coded, ranks, known = codes.ranking(q[:, :dim], metric)
         topk(coded, codes.x, keep, ranks, found, known)
         scored = 0
@@ -111,10 +112,8 @@ def range_search(
 def _known(rows: DeviceRows, dim: int, metric: str, *, ids: Tensor | None = None) -> KnownRows:
     """For a search by the first ``dim`` columns."""
     g, terms = rows.dims.index(dim), DEVICE_METRICS[metric]
-    here = slice(g, g + 1)
-    largest = terms.largest(rows.largest[here], rows.smallest[here])
     sum_terms = terms.sum_terms(_factors(rows, g, metric), rows.out)
-    return KnownRows(sum_terms, largest, rows.allowed, ids)
+    return KnownRows(sum_terms, rows.norms[g : g + 1], rows.allowed, ids)
 
 
 def _factors(rows: DeviceRows, g: int, metric: str) -> Tensor | None:
@@ -140,12 +139,10 @@ def _codes(rows: DeviceRows, metric: str) -> Codes | None:
     """Of all columns or of the first prefix; None: there are none."""
     if rows.codes is None or rows.scales is None:
         return None
-    terms, g = DEVICE_METRICS[metric], 0 if rows.outers is None else len(rows.dims) - 1
-    norm = terms.largest(rows.largest[g : g + 1], rows.smallest[g : g + 1])
-    linear = None if terms.added is None else rows.factors[g]
-    return Codes(
-        operand(rows.codes), rows.scales, norm, linear, rows.outers, rows.out, rows.allowed
-    )
+    g = 0 if rows.outers is None else len(rows.dims) - 1
+    norm, term, allowed = rows.norms[g : g + 1], rows.out, rows.allowed
+    linear = None if DEVICE_METRICS[metric].added is None else rows.factors[g]
+    return Codes(operand(rows.codes), rows.scales, norm, linear, rows.outers, term, allowed)
 
 
 def _in_use(rows: DeviceRows) -> None:
