@@ -6,6 +6,7 @@ from mrl_fast.kernels.search import certified, plan
 
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.search.index import device_search
+from mrl_fast.shared.types import Tuned
 from tests.helpers.kernels import METRICS
 
 DIMS = (8, 24)
@@ -102,8 +103,16 @@ def test_stages_by_codes(metric, monkeypatch):
 def test_files(tmp_path):
     theirs, mine = filled(vectors(600))
     mine.save(tmp_path)
-    q = vectors(2, 1)
+    q, stages = vectors(2, 1), ((24, 1, 600), (24, 5))
     for device in ("cpu", "cuda"):
         loaded = MatryoshkaIndex.load(tmp_path, device=device)
         assert loaded.codes == "bits"
+        if device == "cpu":  # tuned where signs rank
+            assert loaded.tuned is None
+            loaded._tuned = Tuned(stages, 5, len(loaded))
+            loaded.save(tmp_path)
+            again = MatryoshkaIndex.load(tmp_path)
+            assert again.tuned and again.tuned.stages == [*stages]
+        else:
+            assert loaded.tuned is None
         check_equal(loaded.search(q, 5), theirs.search(q, 5))
