@@ -5,7 +5,7 @@ import torch
 from mrl_fast.kernels.search import certified, plan
 
 from mrl_fast import MatryoshkaIndex
-from mrl_fast.search.index import device_search
+from mrl_fast.search.index import device_rows, device_search
 from mrl_fast.shared.types import Tuned
 from tests.helpers.kernels import METRICS
 
@@ -17,6 +17,7 @@ def small_buffers(monkeypatch):
     monkeypatch.setattr(plan, "BUFFER", (16, 16))
     monkeypatch.setattr(plan, "LEAST_RANK", 4)
     monkeypatch.setattr(certified, "SURVIVORS", 24)
+    monkeypatch.setattr(device_rows, "CODED_BYTES", 7000)
 
 
 def vectors(rows, seed=0, width=DIMS[-1]):
