@@ -151,17 +151,6 @@ def test_tune_chooses_bits():
     assert any(row.accepted for row in report.rows if row.stages)
 
 
-def test_a_device_ignores_codes():
-    index = MatryoshkaIndex(DIMS, codes="bits", device="cuda")
-    index.add(nested(300))
-    plain = MatryoshkaIndex(DIMS)
-    plain.add(nested(300))
-    q = nested(3, 1)
-    assert torch.equal(index.search(q, 5).ids, plain.search(q, 5, exact=True).ids)
-    with pytest.raises(TypeError, match="pairs"):
-        index.search(q, 5, stages=[(100, 1, 50), (100, 5)])
-
-
 def test_a_guess_that_is_too_high():
     """The best rows lie in one tile, which a sample of one tile in sixteen takes for a sixteenth of
     such rows."""

@@ -73,7 +73,9 @@ class MatryoshkaIndex(Persistent):
             the sign, are read by themselves; less the mean of the first vectors, where that is a
             large part of them. A stage may then rank by one or four bits, and exact search reads
             four bits of all rows, eight of some, and the vectors of a few. It takes 9 bits a column
-            and 8 or 12 bytes a dim more. A device ignores them.
+            and 8 or 12 bytes a dim more. On a device rows have eight bits of every column as int8,
+            not less the mean, and 12 or 16 bytes more; by all D columns exact search and range
+            search scan these, and stages may rank by them.
         rotation: ``"pca"`` for vectors that were not trained to be cut: an orthogonal rotation that
             puts their energy first, fitted by ``fit`` or else on the first vectors that are added.
             Inner products, distances and full-width cosines keep their values up to rounding.
@@ -189,12 +191,12 @@ class MatryoshkaIndex(Persistent):
                 ``(D, 4, keep)``, by four bits of every column, and what it keeps may be ranked by
                 more bits, ``(D, 4, keep)`` or ``(D, 8, keep)``, before vectors are read: ``[(D, 1,
                 500), (D, 8, 100), (D, 10)]`` reads 100 of them, which saves time where these lie
-                on disk, codes in memory. With an int8 prefix the first may be
-                ``(dims[0], 8, keep)``, and the next have that dim again. No dim may be larger than
-                the queries' width. None: the stages that ``tune`` chose, where it did, for at least
-                this k, at most a tenth of the vectors were added since, and all D columns of all
-                vectors are searched; else exact, and where they lapsed or vectors are ``allowed``
-                a warning says so once.
+                on disk, codes in memory. On a device the first may be ``(D, 8, keep)``, and with an
+                int8 prefix ``(dims[0], 8, keep)``; the next may have that dim again. No dim may be
+                larger than the queries' width. None: the stages that ``tune`` chose, where it did,
+                for at least this k, at most a tenth of the vectors were added since, and all D
+                columns of all vectors are searched; else exact, and where they lapsed or vectors
+                are ``allowed`` a warning says so once.
             exact: The k best by fp64 scores, provably: a row is dropped only where a bound on its
                 score excludes it. By a dim between the first and D the CPU knows no bounds and
                 reads that prefix of every row. On a device scores that are equal in fp32 are equal.

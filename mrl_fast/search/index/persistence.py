@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from operator import is_
 from pathlib import Path
@@ -162,5 +163,8 @@ class Persistent(pickled.Copies):
         index = cls.__new__(cls)
         index._make(IndexConfig.from_fields(fields, device))
         if fields["tuned"] is not None:
-            index._tuned = checked_tuned(fields["tuned"], index.config)
+            tuned = checked_tuned(fields["tuned"], replace(index.config, device="cpu"))
+            # Stages by a host's codes are none of a device's.
+            bits = tuned.stages[0][1:-1] if tuned.stages else ()
+            index._tuned = tuned if set(bits) <= set(index.config.ranking) else None
         return index, index._rows.layout

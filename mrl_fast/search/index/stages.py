@@ -24,7 +24,7 @@ def checked_stages(
     if not ranking and any(len(s) == 3 for s in listed if isinstance(s, (list, tuple))):
         raise TypeError(
             f"stages: expected (dim, keep) pairs, got {x!r}: (dim, bits, keep) needs an index with "
-            "codes='bits' on the CPU, or with prefix_dtype='int8'"
+            "codes='bits' or prefix_dtype='int8'"
         )
     checked = list(check_stages(x, ranking, config.code.reranking))
     for i, (dim, *bits, _) in enumerate(checked):
