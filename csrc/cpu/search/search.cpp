@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "cpu/search/graph.h"
 #include "cpu/search/listed_codes.h"
 #include "cpu/threads.h"
 
@@ -49,11 +50,14 @@ Status each_query(int64_t count, double multiplies, int threads, const Fn& fn) {
 // the columns, and so do all those of gathered rows.
 std::vector<Stage> needed(const Rows& rows, const std::vector<Stage>& all) {
     auto begin = all.begin();
-    for (auto s = begin; s + 1 != all.end() && s->keep >= rows.eligible(); ++s)
+    const bool gathered = !rows.gathered_rows.empty();
+    for (auto s = begin; s + 1 != all.end() &&
+                         (s->keep >= rows.eligible() || (gathered && s->bits == Stage::GRAPH));
+         ++s)
         if (s[1].bits == 0) begin = s + 1;
     std::vector<Stage> stages(begin, all.end());
-    const bool coded = stages.size() > 1 && rows.gathered_rows.empty();
-    if (coded && stages[0].dim == rows.code_dim) stages[0].bits = 8;
+    const bool coded = stages.size() > 1 && !gathered;
+    if (coded && stages[0].bits == 0 && stages[0].dim == rows.code_dim) stages[0].bits = 8;
     for (Stage& stage : stages)
         if (!coded) stage.bits = 0;
     return stages;
@@ -62,24 +66,27 @@ std::vector<Stage> needed(const Rows& rows, const std::vector<Stage>& all) {
 // How many columns the stage before has summed of those of this one.
 int64_t summed_before(const std::vector<Stage>& stages, size_t s) {
     const Stage& before = stages[s - 1];
-    return before.bits > 0 || before.dim > stages[s].dim ? 0 : before.dim;
+    return before.bits != 0 || before.dim > stages[s].dim ? 0 : before.dim;
 }
 
 }  // namespace
 
 Status search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
-              const std::vector<Stage>& all_stages, const Results& results) {
+              const std::vector<Stage>& all_stages, const Results& results, const Graph* graph) {
     rows.check();
     const std::vector<Stage> stages = needed(rows, all_stages);
     const Stage first = stages.front();
     int64_t widest = 0;
-    for (const Stage& stage : all_stages) widest = std::max(widest, stage.dim);
+    for (const Stage& stage : all_stages)
+        widest = std::max(widest, stage.bits == Stage::GRAPH ? graph->width : stage.dim);
     if (!finite(queries, widest)) return Status::QUERY_NOT_FINITE;
     const Source source = first.bits == 1   ? Source::SIGNS
                           : first.bits == 4 ? Source::NIBBLES
                           : first.bits == 8 ? Source::CODES
                                             : terms_of(metric).source;
-    const int64_t keep = std::min(first.keep, rows.eligible());
+    // Of a graph's stage, as many rows more may have come after it.
+    const bool walks = first.bits == Stage::GRAPH;
+    const int64_t keep = std::min(first.keep, rows.eligible()) * (walks ? 2 : 1);
     const int64_t per_query = sizeof(Entry) * (run.threads + 1) * 2 * std::max<int64_t>(keep, 32);
     const int64_t pass =
         std::max<int64_t>(1, std::min(std::max<int64_t>(96, PANEL_BYTES / (4 * first.dim)),
@@ -89,8 +96,11 @@ Status search(const Run& run, const Rows& rows, const Queries& queries, Metric m
         std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
         std::vector<int64_t> counts(n);
         const Queries part = {queries.data + begin * queries.stride, n, queries.stride};
-        Status status = scan_all(run, rows, part, {metric, source, first.dim, keep, 1},
-                                 entries.get(), counts.data());
+        Status status =
+            walks ? graph_shortlist(run, rows, part, metric, *graph, {first.dim, keep / 2},
+                                    entries.get(), counts.data())
+                  : scan_all(run, rows, part, {metric, source, first.dim, keep, 1}, entries.get(),
+                             counts.data());
         if (status != Status::OK) return status;
         double multiplies = 0.0;
         for (size_t s = 1; s < stages.size(); ++s)

@@ -99,8 +99,9 @@ struct Queries {
 struct Stage {
     int64_t dim, keep;
     // Of a ladder's codes that rank: first 1 or 4, later 4 or 8, and more than the stage before; 0:
-    // columns rank.
+    // columns rank. GRAPH: a graph finds rows, first, and dim is its beam.
     int64_t bits = 0;
+    static constexpr int64_t GRAPH = -1;
 };
 
 // Where a search writes the `keep` best of each query: [queries, keep], best first; id −1 and score
@@ -117,10 +118,13 @@ struct Neighbour {
 
 enum class Status { OK, NOT_FINITE, OVERFLOW_, QUERY_NOT_FINITE };
 
+struct Graph;
+
 // Runs the stages; the results are the last one's. Where there are codes, a first stage at code_dim
 // that is not the last ranks by them.
 Status search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
-              const std::vector<Stage>& stages, const Results& results);
+              const std::vector<Stage>& stages, const Results& results,
+              const Graph* graph = nullptr);
 
 // Rows to choose among: [queries, count], −1 is none.
 struct Candidates {

@@ -49,6 +49,7 @@ Kernels make_kernels(const char* name) {
                        {},
                        {row_sums<Source::PRODUCT>, row_sums<Source::DIFFERENCE>},
                        dot_halves,
+                       sum_bits,
                        widen_row,
                        dot64,
                        {},

@@ -216,6 +216,11 @@ struct Kernels {
     // ones with what follows. There are as many rows and sums as n rounded up to whole fours.
     void (*dot_halves)(const uint8_t* const* rows, int64_t n, const int8_t* query, int64_t bytes,
                        float* sums);
+    // sums[r] = Σ of the query's codes where a row's bit is set, column by column, the first the
+    // lowest of a byte; counts like dot_halves'. Both reach to whole vectors of 64 columns, where
+    // the query has zeros.
+    void (*sum_bits)(const uint8_t* const* rows, int64_t n, const int8_t* query, int64_t columns,
+                     float* sums);
     void (*widen_row)(const void* row, DType dtype, int64_t cols, float* out);
     // Σ x·y in fp64: eight sums, each of every eighth column, then the sum of these in order.
     double (*dot64)(const float* x, const float* y, int64_t cols);

@@ -138,6 +138,12 @@ struct Simd {
         put(2, _mm512_extracti32x4_epi32(low, 2), _mm512_extracti32x4_epi32(high, 2));
         put(3, _mm512_extracti32x4_epi32(low, 3), _mm512_extracti32x4_epi32(high, 3));
     }
+    // The bytes of x whose bits are set, else zeros.
+    static U8 where(const uint8_t* bits, U8 x) {
+        uint64_t mask;
+        __builtin_memcpy(&mask, bits, sizeof mask);
+        return _mm512_maskz_mov_epi8(mask, x);
+    }
     static Int dot4_nibbles(U8 row, U8 query, Int sum) {
 #if defined(MRL_VNNI)
         return Int(_mm512_dpbusd_epi32(__m512i(sum), row, query));

@@ -92,6 +92,11 @@ struct Simd {
         const U16 even = all - (odd << 8);
         for (int i = 0; i < 8; ++i) out[2 * i] = even[i], out[2 * i + 1] = odd[i];
     }
+    // The bytes of x whose bits are set, else zeros.
+    static U8 where(const uint8_t* bits, U8 x) {
+        for (int i = 0; i < 16; ++i) x[i] = bits[i / 8] >> i % 8 & 1 ? x[i] : 0;
+        return x;
+    }
     static Int dot4_nibbles(U8 row, U8 query, Int sum) {
         for (int i = 0; i < 16; ++i) sum[i / 4] += int32_t(row[i]) * int8_t(query[i]);
         return sum;
