@@ -1,9 +1,8 @@
 // Bindings of search: the rows that are searched, and the searches.
-#include "cpu/search/graph_builder.h"
-
 #include <pybind11/native_enum.h>
 
 #include "bindings/bindings.h"
+#include "cpu/search/graph_builder.h"
 
 namespace py = pybind11;
 
@@ -30,9 +29,8 @@ using ResultsFields = std::tuple<Address<float>, Address<int64_t>>;
 using CandidatesFields = std::tuple<Address<int64_t>, int64_t>;
 using StageFields = std::tuple<int64_t, int64_t, int64_t>;
 using NewRowsFields = std::tuple<Address<void>, DType, int64_t, int64_t, int64_t>;
-using GraphFields =
-    std::tuple<int64_t, int64_t, int64_t, Address<float>, Address<uint8_t>, Address<uint8_t>,
-               Address<uint32_t>, int64_t, Address<uint32_t>>;
+using GraphFields = std::tuple<int64_t, int64_t, int64_t, Address<float>, Address<uint8_t>,
+                               Address<uint8_t>, Address<uint32_t>, int64_t, Address<uint32_t>>;
 using GraphArraysFields =
     std::tuple<Address<uint32_t>, Address<uint8_t>, Address<uint8_t>, Address<uint32_t>>;
 using SpanArraysFields =

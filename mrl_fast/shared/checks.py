@@ -137,7 +137,7 @@ def check_choice(value: Any, name: str, choices: Collection[str | None], where: 
 
 
 def check_stages(
-    stages: Any, bits: Sequence[int] = (), further: Sequence[int] = ()
+    stages: Any, bits: Sequence[int] = (), further: Sequence[int] = (), *, graph: bool = False
 ) -> tuple[Stage, ...]:
     """Stages ``(dim, keep)``: dims ascending, keeps not growing.
 
@@ -146,6 +146,7 @@ def check_stages(
             ranks by them, and whatever its dim is, the pairs begin anew.
         further: By so many, more than the one before, the next stages may rank, too; the last is a
             pair.
+        graph: The first of several stages may be ``("graph", beam, keep)``.
     """
     most = "the first ones" if further else "the first"
     kinds = "(dim, keep) pairs" + (f", {most} perhaps (dim, bits, keep)" if bits else "")
@@ -155,6 +156,8 @@ def check_stages(
         raise TypeError(f"stages: expected a sequence of {kinds}, got {stages!r}") from None
     if not listed:
         raise ValueError("stages: expected at least one (dim, keep) pair, got none")
+    if graph and listed[0][:1] == ("graph",):
+        return _check_walk(listed, further)
     most, coded, least = len(listed) - 1 if further else bool(bits), 0, 0
     while coded < min(most, len(listed) - 1) and len(listed[coded]) == 3:
         name = f"stages[{coded}] bits"
@@ -176,6 +179,22 @@ def check_stages(
         raise ValueError(f"stages: expected keeps that do not grow, got {keeps}")
     middle = [stage[1:-1] for stage in listed]
     return tuple((dim, *mid, keep) for dim, mid, keep in zip(dims, middle, keeps, strict=True))
+
+
+def _check_walk(listed: list[tuple[Any, ...]], further: Sequence[int]) -> tuple[Stage, ...]:
+    """Stages of which the first is a graph's."""
+    if len(listed[0]) != 3 or len(listed) < 2:
+        raise TypeError(
+            "stages: expected ('graph', beam, keep) and then at least one (dim, keep) pair, got "
+            f"{listed!r}"
+        )
+    keep = check_int(listed[0][2], "stages[0] keep", 1)
+    beam = check_int(listed[0][1], "stages[0] beam", keep)
+    rest = check_stages(listed[1:], further, further)
+    if rest[0][-1] > keep:
+        keeps = [keep, *(stage[-1] for stage in rest)]
+        raise ValueError(f"stages: expected keeps that do not grow, got {keeps}")
+    return ("graph", beam, keep), *rest
 
 
 def check_finite(x: Tensor, name: str) -> None:

@@ -68,7 +68,8 @@ int64_t Walk::insert(float score, uint32_t row) {
     const int64_t count = found_.size();
     if (!(count < beam_ || score > found_.back().score)) return beam_;
     const auto later = [](float mine, const Node& node) { return mine > node.score; };
-    const int64_t at = std::upper_bound(found_.begin(), found_.end(), score, later) - found_.begin();
+    const int64_t at =
+        std::upper_bound(found_.begin(), found_.end(), score, later) - found_.begin();
     if (count == beam_) found_.pop_back();
     found_.insert(found_.begin() + at, {score, row, false});
     return at;
@@ -87,7 +88,8 @@ void Walk::meet(const Kernels& kernels, const Graph& graph, const NodeQuery& que
     for (int64_t i = 0; i < n; ++i) {
         const NodeTerms& node = graph.terms(fresh_[i]);
         const float sum = 2.0f * sums_[i] + query.signs_shift,
-                    score = node.factor * (query.scale * sum) + (node.term + node.inverse * query.t);
+                    score =
+                        node.factor * (query.scale * sum) + (node.term + node.inverse * query.t);
         // NaN, of rows whose squares no fp32 holds, is below all others.
         const int64_t at = insert(score == score ? score : -INFINITY, fresh_[i]);
         if (at == beam_) continue;
@@ -113,7 +115,8 @@ void Walk::run(const Kernels& kernels, const Graph& graph, const NodeQuery& quer
         const uint8_t* place = graph.signs + row * bytes;
         for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(place + byte);
     };
-    for (int64_t i = 0; i < graph.entry_count; ++i) see(graph.entries[i]);
+    for (int64_t i = 0; i < graph.entry_count; ++i)
+        if (graph.entries[i] < graph.rows) see(graph.entries[i]);
     first_ = 0;
     meet(kernels, graph, query);
     for (first_ = 0;;) {
@@ -123,7 +126,7 @@ void Walk::run(const Kernels& kernels, const Graph& graph, const NodeQuery& quer
         node.left = true;
         passed_.push_back(node.row);
         const uint32_t* edges = graph.edges + int64_t(node.row) * graph.degree;
-        for (int64_t e = 0; e < graph.degree && edges[e] != NO_NODE; ++e) see(edges[e]);
+        for (int64_t e = 0; e < graph.degree && edges[e] < graph.rows; ++e) see(edges[e]);
         meet(kernels, graph, query);
     }
     for (uint32_t row : seen_) marks_[row / 64] = 0;

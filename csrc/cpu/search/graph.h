@@ -20,7 +20,7 @@ constexpr int64_t DEGREE = 32;  // edges of a node, at most
 struct NodeTerms {
     float factor, scale;  // of sums over signs and over four bits; products count, and norms divide
     float term;           // ⟨c, x⟩ or −‖y‖², likewise
-    float inverse;        // 1 / ‖x‖ where norms divide; of inner products, √(M² − ‖x‖²): see Builder
+    float inverse;  // 1 / ‖x‖ where norms divide; of inner products, √(M² − ‖x‖²): see Builder
 };
 
 struct Graph {
@@ -30,13 +30,15 @@ struct Graph {
     const uint8_t* nibbles;    // [rows, low_bytes(width)]; lie as a ladder's lows
     const uint32_t* entries;
     int64_t entry_count;
-    const uint32_t* edges;  // [rows, degree]; after the last one NO_NODE
+    const uint32_t* edges;  // [rows, degree]; after the last one NO_NODE, or what is no row
     int64_t degree = DEGREE;
     const NodeTerms& terms(int64_t row) const;
 };
 
 // Of a node's terms and signs: whole cache lines.
-inline int64_t sign_bytes(int64_t dim) { return (sizeof(NodeTerms) + (dim + 7) / 8 + 63) / 64 * 64; }
+inline int64_t sign_bytes(int64_t dim) {
+    return (sizeof(NodeTerms) + (dim + 7) / 8 + 63) / 64 * 64;
+}
 inline const NodeTerms& Graph::terms(int64_t row) const {
     return *static_cast<const NodeTerms*>(static_cast<const void*>(signs + row * sign_bytes(dim)));
 }

@@ -10,10 +10,10 @@
 namespace mrl {
 namespace {
 
-constexpr int64_t BEAM = 128;          // of a row that looks for near ones
-constexpr float DIRECTION = 1.2f;      // an edge is left out where one kept is so much nearer to it
-constexpr int64_t BATCHES = 50;        // a batch has at most so large a share of the rows
-constexpr float DEVIATIONS = 2.7f;     // that four bits reach, as a ladder's
+constexpr int64_t BEAM = 128;       // of a row that looks for near ones
+constexpr float DIRECTION = 1.2f;   // an edge is left out where one kept is so much nearer to it
+constexpr int64_t BATCHES = 50;     // a batch has at most so large a share of the rows
+constexpr float DEVIATIONS = 2.7f;  // that four bits reach, as a ladder's
 constexpr int64_t GRAIN = 16;
 
 // Rows in an order in which any first part of them is spread over all.
@@ -52,7 +52,8 @@ GraphBuilder::GraphBuilder(const Run& run, const Rows& rows, Metric metric, cons
     lists_.assign(count * SLOTS, NO_NODE);
     graph_.edges = lists_.data();
     codes_.assign(count * bytes, 0);
-    for (std::vector<float>* each : {&scales_, &factors_, &norms_, &middles_}) each->assign(count, 0.0f);
+    for (std::vector<float>* each : {&scales_, &factors_, &norms_, &middles_})
+        each->assign(count, 0.0f);
     scratch_.resize(run.threads);
     Ranges ranges(order_.size(), 64);
     parallel(run.threads, [&](int) {
@@ -88,15 +89,17 @@ void GraphBuilder::code(int64_t row, float* y, std::vector<float>* room) {
     const Kernels& kernels = run_.kernels;
     const double square = kernels.dot64(x, x, width), beside = kernels.dot64(y, y, width),
                  prefix = kernels.dot64(y, y, dim), norm = std::sqrt(square),
-                 unit = !terms_.normalized ? 1.0 : norm > 0.0 ? 1.0 / norm : 0.0,
+                 unit = !terms_.normalized ? 1.0
+                        : norm > 0.0       ? 1.0 / norm
+                                           : 0.0,
                  of_centre = centre_ ? kernels.dot64(centre_, x, width) : 0.0;
     const float reach = std::min(largest, DEVIATIONS * float(std::sqrt(beside / double(width)))),
                 inverse = reach > TINY ? 8.0f / reach : 0.0f;
     NodeTerms node = {};
     node.factor = float(along > 0.0 ? terms_.product * unit * prefix / along : 0.0);
     node.scale = inverse > 0.0f ? float(terms_.product * unit * (reach / 8.0f)) : 0.0f;
-    node.term = float(terms_.squares > 0.0f ? -terms_.squares * beside
-                                            : terms_.product * unit * of_centre);
+    node.term =
+        float(terms_.squares > 0.0f ? -terms_.squares * beside : terms_.product * unit * of_centre);
     node.inverse = terms_.normalized ? float(unit) : 0.0f;
     uint8_t* signs = to_.signs + row * sign_bytes(dim);
     std::fill_n(signs, sign_bytes(dim), uint8_t(0));

@@ -9,7 +9,7 @@ namespace mrl {
 
 // The arrays of a graph, to be written.
 struct GraphArrays {
-    uint32_t* edges;   // [rows, DEGREE]
+    uint32_t* edges;  // [rows, DEGREE]
     uint8_t *signs, *nibbles;
     uint32_t* entries;  // [ENTRIES]
 };
@@ -57,7 +57,7 @@ class GraphBuilder {
     const GraphArrays to_;
     Graph graph_;  // as far as it is built
     std::vector<uint32_t> order_, lists_, entries_;
-    std::vector<int8_t> codes_;   // [rows, query_bytes(width)], of each row as a query
+    std::vector<int8_t> codes_;            // [rows, query_bytes(width)], of each row as a query
     std::vector<float> scales_, factors_;  // its scale and t
     std::vector<float> norms_, middles_;   // ‖x‖, ⟨y, c⟩
     std::vector<Scratch> scratch_;

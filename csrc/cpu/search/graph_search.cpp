@@ -42,8 +42,9 @@ class Finder {
             score_nodes(kernels_, graph_, coded, nodes_.data(), nodes_.size(), scores_.data());
         entries_.clear();
         for (size_t i = 0; i < nodes_.size(); ++i)
-            entries_.push_back({make_key(scores_[i] == scores_[i] ? scores_[i] : -INFINITY,
-                                         nodes_[i]), 0.0f, 0.0f});
+            entries_.push_back(
+                {make_key(scores_[i] == scores_[i] ? scores_[i] : -INFINITY, nodes_[i]), 0.0f,
+                 0.0f});
         cut(entries_, keep_);
         std::copy(entries_.begin(), entries_.end(), out);
         return entries_.size();
@@ -90,11 +91,10 @@ Status graph_shortlist(const Run& run, const Rows& rows, const Queries& queries,
     const bool coded = !later.ladder.dims.empty() && later.gathered_rows.empty();
     std::vector<Entry> entries(queries.n * keep);
     std::vector<int64_t> found(queries.n);
-    const Status status = scan_all(
-        run, later, queries,
-        {metric, coded ? Source::SIGNS : terms_of(metric).source, graph.width,
-         std::min(keep, later.eligible()), 1},
-        entries.data(), found.data());
+    const Status status = scan_all(run, later, queries,
+                                   {metric, coded ? Source::SIGNS : terms_of(metric).source,
+                                    graph.width, std::min(keep, later.eligible()), 1},
+                                   entries.data(), found.data());
     const int64_t most = std::min(keep, later.eligible());
     for (int64_t q = 0; q < queries.n; ++q) {
         std::copy_n(entries.begin() + q * most, found[q], out + q * 2 * keep + counts[q]);

@@ -175,12 +175,23 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
                    const LaterStage& stage, std::vector<Entry>& candidates) {
     constexpr int64_t COLUMN_BLOCK = 256;  // columns a gathered tile advances by
     constexpr int64_t AHEAD = 1024;        // rows that are read ahead at once: whole tiles
-    const int64_t from = stage.from, to = stage.to;
+    const int64_t to = stage.to, head = stage.from == 0 ? std::min(rows.packed_dim, to) : 0,
+                  from = stage.from + head;  // columns [0, head) come from tiles
     const MetricTerms& terms = terms_of(stage.metric);
     const float scale =
         (terms.normalized ? query_scale(query, to) : 1.0f) * terms.factor(terms.source);
     const int64_t count = candidates.size();
     const std::unique_ptr<float[]> tile(new float[std::min(COLUMN_BLOCK, to - from) * TILE]);
+    std::vector<float> packed(head * TILE);
+    const auto gather = [&](int64_t first) {
+        for (int r = 0; r < TILE; ++r) {
+            const int64_t row = row_of(candidates[std::min(first + r, count - 1)].key);
+            const Span& span = span_of(rows, row);
+            const int64_t local = row - span.first;
+            const float* lane = span.packed + local / TILE * rows.packed_dim * TILE + local % TILE;
+            for (int64_t c = 0; c < head; ++c) packed[c * TILE + r] = lane[c * TILE];
+        }
+    };
     // Points to a column of each of the TILE candidates from `first` on; the last candidate stands
     // for those beyond the end.
     auto point = [&](int64_t first, int64_t column, const void** pointers) {
@@ -206,6 +217,12 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
         for (int r = 0; r < n; ++r) {
             sums[r] = group[r].partial;
             sqnorm[r] = group[r].sqnorm;
+        }
+        if (head > 0) {
+            const Segment segment = {packed.data(), head};
+            gather(first);
+            kernels.advance(terms.source, segment, query, sums);
+            if (terms.normalized) kernels.sqnorms(segment, sqnorm);
         }
         for (int64_t column = from; column < to; column += COLUMN_BLOCK) {
             const Segment segment = {tile.get(), std::min(COLUMN_BLOCK, to - column)};

@@ -96,11 +96,10 @@ Status search(const Run& run, const Rows& rows, const Queries& queries, Metric m
         std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
         std::vector<int64_t> counts(n);
         const Queries part = {queries.data + begin * queries.stride, n, queries.stride};
-        Status status =
-            walks ? graph_shortlist(run, rows, part, metric, *graph, {first.dim, keep / 2},
-                                    entries.get(), counts.data())
-                  : scan_all(run, rows, part, {metric, source, first.dim, keep, 1}, entries.get(),
-                             counts.data());
+        Status status = walks ? graph_shortlist(run, rows, part, metric, *graph,
+                                                {first.dim, keep / 2}, entries.get(), counts.data())
+                              : scan_all(run, rows, part, {metric, source, first.dim, keep, 1},
+                                         entries.get(), counts.data());
         if (status != Status::OK) return status;
         double multiplies = 0.0;
         for (size_t s = 1; s < stages.size(); ++s)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from mrl_fast.search.index.graph import walks
 from mrl_fast.search.index.stages import checked_stages
 from mrl_fast.shared.checks import check_int
 from mrl_fast.shared.types import Stage
@@ -75,6 +76,14 @@ def explain(index: Any, stages: Sequence[Stage], batch: int = 1) -> Explanation:
 
     rows: list[StageCost] = []
     count, begin, known = len(index), 0, 0  # known: bits of a column that the stage before read
+    if walks(checked):
+        graph = index._rows.snapshot.graph
+        if graph is None:
+            raise ValueError("stages[0]: expected a graph: build_graph() first, got none")
+        _, beam, keep = checked.pop(0)
+        seen, read = graph.reads(beam)
+        rows.append(StageCost(width, keep, seen, seen * width, read, 1))
+        count = min(count, keep)
     for dim, *named, keep in checked:
         bits = named[0] if named else 0
         if not rows and len(checked) > 1 and not (code.exact or code.whole) and dim == config.coded:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mrl_fast.search.index import cost, tuning
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.config import IndexConfig
+from mrl_fast.search.index.graph import LEAST_SHARE, walks
 from mrl_fast.search.index.persistence import Persistent
 from mrl_fast.search.index.queries import checked_queries
 from mrl_fast.search.index.rows import IndexRows
@@ -152,6 +153,7 @@ class MatryoshkaIndex(Persistent):
         now = self._rows.snapshot
         removed = f", {now.count - now.size:,} removed" if now.count > now.size else ""
         tuned = "" if self._tuned is None or not self._tuned.stages else ", tuned"
+        tuned = f", graph of {now.graph.rows:,}{tuned}" if now.graph else tuned
         return (
             f"MatryoshkaIndex({self.config}): {now.size:,} vectors{removed}, "
             f"{now.nbytes / 2**20:,.1f} MiB{tuned}"
@@ -162,6 +164,7 @@ class MatryoshkaIndex(Persistent):
     update = of_rows(IndexRows.update)
     remove = of_rows(IndexRows.remove)
     compact = of_rows(IndexRows.compact)
+    build_graph = of_rows(IndexRows.build_graph)
     contains = of_rows(IndexRows.contains)
     reconstruct = of_rows(IndexRows.reconstruct)
 
@@ -197,6 +200,10 @@ class MatryoshkaIndex(Persistent):
                 for at least this k, at most a tenth of the vectors were added since, and all D
                 columns of all vectors are searched; else exact, and where they lapsed or vectors
                 are ``allowed`` a warning says so once.
+                After ``build_graph`` the first may be ``("graph", beam, keep)``: of the ``beam`` best
+                rows by signs that it comes by, the ``keep`` best by four bits go on, and as many of
+                those that were added since; where under an eighth of the rows may be found, the
+                search is exact instead. A larger beam finds more.
             exact: The k best by fp64 scores, provably: a row is dropped only where a bound on its
                 score excludes it. By a dim between the first and D the CPU knows no bounds and
                 reads that prefix of every row. On a device scores that are equal in fp32 are equal.
@@ -229,14 +236,24 @@ class MatryoshkaIndex(Persistent):
             checked = checked_stages(stages, self.config, k, dim)
         elif dim == self.width and not exact:
             filtered = allowed is not None
-            checked = plain_stages(self._tuned, k, now.size, self._lapses_said, filtered=filtered)
+            checked = plain_stages(
+                self._tuned, k, now.size, self._lapses_said,
+                filtered=filtered, has_graph=now.graph is not None,
+            )  # fmt: skip
         rows, q, _keepalive = self._searched(now, allowed, q)
+        graph = now.graph if walks(checked) else None
+        if walks(checked) and graph is None:
+            raise ValueError("stages[0]: expected a graph: build_graph() first, got none")
+        if graph is not None and rows.eligible < LEAST_SHARE * now.count:
+            checked = None  # a walk would pass through many rows for each that may be found
         if checked is None:
             *found, touched = self._rows.backend.exact_search(q, rows, dim, k, self.metric)
             result = ExactResult(*found)
             result.rows_touched = touched
         else:
-            result = StagedResult(*self._rows.backend.search_rows(q, rows, checked, self.metric))
+            walk = {} if graph is None else {"graph": graph.native}
+            found = self._rows.backend.search_rows(q, rows, checked, self.metric, **walk)
+            result = StagedResult(*found)
             result.stages = checked
         return result_like(queries, result, out)
 

@@ -65,6 +65,7 @@ class Persistent(pickled.Copies):
                 now.counts,
                 now.live,
                 self._rows.frame,
+                now.graph,
             )
             prefix_rows, left = store.saved_prefix_rows, self._left
             folder.save(Path(path), contents, self._saved, prefix_rows, left, replaced)
@@ -91,7 +92,9 @@ class Persistent(pickled.Copies):
         make = partial(cls._from_fields, inputs.device(device))
         index, contents, index._saved = folder.load(Path(path), make, verify=verify)
         next_id = index._saved.manifest["next_id"]
-        index._rows.adopt(contents.blocks, contents.counts, contents.alive, contents.axes, next_id)
+        index._rows.adopt(
+            contents.blocks, contents.counts, contents.alive, contents.axes, next_id, contents.graph
+        )
         if index._rows.layout.reads(index._saved.manifest["version"]):
             index._rows.store.saved_prefix_rows = sum(contents.counts)
         index._left[index._saved.path] = index._saved.manifest
