@@ -74,6 +74,34 @@ class RangeFound:
     counts: list[int]  # rows found by each query
     def write(self, scores: int, ids: int, /) -> None: ...
 
+class Graph:
+    """A graph over rows; fields as in csrc/cpu/search/graph.h. Holds addresses, not the arrays."""
+
+    def __init__(self, fields: tuple[int, ...], /) -> None: ...
+
+class GraphBuilder:
+    added: int  # rows so far
+    count: int  # rows in all
+
+    def __init__(
+        self,
+        rows: Rows,
+        metric: int,
+        centre: int,
+        dim: int,
+        width: int,
+        run: tuple[str, int],
+        to: tuple[int, ...],  # GraphArrays
+        /,
+    ) -> None: ...
+    def add(self) -> bool: ...
+    def finish(self) -> int: ...  # how many entries
+
+DEGREE: int
+ENTRIES: int
+NO_NODE: int
+
+def node_bytes(dim: int, width: int, /) -> tuple[int, int]: ...  # of signs, of four bits
 def pack_flags(flags: int, count: int, words: int, /) -> None: ...
 
 Queries = tuple[int, int, int]  # address, rows, stride
@@ -83,7 +111,14 @@ Results = tuple[int, int]  # scores, ids
 
 # These return what is wrong with the vectors, an empty string where nothing is.
 def search(
-    rows: Rows, queries: Queries, metric: int, stages: list[Stage], run: Run, results: Results, /
+    rows: Rows,
+    queries: Queries,
+    metric: int,
+    stages: list[Stage],
+    run: Run,
+    results: Results,
+    graph: Graph | None,
+    /,
 ) -> str: ...
 def exact_search(
     rows: Rows,

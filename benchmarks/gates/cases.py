@@ -13,7 +13,8 @@ import torch
 import triton
 from mrl_fast.kernels.search import funnel_search, rerank, scan_shape
 from mrl_fast.kernels.search.approx import approx_topk
-from mrl_fast.kernels.search.certified import Prefix, exact_topk
+from mrl_fast.kernels.search.certified import exact_topk
+from mrl_fast.kernels.search.coarse import Codes, Prefix
 from mrl_fast.kernels.search.keys import empty
 from mrl_fast.kernels.search.metrics import NUMBERS, SumTerms
 from mrl_fast.kernels.search.pair_scores import RESCANNED
@@ -166,6 +167,8 @@ def trait(name: str, value: Any) -> list[str]:
         return [[], ["dense"], ["windows"]][value]
     if name == "ACC":
         return ["fp64"] * (str(value) == "fp64")
+    if name == "OUTERS":
+        return [[], ["outer"], ["2 outers"], ["3 outers"]][value]
     if name == "SOFT":
         return [f"soft {value}"] * (value != "none")
     if isinstance(value, str):
@@ -216,6 +219,10 @@ def searches(dtype: torch.dtype, precision: str) -> Iterator[Call]:
         if dtype == torch.int8:
             yield of(codes, queries, few[0], outer=False)
             yield of(codes, queries, few[0], outer=True)
+            for dim in (*few, WIDTH):
+                for metric in ("ip", "l2"):
+                    yield of(bounded_codes, min(queries, 512), dim, metric)
+            yield of(bounded_codes, min(queries, 512), WIDTH, "l2", removed=True)
             continue
         for metric in metrics:
             yield of(certified, dtype, min(queries, 512), few[0], metric)
@@ -260,7 +267,16 @@ def certified(dtype: torch.dtype, queries: int, dim: int, metric: str) -> None:
     q, x = meta(queries, WIDTH, dtype=dtype), meta(ROWS, WIDTH, dtype=dtype)
     rows = KnownRows(known(metric), meta(1))
     bounds = KnownRows(known(metric)._replace(outer=meta(ROWS)), meta(1))
-    exact_topk(q, x, 10, metric, empty(q, 10), rows, Prefix(dim, rows, bounds))
+    exact_topk(q, x, 10, metric, empty(q, 10), rows, Prefix(x[:, :dim], rows, bounds))
+
+
+def bounded_codes(queries: int, dim: int, metric: str, *, removed: bool = False) -> None:
+    """An exact search by codes of all columns."""
+    q, x = meta(queries, dim), meta(ROWS, dim)
+    l2, out = metric == "l2", meta(ROWS) if removed else None
+    its, linear = meta(ROWS, dim, dtype=torch.int8), meta(ROWS) if l2 else None
+    form = Codes(its, meta(ROWS), meta(1), linear, meta(2 + l2, ROWS), out)
+    exact_topk(q, x, 10, metric, empty(q, 10), KnownRows(known(metric), meta(1)), form)
 
 
 def reranks(dtype: torch.dtype, metric: str, queries: int) -> None:

@@ -42,6 +42,8 @@ INSTRUCTIONS = {
         kernel: 1.05 * measured
         for kernel, measured in {
             "scan int8 1024q 128d": 5.06,
+            "scan int8 512q 128d scale 2 outers": 8.49,
+            "scan int8 512q 128d scale 3 outers": 9.61,
             "scan fp8 1024q 128d": 6.67,
             "scan fp32 tf32 1024q 32d": 3.5,
             "scan fp32 tf32x3 1024q 32d": 9.89,
@@ -313,7 +315,8 @@ def in_short(kernel: str, arch: int) -> bool:
     """Whether a kernel is one of the scans that most depends on, and so part of the short form."""
     plain = re.fullmatch(r"scan .* 1024q (32|64|128)d", kernel)
     half = re.match(r"scan bf16 .*\b64d\b", kernel) and "dense" not in kernel
-    return kernel == "scan bf16 1024q 64d" or arch == 90 and bool(plain or half)
+    codes = re.fullmatch(r"scan int8 512q 128d scale \d outers", kernel)
+    return kernel == "scan bf16 1024q 64d" or arch == 90 and bool(plain or half or codes)
 
 
 WORK: list[tuple[Any, int, Path | None]] = []  # before processes are forked: cases are not pickled

@@ -1,14 +1,15 @@
 """Rows of an index on the device, end to end, against exact full-width search by PyTorch.
 
 320,000 unit rows of 2048 columns in bf16, near 3,000 centres, with a falling spectrum; the prefix
-as it is, or as int8. Rows and queries are rounded before anyone sees them. Shortlists are the least
-that are good enough on held-out queries. Bytes: the prefix of every row, and the columns that later
-stages add to what is kept; of an exact search, the rows that it touched, each once.
+as it is, or as int8; or the same numbers in fp32 beside int8 codes of every column. Rows and
+queries are rounded before anyone sees them. Shortlists are the least that are good enough on
+held-out queries. Bytes: the prefix or the codes of every row, and the columns that later stages add
+to what is kept; of an exact search, the rows that it touched, each once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,8 +28,16 @@ HELD_OUT_RECALL = 0.995
 SHORTLISTS = (200, 400, 800, 1600, 3200)
 
 
+FORMS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "prefix_dtype": "int8"},
+    "codes": {"dtype": "float32", "codes": "bits"},
+}
+CODES_TARGET = 4.0  # times torch's matmul and topk of fp32
+
+
 class Search(NamedTuple):
-    prefix_dtype: str
+    form: str  # that rows are scanned in, of FORMS
     how: str  # "stages" or "exact"
     queries: int
     rows: int = 320_000
@@ -39,12 +48,13 @@ class Search(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"index-{self.prefix_dtype}-{self.how}-q{self.queries}"
+        return f"index-{self.form}-{self.how}-q{self.queries}"
 
     @property
     def shape(self) -> str:
         size = f"{self.rows:,} × {self.dims[-1]}"
-        return f"{size}, {self.prefix_dtype} prefix, {self.queries:,} queries, {self.how}"
+        scanned = f"{self.form} of fp32" if self.form == "codes" else f"{self.form} prefix"
+        return f"{size}, {scanned}, {self.queries:,} queries, {self.how}"
 
     def tiny(self) -> Search:
         return self._replace(
@@ -54,7 +64,9 @@ class Search(NamedTuple):
 
     def work(self) -> Work:
         x, queries = vectors(self.rows, self.dims[-1])
-        filled = index(self.prefix_dtype, self.rows, self.dims)
+        filled = index(self.form, self.rows, self.dims)
+        if self.form == "codes":
+            x, queries = x.float(), queries.float()
         q, stages, options = queries[: self.queries], None, {}
         notes: dict[str, Any] = {}
         if self.how == "exact":
@@ -69,8 +81,11 @@ class Search(NamedTuple):
         calls: dict[str, Call] = {
             OURS: lambda: search(q),
             "torch": torch_topk(q, x, K),
-            "torch_fp32_scores": torch_topk(q, x, K, out_dtype=torch.float32),
         }
+        if self.form == "codes":
+            notes["target_ratio"] = CODES_TARGET
+        else:
+            calls["torch_fp32_scores"] = torch_topk(q, x, K, out_dtype=torch.float32)
         several = self.queries < self.judged  # one query tells no recall: more, batch by batch
         some = exact.spread_over(self.queries, self.judged).to(DEVICE)
         asked = queries[: self.judged] if several else q[some]
@@ -94,8 +109,9 @@ class Search(NamedTuple):
         self, x: Tensor, stages: Sequence[tuple[int, int]] | None, touched: int | None
     ) -> tuple[float, dict[str, float], str]:
         """Bytes, FLOPs by rate, and how they are counted."""
-        int8, size, first = self.prefix_dtype == "int8", x.element_size(), self.dims[0]
-        scanned = first if stages is None else stages[0][0]
+        int8, size, first = self.form != "float32", x.element_size(), self.dims[0]
+        whole, rate = self.form == "codes", "bf16" if size == 2 else "fp32"
+        scanned = self.dims[-1] if whole else first if stages is None else stages[0][0]
         numbers = float(len(x) * scanned)
         begin = 0 if int8 else scanned  # codes are no part of a score
         if stages is None:
@@ -109,20 +125,23 @@ class Search(NamedTuple):
                 added += float(self.queries) * keep * (dim - begin)
                 begin = dim
             pairs, text = added, "B·Σkeep·(d − d')"
-        flops = {"int8" if int8 else "bf16": 2 * self.queries * numbers}
-        flops["bf16"] = flops.get("bf16", 0.0) + 2 * pairs
-        prefix = 1 if int8 else size
+        flops = {"int8" if int8 else rate: 2 * self.queries * numbers}
+        flops[rate] = flops.get(rate, 0.0) + 2 * pairs
+        prefix, d = 1 if int8 else size, "D" if whole else "d₀"
         return (
             prefix * numbers + size * added, flops,
-            f"{prefix}·N·d₀ + {size}·{text} bytes; 2·B·N·d₀ + 2·{text} FLOPs",
+            f"{prefix}·N·{d} + {size}·{text} bytes; 2·B·N·{d} + 2·{text} FLOPs",
         )  # fmt: skip
 
 
 SEARCHES = [
-    Search(prefix, how, batch)
-    for prefix in ("float32", "int8")  # an index is filled once
-    for how in ("exact", "stages")
-    for batch in (1, 1024)
+    *(
+        Search(prefix, how, batch)
+        for prefix in ("float32", "int8")  # an index is filled once
+        for how in ("exact", "stages")
+        for batch in (1, 1024)
+    ),
+    *(Search("codes", "exact", batch) for batch in (1024, 1)),
 ]
 
 
@@ -130,10 +149,11 @@ def rows(*, tiny: bool, fewer: bool = False) -> Iterator[Row]:
     """``fewer``: with fewer rows in the index, but more than a scan keeps at once, so that the same
     binaries are launched."""
     for spec in SEARCHES:
-        if tiny and (spec.queries == 1 or (spec.prefix_dtype == "int8") != (spec.how == "stages")):
-            continue  # two rows show all; more take the interpreter a minute
+        if tiny and (spec.queries == 1 or (spec.form == "int8") != (spec.how == "stages")):
+            continue  # three rows show all; more take the interpreter a minute
         made = spec.tiny() if tiny else spec._replace(rows=50_000) if fewer else spec
-        yield Row(spec.name, made.shape, "bf16", made.work, headline=spec.queries > 1)
+        dtype = "fp32" if spec.form == "codes" else "bf16"
+        yield Row(spec.name, made.shape, dtype, made.work, headline=spec.queries > 1)
 
 
 @lru_cache(maxsize=1)
@@ -148,10 +168,9 @@ def vectors(rows: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=1)
-def index(prefix_dtype: str, rows: int, dims: tuple[int, ...]) -> MatryoshkaIndex:
+def index(form: str, rows: int, dims: tuple[int, ...]) -> MatryoshkaIndex:
     x, _ = vectors(rows, dims[-1])
-    made: Callable[..., MatryoshkaIndex] = MatryoshkaIndex
-    filled = made(dims, metric="ip", dtype="bfloat16", prefix_dtype=prefix_dtype, device="cuda")
+    filled = MatryoshkaIndex(dims, metric="ip", device="cuda", **FORMS[form])
     filled.add(x)
     return filled
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from mrl_fast.kernels.search import certified, plan
-from mrl_fast.kernels.search.certified import Prefix, exact_topk
+from mrl_fast.kernels.search.certified import exact_topk
+from mrl_fast.kernels.search.coarse import Codes, Prefix
 from mrl_fast.kernels.search.keys import empty
 from mrl_fast.kernels.search.metrics import row_terms
 from mrl_fast.kernels.search.pair_scores import RESCANNED
@@ -89,6 +90,10 @@ def phases(name: str, size: Sizes) -> Iterator[Case]:
                 yield f"exact {metric} {name} {structured}", 1e-5, partial(
                     exact_error, q[:3], x, metric, size, structured
                 )  # fmt: skip
+            for queries in size.queries:
+                yield f"exact {metric} {name} by codes {queries}q", 1e-5, partial(
+                    exact_error, q[:queries], x, metric, size, False, "codes"
+                )  # fmt: skip
     yield f"margin {name}", 1.0, lambda: scan_error(q, x).item()
 
 
@@ -110,19 +115,23 @@ def search_error(q: Tensor, x: Tensor, dim: int, metric: str, k: int) -> float:
     return worst([found], [scores.sort(dim=1, descending=True).values[:, :k]])
 
 
-def exact_error(q: Tensor, x: Tensor, metric: str, size: Sizes, structured: bool) -> float:
+def exact_error(
+    q: Tensor, x: Tensor, metric: str, size: Sizes, structured: bool, form: str = "prefix"
+) -> float:
     head, D = size.dims[1], size.dims[-1]
     x = x.clone()
     if structured:
         x[:, head:] *= 1e-3
-    (terms, norm), (short, short_norm) = (row_terms(x[:, :d], metric) for d in (D, head))
+    known, short = (KnownRows(*row_terms(x[:, :d], metric)) for d in (D, head))
     tails = torch.linalg.vector_norm(x[:, head:].float(), dim=1) * (1 + 1e-6)
-    tails = tails if terms.scale is None else tails * terms.scale
-    bounds = KnownRows(terms._replace(outer=tails), norm)
-    prefix = Prefix(head, KnownRows(short, short_norm), bounds)
+    assert known.terms is not None
+    if known.terms.scale is not None:
+        tails *= known.terms.scale
+    bounds = known._replace(terms=known.terms._replace(outer=tails))
+    of = Codes.of(x, metric) if form == "codes" else Prefix(x[:, :head], short, bounds)
     result = empty(q, size.k)
     with small_buffers():
-        exact_topk(q, x, size.k, metric, result, KnownRows(terms, norm), prefix)
+        exact_topk(q, x, size.k, metric, result, known, of)
     scores = reference.scores(q, x, D, metric).sort(dim=1, descending=True).values
     return worst([result[0]], [scores[:, : size.k]])
 

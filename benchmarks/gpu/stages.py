@@ -16,7 +16,9 @@ MARGIN = "test_sums_of"
 TESTS = (
     "tests/search/test_device_index.py",
     "tests/kernels/test_losses.py",
+    "tests/search/test_device_codes.py",
     "tests/kernels/test_certified.py",
+    "tests/kernels/test_codes.py",
     "tests/kernels/test_topk.py",
 )
 RACES = ("low fp32 on bf16 70q 64d", "low fp32 on fp32 200q 256d")

@@ -1,9 +1,8 @@
 // Bindings of search: the rows that are searched, and the searches.
-#include "cpu/search/search.h"
-
 #include <pybind11/native_enum.h>
 
 #include "bindings/bindings.h"
+#include "cpu/search/graph_builder.h"
 
 namespace py = pybind11;
 
@@ -30,6 +29,10 @@ using ResultsFields = std::tuple<Address<float>, Address<int64_t>>;
 using CandidatesFields = std::tuple<Address<int64_t>, int64_t>;
 using StageFields = std::tuple<int64_t, int64_t, int64_t>;
 using NewRowsFields = std::tuple<Address<void>, DType, int64_t, int64_t, int64_t>;
+using GraphFields = std::tuple<int64_t, int64_t, int64_t, Address<float>, Address<uint8_t>,
+                               Address<uint8_t>, Address<uint32_t>, int64_t, Address<uint32_t>>;
+using GraphArraysFields =
+    std::tuple<Address<uint32_t>, Address<uint8_t>, Address<uint8_t>, Address<uint32_t>>;
 using SpanArraysFields =
     std::tuple<Address<float>, Address<uint8_t>, Address<float>, int64_t, Address<void>, int64_t,
                Address<uint8_t>, Address<uint8_t>, Address<uint8_t>, Address<float>>;
@@ -112,13 +115,13 @@ void bind_types(py::module_& m) {
 void bind_funnel(py::module_& m) {
     m.def("search", [](const Rows& rows, const QueriesFields& queries, int metric,
                        const std::vector<StageFields>& stages, const RunFields& how,
-                       const ResultsFields& results) {
+                       const ResultsFields& results, const Graph* graph) {
         const Run run = run_of(how);
         std::vector<Stage> list;
         for (const StageFields& stage : stages) list.push_back(made_of<Stage>(stage));
         py::gil_scoped_release unlocked;
         return message(search(run, rows, made_of<Queries>(queries), Metric(metric), list,
-                              made_of<Results>(results)));
+                              made_of<Results>(results), graph));
     });
     m.def("rerank", [](const Rows& rows, const QueriesFields& queries, int metric,
                        const CandidatesFields& candidates, const StageFields& stage,
@@ -129,6 +132,30 @@ void bind_funnel(py::module_& m) {
                               made_of<Candidates>(candidates), made_of<Stage>(stage),
                               made_of<Results>(results)));
     });
+}
+
+void bind_graph(py::module_& m) {
+    py::class_<Graph>(m, "Graph").def(py::init([](const GraphFields& fields) {
+        return made_of<Graph>(fields);
+    }));
+    m.attr("DEGREE") = DEGREE;
+    m.attr("ENTRIES") = ENTRIES;
+    m.attr("NO_NODE") = NO_NODE;
+    m.def("node_bytes", [](int64_t dim, int64_t width) {
+        return std::pair<int64_t, int64_t>(sign_bytes(dim), low_bytes(width));
+    });
+    py::class_<GraphBuilder>(m, "GraphBuilder")
+        .def(py::init([](const Rows& rows, int metric, Address<float> centre, int64_t dim,
+                         int64_t width, const RunFields& how, const GraphArraysFields& to) {
+            const Run run = run_of(how);
+            py::gil_scoped_release unlocked;
+            return std::unique_ptr<GraphBuilder>(new GraphBuilder(
+                run, rows, Metric(metric), centre, dim, width, made_of<GraphArrays>(to)));
+        }))
+        .def("add", &GraphBuilder::add, py::call_guard<py::gil_scoped_release>())
+        .def("finish", &GraphBuilder::finish, py::call_guard<py::gil_scoped_release>())
+        .def_property_readonly("added", &GraphBuilder::added)
+        .def_property_readonly("count", &GraphBuilder::count);
 }
 
 void bind_exact(py::module_& m) {
@@ -173,6 +200,7 @@ void bind_search(py::module_& m) {
     bind_types(m);
     bind_funnel(m);
     bind_exact(m);
+    bind_graph(m);
     bind_store(m);
 }
 

@@ -1,14 +1,13 @@
 """Exact search by bounds, and range search: every row that could matter is scored in fp64.
 
-After a prefix of columns, ⟨q, x⟩ <= S + ‖q_tail‖·‖x_tail‖ (Cauchy and Schwarz). A shortlist's k-th
-best full score is a threshold θ; a second scan of the prefix keeps the rows whose bound reaches it.
+A coarse form of the rows (coarse.py) bounds each row's score. A shortlist's k-th best full score is
+a threshold θ; a second scan of that form keeps the rows whose bound reaches it.
 Where those are too many, as among vectors without structure, the query's rows are scanned at full
 width instead: the device decides, query by query. A range search is the same scan with θ given.
 """
 
-from typing import NamedTuple
-
 import torch
+from mrl_fast.kernels.search.coarse import Codes, Prefix
 from mrl_fast.kernels.search.keys import EMPTY, Result, empty, scores_of, select
 from mrl_fast.kernels.search.metrics import GATES, Margin, row_norms, upper
 from mrl_fast.kernels.search.pair_scores import RESCANNED
@@ -24,49 +23,42 @@ from torch import Tensor
 SURVIVORS = 2048  # buckets whose rows are scored in full
 
 
-class Prefix(NamedTuple):
-    """What bounds on scores by the first ``dim`` columns are made of.
-
-    Attributes:
-        dim: The number of those columns.
-        shortlist: Known rows of the first ``dim`` columns.
-        bounds: Known rows at full width; ``outer`` is the suffix's norm, rounded up.
-    """
-
-    dim: int
-    shortlist: KnownRows
-    bounds: KnownRows
-
-
 def exact_topk(
     q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: KnownRows,
-    prefix: Prefix | None,
+    form: Prefix | Codes | None,
 ) -> Tensor:  # fmt: skip
     """Writes the k best of the rows ``x [N, D]``, by scores summed in fp64 and rounded to fp32.
 
-    Returns how many rows of each query were scored at full width, ``[B]`` int64; N where all were
-    scanned."""
+    Args:
+        form: What bounds the rows' scores; None: nothing does.
+
+    Returns:
+        How many rows of each query were scored at full width, ``[B]`` int64; N where all were
+        scanned.
+    """
     touched = torch.full((len(q),), len(x), dtype=torch.int64, device=q.device)
     plan = Plan.from_sizes(k, x, scan_config(len(q), x), Margin.from_rows(x, metric), len(q))
-    if prefix is None or not len(x) or k > SURVIVORS or len(plan.ends) == 1:
+    if form is None or not len(x) or k > SURVIVORS or len(plan.ends) == 1:
         topk(q, x, k, metric, result, rows, double=True)
         return touched
     size = SURVIVORS * BUCKET * 8 + plan.bytes
     for part in chunks(len(q), fitting(size)):
         to = part_of(result[0], part), part_of(result[1], part)
-        touched[part] = _certify(part_of(q, part), x, k, metric, to, rows, prefix)
+        touched[part] = _certify(part_of(q, part), x, k, metric, to, rows, form)
     return touched
 
 
 def _certify(
-    q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: KnownRows, prefix: Prefix
-) -> Tensor:
+    q: Tensor, x: Tensor, k: int, metric: str, result: Result, rows: KnownRows,
+    form: Prefix | Codes,
+) -> Tensor:  # fmt: skip
     pairs = rows.pairs(q, x, metric, double=True)
     near = empty(q, min(RESCANNED, max(64, 4 * k)))
-    topk(q[:, : prefix.dim], x[:, : prefix.dim], near[0].shape[1], metric, near, prefix.shortlist)
+    queries, ranks, known = form.ranking(q, metric)
+    topk(queries, form.x, near[0].shape[1], ranks, near, known)
     best = pairs.keys(near[1]).topk(k, dim=1).values[:, -1]  # [B]
 
-    to, scan = _reach(q, x, prefix.dim, metric, scores_of(best), prefix.bounds, SURVIVORS)
+    to, scan = _reach(q, form, metric, scores_of(best), SURVIVORS)
     keys = score_buckets(pairs, to, SURVIVORS, scan.config)
     count, flag = to.count[: len(q)], to.flag[: len(q)]
     touched = torch.where(flag != 0, len(x), (count * BUCKET).clamp(max=len(x)))
@@ -79,24 +71,19 @@ def _certify(
 
 
 def _reach(
-    q: Tensor, x: Tensor, dim: int, metric: str, theta: Tensor, bounds: KnownRows, size: int
+    q: Tensor, form: Prefix | Codes, metric: str, theta: Tensor, size: int
 ) -> tuple[Buffers, Scan]:
     """The buckets of every row whose score at full width may reach ``theta [B]``, as a bound by its
-    first ``dim`` columns says; their count may be more than ``size``."""
-    coarse = scan_queries(q[:, :dim], x[:, :dim], metric)
-    norms = upper(row_norms(q), q.shape[1])  # at full width, as the bounds' rows
-    error = coarse.margin.error(torch.maximum(norms, coarse.upper_norms()), bounds.norm)
-    if coarse.errors is not None:
-        error = error + coarse.errors * bounds.norm
-    terms = bounds.terms
-    if dim < x.shape[1]:
-        terms = terms._replace(factor=upper(row_norms(q[:, dim:]), q.shape[1]))
-    theta, norms = theta.double(), norms.double()
+    form says; their count may be more than ``size``."""
+    coarse, terms, error, unit = form.bounding(q, metric)
+    theta, norms = theta.double(), upper(row_norms(q), q.shape[1]).double()
     reached, size_of_terms = GATES[metric](theta, norms)
-    gate = (reached - 2e-6 * size_of_terms - error).float()
+    gate = reached - 2e-6 * size_of_terms - error
+    gate = (gate if unit is None else gate / unit).float()
     gate = gate.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    config = scan_config(len(q), x[:, :dim])
-    scan = Scan(config, coarse, x[:, :dim], metric, terms, bounds.norm)
+    config = scan_config(len(q), form.x)
+    assert form.norm is not None
+    scan = Scan(config, coarse, form.x, metric, terms, form.norm)
     seeds = config.BLOCK_N // BUCKET
     to = buffers(q, size + seeds)
     # The last tile, which may be ragged, is the first in order: its buckets are kept unscanned.
@@ -108,7 +95,7 @@ def _reach(
 
 
 def range_search(
-    q: Tensor, x: Tensor, threshold: float, metric: str, rows: KnownRows
+    q: Tensor, x: Tensor, threshold: float, metric: str, rows: KnownRows, form: Prefix | Codes
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Limits, scores and ids of every row whose fp64 score, rounded to fp32, reaches the threshold.
     Waits for the device, to learn how many there are."""
@@ -118,10 +105,10 @@ def range_search(
     for part in chunks(len(q) - len(counts), fitting(SURVIVORS * BUCKET * 8)):
         size = SURVIVORS
         theta = torch.full((len(q[part]),), threshold, dtype=torch.float64, device=q.device)
-        to, scan = _reach(part_of(q, part), x, x.shape[1], metric, theta, rows, size)
+        to, scan = _reach(part_of(q, part), form, metric, theta, size)
         if (most := int(to.count.max())) > size:
             size = most
-            to, scan = _reach(part_of(q, part), x, x.shape[1], metric, theta, rows, size)
+            to, scan = _reach(part_of(q, part), form, metric, theta, size)
         for i in range(len(theta)):
             b, mine = slice(part.start + i, part.start + i + 1), slice(i, i + 1)
             pairs = rows.pairs(q[b], x, metric, double=True)

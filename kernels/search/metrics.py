@@ -20,7 +20,8 @@ LOST = 1.1e-19  # error of a norm for each column, by squares that leave fp32's 
 
 
 class SumTerms(NamedTuple):
-    """What a scan makes a score of, beside a row's sum: sum · scale + term + factor · outer."""
+    """What a scan makes a score of, beside a row's sum: sum · scale + term + factor · outer, and so
+    on for each of up to three factors and outers: ``[F, B]`` and ``[F, N]``."""
 
     scale: Tensor | None = None  # [N] fp32, as the next two
     term: Tensor | None = None

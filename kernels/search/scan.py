@@ -67,8 +67,8 @@ def _scan_kernel(
     x_ptr,  # [N, dim]
     scale_ptr,  # [N] fp32: factor of a row's product
     term_ptr,  # [N] fp32: added to it
-    outer_ptr,  # [N] fp32: added times the query's factor
-    factor_ptr,  # [B] fp32; where NORMS is 0, the queries' norms
+    outer_ptr,  # [OUTERS, N] fp32: added times the query's factors
+    factor_ptr,  # [OUTERS, B] fp32; where NORMS is 0, [B], the queries' norms
     theta_ptr,  # [B] fp32
     among_ptr,  # [B] int32: 0 for queries that need no scan
     hits_ptr,  # [B, C] int64: the bits of a bucket's best score above the bucket's number
@@ -86,11 +86,12 @@ def _scan_kernel(
     window,  # tiles whose buckets share a place, with DENSE
     steps,  # blocks of columns that a program reads, over all its tiles
     bound,  # relative error of a sum
-    stride_qb,  # in elements, as the next; last axes are contiguous
+    stride_qb,  # in elements, as the next two; last axes are contiguous
     stride_xn,
+    stride_on,
     HAS_SCALE: tl.constexpr,
     HAS_TERM: tl.constexpr,
-    HAS_OUTER: tl.constexpr,
+    OUTERS: tl.constexpr,  # at most 3
     HAS_AMONG: tl.constexpr,
     HAS_LOW: tl.constexpr,
     TWO_SUMS: tl.constexpr,  # one for each part of a query
@@ -117,8 +118,13 @@ def _scan_kernel(
     begin = first + tl.program_id(0) // query_tiles * each
     theta = tl.load(theta_ptr + queries)
     factor = theta
-    if HAS_OUTER or NORMS == 0:
+    second, third = theta, theta
+    if OUTERS or NORMS == 0:
         factor = tl.load(factor_ptr + queries)
+    if OUTERS > 1:
+        second = tl.load(factor_ptr + B + queries)
+    if OUTERS > 2:
+        third = tl.load(factor_ptr + 2 * B + queries)
     if NORMS == 0:
         factor += dim * LOST  # as in metrics.upper
 
@@ -213,8 +219,14 @@ def _scan_kernel(
                 v *= tl.load(scale_ptr + begin_n + row)[None, :]
             if HAS_TERM:
                 v += tl.load(term_ptr + begin_n + row)[None, :]
-            if HAS_OUTER:
+            if OUTERS:
                 v += factor[:, None] * tl.load(outer_ptr + begin_n + row)[None, :]
+            if OUTERS > 1:
+                outer = tl.load(outer_ptr + stride_on + begin_n + row)
+                v += second[:, None] * outer[None, :]
+            if OUTERS > 2:
+                outer = tl.load(outer_ptr + 2 * stride_on + begin_n + row)
+                v += third[:, None] * outer[None, :]
             if DENSE:
                 v = tl.where((lanes < left)[None, :], v, -float("inf"))
             best = _best_of_buckets(v, BLOCK_B, BLOCK_N, GROUPS)
@@ -283,10 +295,12 @@ class Scan:
         self.bound = q.margin.bound * (q.bound.factor if norms == 0 else 1.0)
         self.terms = terms = terms or SumTerms()
         self.factor = q.norms if terms.factor is None else terms.factor
-        low = q.low is not None
+        low, outer = q.low is not None, terms.outer
+        outers = 0 if outer is None else 1 if outer.dim() == 1 else outer.shape[0]
+        self.outer_stride = outer.stride(0) if outer is not None and outers > 1 else 0
         self.kind, self.flags = options(
             config, x.dtype, x.shape[1], norms, terms.scale is not None, terms.term is not None,
-            terms.outer is not None, among is not None, low, low and one_sum_a_product(x),
+            outers, among is not None, low, low and one_sum_a_product(x),
             scan_precision(x), promoted(x),
         )  # fmt: skip
 
@@ -309,21 +323,21 @@ class Scan:
             hits, count, self.norm, B, x.shape[0], dim, hits.shape[1],
             self.tiles, tile_step(self.tiles), first, last, each, step,
             each * cdiv(dim, config.BLOCK_D), self.bound, q.stride(0), x.stride(0),
-            DENSE=dense, **self.flags,
+            self.outer_stride, DENSE=dense, **self.flags,
         )  # fmt: skip
         remember(self.kind[dense], x, binary)
 
 
 @functools.lru_cache(maxsize=4096)
 def options(
-    config: Config, dtype: torch.dtype, dim: int, norms: int, scale: bool, term: bool, outer: bool,
+    config: Config, dtype: torch.dtype, dim: int, norms: int, scale: bool, term: bool, outers: int,
     among: bool, low: bool, two_sums: bool, precision: str, promoted: bool,
 ) -> tuple[list[str], dict[str, Any]]:  # fmt: skip
     """The kernel's names, one for each value of DENSE, and its other options."""
     flags = {
         "HAS_SCALE": scale,
         "HAS_TERM": term,
-        "HAS_OUTER": outer,
+        "OUTERS": outers,
         "HAS_AMONG": among,
         "HAS_LOW": low,
         "TWO_SUMS": two_sums,

@@ -212,7 +212,8 @@ def numbers_of(text: str, option: str) -> list[int]:
 
 
 def stages_of(text: str) -> list[Stage]:
-    """``64:200,768:10``, or ``64:1:200,768:10`` by one bit of 64 columns first."""
+    """``64:200,768:10``, or ``64:1:500,768:8:20,768:10`` by one bit of 64 columns first, then by
+    eight of all."""
     expected = "dim:keep such as 64:200,768:10, or dim:bits:keep"
     return [tuple(stage) for stage in _split(text, "--stages", expected, 2, 3)]
 

@@ -40,17 +40,21 @@ def search_rows(
     stages: Sequence[Stage],
     metric: str,
     unchecked: Tensor | None = None,
+    graph: _C.Graph | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs the stages. The first one's dim is at least the rows' packed columns.
 
-    ``unchecked``: the vectors, where it is not known yet that they are finite.
+    ``unchecked``: the vectors, where it is not known yet that they are finite. ``graph``: that
+    the first stage walks.
     """
     q = queries.float()  # [B, D]; a half-precision value is exact in fp32
     scores, ids = _results(q, stages[-1][1])
     problem = _C.search(
-        rows, _queries(q), METRICS[metric].number, _stages(stages), native.run(), _to(scores, ids)
-    )
-    _refuse(problem, queries, stages[-1][0], unchecked)
+        rows, _queries(q), METRICS[metric].number, _stages(stages), native.run(), _to(scores, ids),
+        graph,
+    )  # fmt: skip
+    widest = queries.shape[1] if graph is not None else max(stage[0] for stage in stages)
+    _refuse(problem, queries, widest, unchecked)
     return scores, ids
 
 
@@ -98,8 +102,13 @@ def rerank(
 
 
 def _stages(stages: Sequence[Stage]) -> list[tuple[int, int, int]]:
-    """As (dim, keep, bits)."""
-    return [(stage[0], stage[-1], stage[1] if len(stage) == 3 else 0) for stage in stages]
+    """As (dim, keep, bits); of a graph (beam, keep, −1)."""
+    return [
+        (*stage[1:], -1)
+        if stage[0] == "graph"
+        else (stage[0], stage[-1], stage[1] if len(stage) == 3 else 0)
+        for stage in stages
+    ]
 
 
 def _queries(q: Tensor) -> tuple[int, int, int]:

@@ -78,10 +78,11 @@ def semantic_search(
         precision: What all vectors are ranked by, as the ``corpus_precision`` of
             ``semantic_search_faiss``: ``"binary"`` or ``"ubinary"`` by the signs of the columns
             that are searched, of an index with ``codes="bits"`` on the CPU; ``"int8"`` or
-            ``"uint8"`` by eight bits of the first prefix of an index with ``prefix_dtype="int8"``.
-            A corpus on the CPU that is no index is copied and coded anew by every call, all the
-            columns that are searched: worth it to try, not to serve. An error with stages. Where
-            few ids are allowed, an index on the CPU ranks them by their vectors.
+            ``"uint8"`` by eight bits of the first prefix of an index with ``prefix_dtype="int8"``,
+            or of all columns of one with ``codes="bits"`` on another device. A corpus on the CPU
+            that is no index is copied and coded anew by every call, all the columns that are
+            searched: worth it to try, not to serve. An error with stages. Where few ids are
+            allowed, an index on the CPU ranks them by their vectors.
         rescore: With codes, whether more than top_k candidates are kept. Codes give no scores: the
             candidates are always scored and ordered by the corpus's vectors, not, as sentence-
             transformers does, by decoded codes. Without it they are the top_k by codes.

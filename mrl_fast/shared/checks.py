@@ -136,33 +136,65 @@ def check_choice(value: Any, name: str, choices: Collection[str | None], where: 
     return value
 
 
-def check_stages(stages: Any, bits: Sequence[int] = ()) -> tuple[Stage, ...]:
+def check_stages(
+    stages: Any, bits: Sequence[int] = (), further: Sequence[int] = (), *, graph: bool = False
+) -> tuple[Stage, ...]:
     """Stages ``(dim, keep)``: dims ascending, keeps not growing.
 
     Args:
         bits: Where codes have so many, the first of several stages may be ``(dim, bits, keep)``: it
-            ranks by them, and whatever its dim is, the next begins anew.
+            ranks by them, and whatever its dim is, the pairs begin anew.
+        further: By so many, more than the one before, the next stages may rank, too; the last is a
+            pair.
+        graph: The first of several stages may be ``("graph", beam, keep)``.
     """
-    kinds = "(dim, keep) pairs" + (", the first perhaps (dim, bits, keep)" if bits else "")
+    most = "the first ones" if further else "the first"
+    kinds = "(dim, keep) pairs" + (f", {most} perhaps (dim, bits, keep)" if bits else "")
     try:
         listed = [tuple(stage) for stage in stages]
     except TypeError:
         raise TypeError(f"stages: expected a sequence of {kinds}, got {stages!r}") from None
     if not listed:
         raise ValueError("stages: expected at least one (dim, keep) pair, got none")
-    coded = bool(bits) and len(listed) > 1 and len(listed[0]) == 3
+    if graph and listed[0][:1] == ("graph",):
+        return _check_walk(listed, further)
+    most, coded, least = len(listed) - 1 if further else bool(bits), 0, 0
+    while coded < min(most, len(listed) - 1) and len(listed[coded]) == 3:
+        name = f"stages[{coded}] bits"
+        held = tuple(further if coded else bits)
+        allowed = tuple(n for n in held if n > least)
+        least = check_int(listed[coded][1], name, 1)
+        if least not in allowed:
+            grown = ", more than the stage before has" if least in held else ""
+            raise ValueError(f"{name}: expected one of {allowed}{grown}, got {least}")
+        coded += 1
     if any(len(stage) != 2 for stage in listed[coded:]):
         raise TypeError(f"stages: expected a sequence of {kinds}, got {stages!r}")
-    if coded and check_int(listed[0][1], "stages[0] bits", 1) not in bits:
-        raise ValueError(f"stages[0] bits: expected one of {tuple(bits)}, got {listed[0][1]}")
-    dims = check_dims([stage[0] for stage in listed[coded:]], name="stages dims")
-    if coded:
-        dims = *check_dims([listed[0][0]], name="stages dims"), *dims
+    dims = (
+        *(check_int(stage[0], f"stages[{i}] dim", 1) for i, stage in enumerate(listed[:coded])),
+        *check_dims([stage[0] for stage in listed[coded:]], name="stages dims"),
+    )
     keeps = [check_int(stage[-1], f"stages[{i}] keep", 1) for i, stage in enumerate(listed)]
     if any(a < b for a, b in zip(keeps, keeps[1:], strict=False)):
         raise ValueError(f"stages: expected keeps that do not grow, got {keeps}")
     middle = [stage[1:-1] for stage in listed]
     return tuple((dim, *mid, keep) for dim, mid, keep in zip(dims, middle, keeps, strict=True))
+
+
+def _check_walk(listed: list[tuple[Any, ...]], further: Sequence[int]) -> tuple[Stage, ...]:
+    """Stages of which the first is a graph's."""
+    if len(listed[0]) != 3 or len(listed) < 2:
+        raise TypeError(
+            "stages: expected ('graph', beam, keep) and then at least one (dim, keep) pair, got "
+            f"{listed!r}"
+        )
+    keep = check_int(listed[0][2], "stages[0] keep", 1)
+    beam = check_int(listed[0][1], "stages[0] beam", keep)
+    rest = check_stages(listed[1:], further, further)
+    if rest[0][-1] > keep:
+        keeps = [keep, *(stage[-1] for stage in rest)]
+        raise ValueError(f"stages: expected keeps that do not grow, got {keeps}")
+    return ("graph", beam, keep), *rest
 
 
 def check_finite(x: Tensor, name: str) -> None:

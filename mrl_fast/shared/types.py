@@ -47,7 +47,7 @@ class SearchResult(NamedTuple):
     ids: Any
 
 
-Stage = tuple[int, ...]  # (dim, keep) or (dim, bits, keep)
+Stage = tuple[Any, ...]  # (dim, keep), (dim, bits, keep) or ("graph", beam, keep)
 
 
 def shown(stages: Sequence[Stage] | None) -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mrl_fast.kernels.search import certified, metrics, plan
+from mrl_fast.kernels.search.coarse import Prefix
 from mrl_fast.kernels.search.keys import empty
 from mrl_fast.kernels.search.metrics import row_terms
 from mrl_fast.kernels.search.plan import KnownRows
@@ -32,7 +33,7 @@ def known(x, metric, prefix=PREFIX):
         tails = tails * terms.scale
     short, short_norm = row_terms(x[:, :prefix], metric)
     bounds = KnownRows(terms._replace(outer=tails), norm)
-    return KnownRows(terms, norm), certified.Prefix(prefix, KnownRows(short, short_norm), bounds)
+    return KnownRows(terms, norm), Prefix(x[:, :prefix], KnownRows(short, short_norm), bounds)
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +130,9 @@ def test_range(metric, triton_device):
         exact.min().item() - 1,
         exact.max().item() + 1,
     ):
-        lims, scores, ids = certified.range_search(q, x, threshold, metric, rows)
+        lims, scores, ids = certified.range_search(
+            q, x, threshold, metric, rows, Prefix(x, rows, rows)
+        )
         for b in range(2):
             mine = slice(int(lims[b]), int(lims[b + 1]))
             expected = (exact[b].float() >= threshold).nonzero()[:, 0]

@@ -6,7 +6,8 @@ import weakref
 import pytest
 import torch
 
-from mrl_fast import MatryoshkaIndex
+from mrl_fast import _C, MatryoshkaIndex
+from mrl_fast.shared import native
 from tests.helpers.search import METRICS, brute_force
 
 DIMS = (16, 48, 100)  # no multiples of a step
@@ -108,8 +109,8 @@ def test_the_centre_is_of_the_first_vectors_or_of_samples(tmp_path):
         ([(100, 2, 50), (100, 10)], ValueError, r"stages\[0\] bits: expected .*1, 4\), got 2"),
         ([(48, 4, 50), (100, 10)], ValueError, r"stages\[0\] dim: expected 100 where 4 bits rank"),
         ([(40, 1, 50), (100, 10)], ValueError, r"stages\[0\] dim: expected one of \(16, 48, 100\)"),
-        ([(100, 1, 50)], TypeError, "the first perhaps"),  # scores are of columns
-        ([(48, 50), (100, 1, 10)], TypeError, "the first perhaps"),
+        ([(100, 1, 50)], TypeError, "the first ones perhaps"),  # scores are of columns
+        ([(48, 50), (100, 1, 10)], TypeError, "the first ones perhaps"),
         ([(100, 1, 5), (100, 10)], ValueError, "keeps that do not grow"),
     ],
 )  # fmt: skip
@@ -148,17 +149,6 @@ def test_tune_chooses_bits():
     assert all(row.stages is None or row.stages[0][1] == 1 for row in report.rows)
     assert {row.stages[0][0] for row in report.rows if row.stages} <= set(DIMS)
     assert any(row.accepted for row in report.rows if row.stages)
-
-
-def test_a_device_ignores_codes():
-    index = MatryoshkaIndex(DIMS, codes="bits", device="cuda")
-    index.add(nested(300))
-    plain = MatryoshkaIndex(DIMS)
-    plain.add(nested(300))
-    q = nested(3, 1)
-    assert torch.equal(index.search(q, 5).ids, plain.search(q, 5, exact=True).ids)
-    with pytest.raises(TypeError, match="pairs"):
-        index.search(q, 5, stages=[(100, 1, 50), (100, 5)])
 
 
 def test_a_guess_that_is_too_high():
@@ -203,3 +193,21 @@ def test_a_search_outlives_the_centre_of_its_rows():
     assert centre() is not None  # which the old rows name
     del before
     assert index.search(x[:2], 3, exact=True).ids.eq(-1).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_codes_have_the_same_bits_on_every_instruction_set(dtype, metric, monkeypatch):
+    """As compiled for users: compilers fuse products and sums only where they optimize fully."""
+    vectors, made = nested(200, centre=2.0), []
+    for isa in [*_C.available(), "portable"]:
+        monkeypatch.setattr(native, "ISA", isa)
+        index = MatryoshkaIndex(DIMS, metric=metric, dtype=dtype, codes="bits")
+        first, rest = vectors.split([37, 163])  # the first rows' mean is the centre
+        for piece in (first, rest) if isa == "portable" else (first, *rest.split(50)):
+            index.add(piece)
+        arrays = index._rows.snapshot.blocks[0].arrays
+        whole = [arrays[name][:3] for name in ("signs", "nibbles", "lows", "tile_stats")]
+        made.append([arrays["stats"][:, :192], *whole])  # of the tiles that are full
+    for arrays in made:
+        assert all(map(torch.equal, arrays, made[-1]))

@@ -283,16 +283,20 @@ def test_what_is_refused_here_is_allowed_afterwards(monkeypatch):
     assert modes == ["error", "default"]
 
 
-@pytest.mark.parametrize("prefix_dtype", ["float32", "int8"])
-def test_a_search_does_not_wait(prefix_dtype, monkeypatch):
+@pytest.mark.parametrize(
+    "form", [{}, {"prefix_dtype": "int8"}, {"codes": "bits"}], ids=["prefix", "int8", "codes"]
+)
+def test_a_search_does_not_wait(form, monkeypatch):
+    monkeypatch.setattr(plan, "BUFFER", (16, 16))  # so that exact searches need bounds
     if not torch.cuda.is_available():  # then queries are on the host, where it looks at them
         monkeypatch.setattr("mrl_fast.search.index.device_search.check_finite", lambda *_: None)
-    index = both(metric="cosine", prefix_dtype=prefix_dtype)[1]
+    index = both(metric="cosine", **form)[1]
     q = vectors(2, seed=1).to(index.place)
-    index.search(q, 5, stages=STAGES)  # compiles
+    stages = [(24, 8, 60), (24, 5)] if "codes" in form else STAGES
+    index.search(q, 5, stages=stages)  # compiles
     index.search(q, 5)
     with no_waiting():
-        index.search(q, 5, stages=STAGES)
+        index.search(q, 5, stages=stages)
         index.search(q, 5)
     with pytest.raises(AssertionError, match="waits"), NoWaiting():
         torch.ones(1).item()
@@ -330,8 +334,9 @@ def test_what_a_graph_reads_stays(monkeypatch):
 
 
 @on_gpu
-def test_a_captured_search():
-    index = MatryoshkaIndex(DIMS, device="cuda", prefix_dtype="int8")
+@pytest.mark.parametrize("form", [{"prefix_dtype": "int8"}, {"codes": "bits"}], ids=str)
+def test_a_captured_search(form):
+    index = MatryoshkaIndex(DIMS, device="cuda", **form)
     index.add(vectors(100_000))
     q = vectors(4, seed=1).cuda()
     for options in ({"stages": STAGES}, {"exact": True}):

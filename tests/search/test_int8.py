@@ -173,6 +173,28 @@ def test_rows_that_move_keep_their_bits(code, tmp_path, monkeypatch):
     assert_same_rows(MatryoshkaIndex.load(tmp_path, verify=True), rows)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("code", CODINGS)
+def test_a_graph_over_rows_of_codes(code, metric, tmp_path):
+    generator = torch.Generator().manual_seed(4)
+    few = torch.randn(6, DIMS[-1], generator=generator)  # of which all vectors are sums, nearly
+    x, q = (torch.randn(n, 6, generator=generator) @ few for n in (3000, 40))
+    x += 0.1 * torch.randn(x.shape, generator=generator)
+    if metric == "cosine":  # whose scores are the same for vectors of any size
+        x *= 10.0 ** torch.randint(-3, 4, (len(x), 1), generator=generator)
+    index = built(x, metric=metric, **coding(code))
+    index.build_graph(progress=False)
+    stages = [("graph", 64, 20), (DIMS[-1], 10)]
+    found, right = index.search(q, 10, stages=stages), index.search(q, 10, exact=True)
+    hits = (found.ids[:, :, None] == right.ids[:, None, :]).any(dim=2)
+    assert hits.float().mean() >= 0.9
+    same = found.ids == right.ids
+    torch.testing.assert_close(found.scores[same], right.scores[same], rtol=1e-4, atol=1e-4)
+    index.save(tmp_path)
+    again = MatryoshkaIndex.load(tmp_path, verify=True).search(q, 10, stages=stages)
+    assert torch.equal(again.ids, found.ids) and torch.equal(again.scores, found.scores)
+
+
 def test_bytes_a_row():
     x = torch.randn(4096, 256)  # fills its blocks
     sizes = []

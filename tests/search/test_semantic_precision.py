@@ -197,7 +197,7 @@ def test_bad_corpora():
         (plain, "int8", "expected one of 'float32', by .* which needs prefix_dtype='int8'$"),
         (bits, "uint8", "expected one of 'float32', 'binary', 'ubinary', by which .* got 'uint8'"),
         (eight, "ubinary", "expected one of 'float32', 'int8', 'uint8', by which .* got 'ubinary'"),
-        (device, "binary", "expected one of 'float32', by which .* got 'binary'"),
+        (device, "binary", "expected one of 'float32', 'int8', 'uint8', by .* got 'binary'"),
     ):
         with pytest.raises(ValueError, match=f"precision: {message}"):
             semantic_search(Q, corpus, precision=precision)

@@ -111,115 +111,81 @@ void centred(const float* x, const float* centre, int64_t dim, float* y) {
 }
 
 LadderCoder::LadderCoder(const Kernels& kernels, const Ladder& ladder)
-    : kernels_(kernels), ladder_(ladder) {
-    if (ladder.dims.empty()) return;
-    const int64_t columns = code_steps(Source::NIBBLES, ladder.dims.back()) * 8;
-    codes_.assign(columns, 128);
-    for (std::vector<float>* each : {&beside_, &rest_, &signs_}) each->assign(columns, 0.0f);
+    : kernels_(kernels),
+      ladder_(ladder),
+      width_(ladder.dims.empty() ? 0 : ladder.dims.back()),
+      steps_(code_steps(Source::NIBBLES, width_)),
+      centre_(steps_ * 8),
+      beside_(steps_ * 8),
+      codes_(steps_ * 8),
+      nibbles_(TILE * steps_),
+      tile_(TILE * steps_) {
+    if (ladder.centre) std::copy_n(ladder.centre, width_, centre_.data());
     for (std::vector<float>* each : {&stats_.factors, &stats_.terms, &stats_.inverses})
         each->resize(ladder.dims.size());
 }
 
-// Each loop does one simple operation, so that compilers vectorize it.
-const LadderStats& LadderCoder::code(const float* x) {
-    const int64_t width = ladder_.dims.back();
-    float *y = beside_.data(), *sign = signs_.data();
-    centred(x, ladder_.centre, width, y);
-    constexpr int LANES = 8;
-    float most[LANES] = {};
-    for (int64_t c = 0; c < int64_t(beside_.size()); c += LANES)
-        for (int i = 0; i < LANES; ++i) {
-            const float size = std::abs(y[c + i]);
-            most[i] = most[i] > size ? most[i] : size;
-        }
-    float largest = *std::max_element(most, most + LANES);
-    const float reach = reach_of(largest);
-    const float inverse = reach > 0.0f ? 128.0f / reach : 0.0f;
-    for (int64_t c = 0; c < width; ++c) {
-        const float at = y[c] * inverse + 128.0f, least = at > 0.0f ? at : 0.0f;
-        codes_[c] = uint8_t(int(least < 255.0f ? least : 255.0f));
-    }
-    for (int64_t c = 0; c < width; ++c) sign[c] = codes_[c] >= 128 ? 1.0f : -1.0f;
+const LadderStats& LadderCoder::code(const float* x, int lane, uint8_t* lows) {
     describe(x);
-    stats_.scale = reach / 8.0f;
-    stats_.error = error_of(stats_.scale, 4, 7.5f);
-    stats_.low_error = error_of(stats_.scale / 16.0f, 0, 127.5f);
+    const float to = reach();
+    stats_.scale = to / 8.0f;
+    RowCodes codes = {codes_.data(), nibbles_.data() + lane * steps_, lows, 0.0, 0.0};
+    kernels_.code_row(
+        {beside_.data(), width_, steps_, to > 0.0f ? 128.0f / to : 0.0f, stats_.scale}, &codes);
+    stats_.error = error_of(codes.square);
+    stats_.low_error = error_of(codes.low_square);
     return stats_;
+}
+
+// Computes the statistics of each prefix.
+void LadderCoder::describe(const float* x) {
+    const MetricTerms& terms = terms_of(ladder_.metric);
+    sums_ = {};
+    for (int64_t i = 0, from = 0; i < int64_t(ladder_.dims.size()); from = ladder_.dims[i++]) {
+        kernels_.add_prefix(x + from, centre_.data() + from, ladder_.dims[i] - from,
+                            beside_.data() + from, &sums_);
+        const double norm = std::sqrt(sums_.square), inverse = norm > 0.0 ? 1.0 / norm : 0.0,
+                     factor = sums_.along > 0.0 ? sums_.beside / sums_.along : 0.0;
+        stats_.factors[i] = float(terms.normalized ? factor * inverse : factor);
+        stats_.terms[i] = float(terms.normalized       ? sums_.of_centre * inverse
+                                : terms.squares > 0.0f ? sums_.beside
+                                                       : sums_.of_centre);
+        stats_.inverses[i] = float(inverse);
+    }
+    stats_.norm = std::sqrt(sums_.square);
+    stats_.size = std::sqrt(sums_.beside);
 }
 
 // How far from 0 codes reach: to the largest value, or less where the error of what lies beyond is
 // less than what finer codes save. 0, where all values are tiny: then the error is the norm.
-float LadderCoder::reach_of(float largest) const {
+float LadderCoder::reach() const {
     constexpr float DEVIATIONS = 2.7f;  // with 16 codes, best for normally distributed values
     constexpr float WORTH = 1.15f;      // so much finer codes save more than eight bits then lose
+    const float largest = sums_.largest;
     if (largest < TINY) return 0.0f;
-    const int64_t width = ladder_.dims.back();
-    const float* y = beside_.data();
-    const double square = kernels_.dot64(y, y, width);
-    const float reach = DEVIATIONS * float(std::sqrt(square / double(width)));
+    const float reach = DEVIATIONS * float(std::sqrt(sums_.beside / double(width_)));
     if (!(WORTH * reach < largest)) return largest;
-    constexpr int LANES = 8;
-    float beyond[LANES] = {}, sum = 0.0f;
-    for (int64_t c = 0; c < int64_t(beside_.size()); c += LANES)
-        for (int i = 0; i < LANES; ++i) {
-            const float over = std::abs(y[c + i]) - reach, more = over > 0.0f ? over : 0.0f;
-            beyond[i] += more * more;
-        }
-    for (float each : beyond) sum += each;
-    const auto rounded = [&](double to) { return double(width) * to * to / (64.0 * 12.0); };
-    return sum + rounded(reach) < rounded(largest) ? reach : largest;
+    const float beyond = kernels_.square_beyond(beside_.data(), steps_, reach);
+    const auto rounded = [&](double to) { return double(width_) * to * to / (64.0 * 12.0); };
+    return beyond + rounded(reach) < rounded(largest) ? reach : largest;
 }
 
-// The norm of y less what the codes stand for without their last `shift` bits.
-double LadderCoder::error_of(float scale, int shift, float zero) {
-    const int64_t width = ladder_.dims.back();
-    const float* y = beside_.data();
-    float* rest = rest_.data();
-    for (int64_t c = 0; c < width; ++c) rest[c] = y[c] - (float(codes_[c] >> shift) - zero) * scale;
-    const double error = std::sqrt(kernels_.dot64(rest, rest, width));
-    // With room for the rounding of y, of what the codes stand for and of their difference.
+// A norm with room for the rounding of y, of what the codes stand for and of their difference.
+double LadderCoder::error_of(double square) const {
+    const double error = std::sqrt(square);
     return error + std::ldexp(4.0, -24) * (2.0 * stats_.size + error);
 }
 
-// Computes the statistics of each prefix from x, y and the signs of y.
-void LadderCoder::describe(const float* x) {
-    const MetricTerms& terms = terms_of(ladder_.metric);
-    const float *y = beside_.data(), *sign = signs_.data(), *centre = ladder_.centre;
-    double square = 0.0, beside = 0.0, along = 0.0, of_centre = 0.0;  // ‖x‖², ‖y‖², ‖y‖₁, ⟨c, x⟩
-    for (int64_t i = 0, from = 0; i < int64_t(ladder_.dims.size()); from = ladder_.dims[i++]) {
-        const int64_t cols = ladder_.dims[i] - from;
-        square += kernels_.dot64(x + from, x + from, cols);
-        beside += kernels_.dot64(y + from, y + from, cols);
-        along += kernels_.dot64(y + from, sign + from, cols);
-        if (centre) of_centre += kernels_.dot64(centre + from, x + from, cols);
-        const double norm = std::sqrt(square), inverse = norm > 0.0 ? 1.0 / norm : 0.0,
-                     factor = along > 0.0 ? beside / along : 0.0;
-        stats_.factors[i] = float(terms.normalized ? factor * inverse : factor);
-        stats_.terms[i] = float(terms.normalized       ? of_centre * inverse
-                                : terms.squares > 0.0f ? beside
-                                                       : of_centre);
-        stats_.inverses[i] = float(inverse);
-    }
-    stats_.norm = std::sqrt(square);
-    stats_.size = std::sqrt(beside);
-}
-
-void LadderCoder::put(int64_t row, const SpanArrays& to) const {
-    const int64_t steps = codes_.size() / 8, first = row / TILE * steps * TILE + row % TILE,
-                  half = 4 * steps;
-    uint8_t *signs = to.signs + first, *nibbles = to.nibbles + 4 * first,
-            *lows = to.lows + half * row;
-    for (int64_t j = 0; j < half; ++j)
-        lows[j] = uint8_t((codes_[j] & 15) | (codes_[half + j] & 15) << 4);
-    for (int64_t i = 0; i < steps; ++i, signs += TILE, nibbles += TILE * 4) {
-        uint64_t codes = 0;  // the first in the lowest byte
-        for (int j = 0; j < 8; ++j) codes |= uint64_t(codes_[8 * i + j]) << 8 * j;
-        const uint64_t high = codes >> 4 & 0x0f0f0f0f0f0f0f0fu;
-        const uint32_t highs = uint32_t(high) | uint32_t(high >> 32) << 4;
-        for (int j = 0; j < 4; ++j) nibbles[j] = uint8_t(highs >> 8 * j);
-        // The product gathers the eight bytes' bits in its highest byte.
-        *signs = uint8_t((codes >> 7 & 0x0101010101010101u) * 0x0102040810204080u >> 56);
-    }
+void LadderCoder::put(int64_t tile, int first, int count, const SpanArrays& to) {
+    RowColumns rows[TILE];
+    for (int r = 0; r < count; ++r) rows[r] = {nibbles_.data() + (first + r) * steps_, nullptr};
+    uint8_t *nibbles = to.nibbles + 4 * TILE * tile * steps_,
+            *signs = to.signs + TILE * tile * steps_;
+    // Four bytes of nibbles are moved like an fp32.
+    kernels_.pack(rows, nullptr, DType::F32, count, steps_, tile_.data());
+    for (int64_t i = 0; i < steps_; ++i)
+        std::memcpy(nibbles + 4 * (i * TILE + first), tile_.data() + i * TILE, 4 * count);
+    kernels_.tile_signs(nibbles, steps_, first, count, signs);
 }
 
 }  // namespace mrl

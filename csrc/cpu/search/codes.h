@@ -66,22 +66,27 @@ struct LadderStats {
     std::vector<float> factors, terms, inverses;  // [dims], see Ladder
 };
 
-// Codes rows less the centre, one at a time.
+// Codes rows less the centre, a tile at a time.
 class LadderCoder {
   public:
     LadderCoder(const Kernels& kernels, const Ladder& ladder);
-    const LadderStats& code(const float* x);
-    // Writes the codes of the row that was coded last to its tile.
-    void put(int64_t row, const SpanArrays& to) const;
+    // Codes a row for a lane of a tile, and writes its lows.
+    const LadderStats& code(const float* x, int lane, uint8_t* lows);
+    // Writes the tile's lanes [first, first + count), which were coded last.
+    void put(int64_t tile, int first, int count, const SpanArrays& to);
 
   private:
-    float reach_of(float largest) const;
     void describe(const float* x);
-    double error_of(float scale, int shift, float zero);
+    float reach() const;
+    double error_of(double square) const;
     const Kernels& kernels_;
     const Ladder& ladder_;
-    std::vector<uint8_t> codes_;                // [steps, 8], eight bits
-    std::vector<float> beside_, rest_, signs_;  // [steps, 8]: y, y less what codes stand for, ±1
+    int64_t width_, steps_;
+    std::vector<float> centre_, beside_;  // [steps, 8]; y
+    std::vector<int32_t> codes_;          // [steps, 8]: eight bits of the row coded last
+    std::vector<uint32_t> nibbles_;       // [TILE, steps]: of the rows coded last
+    std::vector<float> tile_;             // [steps, TILE]: nibbles by steps
+    PrefixSums sums_;
     LadderStats stats_;
 };
 

@@ -6,7 +6,7 @@ namespace mrl {
 
 LadderBounds::LadderBounds(const Problem& problem, const std::vector<int64_t>& queries,
                            const Panel& panel)
-    : p_(problem), queries_(queries) {
+    : p_(problem), queries_(queries), listed_(problem.kernels, problem.rows) {
     if (!p_.laddered()) return;
     const MetricTerms& terms = p_.terms;
     terms_ = !p_.rows.ladder.has_terms() ? 1 : terms.normalized ? 3 : 2;
@@ -56,31 +56,18 @@ void LadderBounds::of_group(const Panel::Group& group, Scan* scan) const {
 void LadderBounds::bound(size_t i, const Entry* entries, int64_t count, double gate,
                          std::vector<Final>* possible) {
     const CodedQuery& query = p_.codes[queries_[i]];
-    const int64_t dims = p_.rows.ladder.dims.size(), own = SIGN_FACTOR + 2 * dims - 1,
-                  bytes = low_bytes(p_.dim);
+    const int64_t dims = p_.rows.ladder.dims.size(), own = SIGN_FACTOR + 2 * dims - 1;
     possible->clear();
-    for (int64_t first = 0; first < count; first += AT_ONCE) {
-        const int64_t n = std::min(AT_ONCE, count - first), fours = (n + 3) / 4 * 4;
+    for (int64_t first = 0; first < count; first += ListedCodes::AT_ONCE) {
+        const int64_t n = std::min(ListedCodes::AT_ONCE, count - first);
+        float lows[ListedCodes::AT_ONCE];
+        listed_.list(entries + first, n);
+        listed_.sum_lows(query, lows);
         for (int64_t e = 0; e < n; ++e) {
-            const int64_t row = row_of(entries[first + e].key);
-            const Span& span = span_of(p_.rows, row);
-            spans_[e] = &span;
-            locals_[e] = row - span.first;
-            lows_[e] = span.lows + locals_[e] * bytes;
-            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(lows_[e] + byte);
-            __builtin_prefetch(span.stats + LOW_ERROR * span.stats_stride + locals_[e]);
-        }
-        std::fill(lows_ + n, lows_ + fours, lows_[n - 1]);
-        float sums[AT_ONCE];
-        p_.kernels.dot_halves(lows_, n, query.plain.data(), bytes, sums);
-        for (int64_t e = 0; e < n; ++e) {
-            const Span& span = *spans_[e];
-            const float *stats = span.stats + locals_[e],
-                        *tile = span.tile_stats + locals_[e] / TILE * TILE_STATS;
-            const auto stat = [&](int64_t which) {
-                return double(stats[which * span.stats_stride]);
-            };
-            const double sum = entries[first + e].partial + (double(sums[e]) + query.shift) / 16.0;
+            const Span& span = listed_.span(e);
+            const float* tile = span.tile_stats + listed_.local(e) / TILE * TILE_STATS;
+            const auto stat = [&](int64_t which) { return listed_.stat(e, which); };
+            const double sum = entries[first + e].partial + double(lows[e]) / 16.0;
             double bound = sum * scales_[i] * stat(CODE_SCALE) +
                            error_[i] * stat(LOW_ERROR) * (1.0 + SLACK) +
                            double(of_code_norm_[i]) * tile[CODE_NORM] +
@@ -89,7 +76,7 @@ void LadderBounds::bound(size_t i, const Entry* entries, int64_t count, double g
             if (terms_ > INVERSE) bound += inverse_[i] * stat(own + dims);
             // NaN, which says nothing, is beyond every gate; so is a row whose error is not known.
             if (std::isnan(bound) || std::isnan(stat(CODE_ERROR))) bound = INFINITY;
-            if (!(bound < gate)) possible->push_back({bound, span.first + locals_[e]});
+            if (!(bound < gate)) possible->push_back({bound, span.first + listed_.local(e)});
         }
     }
 }

@@ -9,7 +9,7 @@
 // too.
 #pragma once
 
-#include "cpu/search/scan.h"
+#include "cpu/search/listed_codes.h"
 
 namespace mrl {
 
@@ -29,7 +29,6 @@ class LadderBounds {
 
   private:
     enum Term { ERROR, OWN, INVERSE };
-    static constexpr int64_t AT_ONCE = 16;  // rows: few enough that all are prefetched
     const Problem& p_;
     const std::vector<int64_t>& queries_;
     int terms_ = 0;
@@ -37,10 +36,7 @@ class LadderBounds {
     std::vector<double> error_, own_, inverse_;
     std::vector<float> of_code_norm_, of_rounded_norm_, bases_;  // [queries]
     float copies_[4][TILE] = {};
-    // Of rows that are bounded at once: where they lie, counted from the span's first.
-    const Span* spans_[AT_ONCE];
-    int64_t locals_[AT_ONCE];
-    const uint8_t* lows_[AT_ONCE];
+    ListedCodes listed_;
 };
 
 }  // namespace mrl

@@ -13,13 +13,12 @@ namespace {
 // Below this, starting a thread costs more than it brings.
 constexpr double MULTIPLIES_A_THREAD = 2e6;
 
-// Whether the best or the worst of sorted entries has a score that is infinite or NaN.
-bool beyond_float(const Entry* sorted, int64_t count) {
-    return count > 0 && !(std::isfinite(score_of(sorted[0].key)) &&
-                          std::isfinite(score_of(sorted[count - 1].key)));
-}
-
 }  // namespace
+
+bool beyond_float(const std::vector<Entry>& sorted) {
+    return !sorted.empty() && !(std::isfinite(score_of(sorted.front().key)) &&
+                                std::isfinite(score_of(sorted.back().key)));
+}
 
 // Moves the k best of more to the front, in any order.
 static void select(Entry* entries, int64_t count, int64_t k) {
@@ -130,7 +129,7 @@ static Status scan_packed(const Run& run, const Rows& rows, const Queries& queri
         std::copy(all.begin(), all.end(), out + q * keep);
         for (Entry* e = out + q * keep; gathers && e < out + q * keep + counts[q]; ++e)
             e->key = with_row(e->key, rows.gathered_rows[row_of(e->key)]);
-        if (beyond_float(all.data(), counts[q])) overflow = true;
+        if (beyond_float(all)) overflow = true;
     };
     each(queries.n, threads, [&](int64_t q) {
         cut(best[q], keep);
@@ -176,12 +175,23 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
                    const LaterStage& stage, std::vector<Entry>& candidates) {
     constexpr int64_t COLUMN_BLOCK = 256;  // columns a gathered tile advances by
     constexpr int64_t AHEAD = 1024;        // rows that are read ahead at once: whole tiles
-    const int64_t from = stage.from, to = stage.to;
+    const int64_t to = stage.to, head = stage.from == 0 ? std::min(rows.packed_dim, to) : 0,
+                  from = stage.from + head;  // columns [0, head) come from tiles
     const MetricTerms& terms = terms_of(stage.metric);
     const float scale =
         (terms.normalized ? query_scale(query, to) : 1.0f) * terms.factor(terms.source);
     const int64_t count = candidates.size();
     const std::unique_ptr<float[]> tile(new float[std::min(COLUMN_BLOCK, to - from) * TILE]);
+    std::vector<float> packed(head * TILE);
+    const auto gather = [&](int64_t first) {
+        for (int r = 0; r < TILE; ++r) {
+            const int64_t row = row_of(candidates[std::min(first + r, count - 1)].key);
+            const Span& span = span_of(rows, row);
+            const int64_t local = row - span.first;
+            const float* lane = span.packed + local / TILE * rows.packed_dim * TILE + local % TILE;
+            for (int64_t c = 0; c < head; ++c) packed[c * TILE + r] = lane[c * TILE];
+        }
+    };
     // Points to a column of each of the TILE candidates from `first` on; the last candidate stands
     // for those beyond the end.
     auto point = [&](int64_t first, int64_t column, RowColumns* pointers) {
@@ -208,6 +218,12 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
             sums[r] = group[r].partial;
             sqnorm[r] = group[r].sqnorm;
         }
+        if (head > 0) {
+            const Segment segment = {packed.data(), head};
+            gather(first);
+            kernels.advance(terms.source, segment, query, sums);
+            if (terms.normalized) kernels.sqnorms(segment, sqnorm);
+        }
         for (int64_t column = from; column < to; column += COLUMN_BLOCK) {
             const Segment segment = {tile.get(), std::min(COLUMN_BLOCK, to - column)};
             const bool last = column + COLUMN_BLOCK >= to;
@@ -225,7 +241,7 @@ Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
         }
     }
     cut(candidates, stage.keep);
-    return beyond_float(candidates.data(), candidates.size()) ? Status::OVERFLOW_ : Status::OK;
+    return beyond_float(candidates) ? Status::OVERFLOW_ : Status::OK;
 }
 
 }  // namespace mrl

@@ -195,6 +195,8 @@ struct Gathered {
 
 // Leaves the best `keep` entries, in order.
 void cut(std::vector<Entry>& entries, int64_t keep);
+// Whether the best or the worst of sorted entries has a score that is infinite or NaN.
+bool beyond_float(const std::vector<Entry>& sorted);
 
 // The entries that one thread keeps for each query, of at most `rows` rows.
 struct Kept {

@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "cpu/search/scan.h"
+#include "cpu/search/graph.h"
+#include "cpu/search/listed_codes.h"
 #include "cpu/threads.h"
 
 namespace mrl {
@@ -44,26 +45,48 @@ Status each_query(int64_t count, double multiplies, int threads, const Fn& fn) {
     return status;
 }
 
+// The stages that choose among the rows. One that would keep every row is none, unless the next
+// ranks what it keeps by codes. Codes choose a shortlist only: scores that are returned come from
+// the columns, and so do all those of gathered rows.
+std::vector<Stage> needed(const Rows& rows, const std::vector<Stage>& all) {
+    auto begin = all.begin();
+    const bool gathered = !rows.gathered_rows.empty();
+    for (auto s = begin; s + 1 != all.end() &&
+                         (s->keep >= rows.eligible() || (gathered && s->bits == Stage::GRAPH));
+         ++s)
+        if (s[1].bits == 0) begin = s + 1;
+    std::vector<Stage> stages(begin, all.end());
+    const bool coded = stages.size() > 1 && !gathered;
+    if (coded && stages[0].bits == 0 && stages[0].dim == rows.code_dim) stages[0].bits = 8;
+    for (Stage& stage : stages)
+        if (!coded) stage.bits = 0;
+    return stages;
+}
+
+// How many columns the stage before has summed of those of this one.
+int64_t summed_before(const std::vector<Stage>& stages, size_t s) {
+    const Stage& before = stages[s - 1];
+    return before.bits != 0 || before.dim > stages[s].dim ? 0 : before.dim;
+}
+
 }  // namespace
 
 Status search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
-              const std::vector<Stage>& all_stages, const Results& results) {
+              const std::vector<Stage>& all_stages, const Results& results, const Graph* graph) {
     rows.check();
-    // A stage that would keep every row chooses nothing.
-    auto begins = all_stages.begin();
-    while (begins + 1 != all_stages.end() && begins->keep >= rows.eligible()) ++begins;
-    const std::vector<Stage> stages(begins, all_stages.end());
+    const std::vector<Stage> stages = needed(rows, all_stages);
     const Stage first = stages.front();
-    if (!finite(queries, stages.back().dim)) return Status::QUERY_NOT_FINITE;
-    // Codes choose a shortlist only: scores that are returned come from the columns, and so do
-    // those of gathered rows.
-    const bool bits = first.bits > 0 || first.dim == rows.code_dim,
-               coded = bits && stages.size() > 1 && rows.gathered_rows.empty();
-    const Source source = !coded            ? terms_of(metric).source
-                          : first.bits == 1 ? Source::SIGNS
+    int64_t widest = 0;
+    for (const Stage& stage : all_stages)
+        widest = std::max(widest, stage.bits == Stage::GRAPH ? graph->width : stage.dim);
+    if (!finite(queries, widest)) return Status::QUERY_NOT_FINITE;
+    const Source source = first.bits == 1   ? Source::SIGNS
                           : first.bits == 4 ? Source::NIBBLES
-                                            : Source::CODES;
-    const int64_t keep = std::min(first.keep, rows.eligible());
+                          : first.bits == 8 ? Source::CODES
+                                            : terms_of(metric).source;
+    // Of a graph's stage, as many rows more may have come after it.
+    const bool walks = first.bits == Stage::GRAPH;
+    const int64_t keep = std::min(first.keep, rows.eligible()) * (walks ? 2 : 1);
     const int64_t per_query = sizeof(Entry) * (run.threads + 1) * 2 * std::max<int64_t>(keep, 32);
     const int64_t pass =
         std::max<int64_t>(1, std::min(std::max<int64_t>(96, PANEL_BYTES / (4 * first.dim)),
@@ -73,21 +96,32 @@ Status search(const Run& run, const Rows& rows, const Queries& queries, Metric m
         std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);
         std::vector<int64_t> counts(n);
         const Queries part = {queries.data + begin * queries.stride, n, queries.stride};
-        Status status = scan_all(run, rows, part, {metric, source, first.dim, keep, 1},
-                                 entries.get(), counts.data());
+        Status status = walks ? graph_shortlist(run, rows, part, metric, *graph,
+                                                {first.dim, keep / 2}, entries.get(), counts.data())
+                              : scan_all(run, rows, part, {metric, source, first.dim, keep, 1},
+                                         entries.get(), counts.data());
         if (status != Status::OK) return status;
-        const double multiplies =
-            stages.size() > 1 ? double(n) * keep * (stages[1].dim - first.dim) : 0.0;
+        double multiplies = 0.0;
+        for (size_t s = 1; s < stages.size(); ++s)
+            multiplies += double(n) * std::min(keep, stages[s - 1].keep) *
+                          double(stages[s].dim - summed_before(stages, s));
         const auto later_stages = [&](int64_t q, std::vector<Entry>& candidates) {
             const float* query = part.data + q * part.stride;
             candidates.assign(entries.get() + q * keep, entries.get() + q * keep + counts[q]);
-            if (coded)
-                for (Entry& entry : candidates) entry.partial = entry.sqnorm = 0.0f;
+            std::unique_ptr<CodeRanker> ranker;
             for (size_t s = 1; s < stages.size(); ++s) {
-                const int64_t from = coded && s == 1 ? 0 : stages[s - 1].dim;
-                const Status mine =
-                    advance_all(run.kernels, rows, query,
-                                {metric, from, stages[s].dim, stages[s].keep}, candidates);
+                const Stage& stage = stages[s];
+                const int64_t from = summed_before(stages, s);
+                Status mine;
+                if (stage.bits > 0) {
+                    if (!ranker) ranker.reset(new CodeRanker(run.kernels, rows, query, metric));
+                    mine = ranker->rank(stages[s - 1].bits, stage.bits, stage.keep, candidates);
+                } else {
+                    if (from == 0)
+                        for (Entry& entry : candidates) entry.partial = entry.sqnorm = 0.0f;
+                    mine = advance_all(run.kernels, rows, query,
+                                       {metric, from, stage.dim, stage.keep}, candidates);
+                }
                 if (mine != Status::OK) return mine;
             }
             write(rows, candidates, begin + q, stages.back().keep, results);

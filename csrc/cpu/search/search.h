@@ -29,9 +29,10 @@ enum TileStat : int {
     TILE_STATS
 };
 
-// Codes of all columns, of which a first stage reads the signs of a prefix or the first four bits;
-// see codes.h. Let c be the centre, y = x − c and p = q − c. Then S = Σ ±p, by the signs of y,
-// estimates ⟨p, y⟩ as S · ‖y‖² / ‖y‖₁, and a score is
+// Codes of all columns, of which a first stage reads the signs of a prefix or the first four bits,
+// and later ones the first four or all eight of listed rows; see codes.h. Let c be the centre, y =
+// x − c and p = q − c. Then S = Σ ±p, by the signs of y, estimates ⟨p, y⟩ as S · ‖y‖² / ‖y‖₁, and a
+// score is
 //   ⟨q, x⟩ = ⟨q, c⟩ + ⟨p, y⟩ + ⟨c, y⟩  or  −‖q − x‖² = 2⟨p, y⟩ − ‖y‖² − ‖p‖².
 // For each prefix of dims a row has a factor, ‖y‖² / ‖y‖₁, and a term: ⟨c, x⟩, or ‖y‖² where
 // squares count. Where norms divide, factor and term are divided by ‖x‖, and there is an inverse, 1
@@ -97,7 +98,10 @@ struct Queries {
 
 struct Stage {
     int64_t dim, keep;
-    int64_t bits = 0;  // of a ladder's codes that rank, 1 or 4; 0: columns rank
+    // Of a ladder's codes that rank: first 1 or 4, later 4 or 8, and more than the stage before; 0:
+    // columns rank. GRAPH: a graph finds rows, first, and dim is its beam.
+    int64_t bits = 0;
+    static constexpr int64_t GRAPH = -1;
 };
 
 // Where a search writes the `keep` best of each query: [queries, keep], best first; id −1 and score
@@ -114,10 +118,13 @@ struct Neighbour {
 
 enum class Status { OK, NOT_FINITE, OVERFLOW_, QUERY_NOT_FINITE };
 
+struct Graph;
+
 // Runs the stages; the results are the last one's. Where there are codes, a first stage at code_dim
 // that is not the last ranks by them.
 Status search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
-              const std::vector<Stage>& stages, const Results& results);
+              const std::vector<Stage>& stages, const Results& results,
+              const Graph* graph = nullptr);
 
 // Rows to choose among: [queries, count], −1 is none.
 struct Candidates {

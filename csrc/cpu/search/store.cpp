@@ -40,6 +40,7 @@ class Writer {
             if (to_.suffix) layout_.dtype == vectors_.dtype ? copy_suffix(row) : code_suffix(row);
             if (to_.stats && !describe(row)) finite = false;
         }
+        if (to_.signs) coder_.put(tile, int(first % TILE), count, to_);
         return finite;
     }
 
@@ -85,7 +86,8 @@ class Writer {
         std::memcpy(coded(row), &scale, SCALE_BYTES);
     }
 
-    // Writes a row's codes and statistics; false if a value that a ladder codes is not finite.
+    // Writes a row's statistics and codes, but for those that a ladder puts into tiles; false if a
+    // value that a ladder codes is not finite.
     bool describe(int64_t row) {
         const float* x = static_cast<const float*>(static_cast<const void*>(at(row)));
         if (layout_.dtype != DType::F32) {  // what is kept of it
@@ -116,7 +118,8 @@ class Writer {
     }
 
     bool describe_ladder(int64_t row, const float* x) {
-        const LadderStats& stats = coder_.code(x);
+        const LadderStats& stats =
+            coder_.code(x, int(row % TILE), to_.lows + row * low_bytes(vectors_.dim));
         const auto stat = [&](int64_t which) -> float& {
             return to_.stats[which * to_.stats_stride + row];
         };
@@ -142,7 +145,6 @@ class Writer {
             tile[ROUNDED_NORM] =
                 std::max(tile[ROUNDED_NORM], above((stats.norm + code_norm) * unit, width));
         }
-        coder_.put(row, to_);
         return std::isfinite(stats.norm);
     }
 

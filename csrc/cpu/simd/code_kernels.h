@@ -112,3 +112,23 @@ void dot_halves(const uint8_t* const* rows, int64_t n, const int8_t* query, int6
         Simd::add_lanes(lanes, sums);
     }
 }
+
+void sum_bits(const uint8_t* const* rows, int64_t n, const int8_t* query, int64_t columns,
+              float* sums) {
+    constexpr int BYTES = sizeof(Simd::U8), FOUR = 4;
+    const uint8_t* codes = reinterpret_cast<const uint8_t*>(query);
+    const char ones[4] = {1, 1, 1, 1};
+    const Simd::U8 one = Simd::broadcast4(ones);
+    for (int64_t r = 0; r < n; r += FOUR, rows += FOUR, sums += FOUR) {
+        Simd::Int sum[FOUR];
+        for (int i = 0; i < FOUR; ++i) sum[i] = Simd::broadcast_int(0);
+        for (int64_t c = 0; c < columns; c += BYTES) {
+            const Simd::U8 values = Simd::load_u8(codes + c);
+            for (int i = 0; i < FOUR; ++i)
+                sum[i] = Simd::dot4_nibbles(one, Simd::where(rows[i] + c / 8, values), sum[i]);
+        }
+        Vec lanes[FOUR];  // integers below 2^24, whose sums are exact
+        for (int i = 0; i < FOUR; ++i) lanes[i] = Simd::to_float(sum[i]);
+        Simd::add_lanes(lanes, sums);
+    }
+}

@@ -7,6 +7,9 @@
 #include "cpu/simd/row_kernels.h"
 #include "cpu/simd/wide_kernels.h"
 
+// use rounded of wide_kernels.h
+#include "cpu/simd/ladder_kernels.h"
+
 // Vectors of rows that are scored at a time. Those of NIBBLES take two registers each, one a half.
 template <Source S>
 constexpr int rows_of(int group) {
@@ -46,12 +49,17 @@ Kernels make_kernels(const char* name) {
                        {},
                        {row_sums<Source::PRODUCT>, row_sums<Source::DIFFERENCE>},
                        dot_halves,
+                       sum_bits,
                        widen_row,
                        dot64,
                        {},
                        {},
                        squares64,
                        finish64,
+                       add_prefix,
+                       square_beyond,
+                       code_row,
+                       tile_signs,
                        product,
                        fold_block,
                        score_gradients};

@@ -199,6 +199,23 @@ struct RowSums {
 // chain.
 constexpr int64_t chains_of(Source source) { return source == Source::DIFFERENCE ? 1 : 8; }
 
+// Sums over the columns of a row x of a ladder, where y is the row less the centre c.
+struct PrefixSums {
+    double square, beside, along, of_centre;  // Σ x², Σ y², Σ |y|, Σ c·x
+    float largest;                            // of |y|
+};
+struct RowToCode {
+    const float* y;        // [steps · 8]; 0 from `cols` on
+    int64_t cols, steps;   // of eight columns
+    float inverse, scale;  // eight bits of a step of 1; the value of a step of four bits
+};
+struct RowCodes {
+    int32_t* codes;             // [steps · 8]: eight bits of each column
+    uint32_t* nibbles;          // [steps], as a tile has them
+    uint8_t* lows;              // [steps · 4]
+    double square, low_square;  // Σ of squares of y less what four bits stand for, and eight
+};
+
 struct Product;
 struct ScoreBlock;
 struct Statistics;
@@ -223,6 +240,11 @@ struct Kernels {
     // ones with what follows. There are as many rows and sums as n rounded up to whole fours.
     void (*dot_halves)(const uint8_t* const* rows, int64_t n, const int8_t* query, int64_t bytes,
                        float* sums);
+    // sums[r] = Σ of the query's codes where a row's bit is set, column by column, the first the
+    // lowest of a byte; counts like dot_halves'. Both reach to whole vectors of 64 columns, where
+    // the query has zeros.
+    void (*sum_bits)(const uint8_t* const* rows, int64_t n, const int8_t* query, int64_t columns,
+                     float* sums);
     void (*widen_row)(RowColumns row, DType dtype, int64_t cols, float* out);
     // Σ x·y in fp64: eight sums, each of every eighth column, then the sum of these in order.
     double (*dot64)(const float* x, const float* y, int64_t cols);
@@ -238,6 +260,14 @@ struct Kernels {
     // row_norms is given (0 where that is 0). Returns the lanes whose score is above the threshold.
     uint64_t (*finish64)(double scale, double norm, const double* row_norms, double threshold,
                          double* sums);
+    // Continues the sums with so many columns more, and writes their y.
+    void (*add_prefix)(const float* x, const float* centre, int64_t cols, float* y,
+                       PrefixSums* sums);
+    // Σ max(|y| − reach, 0)² over so many steps of eight columns.
+    float (*square_beyond)(const float* y, int64_t steps, float reach);
+    void (*code_row)(const RowToCode& row, RowCodes* to);
+    // Writes the signs of rows [first, first + count) of a tile, given its nibbles.
+    void (*tile_signs)(const uint8_t* nibbles, int64_t steps, int first, int count, uint8_t* signs);
     // See nested.h.
     void (*product)(const Product&);
     void (*fold_block)(const ScoreBlock&, const Statistics&);

@@ -37,6 +37,7 @@ struct Simd {
     static Vec broadcast(float x) { return _mm256_set1_ps(x); }
     static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
     static Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
+    static __m256d to_double(__m128 x) { return _mm256_cvtps_pd(x); }
     static constexpr int ROW_QUERIES = 2;  // that row-major rows are summed with at a time
     static void add_lanes(const Vec (&v)[4], float* out) { add_lanes8(v, out); }
     static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
@@ -99,6 +100,15 @@ struct Simd {
                                  _mm256_extracti128_si256(high, 1)};
         for (int i = 0; i < 4; ++i)
             store(out + 8 * i, _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(rows[i])));
+    }
+    // The bytes of x whose bits are set, else zeros.
+    static U8 where(const uint8_t* bits, U8 x) {
+        const __m256i four = broadcast4(reinterpret_cast<const char*>(bits)),
+                      own = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202,
+                                              0x0101010101010101, 0),
+                      bit = _mm256_set1_epi64x(0x8040201008040201),
+                      set = _mm256_and_si256(_mm256_shuffle_epi8(four, own), bit);
+        return _mm256_and_si256(_mm256_cmpeq_epi8(set, bit), x);
     }
     // A sum of two products is at most 15 · 256 and fits 16 bits.
     static Int dot4_nibbles(U8 row, U8 query, Int sum) {

@@ -50,6 +50,7 @@ struct Simd {
     static Vec broadcast(float x) { return _mm512_set1_ps(x); }
     static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
     static Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
+    static __m512d to_double(__m256 x) { return _mm512_cvtps_pd(x); }
     static constexpr int ROW_QUERIES = 4;  // that row-major rows are summed with at a time
     static void add_lanes(const Vec (&v)[4], float* out) {
         __m256 halves[4];
@@ -140,6 +141,12 @@ struct Simd {
         put(1, _mm512_extracti32x4_epi32(low, 1), _mm512_extracti32x4_epi32(high, 1));
         put(2, _mm512_extracti32x4_epi32(low, 2), _mm512_extracti32x4_epi32(high, 2));
         put(3, _mm512_extracti32x4_epi32(low, 3), _mm512_extracti32x4_epi32(high, 3));
+    }
+    // The bytes of x whose bits are set, else zeros.
+    static U8 where(const uint8_t* bits, U8 x) {
+        uint64_t mask;
+        __builtin_memcpy(&mask, bits, sizeof mask);
+        return _mm512_maskz_mov_epi8(mask, x);
     }
     static Int dot4_nibbles(U8 row, U8 query, Int sum) {
 #if defined(MRL_VNNI)

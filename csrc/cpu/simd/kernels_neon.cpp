@@ -45,6 +45,7 @@ struct Simd {
         return c;
     }
 #endif
+    static float64x2_t to_double(float32x2_t x) { return vcvt_f64_f32(x); }
     static constexpr int ROW_QUERIES = 4;  // that row-major rows are summed with at a time
     static void add_lanes(const Vec (&v)[4], float* out) {
         store(out, vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])));
@@ -124,6 +125,12 @@ struct Simd {
     static void store_u16(U16 all, U16 odd, float* out) {
         const U16 even = all - (odd << 8);
         for (int i = 0; i < 8; ++i) out[2 * i] = even[i], out[2 * i + 1] = odd[i];
+    }
+    // The bytes of x whose bits are set, else zeros.
+    static U8 where(const uint8_t* bits, U8 x) {
+        const U8 each = vcombine_u8(vdup_n_u8(bits[0]), vdup_n_u8(bits[1])),
+                 bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+        return vandq_u8(vtstq_u8(each, bit), x);
     }
     // A product is at most 15 · 128, so a sum of two is below 2^15.
     static Int dot4_nibbles(U8 row, U8 query, Int sum) {

@@ -22,6 +22,9 @@ struct Simd {
     static Vec broadcast(float x) { return Vec{x, x, x, x}; }
     static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
     static Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
+    typedef float Half __attribute__((vector_size(8)));
+    typedef double Wide __attribute__((vector_size(16)));
+    static Wide to_double(Half x) { return __builtin_convertvector(x, Wide); }
     static constexpr int ROW_QUERIES = 2;  // that row-major rows are summed with at a time
     static void add_lanes(const Vec (&v)[4], float* out) {
         for (int i = 0; i < 4; ++i) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
@@ -88,6 +91,11 @@ struct Simd {
     static void store_u16(U16 all, U16 odd, float* out) {
         const U16 even = all - (odd << 8);
         for (int i = 0; i < 8; ++i) out[2 * i] = even[i], out[2 * i + 1] = odd[i];
+    }
+    // The bytes of x whose bits are set, else zeros.
+    static U8 where(const uint8_t* bits, U8 x) {
+        for (int i = 0; i < 16; ++i) x[i] = bits[i / 8] >> i % 8 & 1 ? x[i] : 0;
+        return x;
     }
     static Int dot4_nibbles(U8 row, U8 query, Int sum) {
         for (int i = 0; i < 16; ++i) sum[i / 4] += int32_t(row[i]) * int8_t(query[i]);

@@ -24,7 +24,7 @@ void widen_tile(const Segment* segments, double* out) {
             for (int r = 0; r < TILE; r += L) {
                 Narrow narrow;
                 __builtin_memcpy(&narrow, x + r, sizeof narrow);
-                const Wide wide = __builtin_convertvector(narrow, Wide);
+                const Wide wide = Simd::to_double(narrow);
                 double* to = out + (r / WIDE_ROWS * cols + first + place) * WIDE_ROWS;
                 __builtin_memcpy(to + r % WIDE_ROWS, &wide, sizeof wide);
             }

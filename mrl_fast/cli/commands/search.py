@@ -42,7 +42,8 @@ Stages = Annotated[
     typer.Option(
         metavar="DIM:KEEP,…",
         help="Search all rows by the first dim, and rerank what each stage keeps by the next; dims "
-        "are of the index, the last keep at least k.  [default: as tuned, else exact]",
+        "are of the index, the last keep at least k. With --codes bits the first may be "
+        "dim:1:keep, and further ones dim:8:keep.  [default: as tuned, else exact]",
     ),
 ]
 Exact = Annotated[

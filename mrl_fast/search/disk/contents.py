@@ -13,6 +13,8 @@ from torch import Tensor
 from mrl_fast.search.disk.tensorfile import Parts, TensorFile
 from mrl_fast.search.index.blocks import VERSION, Block, Layout
 from mrl_fast.search.index.codes import TILED
+from mrl_fast.search.index.graph import RowGraph
+from mrl_fast.search.index.graph import parts as graph_parts
 from mrl_fast.shared import memory
 from mrl_fast.shared.native import TILE
 
@@ -25,6 +27,7 @@ class Contents(NamedTuple):
         blocks, counts: Blocks of rows and how many rows each has: whole tiles in all but the last.
         alive: ``[tiles]`` int64, the live mask; None: no row was removed.
         axes: ``[n, D]`` fp32: the rotation's axes, then the centre of the codes.
+        graph: Over the first rows; None: there is none.
     """
 
     fields: dict[str, Any]
@@ -33,6 +36,7 @@ class Contents(NamedTuple):
     counts: Sequence[int]
     alive: Tensor | None
     axes: Tensor | None
+    graph: RowGraph | None = None
 
     def pieces(self, begin: int) -> dict[str, Iterator[Tensor]]:
         """The tensors of ``rows_file``, in pieces, for the rows from ``begin`` on, where a tile
@@ -95,12 +99,18 @@ def axes_file(layout: Layout) -> IndexFile:
     return IndexFile("axes", {"axes": (torch.float32, (layout.axes, layout.width))})
 
 
+def graph_file(layout: Layout, rows: int, entries: int) -> IndexFile:
+    """A graph over so many rows."""
+    return IndexFile("graph", graph_parts(layout, rows, entries))
+
+
 class Files(NamedTuple):
     """The files that a manifest names, opened."""
 
     rows: list[TensorFile]
     alive: TensorFile | None
     axes: TensorFile | None
+    graph: TensorFile | None
 
     @classmethod
     def opened(cls, folder: Path, manifest: dict[str, Any], layout: Layout) -> Files:
@@ -109,7 +119,9 @@ class Files(NamedTuple):
         Raises:
             ValueError: Another size or header than the manifest says, or no file; names it.
         """
-        segments, alive, axes = (manifest[name] for name in ("segments", "alive", "axes"))
+        segments, alive, axes, graph = (
+            manifest[name] for name in ("segments", "alive", "axes", "graph")
+        )
         count = sum(segment["used"] for segment in segments)
         return cls(
             [
@@ -118,10 +130,11 @@ class Files(NamedTuple):
             ],
             alive and alive_file(count).open(folder, alive),
             axes and axes_file(layout).open(folder, axes),
+            graph and graph_file(layout, graph["rows"], graph["entries"]).open(folder, graph),
         )
 
     def verify(self) -> None:
         """Reads all of them and compares their checksums."""
-        for file in (*self.rows, self.alive, self.axes):
+        for file in (*self.rows, self.alive, self.axes, self.graph):
             if file is not None:
                 file.verify()

@@ -24,9 +24,11 @@ from mrl_fast.search.disk.contents import (
     IndexFile,
     alive_file,
     axes_file,
+    graph_file,
     rows_file,
 )
-from mrl_fast.search.index.blocks import Block, Layout
+from mrl_fast.search.index.blocks import VERSION, Block, Layout
+from mrl_fast.search.index.graph import RowGraph
 from mrl_fast.shared.native import TILE
 
 # Where this many of the last files are each no larger than what is added, they are merged with it.
@@ -43,6 +45,7 @@ class Saved(NamedTuple):
     manifest: dict[str, Any]
     alive: Tensor | None
     axes: Tensor | None
+    graph: RowGraph | None
 
 
 def save(
@@ -86,7 +89,7 @@ def save(
         except BaseException:
             new.discard()
             raise
-        now = Saved(path, manifest, contents.alive, contents.axes)
+        now = Saved(path, manifest, contents.alive, contents.axes, contents.graph)
         try:
             os.replace(new.manifest, path / manifests.FILE)
             replaced(now)
@@ -127,7 +130,8 @@ def load(
         if verify:
             files.verify()
         contents = _contents(files, manifest, layout)
-        return index, contents, Saved(path, manifest, contents.alive, contents.axes)
+        saved = Saved(path, manifest, contents.alive, contents.axes, contents.graph)
+        return index, contents, saved
 
     with torch.inference_mode(False):  # the index outlives the call
         return manifests.settled(path, read)
@@ -155,7 +159,8 @@ def _contents(files: Files, manifest: dict[str, Any], layout: Layout) -> Content
         except ValueError as error:
             raise ValueError(f"{file.path}: {error}") from None
     fields = {name: manifest[name] for name in manifests.INDEX_FIELDS}
-    return Contents(fields, layout, blocks, counts, alive, axes)
+    graph = files.graph and RowGraph(manifest["graph"]["rows"], layout, files.graph.tensors)
+    return Contents(fields, layout, blocks, counts, alive, axes, graph)
 
 
 class _NewFiles:
@@ -173,7 +178,11 @@ class _NewFiles:
     ) -> dict[str, Any]:
         """Writes what ``saved`` does not have; returns the manifest."""
         layout, count = contents.layout, sum(contents.counts)
-        old = saved.manifest if saved else {"segments": [], "alive": None, "axes": None}
+        old = (
+            saved.manifest
+            if saved
+            else {"segments": [], "alive": None, "axes": None, "graph": None}
+        )
         segments, begin = _kept(old["segments"], count, saved_prefix_rows if saved else 0)
         if begin < count:
             used = count - begin
@@ -187,13 +196,21 @@ class _NewFiles:
             same = saved is not None and tensor is getattr(saved, file.kind)
             return old[file.kind] if same else self._put(file, {file.kind: [tensor]})
 
+        graph = contents.graph
+        if graph is None or (saved is not None and graph is saved.graph):
+            graph_entry = graph and old["graph"]
+        else:
+            file = graph_file(layout, graph.rows, graph.entries)
+            written = self._put(file, {name: [x] for name, x in graph.arrays.items()})
+            graph_entry = {"rows": graph.rows, "entries": graph.entries, **written}
         return manifests.new(
-            layout.version,
+            layout.version if graph is None else VERSION,
             **contents.fields,
             generation=self.generation,
             segments=segments,
             alive=put(alive_file(count), contents.alive),
             axes=put(axes_file(layout), contents.axes),
+            **({} if graph is None else {"graph": graph_entry}),
         )
 
     def _put(self, file: IndexFile, pieces: Any) -> Entry:

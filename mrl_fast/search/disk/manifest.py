@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mrl_fast.search.index.blocks import VERSION
+from mrl_fast.search.index.graph import ENTRIES
 from mrl_fast.shared.native import TILE
 
 FORMAT = "mrl_fast index"
-VERSIONS = 1, 2, VERSION  # that can be read
+VERSIONS = 1, 2, 3, VERSION  # that can be read
 FILE = "manifest.json"
-NAME = re.compile(r"(rows|alive|axes)-(\d{8})\.safetensors")
+NAME = re.compile(r"(rows|alive|axes|graph)-(\d{8})\.safetensors")
 MANIFEST_BYTES = 1 << 20  # at most; parsed, it may take 25 times that
 ROWS = (1 << 32) - 1  # at most
 INDEX_FIELDS = ("dims", "metric", "dtype", "prefix_dtype", "codes", "rotation", "next_id", "tuned")
 FIELDS = ("format", "version", "generation", *INDEX_FIELDS, "segments", "alive", "axes", "sha256")
+SINCE = {"codes": 2, "graph": VERSION}  # the first version that has a field
 PATIENCE_S = 20.0  # to wait for a folder that is saved to again and again
 
 T = TypeVar("T")
@@ -84,7 +86,7 @@ def parse(file: Path, text: bytes) -> dict[str, Any]:
 
 def completed(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of an index of any version, with those added that its version did not have."""
-    return {"codes": None, **fields}
+    return {"codes": None, "graph": None, **fields}
 
 
 def read_or_none(path: Path) -> dict[str, Any] | None:
@@ -118,7 +120,7 @@ def settled(path: Path, use: Callable[[dict[str, Any]], T]) -> T:
 
 
 def files_of(manifest: dict[str, Any]) -> set[str]:
-    entries = [*manifest["segments"], manifest["alive"], manifest["axes"]]
+    entries = [*manifest["segments"], *(manifest.get(name) for name in ("alive", "axes", "graph"))]
     return {entry["file"] for entry in entries if entry}
 
 
@@ -145,7 +147,9 @@ def _check(file: Path, manifest: dict[str, Any], digest: str | None) -> None:
     known = get("version") in VERSIONS and type(get("version")) is int
     need(known, "version", " or ".join(map(str, VERSIONS)), get("version"))
     need(get("sha256") == digest, "sha256", f"{digest}", get("sha256"))
-    fields = set(FIELDS).difference(["codes"] if get("version") == 1 else [])
+    fields = {*FIELDS, "graph"}.difference(
+        n for n, first in SINCE.items() if get("version") < first
+    )
     need(set(manifest) == fields, "fields", ", ".join(FIELDS), sorted(map(str, manifest)))
     need(whole(get("generation"), 1, 10**8 - 1), "generation", "a number", get("generation"))
     need(whole(get("next_id"), 0, 2**63 - 1), "next_id", "an id", get("next_id"))
@@ -171,3 +175,8 @@ def _check(file: Path, manifest: dict[str, Any], digest: str | None) -> None:
         need(has_axes, "axes", "none without a rotation or codes", manifest["axes"])
     else:
         need(not (has_axes and segments), "axes", "a file where rows are rotated or coded", None)
+    if (graph := manifest.get("graph")) is not None:
+        names_file(graph, "graph", "graph", {"file", "sha256", "rows", "entries"})
+        need(whole(graph["rows"], 1, total), "graph rows", f"1 to {total}", graph["rows"])
+        entries = graph["entries"]
+        need(whole(entries, 1, ENTRIES), "graph entries", f"1 to {ENTRIES}", entries)

@@ -15,7 +15,7 @@ from mrl_fast.shared.checks import check_finite
 from mrl_fast.shared.memory import address
 from mrl_fast.shared.native import _C, DTYPES, METRICS, TILE, Stat
 
-VERSION = 3  # of an index's files; 1 and 2 can be read
+VERSION = 4  # of an index's files; 1 to 3 can be read
 F32, U8, I64 = torch.float32, torch.uint8, torch.int64
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape, by an array's name
@@ -48,7 +48,7 @@ class Layout:
     @property
     def version(self) -> int:
         """The first version of the files whose arrays are as today's."""
-        return VERSION if self.ladder else 2
+        return 3 if self.ladder else 2
 
     @property
     def stats(self) -> int:

@@ -36,6 +36,7 @@ class Code(NamedTuple):
     Attributes:
         arrays: By their names in an index's files, and as the kernels take them.
         bits: The numbers of bits of a column that a scan may read.
+        reranking: Those by which a shortlist may be ranked, row by row.
         whole: All columns are coded; else the first prefix.
         exact: The array holds the vectors' own columns, which lie nowhere else, so that scores are
             carried on from it. Else it ranks a shortlist, and reranking begins at column 0.
@@ -50,6 +51,7 @@ class Code(NamedTuple):
     exact: bool
     widest: int
     signed: Callable[[Tensor], Tensor] | None = None
+    reranking: tuple[int, ...] = ()
 
 
 def _eights(columns: int) -> int:
@@ -76,7 +78,7 @@ CODES = {
             "lows": TileArray(torch.uint8, lambda width: (TILE, 4 * _eights(width)), 0),
             "tile_stats": TileArray(torch.float32, lambda width: (int(TileStat.TILE_STATS),), None),
         },
-        (1, 4), whole=True, exact=False, widest=1 << 13,
+        (1, 4), whole=True, exact=False, widest=1 << 13, reranking=(4, 8),
     ),
 }  # fmt: skip
 # None: rows of int8 are scanned as they lie.

@@ -91,10 +91,11 @@ class IndexConfig:
 
     @property
     def ranking(self) -> tuple[int, ...]:
-        """The numbers of bits of a column by which a first stage may rank: a device holds no codes
-        of bits."""
-        on_device = self.device != "cpu"
-        return () if self.code.exact or (self.code.whole and on_device) else self.code.bits
+        """The numbers of bits of a column by which a first stage may rank: a device's codes have
+        eight."""
+        if self.code.exact:
+            return ()
+        return self.code.bits if self.device == "cpu" else (8,)
 
     @property
     def coded(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mrl_fast.search.index import scaled
+from mrl_fast.search.index.graph import walks
 from mrl_fast.search.index.stages import checked_stages
 from mrl_fast.shared.checks import check_int
 from mrl_fast.shared.types import Stage
@@ -76,16 +77,26 @@ def explain(index: Any, stages: Sequence[Stage], batch: int = 1) -> Explanation:
         return of_code * code.bits[0] // 8 + item * (head + end - begin - of_code)
 
     rows: list[StageCost] = []
-    count, begin = len(index), 0
+    count, begin, known = len(index), 0, 0  # known: bits of a column that the stage before read
+    if walks(checked):
+        graph = index._rows.snapshot.graph
+        if graph is None:
+            raise ValueError("stages[0]: expected a graph: build_graph() first, got none")
+        _, beam, keep = checked.pop(0)
+        seen, read = graph.reads(beam)
+        rows.append(StageCost(width, keep, seen, seen * width, read, 1))
+        count = min(count, keep)
     for dim, *named, keep in checked:
         bits = named[0] if named else 0
         if not rows and len(checked) > 1 and not (code.exact or code.whole) and dim == config.coded:
             bits = code.bits[0]  # of a first prefix
         by_codes = bits > 0
-        read = count * dim * bits // 8 if by_codes else count * row_bytes(begin, dim)
+        # The first four bits are carried on; signs, which lie apart, are not.
+        more = bits - known if known > 1 else bits
+        read = count * dim * more // 8 if by_codes else count * row_bytes(begin, dim)
         read = read if rows else -(-read // batch)
         rows.append(StageCost(dim, keep, count, count * (dim - begin), read, bits))
-        begin = 0 if by_codes else dim  # a code's score is not carried on
+        begin, known = (0, bits) if by_codes else (dim, 0)  # columns begin anew after codes
         count = min(count, keep)
     macs, read = sum(row.macs for row in rows), sum(row.read_bytes for row in rows)
     scan = max(1, len(index))

@@ -17,21 +17,21 @@ class DeviceMetric(NamedTuple):
 
     Attributes:
         factor: What is kept of a prefix, of the prefix's norms ``[n]``; None: nothing.
-        unit: Rows count as divided by their norms.
+        unit: Rows count as divided by their norms, which the factor does. Else it is added.
         sum_terms: What a scan makes of a row's sum, of a prefix's factors and of a term that is
             −inf for rows that may not be found.
-        code_sum_terms: The same for a scan of codes, of the codes' scales, the term, the factors
-            and the scales of the queries' codes.
         largest: The norm that a scan's margin has to hold for, of the rows' largest and smallest.
-        code_largest: The same for a scan of codes, of the rows' largest.
     """
 
     factor: Callable[[Tensor], Tensor] | None
     unit: bool
     sum_terms: Callable[[Tensor | None, Tensor | None], SumTerms]
-    code_sum_terms: Callable[[Tensor | None, Tensor | None, Tensor | None, Tensor], SumTerms]
     largest: Callable[[Tensor, Tensor], Tensor]
-    code_largest: Callable[[Tensor], Tensor]
+
+    @property
+    def added(self) -> Callable[[Tensor], Tensor] | None:
+        """The factor, where it is added."""
+        return None if self.unit else self.factor
 
 
 def inverse(norms: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def _sum(term: Tensor | None, out: Tensor | None) -> Tensor | None:
     return term if out is None else out if term is None else term + out
 
 
-def _scaled(scale: Tensor | None, out: Tensor | None, *_: Tensor | None) -> SumTerms:
+def _scaled(scale: Tensor | None, out: Tensor | None) -> SumTerms:
     return SumTerms(scale=scale, term=out)
 
 
@@ -56,24 +56,16 @@ DEVICE_METRICS = {
     "ip": DeviceMetric(
         factor=None, unit=False,
         sum_terms=_scaled,
-        code_sum_terms=_scaled,
         largest=lambda largest, smallest: largest,
-        code_largest=lambda largest: 2 * largest,
     ),
     "cosine": DeviceMetric(
         factor=inverse, unit=True,
         sum_terms=_scaled,
-        code_sum_terms=_scaled,
         largest=_ones,
-        code_largest=lambda largest: 2 * torch.ones_like(largest),
     ),
-    "l2": DeviceMetric(  # ⟨q, x⟩ − ‖x‖²/2; by codes in the unit of the query's
+    "l2": DeviceMetric(  # ⟨q, x⟩ − ‖x‖²/2
         factor=lambda norms: -0.5 * norms * norms, unit=False,
         sum_terms=lambda factor, out: SumTerms(term=_sum(factor, out)),
-        code_sum_terms=lambda scale, out, factor, query: SumTerms(
-            scale=scale, term=out, outer=factor, factor=query.reciprocal()
-        ),
         largest=lambda largest, smallest: largest,
-        code_largest=lambda largest: 2 * largest + (2 * largest) * (2 * largest),
     ),
 }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mrl_fast.kernels.search.coarse import ALIGNMENT, Codes
 from mrl_fast.kernels.search.metrics import upper
 from mrl_fast.search.index import scaled
 from mrl_fast.search.index.blocks import Block, Layout
@@ -17,6 +18,8 @@ from mrl_fast.search.index.snapshot import Snapshot, flags_of
 from mrl_fast.shared.native import TILE, Stat
 
 CHUNK_ROWS = 1 << 16  # carried to the device at a time
+CODED_BYTES = 256 << 20  # of fp32 columns coded at a time
+BY_COLUMN = "factors", "outers"  # arrays [.., N], of which a scan reads whole columns
 
 
 class DeviceRows(NamedTuple):
@@ -29,9 +32,10 @@ class DeviceRows(NamedTuple):
         suffixes: ``[N]`` fp32, norms of the columns after the first prefix, over the whole vector's
             where the metric counts rows as unit vectors; rounded up. Of fewer columns both the norm
             and its share are no larger.
-        largest, smallest: ``[G]`` fp32, of the norms; the smallest of those that are not 0.
-        codes, scales: ``[N, dims[0]]`` int8 and ``[N]`` fp32: the prefix is about
-            ``scale · code``, over its norm where the metric counts rows as unit vectors.
+        norms: ``[G]`` fp32, the norms that scans' margins have to hold for.
+        codes, scales: ``[N, coded]`` int8 and ``[N]`` fp32: the first columns, or all, are about
+            ``scale · code``, over their norm where the metric counts rows as unit vectors.
+        outers: As of ``coarse.Codes``, where all columns are coded.
         ids: ``[N]`` int64.
         allowed: ``[N]`` uint8, 0 where a row was removed or is filtered out; None: all are.
         out: ``[N]`` fp32, −inf there, else 0.
@@ -43,10 +47,10 @@ class DeviceRows(NamedTuple):
     vectors: Tensor
     factors: Tensor
     suffixes: Tensor
-    largest: Tensor
-    smallest: Tensor
+    norms: Tensor
     codes: Tensor | None
     scales: Tensor | None
+    outers: Tensor | None
     ids: Tensor
     captured: dict[int, Tensor]
     allowed: Tensor | None = None
@@ -70,16 +74,21 @@ class DeviceCopy:
     """
 
     def __init__(self, dims: Sequence[int], metric: str, layout: Layout, device: torch.device):
-        self.dims, self.metric, self.device = tuple(dims), DEVICE_METRICS[metric], device
+        self.dims, self.name, self.device = tuple(dims), metric, device
+        self.metric = DEVICE_METRICS[metric]
         self.code = layout.code
-        self.columns = {  # by row, but the factors, of which a scan reads one prefix's
+        self.columns = {
             "vectors": (scaled.values_dtype(layout.dtype), (dims[-1],)),
             "factors": (torch.float32, (0 if self.metric.factor is None else len(dims),)),
             "suffixes": (torch.float32, ()),
             "ids": (torch.int64, ()),
         }
-        if self.code.signed is not None:
-            self.columns |= {"codes": (torch.int8, (dims[0],)), "scales": (torch.float32, ())}
+        if not self.code.exact:
+            columns = layout.coded + (-layout.coded % ALIGNMENT if self.code.whole else 0)
+            self.columns |= {"codes": (torch.int8, (columns,)), "scales": (torch.float32, ())}
+        if self.code.whole:
+            outers = 2 + (self.metric.added is not None)
+            self.columns["outers"] = torch.float32, (outers,)
         self.captured: dict[int, Tensor] = {}
         self.clear()
 
@@ -109,7 +118,7 @@ class DeviceCopy:
     def _with_room(self, rows: int) -> dict[str, Tensor]:
         arrays = {}
         for name, (dtype, shape) in self.columns.items():
-            shape = (*shape, rows) if name == "factors" else (rows, *shape)
+            shape = (*shape, rows) if name in BY_COLUMN else (rows, *shape)
             arrays[name] = torch.empty(shape, dtype=dtype, device=self.device)
         return arrays
 
@@ -117,6 +126,7 @@ class DeviceCopy:
         """The snapshot's rows from ``first`` on; those before it are here."""
         if snapshot.count > len(self.arrays["ids"]):
             room = max(snapshot.count, 2 * len(self.arrays["ids"]), 1024)
+            room += -room % TILE  # so that what lies by column is aligned
             grown = self._with_room(room)
             for name, old in _cut(self.arrays, first).items():
                 _cut(grown, first)[name].copy_(old)
@@ -152,6 +162,14 @@ class DeviceCopy:
             arrays["codes"][to] = self.code.signed(self._of_tiles(tiles, low, high)[:, :head])
             scales = block.stats[Stat.CODE_SCALE, low:high].to(self.device)
             arrays["scales"][to] = scales * inverse(norms[0]) if unit else scales
+        elif self.code.whole:
+            for part in x.split(max(1, CODED_BYTES // (4 * self.dims[-1]))):
+                to = slice(at, at + len(part))
+                coded = Codes.of(part, self.name)
+                arrays["codes"][to], arrays["scales"][to] = coded.x, coded.scale
+                assert coded.outers is not None
+                arrays["outers"][:, to] = coded.outers
+                at = to.stop
 
     def _of_tiles(self, array: Tensor, low: int, high: int) -> Tensor:
         """Rows [low, high) of tiles ``[.., TILE, ..]``, row by row, on the device."""
@@ -160,13 +178,15 @@ class DeviceCopy:
         return rows[low % TILE :][: high - low]
 
     def rows(self, count: int, live: Tensor | None) -> DeviceRows:
-        arrays: dict[str, Any] = {"codes": None, "scales": None, **_cut(self.arrays, count)}
+        arrays: dict[str, Any] = {
+            "codes": None, "scales": None, "outers": None, **_cut(self.arrays, count)
+        }  # fmt: skip
         rows = DeviceRows(
-            dims=self.dims, largest=self.largest.clone(), smallest=self.smallest.clone(),
+            dims=self.dims, norms=self.metric.largest(self.largest, self.smallest).clone(),
             captured=self.captured, **arrays,
         )  # fmt: skip
         return rows.only(None if live is None else flags_of(live, count))
 
 
 def _cut(arrays: dict[str, Tensor], rows: int) -> dict[str, Any]:
-    return {name: x[:, :rows] if name == "factors" else x[:rows] for name, x in arrays.items()}
+    return {name: x[:, :rows] if name in BY_COLUMN else x[:rows] for name, x in arrays.items()}

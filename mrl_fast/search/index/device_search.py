@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mrl_fast.kernels.search import certified, funnel
+from mrl_fast.kernels.search.coarse import Codes, Prefix
 from mrl_fast.kernels.search.keys import empty, scores_of
 from mrl_fast.kernels.search.pair_scores import Pairs
 from mrl_fast.kernels.search.plan import KnownRows, fitting
@@ -27,7 +28,6 @@ from mrl_fast.shared.checks import check_finite
 from mrl_fast.shared.types import Stage
 
 Result = tuple[Tensor, Tensor]
-LEAST_SCALE = 2.0**-100  # of a query's codes
 
 
 def new_store(layout: Layout, config: IndexConfig) -> RowStore:
@@ -66,14 +66,15 @@ def rotated(queries: Tensor, rotation: Rotation) -> Tensor:
 
 @on_its_device
 def search_rows(q: Tensor, rows: DeviceRows, stages: Sequence[Stage], metric: str) -> Result:
-    """Runs the stages. Where there are codes, a first stage of their width ranks by them unless it
-    is the last, and the next stage begins at the first column."""
-    (dim, *_, keep), *later = stages
+    """Runs the stages. A first stage with bits ranks by codes, and so does one of a coded prefix
+    unless it is the last; the next stage then begins at the first column."""
+    (dim, *bits, keep), *later = stages
     _in_use(rows)
-    found = empty(q, keep)
-    if later and rows.codes is not None and dim == rows.dims[0]:
-        codes, known = _by_codes(q, rows, metric)
-        topk(codes, operand(rows.codes), keep, "ip", found, known)
+    found, prefix = empty(q, keep), rows.outers is None and dim == rows.dims[0]
+    codes = _codes(rows, metric) if bits or (later and prefix) else None
+    if codes:
+        coded, ranks, known = codes.ranking(q[:, :dim], metric)
+        topk(coded, codes.x, keep, ranks, found, known)
         scored = 0
     else:
         x, scored = operand(rows.vectors[:, :dim]), dim
@@ -91,7 +92,8 @@ def exact_search(
     _in_use(rows)
     result, q, x = empty(q, k), columns(q, dim), columns(rows.vectors, dim)
     whole = _known(rows, dim, metric, ids=rows.ids)
-    touched = certified.exact_topk(q, x, k, metric, result, whole, _prefix(rows, dim, metric))
+    form = _codes_of(rows, dim, metric) or _prefix(rows, dim, metric)
+    touched = certified.exact_topk(q, x, k, metric, result, whole, form)
     return *result, touched
 
 
@@ -103,44 +105,44 @@ def range_search(
     Waits for the device."""
     _in_use(rows)
     whole, x = _known(rows, dim, metric, ids=rows.ids), columns(rows.vectors, dim)
-    return certified.range_search(columns(q, dim), x, threshold, metric, whole)
+    form = _codes_of(rows, dim, metric) or Prefix(x, whole, whole)
+    return certified.range_search(columns(q, dim), x, threshold, metric, whole, form)
 
 
 def _known(rows: DeviceRows, dim: int, metric: str, *, ids: Tensor | None = None) -> KnownRows:
     """For a search by the first ``dim`` columns."""
     g, terms = rows.dims.index(dim), DEVICE_METRICS[metric]
-    here = slice(g, g + 1)
-    largest = terms.largest(rows.largest[here], rows.smallest[here])
     sum_terms = terms.sum_terms(_factors(rows, g, metric), rows.out)
-    return KnownRows(sum_terms, largest, rows.allowed, ids)
+    return KnownRows(sum_terms, rows.norms[g : g + 1], rows.allowed, ids)
 
 
 def _factors(rows: DeviceRows, g: int, metric: str) -> Tensor | None:
     return None if DEVICE_METRICS[metric].factor is None else rows.factors[g]
 
 
-def _prefix(rows: DeviceRows, dim: int, metric: str) -> certified.Prefix | None:
+def _prefix(rows: DeviceRows, dim: int, metric: str) -> Prefix | None:
     first = rows.dims[0]
     if first == dim:
         return None
     whole = _known(rows, dim, metric)
     assert whole.terms is not None
     bounds = whole._replace(terms=whole.terms._replace(outer=rows.suffixes))
-    return certified.Prefix(first, _known(rows, first, metric), bounds)
+    return Prefix(operand(rows.vectors[:, :first]), _known(rows, first, metric), bounds)
 
 
-def _by_codes(q: Tensor, rows: DeviceRows, metric: str) -> tuple[Tensor, KnownRows]:
-    """Queries in int8, and the terms that turn sums of products of codes into scores. A query's
-    scale is left out of its scores, as only their order counts."""
-    head, terms = q[:, : rows.dims[0]].float(), DEVICE_METRICS[metric]
-    scale = head.abs().amax(dim=1, keepdim=True) / 127
-    scale = torch.where(scale > LEAST_SCALE, scale, 1.0)  # of zeros, or of as good as nothing
-    codes = (head / scale).round().to(torch.int8)
-    sum_terms = terms.code_sum_terms(rows.scales, rows.out, _factors(rows, 0, metric), scale[:, 0])
-    # The margin is a shortlist's: no sum times its scale is larger than 127 · 127 · dim · largest.
-    return codes, KnownRows(
-        sum_terms, terms.code_largest(rows.largest[:1]), rows.allowed, linear=True
-    )
+def _codes_of(rows: DeviceRows, dim: int, metric: str) -> Codes | None:
+    """Codes of all of ``dim`` columns, by which scores are bounded."""
+    return None if rows.outers is None or dim < rows.dims[-1] else _codes(rows, metric)
+
+
+def _codes(rows: DeviceRows, metric: str) -> Codes | None:
+    """Of all columns or of the first prefix; None: there are none."""
+    if rows.codes is None or rows.scales is None:
+        return None
+    g = 0 if rows.outers is None else len(rows.dims) - 1
+    norm, term, allowed = rows.norms[g : g + 1], rows.out, rows.allowed
+    linear = None if DEVICE_METRICS[metric].added is None else rows.factors[g]
+    return Codes(operand(rows.codes), rows.scales, norm, linear, rows.outers, term, allowed)
 
 
 def _in_use(rows: DeviceRows) -> None:

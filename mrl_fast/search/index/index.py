@@ -12,6 +12,7 @@ from torch import Tensor
 from mrl_fast.search.index import cost, tuning
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.config import IndexConfig
+from mrl_fast.search.index.graph import LEAST_SHARE, walks
 from mrl_fast.search.index.persistence import Persistent
 from mrl_fast.search.index.queries import checked_queries
 from mrl_fast.search.index.rows import IndexRows
@@ -78,7 +79,9 @@ class MatryoshkaIndex(Persistent):
             the sign, are read by themselves; less the mean of the first vectors, where that is a
             large part of them. A stage may then rank by one or four bits, and exact search reads
             four bits of all rows, eight of some, and the vectors of a few. It takes 9 bits a column
-            and 8 or 12 bytes a dim more. A device ignores them.
+            and 8 or 12 bytes a dim more. On a device rows have eight bits of every column as int8,
+            not less the mean, and 12 or 16 bytes more; by all D columns exact search and range
+            search scan these, and stages may rank by them.
         rotation: ``"pca"`` for vectors that were not trained to be cut: an orthogonal rotation that
             puts their energy first, fitted by ``fit`` or else on the first vectors that are added.
             Inner products, distances and full-width cosines keep their values up to rounding.
@@ -155,6 +158,7 @@ class MatryoshkaIndex(Persistent):
         now = self._rows.snapshot
         removed = f", {now.count - now.size:,} removed" if now.count > now.size else ""
         tuned = "" if self._tuned is None or not self._tuned.stages else ", tuned"
+        tuned = f", graph of {now.graph.rows:,}{tuned}" if now.graph else tuned
         return (
             f"MatryoshkaIndex({self.config}): {now.size:,} vectors{removed}, "
             f"{now.nbytes / 2**20:,.1f} MiB{tuned}"
@@ -165,6 +169,7 @@ class MatryoshkaIndex(Persistent):
     update = of_rows(IndexRows.update)
     remove = of_rows(IndexRows.remove)
     compact = of_rows(IndexRows.compact)
+    build_graph = of_rows(IndexRows.build_graph)
     contains = of_rows(IndexRows.contains)
     reconstruct = of_rows(IndexRows.reconstruct)
 
@@ -191,12 +196,19 @@ class MatryoshkaIndex(Persistent):
             stages: ``(dim, keep)`` pairs, dims of the index ascending, keeps not growing, the last
                 at least k: search all rows by the first dim and rerank what each stage keeps by the
                 next. With codes the first may be ``(dim, 1, keep)``, by the signs of any prefix, or
-                ``(D, 4, keep)``, by four bits of every column; with an int8 prefix it may be
-                ``(dims[0], 8, keep)``, and the next have that dim again. No dim may be larger than
-                the queries' width. None: the stages that ``tune`` chose, where it did, for at least
-                this k, at most a tenth of the vectors were added since, and all D columns of all
-                vectors are searched; else exact, and where they lapsed or vectors are ``allowed``
-                a warning says so once.
+                ``(D, 4, keep)``, by four bits of every column, and what it keeps may be ranked by
+                more bits, ``(D, 4, keep)`` or ``(D, 8, keep)``, before vectors are read: ``[(D, 1,
+                500), (D, 8, 100), (D, 10)]`` reads 100 of them, which saves time where these lie
+                on disk, codes in memory. On a device the first may be ``(D, 8, keep)``, and with an
+                int8 prefix ``(dims[0], 8, keep)``; the next may have that dim again. No dim may be
+                larger than the queries' width. None: the stages that ``tune`` chose, where it did,
+                for at least this k, at most a tenth of the vectors were added since, and all D
+                columns of all vectors are searched; else exact, and where they lapsed or vectors
+                are ``allowed`` a warning says so once.
+                After ``build_graph`` the first may be ``("graph", beam, keep)``: of the ``beam`` best
+                rows by signs that it comes by, the ``keep`` best by four bits go on, and as many of
+                those that were added since; where under an eighth of the rows may be found, the
+                search is exact instead. A larger beam finds more.
             exact: The k best by fp64 scores, provably: a row is dropped only where a bound on its
                 score excludes it. By a dim between the first and D the CPU knows no bounds and
                 reads that prefix of every row. On a device scores that are equal in fp32 are equal.
@@ -229,14 +241,24 @@ class MatryoshkaIndex(Persistent):
             checked = checked_stages(stages, self.config, k, dim)
         elif dim == self.width and not exact:
             filtered = allowed is not None
-            checked = plain_stages(self._tuned, k, now.size, self._lapses_said, filtered=filtered)
+            checked = plain_stages(
+                self._tuned, k, now.size, self._lapses_said,
+                filtered=filtered, has_graph=now.graph is not None,
+            )  # fmt: skip
         rows, q, _keepalive = self._searched(now, allowed, q)
+        graph = now.graph if walks(checked) else None
+        if walks(checked) and graph is None:
+            raise ValueError("stages[0]: expected a graph: build_graph() first, got none")
+        if graph is not None and rows.eligible < LEAST_SHARE * now.count:
+            checked = None  # a walk would pass through many rows for each that may be found
         if checked is None:
             *found, touched = self._rows.backend.exact_search(q, rows, dim, k, self.metric)
             result = ExactResult(*found)
             result.rows_touched = touched
         else:
-            result = StagedResult(*self._rows.backend.search_rows(q, rows, checked, self.metric))
+            walk = {} if graph is None else {"graph": graph.native}
+            found = self._rows.backend.search_rows(q, rows, checked, self.metric, **walk)
+            result = StagedResult(*found)
             result.stages = checked
         return result_like(queries, result, out)
 

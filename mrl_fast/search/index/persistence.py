@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from operator import is_
 from pathlib import Path
@@ -64,6 +65,7 @@ class Persistent(pickled.Copies):
                 now.counts,
                 now.live,
                 self._rows.frame,
+                now.graph,
             )
             prefix_rows, left = store.saved_prefix_rows, self._left
             folder.save(Path(path), contents, self._saved, prefix_rows, left, replaced)
@@ -90,7 +92,9 @@ class Persistent(pickled.Copies):
         make = partial(cls._from_fields, inputs.device(device))
         index, contents, index._saved = folder.load(Path(path), make, verify=verify)
         next_id = index._saved.manifest["next_id"]
-        index._rows.adopt(contents.blocks, contents.counts, contents.alive, contents.axes, next_id)
+        index._rows.adopt(
+            contents.blocks, contents.counts, contents.alive, contents.axes, next_id, contents.graph
+        )
         if index._rows.layout.reads(index._saved.manifest["version"]):
             index._rows.store.saved_prefix_rows = sum(contents.counts)
         index._left[index._saved.path] = index._saved.manifest
@@ -162,5 +166,8 @@ class Persistent(pickled.Copies):
         index = cls.__new__(cls)
         index._make(IndexConfig.from_fields(fields, device))
         if fields["tuned"] is not None:
-            index._tuned = checked_tuned(fields["tuned"], index.config)
+            tuned = checked_tuned(fields["tuned"], replace(index.config, device="cpu"))
+            # Stages by a host's codes are none of a device's.
+            bits = tuned.stages[0][1:-1] if tuned.stages else ()
+            index._tuned = tuned if set(bits) <= set(index.config.ranking) else None
         return index, index._rows.layout

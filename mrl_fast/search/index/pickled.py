@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mrl_fast.search.disk.manifest import VERSION, VERSIONS, completed
+from mrl_fast.search.index.graph import RowGraph, parts
 from mrl_fast.search.index.rows import Frozen
 from mrl_fast.shared import memory
 from mrl_fast.shared.arrays import as_tensor
@@ -48,6 +49,8 @@ def state_of(index: Any) -> dict[str, Any]:
             ],
             "live": _bytes(frozen.live),
             "axes": _bytes(frozen.frame),
+            "graph": frozen.graph
+            and (frozen.graph.rows, {n: _bytes(x) for n, x in frozen.graph.arrays.items()}),
         }
 
 
@@ -76,14 +79,22 @@ def restore(index: Any, state: dict[str, Any]) -> None:
     made, layout = type(index)._from_fields(state["device"], fields)
     segments = []
     for used, data in state["segments"]:
-        parts = layout.parts(data["ids"].nbytes // 8, state["version"])
-        segments.append((used, {name: _tensor(data[name], *parts[name]) for name in parts}))
+        arrays = layout.parts(data["ids"].nbytes // 8, state["version"])
+        segments.append((used, {name: _tensor(data[name], *arrays[name]) for name in arrays}))
     live, axes = state["live"], state["axes"]
     if live is not None:
         live = _tensor(live, torch.int64, (live.nbytes // 8,))
     if axes is not None:
         axes = _tensor(axes, torch.float32, (layout.axes, layout.width))
-    made._rows.thaw(Frozen(segments, live, axes, fields["next_id"]), state["version"])
+    layout.use(axes)
+    graph = state.get("graph")
+    if graph is not None:
+        rows, data = graph
+        kinds = parts(layout, rows, data["entries"].nbytes // 4)
+        arrays = {name: _tensor(data[name], *kinds[name]) for name in kinds}
+        graph = RowGraph(rows, layout, arrays)
+    frozen = Frozen(segments, live, axes, fields["next_id"], graph)
+    made._rows.thaw(frozen, state["version"])
     index.__dict__.update(made.__dict__)
 
 

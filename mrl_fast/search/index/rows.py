@@ -17,6 +17,7 @@ from mrl_fast.search.index import host_search, scaled
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.blocks import VERSION, Block, Layout
 from mrl_fast.search.index.config import IndexConfig
+from mrl_fast.search.index.graph import RowGraph
 from mrl_fast.search.index.rotation import Rotation
 from mrl_fast.search.index.snapshot import Snapshot
 from mrl_fast.search.index.store import RowStore
@@ -37,12 +38,14 @@ class Frozen(NamedTuple):
         live: The live mask, as of a Snapshot.
         frame: What the vectors are given in, as of ``IndexRows.frame``.
         next_id: One more than the largest id so far.
+        graph: Over the first rows; None: there is none.
     """
 
     segments: list[tuple[int, dict[str, Tensor]]]
     live: Tensor | None
     frame: Tensor | None
     next_id: int
+    graph: RowGraph | None = None
 
 
 class IndexRows:
@@ -165,6 +168,31 @@ class IndexRows:
         with self.changing():
             self.store.compact()
 
+    def build_graph(self, *, progress: bool = True) -> None:
+        """Builds a graph over the vectors there are, which a search may follow instead of looking at
+        every row: stages that begin with ``("graph", beam, keep)``; ``tune`` tries them.
+
+        Of each vector it keeps 32 edges, the signs of all columns and four bits of each: 320 bytes
+        with 256 columns, 832 with 1024. Vectors that are added later are searched beside it, until
+        it is built again; removed ones are passed through and not found. ``compact`` drops it where
+        rows of it move. Searches go on meanwhile; changes wait. The same vectors get the same graph
+        on any number of threads.
+
+        Args:
+            progress: Show a bar.
+
+        Raises:
+            ValueError: An index without vectors, or on a device.
+        """
+        if self.config.device != "cpu":
+            raise ValueError(f"device: expected 'cpu' for a graph, got {self.config.device!r}")
+        with self.changing():
+            now = self.snapshot
+            if not now.size:
+                raise ValueError("index: expected vectors to build a graph over, got none")
+            metric = self.config.metric
+            self.store.use_graph(RowGraph.build(now, self.layout, metric, progress=progress))
+
     def contains(self, ids: Any) -> Any:
         """Whether there is a vector of each id, ``[n]`` bool, of the kind of the ids; these are
         ``[n]`` integers, as in ``add``."""
@@ -191,11 +219,11 @@ class IndexRows:
             now = self.snapshot
             blocks = zip(now.blocks, now.counts, strict=True)
             segments = [part for block, count in blocks for part in block.frozen(count)]
-            return Frozen(segments, now.live, self.frame, self.next_id)
+            return Frozen(segments, now.live, self.frame, self.next_id, now.graph)
 
     def adopt(
         self, blocks: Sequence[Block], counts: Sequence[int], live: Tensor | None,
-        frame: Tensor | None, next_id: int,
+        frame: Tensor | None, next_id: int, graph: RowGraph | None = None,
     ) -> None:  # fmt: skip
         """Takes over read-only blocks, all but the last of whole tiles, where there are no rows."""
         with self.changing():
@@ -203,7 +231,7 @@ class IndexRows:
                 self.rotation.axes = frame[: self.config.width]
             self._use_frame(frame)
             self.next_id = next_id
-            self.store.adopt(blocks, counts, live)
+            self.store.adopt(blocks, counts, live, graph)
 
     def thaw(self, frozen: Frozen, version: int = VERSION) -> None:
         """As ``adopt``; the arrays are of a version of the files."""
@@ -212,7 +240,7 @@ class IndexRows:
         blocks = [
             Block.of_version(version, self.layout, its, used) for used, its in frozen.segments
         ]
-        self.adopt(blocks, counts, frozen.live, frozen.frame, frozen.next_id)
+        self.adopt(blocks, counts, frozen.live, frozen.frame, frozen.next_id, frozen.graph)
 
     def _known(self, ids: Tensor, now: Snapshot) -> Tensor:
         """The rows of these ids, all of which there must be."""

@@ -64,17 +64,24 @@ class Snapshot:
         self.count = sum(counts)
         self.keepalive = keepalive  # memory that `rows` points to beside the blocks
         self.device_rows: Any = None  # the same rows on a device, where the index is on one
+        self.graph: Any = None  # a RowGraph over the first rows, where one was built
         self.rows = rows if live is None else rows.restricted(address(live, I64))
         self.size = self.rows.eligible
         # The ids of the first so many rows; the others join them when an id is looked up.
         self._runs: tuple[tuple[IdRun, ...], int] = before._runs if before else ((), 0)
 
     @property
+    def on_disk(self) -> bool:
+        """Whether vectors lie in files, which are mapped to memory."""
+        return any(block.fixed for block in self.blocks)
+
+    @property
     def nbytes(self) -> int:
         blocks = zip(self.blocks, self.counts, strict=True)
         runs = sum(run.ids.nbytes + run.rows.nbytes for run in self._runs[0])
         words = 0 if self.live is None else self.live.nbytes
-        return sum(block.nbytes(n) for block, n in blocks) + runs + words
+        graph = 0 if self.graph is None else self.graph.nbytes
+        return sum(block.nbytes(n) for block, n in blocks) + runs + words + graph
 
     @property
     def ids(self) -> Tensor:

@@ -7,10 +7,12 @@ import warnings
 from typing import Any, NamedTuple
 
 from mrl_fast.search.index.config import IndexConfig
+from mrl_fast.search.index.graph import walks
 from mrl_fast.shared.checks import check_int, check_stages
 from mrl_fast.shared.types import Stage, Tuned
 
 MANY = 1 << 62  # more than there are rows, and yet an int64
+_GRAPH = ("graph",), ["graph"]
 GROWTH = 1.1  # times the vectors that an index was tuned with: up to so many its stages hold
 
 
@@ -21,24 +23,30 @@ def checked_stages(
     goes past the queries' ``width`` where that is."""
     dims, ranking = config.dims, config.ranking
     listed = x if isinstance(x, (list, tuple)) else ()
-    if not ranking and any(len(s) == 3 for s in listed if isinstance(s, (list, tuple))):
+    coded = (s for s in listed if isinstance(s, (list, tuple)) and s[:1] not in _GRAPH)
+    if not ranking and any(len(s) == 3 for s in coded):
         raise TypeError(
             f"stages: expected (dim, keep) pairs, got {x!r}: (dim, bits, keep) needs an index with "
-            "codes='bits' on the CPU, or with prefix_dtype='int8'"
+            "codes='bits' or prefix_dtype='int8'"
         )
-    checked = list(check_stages(x, ranking))
-    for i, (dim, *_) in enumerate(checked):
+    checked = list(check_stages(x, ranking, config.code.reranking, graph=config.device == "cpu"))
+    first = int(walks(checked))
+    if first and width is not None and width < config.width:
+        raise ValueError(
+            f"stages[0]: expected no graph for queries of width {width}: its edges are of all "
+            f"{config.width} columns"
+        )
+    for i, (dim, *bits, _) in enumerate(checked[first:], first):
         if dim not in dims:
             raise ValueError(f"stages[{i}] dim: expected one of {tuple(dims)}, got {dim}")
         if width is not None and dim > width:
             raise ValueError(
                 f"stages[{i}] dim: expected at most {width}, the queries' width, got {dim}"
             )
-    dim, *bits = checked[0][:-1]
-    if bits and bits[0] > 1 and dim != config.coded:
-        raise ValueError(
-            f"stages[0] dim: expected {config.coded} where {bits[0]} bits rank, got {dim}"
-        )
+        if bits and bits[0] > 1 and dim != config.coded:
+            raise ValueError(
+                f"stages[{i}] dim: expected {config.coded} where {bits[0]} bits rank, got {dim}"
+            )
     if k is None:
         return checked
     if checked[-1][1] < k:
@@ -69,7 +77,7 @@ class Lapse(NamedTuple):
     """Why a plain search does not use the stages that were chosen.
 
     Attributes:
-        kind: ``"allowed"``, ``"k"`` or ``"rows"``.
+        kind: ``"allowed"``, ``"k"``, ``"rows"`` or ``"graph"``.
         why: A clause.
         tune_for: The k to tune for again; None where that would not help.
     """
@@ -79,7 +87,9 @@ class Lapse(NamedTuple):
     tune_for: int | None
 
 
-def lapse(tuned: Tuned | None, k: int, rows: int, *, filtered: bool) -> Lapse | None:
+def lapse(
+    tuned: Tuned | None, k: int, rows: int, *, filtered: bool, has_graph: bool = True
+) -> Lapse | None:
     """Of a search for k of so many vectors, of some of them where it is filtered; None where the
     stages are used, and where none were chosen."""
     if tuned is None or tuned.stages is None:
@@ -92,11 +102,21 @@ def lapse(tuned: Tuned | None, k: int, rows: int, *, filtered: bool) -> Lapse | 
     if rows > GROWTH * tuned.rows:
         why = f"it was tuned with {tuned.rows:,} vectors and now holds {rows:,}"
         return Lapse("rows", why, tuned.k)
+    if walks(tuned.stages) and not has_graph:
+        return Lapse(
+            "graph", "its graph is gone with the rows that moved: build_graph(), and", tuned.k
+        )
     return None
 
 
 def plain_stages(
-    tuned: Tuned | None, k: int, rows: int, said: set[str], *, filtered: bool = False
+    tuned: Tuned | None,
+    k: int,
+    rows: int,
+    said: set[str],
+    *,
+    filtered: bool = False,
+    has_graph: bool = True,
 ) -> list[Stage] | None:
     """The stages of a search for k of so many vectors that names none, None for an exact one.
 
@@ -104,7 +124,7 @@ def plain_stages(
     """
     if tuned is None or tuned.stages is None:
         return None
-    found = lapse(tuned, k, rows, filtered=filtered)
+    found = lapse(tuned, k, rows, filtered=filtered, has_graph=has_graph)
     if found is None:
         return [*tuned.stages[:-1], (tuned.stages[-1][0], k)]
     if found.kind not in said:

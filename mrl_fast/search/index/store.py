@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mrl_fast.search.index.blocks import Block, Layout
+from mrl_fast.search.index.graph import RowGraph
 from mrl_fast.search.index.snapshot import Snapshot
 from mrl_fast.shared import memory
 from mrl_fast.shared.native import TILE
@@ -32,17 +33,30 @@ class RowStore:
     read ``snapshot``, which is replaced whole.
 
     Attributes:
+        graph: Over the first rows, until one of these moves; None: there is none.
         saved_prefix_rows: So many rows at the beginning have not moved since they were saved.
     """
 
     def __init__(self, layout: Layout, mirror: Mirror | None = None):
         self.layout, self.mirror = layout, mirror
         self.saved_prefix_rows = 0
+        self.graph: RowGraph | None = None
         self._publish([], [], None)
 
-    def adopt(self, blocks: Sequence[Block], counts: Sequence[int], live: Tensor | None) -> None:
+    def adopt(
+        self,
+        blocks: Sequence[Block],
+        counts: Sequence[int],
+        live: Tensor | None,
+        graph: RowGraph | None = None,
+    ) -> None:
         """Takes over read-only blocks, all but the last of whole tiles."""
+        self.graph = graph
         self._publish(blocks, counts, live)
+
+    def use_graph(self, graph: RowGraph) -> None:
+        now, self.graph = self.snapshot, graph
+        self._publish(now.blocks, now.counts, now.live, now)
 
     def append(
         self,
@@ -94,6 +108,8 @@ class RowStore:
         fresh, fresh_counts = [], []
         self._fill(fresh, fresh_counts, kept(), now.size - first)
         self.saved_prefix_rows = min(self.saved_prefix_rows, first)
+        if self.graph is not None and self.graph.rows > first:
+            self.graph = None
         self._publish(blocks + fresh, counts + fresh_counts, None)
 
     def _fill(
@@ -146,6 +162,7 @@ class RowStore:
             first += count
         kept = copies, self.layout.centre
         now = Snapshot(self.layout.rows(spans), blocks, counts, live, kept, before)
+        now.graph = self.graph
         if self.mirror is not None:
             self.mirror.follow(now, before)
         self.snapshot = now

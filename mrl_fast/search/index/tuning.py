@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mrl_fast.search.index import timing
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.cost import Explanation, explain
+from mrl_fast.search.index.graph import walks
 from mrl_fast.search.index.timing import Budget
 from mrl_fast.search.index.tune_report import (
     CHEAPER,
@@ -38,10 +39,12 @@ from mrl_fast.shared.types import SearchResult, shown
 MIN_QUERIES = 256  # as many are searched at once where time does not count
 ENOUGH = 512  # queries: no more are left out so that all lists may be tried
 PROBE = 64  # queries that say what more will take
+RUNG = 4  # one in so many of what signs keep is left by eight bits, but 2 · k at least
 THINNEST = 8  # of the lists of a chain one in so many is tried at least
 EXACT, RECALLS = 0.4, 0.8  # of the budget: when exact answers, and recalls, are to be known
 PLANNED = 0.5  # of the budget: for what lists are likely to take
 UNSEEN = 0.5  # assumed loss of a query unlike any sampled, as a share of its neighbours
+BEAMS = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16)  # of a graph
 TIE = 4 * torch.finfo(torch.float32).eps  # of the score: stages score in fp32, exact in fp64
 
 
@@ -219,7 +222,7 @@ def _affordable(
 def _span_ms(sample: Sample, chain: Sequence[Stages]) -> tuple[float, float]:
     """What a call of a chain's cheapest list takes, and what one call of each list does, ms: they
     rise in a straight line with the rows that the first stage keeps."""
-    keeps = [stages[0][-1] for stages in chain]
+    keeps = [stages[0][1 if walks(stages) else -1] for stages in chain]
     widest, cheapest = (timing.call_ms(sample.call(chain[i]), 0) for i in (0, -1))
     slope = max(0.0, widest - cheapest) / max(1, keeps[0] - keeps[-1])
     return cheapest, sum(cheapest + slope * (keep - keeps[-1]) for keep in keeps)
@@ -310,21 +313,31 @@ def _rows(
 
 def _chains(index: Any, k: int) -> list[list[Stages]]:
     """Chains of two stages (a dim, the width), of three (first, middle, width), and with codes (the
-    signs of a dim, the width)."""
+    signs of a dim, the width), of files also (the signs, eight bits, the width)."""
     keeps = [max(k, min(max(64 * k, 4096), len(index)))]
     while keeps[-1] > k:
         keeps.append(max(k, keeps[-1] // 2))
     *shorter, width = index.dims
+    walked = []
+    if index._rows.snapshot.graph is not None:
+        few = max(2 * k, 20)  # by four bits
+        beams = sorted({max(few, beam) for beam in BEAMS}, reverse=True)
+        walked = [[[("graph", beam, few), (width, k)] for beam in beams]]
     if index.config.code.whole and index.device == "cpu":
         # A search's time is mostly that of its shortlist, so that steps between halves show.
         fine = {max(k, 3 * keep // 4) for keep in keeps if keep <= 512}
         keeps = sorted({*keeps, *fine}, reverse=True)
-        return [[[(dim, 1, keep), (width, k)] for keep in keeps] for dim in index.dims]
+        chains = [[[(dim, 1, keep), (width, k)] for keep in keeps] for dim in index.dims]
+        # In memory a row's eight bits, of which the first four lie apart, cost what its columns do.
+        rungs = [(keep, max(2 * k, keep // RUNG)) for keep in keeps if keep > 2 * k]
+        if rungs and index._rows.snapshot.on_disk:
+            chains.append([[(width, 1, keep), (width, 8, few), (width, k)] for keep, few in rungs])
+        return [*walked, *chains]
     paths: list[tuple[int, ...]] = [(dim,) for dim in shorter]
     if shorter[1:]:
         middle = min(shorter[1:], key=lambda d: abs(math.log(d * d / shorter[0] / width)))
         paths.append((shorter[0], middle))
-    return [
+    return walked + [
         [[(d, max(k, keep // 4**i)) for i, d in enumerate(path)] + [(width, k)] for keep in keeps]
         for path in paths
     ]

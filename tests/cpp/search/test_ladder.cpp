@@ -1,45 +1,10 @@
 // Codes of one, four and eight bits: what they stand for, how kernels sum them, and certified exact
 // search by them.
-#include "cpu/search/codes.h"
 #include "cpu/search/scan.h"
 #include "search/exact.h"
+#include "search/ladder.h"
 
 namespace {
-
-constexpr int64_t WIDTH = 83;  // no multiple of a step
-const std::vector<int64_t> DIMS = {9, 32, WIDTH};
-
-// A ladder of a metric, whose centre is a vector's length away or null.
-struct Setup {
-    Setup(Metric metric, bool centred, std::mt19937& random) {
-        for (int64_t c = 0; c < WIDTH; ++c) centre.push_back(3.0f + uniform(random));
-        ladder = {DIMS, centred ? centre.data() : nullptr, metric};
-    }
-    std::vector<float> centre;
-    Ladder ladder;
-    double of(int64_t c) const { return ladder.centre ? double(centre[c]) : 0.0; }
-};
-
-Table rows_beside(const Setup& setup, int64_t n, std::mt19937& random) {
-    Table table = make_table(n, WIDTH, DType::F32, random);
-    for (int64_t row = 0; row < n; ++row)
-        for (int64_t c = 0; c < WIDTH; ++c)
-            table.set(row, c, table.row(row)[c] + float(setup.of(c)));
-    return table;
-}
-
-struct Code {
-    bool sign;
-    int nibble, low;
-};
-Code code_of(const Database::Block& block, int64_t row, int64_t c) {
-    const int64_t steps = code_steps(Source::NIBBLES, WIDTH),
-                  at = (row / TILE * steps + c / 8) * TILE + row % TILE, byte = 4 * at + c % 4;
-    const int64_t bytes = low_bytes(WIDTH);
-    const int half = c % 8 < 4 ? 0 : 4, low_half = c < bytes ? 0 : 4;
-    return {bool(block.signs[at] >> c % 8 & 1), block.nibbles[byte] >> half & 15,
-            block.lows[row * bytes + c % bytes] >> low_half & 15};
-}
 
 // The statistics of a row against their definitions; norms are upper bounds, but hardly larger.
 void check_row(const Setup& setup, const Table& table, const Database::Block& block, int64_t row) {
@@ -136,11 +101,32 @@ void check_sums(const Setup& setup, const Table& table, const Database& database
     }
 }
 
+// Codes and statistics have the same bits whatever kernels make them, of whatever pieces.
+void check_bits(const Setup& setup, const Table& table) {
+    const auto stored = [&](const Kernels& kernels, int64_t batch) {
+        return Database(table, {0, false}, {table.n}, batch, kernels, 1, setup.ladder);
+    };
+    const Database right = stored(portable_kernels(), table.n);
+    const Database::Block& block = right.blocks[0];
+    for (const Kernels* kernels : tested_kernels())
+        for (int64_t batch : {int64_t(1), int64_t(37), table.n}) {
+            scenario = std::string("bits of codes, ") + kernels->name;
+            const Database found = stored(*kernels, batch);
+            const Database::Block& other = found.blocks[0];
+            CHECK(other.signs == block.signs);
+            CHECK(other.nibbles == block.nibbles);
+            CHECK(other.lows == block.lows);
+            CHECK(same_bits(other.stats, block.stats));
+            CHECK(same_bits(other.tile_stats, block.tile_stats));
+        }
+}
+
 void check_codes(std::mt19937& random) {
     for (Metric metric : METRICS)
         for (bool centred : {false, true}) {
             const Setup setup(metric, centred, random);
             const Table table = rows_beside(setup, 150, random);
+            check_bits(setup, table);
             for (const Kernels* kernels : tested_kernels()) {
                 scenario = std::string("codes, ") + kernels->name;
                 const Database database(table, {0, false}, {table.n}, 37, *kernels, 1,

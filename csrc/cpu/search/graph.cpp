@@ -1,0 +1,136 @@
+#include "cpu/search/graph.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace mrl {
+namespace {
+
+constexpr int64_t AT_ONCE = 4;  // rows that kernels sum at once
+
+}  // namespace
+
+int64_t query_bytes(int64_t width) { return (width + 63) / 64 * 64; }
+
+NodeQuery::NodeQuery(const float* y, const Graph& graph, float factor) : t(factor) {
+    const Codes coded = encode(y, graph.width);
+    own_.assign(query_bytes(graph.width), 0);
+    std::copy_n(coded.codes.begin(), graph.width, own_.begin());
+    const int8_t* at = own_.data();
+    *this = NodeQuery(at, coded.scale, graph, factor, std::move(own_));
+}
+
+NodeQuery::NodeQuery(const int8_t* from, float unit, const Graph& graph, float factor,
+                     std::vector<int8_t> own)
+    : codes(from), scale(unit), t(factor), own_(std::move(own)) {
+    int32_t sum = 0, all = 0;
+    for (int64_t c = 0; c < graph.width; ++c) {
+        if (c < graph.dim) sum += codes[c];
+        all += codes[c];
+    }
+    signs_shift = -float(sum);
+    nibbles_shift = -7.5f * float(all);
+}
+
+void score_nodes(const Kernels& kernels, const Graph& graph, const NodeQuery& query,
+                 const uint32_t* nodes, int64_t n, float* scores) {
+    constexpr int64_t MOST = 16;
+    const int64_t bytes = low_bytes(graph.width);
+    const uint8_t* places[MOST];
+    for (int64_t begin = 0; begin < n; begin += MOST) {
+        const int64_t count = std::min(MOST, n - begin);
+        for (int64_t i = 0; i < (count + 3) / AT_ONCE * AT_ONCE; ++i) {
+            places[i] = graph.nibbles + nodes[begin + std::min(i, count - 1)] * bytes;
+            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(places[i] + byte);
+        }
+        float sums[MOST];
+        kernels.dot_halves(places, count, query.codes, bytes, sums);
+        for (int64_t i = 0; i < count; ++i) {
+            const NodeTerms& node = graph.terms(nodes[begin + i]);
+            scores[begin + i] = node.scale * (query.scale * (sums[i] + query.nibbles_shift)) +
+                                (node.term + node.inverse * query.t);
+        }
+    }
+}
+
+// Whether a row was not seen yet; from now on it was.
+bool Walk::is_new(uint32_t row) {
+    uint64_t& word = marks_[row / 64];
+    const uint64_t bit = uint64_t(1) << row % 64;
+    if (word & bit) return false;
+    word |= bit;
+    seen_.push_back(row);
+    return true;
+}
+
+// Where among the best a row now is; beam_, where it is not.
+int64_t Walk::insert(float score, uint32_t row) {
+    const int64_t count = found_.size();
+    if (!(count < beam_ || score > found_.back().score)) return beam_;
+    const auto later = [](float mine, const Node& node) { return mine > node.score; };
+    const int64_t at =
+        std::upper_bound(found_.begin(), found_.end(), score, later) - found_.begin();
+    if (count == beam_) found_.pop_back();
+    found_.insert(found_.begin() + at, {score, row, false});
+    return at;
+}
+
+// Scores the fresh rows by signs, and keeps the best.
+void Walk::meet(const Kernels& kernels, const Graph& graph, const NodeQuery& query) {
+    const int64_t n = fresh_.size(), bytes = sign_bytes(graph.dim);
+    if (n == 0) return;
+    const int64_t whole = (n + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
+    places_.resize(whole);
+    sums_.resize(whole);
+    for (int64_t i = 0; i < whole; ++i)
+        places_[i] = graph.signs + fresh_[std::min(i, n - 1)] * bytes + sizeof(NodeTerms);
+    kernels.sum_bits(places_.data(), n, query.codes, graph.dim, sums_.data());
+    for (int64_t i = 0; i < n; ++i) {
+        const NodeTerms& node = graph.terms(fresh_[i]);
+        const float sum = 2.0f * sums_[i] + query.signs_shift,
+                    score =
+                        node.factor * (query.scale * sum) + (node.term + node.inverse * query.t);
+        // NaN, of rows whose squares no fp32 holds, is below all others.
+        const int64_t at = insert(score == score ? score : -INFINITY, fresh_[i]);
+        if (at == beam_) continue;
+        first_ = std::min(first_, at);
+        const uint32_t* edges = graph.edges + int64_t(fresh_[i]) * graph.degree;
+        __builtin_prefetch(edges);
+        __builtin_prefetch(edges + 16);
+    }
+    fresh_.clear();
+}
+
+void Walk::run(const Kernels& kernels, const Graph& graph, const NodeQuery& query, int64_t beam) {
+    const int64_t bytes = sign_bytes(graph.dim);
+    beam_ = beam;
+    found_.clear();
+    passed_.clear();
+    fresh_.clear();
+    marks_.resize(std::max<size_t>(marks_.size(), graph.rows / 64 + 1));
+    found_.reserve(beam + 1);
+    const auto see = [&](uint32_t row) {
+        if (!is_new(row)) return;
+        fresh_.push_back(row);
+        const uint8_t* place = graph.signs + row * bytes;
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(place + byte);
+    };
+    for (int64_t i = 0; i < graph.entry_count; ++i)
+        if (graph.entries[i] < graph.rows) see(graph.entries[i]);
+    first_ = 0;
+    meet(kernels, graph, query);
+    for (first_ = 0;;) {
+        while (first_ < int64_t(found_.size()) && found_[first_].left) ++first_;
+        if (first_ == int64_t(found_.size())) break;
+        Node& node = found_[first_];
+        node.left = true;
+        passed_.push_back(node.row);
+        const uint32_t* edges = graph.edges + int64_t(node.row) * graph.degree;
+        for (int64_t e = 0; e < graph.degree && edges[e] < graph.rows; ++e) see(edges[e]);
+        meet(kernels, graph, query);
+    }
+    for (uint32_t row : seen_) marks_[row / 64] = 0;
+    seen_.clear();
+}
+
+}  // namespace mrl

@@ -1,0 +1,315 @@
+#include "cpu/search/graph_builder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "cpu/search/scan.h"
+#include "cpu/threads.h"
+
+namespace mrl {
+namespace {
+
+constexpr int64_t BEAM = 128;       // of a row that looks for near ones
+constexpr float DIRECTION = 1.2f;   // an edge is left out where one kept is so much nearer to it
+constexpr int64_t BATCHES = 50;     // a batch has at most so large a share of the rows
+constexpr float DEVIATIONS = 2.7f;  // that four bits reach, as a ladder's
+constexpr int64_t GRAIN = 16;
+
+// Rows in an order in which any first part of them is spread over all.
+std::vector<uint32_t> spread(const Rows& rows) {
+    std::vector<uint32_t> all;
+    const int64_t count = rows.count();
+    for (int64_t first = 0; first < count; first += TILE)
+        for (int64_t r = first; r < std::min<int64_t>(first + TILE, count); ++r)
+            if (!rows.mask || rows.mask[r / TILE] >> r % TILE & 1) all.push_back(uint32_t(r));
+    const int64_t n = all.size();
+    int64_t step = std::max<int64_t>(1, int64_t(0.6180339887498949 * double(n)));
+    while (std::gcd(step, std::max<int64_t>(n, 1)) != 1) ++step;
+    std::vector<uint32_t> order(n);
+    for (int64_t i = 0, at = 0; i < n; ++i, at = (at + step) % n) order[i] = all[at];
+    return order;
+}
+
+void columns_of(const Kernels& kernels, const Rows& rows, int64_t row, int64_t width, float* x) {
+    const Span& span = span_of(rows, row);
+    const int64_t local = row - span.first, head = std::min(rows.packed_dim, width);
+    const float* tile = span.packed + local / TILE * rows.packed_dim * TILE + local % TILE;
+    for (int64_t c = 0; c < head; ++c) x[c] = tile[c * TILE];
+    if (width > head)
+        kernels.widen_row(suffix_at(rows, span, local, head), rows.dtype, width - head, x + head);
+}
+
+}  // namespace
+
+GraphBuilder::GraphBuilder(const Run& run, const Rows& rows, Metric metric, const float* centre,
+                           int64_t dim, int64_t width, const GraphArrays& to)
+    : run_(run), rows_(rows), terms_(terms_of(metric)), centre_(centre), to_(to) {
+    rows.check();
+    const int64_t count = rows.count(), bytes = query_bytes(width);
+    graph_ = {count, dim, width, centre, to.signs, to.nibbles, nullptr, 0, nullptr, SLOTS};
+    order_ = spread(rows);
+    lists_.assign(count * SLOTS, NO_NODE);
+    graph_.edges = lists_.data();
+    codes_.assign(count * bytes, 0);
+    for (std::vector<float>* each : {&scales_, &factors_, &norms_, &middles_})
+        each->assign(count, 0.0f);
+    scratch_.resize(run.threads);
+    Ranges ranges(order_.size(), 64);
+    parallel(run.threads, [&](int) {
+        std::vector<float> x(width), y(2 * low_bytes(width));
+        for (int64_t i, end; ranges.next(&i, &end);)
+            for (; i < end; ++i) code(order_[i], y.data(), &x);
+    });
+    // An inner product is as near as points are that have one more column, √(M² − ‖x‖²).
+    for (uint32_t row : order_) most_ = std::max(most_, double(norms_[row]) * norms_[row]);
+    if (terms_.normalized || terms_.squares > 0.0f) return;
+    for (uint32_t row : order_) {
+        const double more = std::sqrt(std::max(0.0, most_ - double(norms_[row]) * norms_[row]));
+        auto* node = const_cast<NodeTerms*>(&graph_.terms(row));
+        node->inverse = std::isfinite(more) ? float(more) : 0.0f;
+        factors_[row] = terms_.product * node->inverse;
+    }
+}
+
+// Writes a row's terms and codes, and what it needs as a query. y has room for whole bytes.
+void GraphBuilder::code(int64_t row, float* y, std::vector<float>* room) {
+    const int64_t width = graph_.width, dim = graph_.dim, bytes = low_bytes(width);
+    float* x = room->data();
+    columns_of(run_.kernels, rows_, row, width, x);
+    centred(x, centre_, width, y);
+    std::fill(y + width, y + 2 * bytes, 0.0f);
+    float largest = 0.0f;
+    double along = 0.0;
+    for (int64_t c = 0; c < width; ++c) {
+        const float size = std::abs(y[c]);
+        largest = std::max(largest, size);
+        if (c < dim) along += size;
+    }
+    const Kernels& kernels = run_.kernels;
+    const double square = kernels.dot64(x, x, width), beside = kernels.dot64(y, y, width),
+                 prefix = kernels.dot64(y, y, dim), norm = std::sqrt(square),
+                 unit = !terms_.normalized ? 1.0
+                        : norm > 0.0       ? 1.0 / norm
+                                           : 0.0,
+                 of_centre = centre_ ? kernels.dot64(centre_, x, width) : 0.0;
+    const float reach = std::min(largest, DEVIATIONS * float(std::sqrt(beside / double(width)))),
+                inverse = reach > TINY ? 8.0f / reach : 0.0f;
+    NodeTerms node = {};
+    node.factor = float(along > 0.0 ? terms_.product * unit * prefix / along : 0.0);
+    node.scale = inverse > 0.0f ? float(terms_.product * unit * (reach / 8.0f)) : 0.0f;
+    node.term =
+        float(terms_.squares > 0.0f ? -terms_.squares * beside : terms_.product * unit * of_centre);
+    node.inverse = terms_.normalized ? float(unit) : 0.0f;
+    uint8_t* signs = to_.signs + row * sign_bytes(dim);
+    std::fill_n(signs, sign_bytes(dim), uint8_t(0));
+    *static_cast<NodeTerms*>(static_cast<void*>(signs)) = node;
+    signs += sizeof node;
+    for (int64_t c = 0; c < dim; ++c) signs[c / 8] |= uint8_t(y[c] > 0.0f) << c % 8;
+    uint8_t* nibbles = to_.nibbles + row * bytes;
+    const auto four = [&](float value) {
+        const float at = value * inverse + 8.0f;
+        return uint8_t(int(std::min(std::max(at, 0.0f), 15.0f)));
+    };
+    for (int64_t c = 0; c < bytes; ++c) nibbles[c] = uint8_t(four(y[c]) | four(y[bytes + c]) << 4);
+    const Codes coded = encode(y, width);
+    std::copy_n(coded.codes.begin(), width, codes_.begin() + row * query_bytes(width));
+    scales_[row] = coded.scale;
+    norms_[row] = float(norm);
+    middles_[row] = centre_ ? float(kernels.dot64(y, centre_, width)) : 0.0f;
+    if (terms_.normalized) factors_[row] = terms_.product * middles_[row];
+}
+
+NodeQuery GraphBuilder::query_of(uint32_t row) const {
+    return NodeQuery(codes_.data() + int64_t(row) * query_bytes(graph_.width), scales_[row], graph_,
+                     factors_[row]);
+}
+
+// The distance of a row to another, whose score it has.
+float GraphBuilder::distance(uint32_t from, float score) const {
+    if (terms_.squares > 0.0f) return std::max(0.0f, -score - graph_.terms(from).term);
+    if (!terms_.normalized)
+        return std::max(0.0f, float(most_) - middles_[from] - score / terms_.product);
+    return norms_[from] > 0.0f ? std::max(0.0f, 1.0f - score / (terms_.product * norms_[from]))
+                               : 1.0f;
+}
+
+void GraphBuilder::measure(uint32_t from, const std::vector<uint32_t>& rows,
+                           Scratch& scratch) const {
+    scratch.scores.resize(rows.size());
+    score_nodes(run_.kernels, graph_, query_of(from), rows.data(), rows.size(),
+                scratch.scores.data());
+    for (float& score : scratch.scores) score = distance(from, score);
+}
+
+// Leaves in `kept` the nearest of the candidates, but for those that are nearer to one kept.
+void GraphBuilder::prune(uint32_t row, int64_t most, Scratch& scratch) const {
+    std::vector<Candidate>& all = scratch.candidates;
+    std::sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) {
+        return a.distance < b.distance || (a.distance == b.distance && a.row < b.row);
+    });
+    scratch.dropped.assign(all.size(), 0);
+    scratch.kept.clear();
+    std::vector<uint32_t> rest;
+    for (size_t i = 0; i < all.size() && int64_t(scratch.kept.size()) < most; ++i) {
+        if (scratch.dropped[i] || all[i].row == row) continue;
+        scratch.kept.push_back(all[i].row);
+        rest.clear();
+        for (size_t j = i + 1; j < all.size(); ++j)
+            if (!scratch.dropped[j]) rest.push_back(all[j].row);
+        measure(all[i].row, rest, scratch);
+        for (size_t j = i + 1, at = 0; j < all.size(); ++j)
+            if (!scratch.dropped[j])
+                scratch.dropped[j] = !(DIRECTION * scratch.scores[at++] > all[j].distance);
+    }
+}
+
+// Searches for the edges of a new row.
+void GraphBuilder::find(uint32_t row, Scratch& scratch) {
+    const NodeQuery query = query_of(row);
+    scratch.walk.run(run_.kernels, graph_, query, BEAM);
+    std::vector<uint32_t>& rows = scratch.rows;
+    rows.assign(scratch.walk.passed().begin(), scratch.walk.passed().end());
+    std::sort(rows.begin(), rows.end());
+    measure(row, rows, scratch);
+    scratch.candidates.clear();
+    for (size_t i = 0; i < rows.size(); ++i)
+        scratch.candidates.push_back({scratch.scores[i], rows[i]});
+    prune(row, DEGREE, scratch);
+    std::copy(scratch.kept.begin(), scratch.kept.end(), list(row));
+    for (uint32_t target : scratch.kept) scratch.edges.push_back(uint64_t(target) << 32 | row);
+}
+
+// Adds the edges back from one row to the sources of those that lead to it.
+void GraphBuilder::lead_back(const uint64_t* begin, const uint64_t* end, Scratch& scratch) {
+    const uint32_t row = uint32_t(*begin >> 32);
+    uint32_t* edges = list(row);
+    std::vector<uint32_t>& rows = scratch.rows;
+    rows.assign(edges, std::find(edges, edges + SLOTS, NO_NODE));
+    for (const uint64_t* edge = begin; edge < end; ++edge) rows.push_back(uint32_t(*edge));
+    if (int64_t(rows.size()) > SLOTS) {
+        measure(row, rows, scratch);
+        scratch.candidates.clear();
+        for (size_t i = 0; i < rows.size(); ++i)
+            scratch.candidates.push_back({scratch.scores[i], rows[i]});
+        prune(row, DEGREE, scratch);
+        rows = scratch.kept;
+    }
+    std::fill(std::copy(rows.begin(), rows.end(), edges), edges + SLOTS, NO_NODE);
+}
+
+bool GraphBuilder::add() {
+    const int64_t all = order_.size(), most = std::max<int64_t>(1000, all / BATCHES),
+                  n = std::min({std::max<int64_t>(added_, 1), most, all - added_});
+    if (n <= 0) return false;
+    if (added_ == 0) {
+        entries_.push_back(order_[0]);
+        graph_.entries = entries_.data();
+        graph_.entry_count = 1;
+        added_ = 1;
+        return true;
+    }
+    for (Scratch& scratch : scratch_) scratch.edges.clear();
+    Ranges sources(n, GRAIN);
+    parallel(run_.threads, [&](int thread) {
+        for (int64_t i, end; sources.next(&i, &end);)
+            for (; i < end; ++i) find(order_[added_ + i], scratch_[thread]);
+    });
+    std::vector<uint64_t> edges;
+    for (const Scratch& scratch : scratch_)
+        edges.insert(edges.end(), scratch.edges.begin(), scratch.edges.end());
+    std::sort(edges.begin(), edges.end());
+    std::vector<size_t> starts;
+    for (size_t i = 0; i < edges.size(); ++i)
+        if (i == 0 || edges[i] >> 32 != edges[i - 1] >> 32) starts.push_back(i);
+    starts.push_back(edges.size());
+    Ranges targets(starts.size() - 1, GRAIN);
+    parallel(run_.threads, [&](int thread) {
+        for (int64_t i, end; targets.next(&i, &end);)
+            for (; i < end; ++i)
+                lead_back(edges.data() + starts[i], edges.data() + starts[i + 1], scratch_[thread]);
+    });
+    added_ += n;
+    // The first rows are spread over all.
+    entries_.assign(order_.begin(), order_.begin() + std::min(ENTRIES, added_));
+    graph_.entries = entries_.data();
+    graph_.entry_count = entries_.size();
+    return true;
+}
+
+int64_t GraphBuilder::finish() {
+    Ranges ranges(order_.size(), GRAIN);
+    parallel(run_.threads, [&](int thread) {
+        Scratch& scratch = scratch_[thread];
+        for (int64_t i, end; ranges.next(&i, &end);)
+            for (; i < end; ++i) {
+                uint32_t* edges = list(order_[i]);
+                std::vector<uint32_t>& rows = scratch.rows;
+                rows.assign(edges, std::find(edges, edges + SLOTS, NO_NODE));
+                if (int64_t(rows.size()) <= DEGREE) continue;
+                measure(order_[i], rows, scratch);
+                scratch.candidates.clear();
+                for (size_t j = 0; j < rows.size(); ++j)
+                    scratch.candidates.push_back({scratch.scores[j], rows[j]});
+                prune(order_[i], DEGREE, scratch);
+                std::fill(std::copy(scratch.kept.begin(), scratch.kept.end(), edges), edges + SLOTS,
+                          NO_NODE);
+            }
+    });
+    for (int64_t row = 0; row < graph_.rows; ++row)
+        std::copy_n(list(uint32_t(row)), DEGREE, to_.edges + row * DEGREE);
+    std::copy(entries_.begin(), entries_.end(), to_.entries);
+    reach_all();
+    return entries_.size();
+}
+
+// Leads an edge to each row that no path from the entries leads to: from a row near it where that
+// has one to spare, or else from the first that has. An edge is spared where no row was reached by
+// it first.
+void GraphBuilder::reach_all() {
+    std::vector<char> reached(graph_.rows, 0), used(graph_.rows * DEGREE, 0);
+    std::vector<uint32_t> waiting;
+    const auto follow = [&] {
+        while (!waiting.empty()) {
+            const int64_t row = waiting.back();
+            waiting.pop_back();
+            for (int64_t e = row * DEGREE; e < (row + 1) * DEGREE; ++e) {
+                const uint32_t next = to_.edges[e];
+                if (next == NO_NODE || reached[next]) continue;
+                reached[next] = used[e] = 1;
+                waiting.push_back(next);
+            }
+        }
+    };
+    // Leads an edge from one row to another, if it has one to spare: the last, the longest.
+    const auto lead = [&](int64_t from, uint32_t to) {
+        const uint32_t* edges = to_.edges + from * DEGREE;
+        int64_t e = std::find(edges, edges + DEGREE, NO_NODE) - edges;
+        if (e == DEGREE)
+            while (--e >= 0 && used[from * DEGREE + e]) continue;
+        if (e < 0) return false;
+        to_.edges[from * DEGREE + e] = to;
+        used[from * DEGREE + e] = reached[to] = 1;
+        waiting.push_back(to);
+        return true;
+    };
+    for (uint32_t row : entries_) reached[row] = 1;
+    waiting = entries_;
+    follow();
+    int64_t host = 0;  // all before it have no edge to spare
+    for (uint32_t row : order_) {
+        if (reached[row]) continue;
+        bool led = false;
+        for (int64_t e = 0; e < DEGREE && !led; ++e) {
+            const uint32_t near = to_.edges[int64_t(row) * DEGREE + e];
+            led = near != NO_NODE && reached[near] && lead(near, row);
+        }
+        while (!led && host < graph_.rows) {
+            led = reached[host] && lead(host, row);
+            host += !led;
+        }
+        follow();
+    }
+}
+
+}  // namespace mrl
