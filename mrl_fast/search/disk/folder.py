@@ -223,7 +223,7 @@ class _NewFiles:
             raise
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        text = json.dumps(manifest, indent=1).encode()
+        text = json.dumps(manifests.stored(manifest), indent=1).encode()
         manifests.parse(self.manifest, text)  # one that cannot be read again replaces nothing
         self._written.append(self.manifest)
         with filesystem.synced(self.manifest, "wb") as file:

@@ -30,7 +30,8 @@ T = TypeVar("T")
 
 def new(version: int, **fields: Any) -> dict[str, Any]:
     """As it is read back: tuples are lists."""
-    return json.loads(json.dumps(signed({"format": FORMAT, "version": version, **fields})))
+    manifest = signed({"format": FORMAT, "version": version, **fields})
+    return completed(json.loads(json.dumps(manifest)))
 
 
 def signed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +88,11 @@ def parse(file: Path, text: bytes) -> dict[str, Any]:
 def completed(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of an index of any version, with those added that its version did not have."""
     return {"codes": None, "graph": None, **fields}
+
+
+def stored(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The fields that its version has."""
+    return {n: x for n, x in manifest.items() if manifest["version"] >= SINCE.get(n, 1)}
 
 
 def read_or_none(path: Path) -> dict[str, Any] | None:
