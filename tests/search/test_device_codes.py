@@ -48,6 +48,7 @@ def filled(x, dims=DIMS, **options):
         *((metric, DIMS, {}) for metric in METRICS),
         ("l2", (33,), {"dtype": "bfloat16"}),
         ("cosine", (4, 8, 32), {"dtype": "float16", "rotation": "pca"}),
+        ("ip", (7, 33), {"dtype": "int8"}),
     ],
     ids=str,
 )
