@@ -11,6 +11,7 @@ from mrl_fast.cli.commands.add import add
 from mrl_fast.cli.commands.build import build
 from mrl_fast.cli.commands.compact import compact
 from mrl_fast.cli.commands.demo import demo
+from mrl_fast.cli.commands.graph import graph
 from mrl_fast.cli.commands.info import info
 from mrl_fast.cli.commands.remove import remove
 from mrl_fast.cli.commands.reproduce import reproduce
@@ -34,7 +35,7 @@ app.add_typer(index, name="index")
 
 for command in (demo, reproduce):
     app.command()(command)
-for command in (build, add, update, remove, compact, search, tune, info, verify):
+for command in (build, add, update, remove, compact, graph, search, tune, info, verify):
     index.command()(command)
 
 

@@ -88,6 +88,18 @@ def compact(folder: Path) -> dict[str, Any]:
     return {**_summary(folder, index, begun), **freed}
 
 
+def build_graph(folder: Path, *, progress: bool) -> dict[str, Any]:
+    """Builds a graph over the vectors; a summary."""
+    begun = time.perf_counter()
+    with _changing(folder, "nothing was changed in", "the graph was saved in") as index:
+        index.build_graph(progress=progress)
+    files = manifests.read(folder)["graph"]
+    return {
+        **_summary(folder, index, begun),
+        "graph_bytes": (folder / files["file"]).stat().st_size,
+    }
+
+
 @contextmanager
 def _changing(folder: Path, before: str, after: str) -> Iterator[MatryoshkaIndex]:
     """An index to change, which is saved where nothing was raised. Ctrl-C says what the folder

@@ -213,9 +213,14 @@ def numbers_of(text: str, option: str) -> list[int]:
 
 def stages_of(text: str) -> list[Stage]:
     """``64:200,768:10``, or ``64:1:500,768:8:20,768:10`` by one bit of 64 columns first, then by
-    eight of all."""
-    expected = "dim:keep such as 64:200,768:10, or dim:bits:keep"
-    return [tuple(stage) for stage in _split(text, "--stages", expected, 2, 3)]
+    eight of all; or ``graph:64:20,768:10``."""
+    expected = "dim:keep such as 64:200,768:10, or dim:bits:keep, or graph:beam:keep first"
+    first, _, rest = text.replace(",", " ").strip().partition(" ")
+    if not first.startswith("graph:"):
+        return [tuple(stage) for stage in _split(text, "--stages", expected, 2, 3)]
+    walk = _split(first.removeprefix("graph:"), "--stages", expected, 2)
+    listed = _split(rest, "--stages", expected, 2, 3) if rest else []
+    return [("graph", *walk[0]), *(tuple(stage) for stage in listed)]
 
 
 def _split(text: str, option: str, expected: str, *sizes: int) -> list[list[int]]:

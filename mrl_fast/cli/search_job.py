@@ -114,7 +114,13 @@ def lapse_of(index: MatryoshkaIndex, width: int, asked: Asked) -> Lapse | None:
     """Of a plain search by whole queries; None of any other."""
     if asked.exact or asked.stages is not None or width != index.width:
         return None
-    return lapse(index.tuned, asked.k, len(index), filtered=asked.allowed is not None)
+    return lapse(
+        index.tuned,
+        asked.k,
+        len(index),
+        filtered=asked.allowed is not None,
+        has_graph=index._rows.snapshot.graph is not None,
+    )
 
 
 def tune(

@@ -14,7 +14,7 @@ from mrl_fast.cli.app import app
 
 # That compute.
 COMMANDS = (
-    "demo", "reproduce", "build", "add", "update", "remove", "compact", "search", "tune"
+    "demo", "reproduce", "build", "add", "update", "remove", "compact", "graph", "search", "tune"
 )  # fmt: skip
 
 
@@ -55,6 +55,7 @@ def test_threads(command):
         "build": ["index", "build", "none.npy", "--out", "none"],
         "remove": ["index", "remove", "none", "1"],
         "compact": ["index", "compact", "none"],
+        "graph": ["index", "graph", "none"],
     }.get(command, ["index", command, "none", "none.npy"])
     try:
         done = CliRunner().invoke(app, [*arguments, "--threads", "3"])

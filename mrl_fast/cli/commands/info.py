@@ -52,6 +52,7 @@ def info(index: Folder, ids: WriteIds = None, json: Json = False) -> None:
             "dtype": loaded.dtype,
             "prefix_dtype": loaded.prefix_dtype,
             "codes": loaded.codes,
+            "graph": manifest["graph"] and manifest["graph"]["rows"],
             "rotation": manifest["rotation"],
             "files": files,
             "bytes": sum(files.values()),
@@ -76,6 +77,7 @@ def _in_words(fields: dict[str, Any]) -> dict[str, Any]:
     words["columns"] = ", ".join(f"{n} {value}" for n, value in fields["columns"].items()) or "none"
     words["rotation"] = fields["rotation"] or "none"
     words["codes"] = fields["codes"] or "none"
+    words["graph"] = f"of {fields['graph']:,} rows" if fields["graph"] else "none"
     words["removed"] = f"{fields['removed']:,}"
     words["dims"] = ", ".join(map(str, fields["dims"]))
     words["files"] = f"{len(files)}, {size / 2**20:,.1f} MiB"

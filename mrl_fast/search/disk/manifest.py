@@ -154,7 +154,7 @@ def _check(file: Path, manifest: dict[str, Any], digest: str | None) -> None:
     need(known, "version", " or ".join(map(str, VERSIONS)), get("version"))
     need(get("sha256") == digest, "sha256", f"{digest}", get("sha256"))
     fields = {*FIELDS, "graph"}.difference(
-        n for n, first in SINCE.items() if get("version") < first
+        n for n, first in SINCE.items() if manifest["version"] < first
     )
     need(set(manifest) == fields, "fields", ", ".join(FIELDS), sorted(map(str, manifest)))
     need(whole(get("generation"), 1, 10**8 - 1), "generation", "a number", get("generation"))

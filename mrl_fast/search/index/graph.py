@@ -10,12 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mrl_fast.search.index.blocks import Layout, Parts
+from mrl_fast.search.index.codes import MEAN_ROWS, centre_of
 from mrl_fast.search.index.snapshot import Snapshot
 from mrl_fast.shared import memory, native
 from mrl_fast.shared.memory import address
 from mrl_fast.shared.native import _C, METRICS
 
-U8 = torch.uint8
+U8, F32 = torch.uint8, torch.float32
 DEGREE = _C.DEGREE  # edges of a row, at most
 ENTRIES = _C.ENTRIES  # rows that a search begins at, at most
 LEAST_SHARE = 1 / 8  # of the rows that may be found: where fewer may, all of them are searched
@@ -26,19 +27,20 @@ class RowGraph:
 
     Attributes:
         arrays: By their names in a file: ``edges`` ``[rows, 4 · DEGREE]``, ``signs`` and
-            ``nibbles`` ``[rows, bytes]``, ``entries`` ``[entries, 4]``, uint8.
+            ``nibbles`` ``[rows, bytes]``, ``entries`` ``[entries, 4]``, uint8; and ``centre``
+            ``[1, D]``, fp32, what codes are less.
         native: What the kernels read.
     """
 
     def __init__(self, rows: int, layout: Layout, arrays: Mapping[str, Tensor]):
-        self.rows, self.arrays, self._centre = rows, dict(arrays), layout.centre
+        self.rows, self.arrays = rows, dict(arrays)
         edges, signs, nibbles, entries = (
             address(arrays[name], U8) for name in ("edges", "signs", "nibbles", "entries")
         )
         self.entries, self.width = len(arrays["entries"]), layout.width
         self.native = _C.Graph(
             (
-                rows, layout.width, layout.width, address(layout.centre, torch.float32),
+                rows, layout.width, layout.width, address(arrays["centre"], F32),
                 signs, nibbles, entries, self.entries, edges,
             )
         )  # fmt: skip
@@ -63,9 +65,13 @@ class RowGraph:
         for name in PER_ROW:
             _C.advise_huge_pages(address(arrays[name], U8), arrays[name].nbytes)
             arrays[name].zero_()
+        live = now.live_rows(0, now.count)
+        sample = now.vectors(live[:: -(-len(live) // MEAN_ROWS)].contiguous(), layout.width)
+        arrays["centre"].copy_(centre_of(sample))
         builder = _C.GraphBuilder(
-            now.rows, METRICS[metric].number, address(layout.centre, torch.float32), layout.width,
-            layout.width, native.run(), tuple(address(array, U8) for array in arrays.values()),
+            now.rows, METRICS[metric].number, address(arrays["centre"], F32), layout.width,
+            layout.width, native.run(),
+            tuple(address(arrays[name], U8) for name in (*PER_ROW, "entries")),
         )  # fmt: skip
         with tqdm(total=builder.count, desc="build graph", disable=not progress) as bar:
             while builder.add():
@@ -85,6 +91,7 @@ def parts(layout: Layout, rows: int, entries: int) -> Parts:
     return {
         **{name: (U8, (rows, size)) for name, size in bytes_of.items()},
         "entries": (U8, (entries, 4)),
+        "centre": (F32, (1, layout.width)),
     }
 
 

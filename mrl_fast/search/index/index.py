@@ -205,10 +205,10 @@ class MatryoshkaIndex(Persistent):
                 for at least this k, at most a tenth of the vectors were added since, and all D
                 columns of all vectors are searched; else exact, and where they lapsed or vectors
                 are ``allowed`` a warning says so once.
-                After ``build_graph`` the first may be ``("graph", beam, keep)``: of the ``beam`` best
-                rows by signs that it comes by, the ``keep`` best by four bits go on, and as many of
-                those that were added since; where under an eighth of the rows may be found, the
-                search is exact instead. A larger beam finds more.
+                After ``build_graph`` the first may be ``("graph", beam, keep)``: of the ``beam``
+                best rows by signs that it comes by, the ``keep`` best by four bits go on, and as
+                many of those that were added since. A larger beam finds more. Where under an eighth
+                of the rows may be found, the search is exact instead.
             exact: The k best by fp64 scores, provably: a row is dropped only where a bound on its
                 score excludes it. By a dim between the first and D the CPU knows no bounds and
                 reads that prefix of every row. On a device scores that are equal in fp32 are equal.

@@ -15,6 +15,7 @@ from mrl_fast.search.index import pickled
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.blocks import Layout
 from mrl_fast.search.index.config import IndexConfig
+from mrl_fast.search.index.graph import walks
 from mrl_fast.search.index.rows import IndexRows
 from mrl_fast.search.index.stages import checked_tuned
 from mrl_fast.shared.types import Tuned
@@ -167,7 +168,8 @@ class Persistent(pickled.Copies):
         index._make(IndexConfig.from_fields(fields, device))
         if fields["tuned"] is not None:
             tuned = checked_tuned(fields["tuned"], replace(index.config, device="cpu"))
-            # Stages by a host's codes are none of a device's.
+            # Stages by a host's codes, or its graph, are none of a device's.
             bits = tuned.stages[0][1:-1] if tuned.stages else ()
-            index._tuned = tuned if set(bits) <= set(index.config.ranking) else None
+            ranks = set(bits) <= set(index.config.ranking) and not walks(tuned.stages)
+            index._tuned = tuned if device == "cpu" or ranks else None
         return index, index._rows.layout

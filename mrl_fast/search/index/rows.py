@@ -16,6 +16,7 @@ from torch import Tensor
 from mrl_fast.search.index import host_search, scaled
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.blocks import VERSION, Block, Layout
+from mrl_fast.search.index.codes import MEAN_ROWS, centre_of
 from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.search.index.graph import RowGraph
 from mrl_fast.search.index.rotation import Rotation
@@ -27,7 +28,6 @@ from mrl_fast.shared.checks import check_finite
 from mrl_fast.shared.locks import Lock
 
 LARGEST_ID = (1 << 63) - 2  # one more is an int64 too
-MEAN_ROWS, LEAST_MEAN = 1 << 12, 0.05  # of a centre: vectors read, share of their squares
 
 
 class Frozen(NamedTuple):
@@ -169,8 +169,8 @@ class IndexRows:
             self.store.compact()
 
     def build_graph(self, *, progress: bool = True) -> None:
-        """Builds a graph over the vectors there are, which a search may follow instead of looking at
-        every row: stages that begin with ``("graph", beam, keep)``; ``tune`` tries them.
+        """Builds a graph over the vectors there are, which a search may follow instead of looking
+        at every row: by stages that begin with ``("graph", beam, keep)``, which ``tune`` tries.
 
         Of each vector it keeps 32 edges, the signs of all columns and four bits of each: 320 bytes
         with 256 columns, 832 with 1024. Vectors that are added later are searched beside it, until
@@ -270,18 +270,14 @@ class IndexRows:
                 self.next_id = next_id
 
     def _set_frame(self, x: Tensor) -> None:
-        """Sets the frame: the rotation's axes and the codes' centre, the mean of the first vectors
-        where it holds more than 5 % of their squares, else 0."""
+        """Sets the frame: the rotation's axes and the codes' centre."""
         axes = None if self.rotation is None else self.rotation.axes
         frame = [] if axes is None else [axes]
         if self.layout.ladder:
             samples = x[:: -(-len(x) // MEAN_ROWS)].float()
             if self.rotation is not None:
                 samples = self.rotation.apply(samples)
-            samples = samples.double()  # whose squares no fp32 can be too large for
-            mean = samples.mean(dim=0, keepdim=True)
-            large = mean.square().sum() > LEAST_MEAN * samples.square().sum() / len(samples)
-            frame.append(mean.float() if large else torch.zeros_like(mean).float())
+            frame.append(centre_of(samples))
         self._use_frame(torch.cat(frame) if frame else None)
 
     def _use_frame(self, frame: Tensor | None) -> None:
