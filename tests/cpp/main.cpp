@@ -22,6 +22,7 @@ void test_filter_exact();
 void test_writer();
 void test_ladder();
 void test_code_stages();
+void test_graph();
 void test_shortlist();
 void test_row_major();
 void test_fold();
@@ -47,6 +48,7 @@ int main(int argc, char** argv) {
                  {"shortlist", test_shortlist},
                  {"row major", test_row_major},
                  {"code stages", test_code_stages},
+                 {"graph", test_graph},
                  {"int8", test_int8}};
     std::vector<const char*> filters;
     for (int i = 1; i < argc; ++i) {

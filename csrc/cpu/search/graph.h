@@ -89,6 +89,23 @@ class Walk {
     std::vector<float> sums_;
 };
 
+// Where each row's bit of a mask lies, and whether it is set: whether the row may be found.
+class MaskBits {
+  public:
+    explicit MaskBits(const Rows& rows);
+    std::pair<int64_t, int> place(int64_t row) const;  // word, bit
+    bool has(int64_t row) const {
+        if (!rows_.mask) return true;
+        const auto [word, bit] = place(row);
+        return rows_.mask[word] >> bit & 1;
+    }
+    int64_t words() const { return starts_.back(); }
+
+  private:
+    const Rows& rows_;
+    std::vector<int64_t> starts_;  // [spans + 1]: tiles before each span
+};
+
 // Finds each query's shortlist: of the beam of a walk the stage's `keep` best by four bits, and as
 // many of the rows that came after the graph. Writes counts[q] entries to out[q, :], of
 // [n, 2 · keep].

@@ -19,16 +19,28 @@ constexpr int64_t GRAIN = 16;
 // Rows in an order in which any first part of them is spread over all.
 std::vector<uint32_t> spread(const Rows& rows) {
     std::vector<uint32_t> all;
-    const int64_t count = rows.count();
-    for (int64_t first = 0; first < count; first += TILE)
-        for (int64_t r = first; r < std::min<int64_t>(first + TILE, count); ++r)
-            if (!rows.mask || rows.mask[r / TILE] >> r % TILE & 1) all.push_back(uint32_t(r));
+    const MaskBits mask(rows);
+    for (int64_t row = 0; row < rows.count(); ++row)
+        if (mask.has(row)) all.push_back(uint32_t(row));
     const int64_t n = all.size();
     int64_t step = std::max<int64_t>(1, int64_t(0.6180339887498949 * double(n)));
     while (std::gcd(step, std::max<int64_t>(n, 1)) != 1) ++step;
     std::vector<uint32_t> order(n);
     for (int64_t i = 0, at = 0; i < n; ++i, at = (at + step) % n) order[i] = all[at];
     return order;
+}
+
+// How far from 0 four bits reach: to the largest value, or less where that errs less.
+float reach_of(const float* y, int64_t width, float largest, float deviation) {
+    const float reach = DEVIATIONS * deviation;
+    if (reach >= largest) return largest;
+    double beyond = 0.0;
+    for (int64_t c = 0; c < width; ++c) {
+        const double over = std::max(0.0f, std::abs(y[c]) - reach);
+        beyond += over * over;
+    }
+    const auto rounded = [&](double to) { return double(width) * to * to / (64.0 * 12.0); };
+    return beyond + rounded(reach) < rounded(largest) ? reach : largest;
 }
 
 void columns_of(const Kernels& kernels, const Rows& rows, int64_t row, int64_t width, float* x) {
@@ -93,7 +105,7 @@ void GraphBuilder::code(int64_t row, float* y, std::vector<float>* room) {
                         : norm > 0.0       ? 1.0 / norm
                                            : 0.0,
                  of_centre = centre_ ? kernels.dot64(centre_, x, width) : 0.0;
-    const float reach = std::min(largest, DEVIATIONS * float(std::sqrt(beside / double(width)))),
+    const float reach = reach_of(y, width, largest, float(std::sqrt(beside / double(width)))),
                 inverse = reach > TINY ? 8.0f / reach : 0.0f;
     NodeTerms node = {};
     node.factor = float(along > 0.0 ? terms_.product * unit * prefix / along : 0.0);

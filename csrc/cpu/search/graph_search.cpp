@@ -6,6 +6,17 @@
 #include "cpu/threads.h"
 
 namespace mrl {
+
+MaskBits::MaskBits(const Rows& rows) : rows_(rows), starts_{0} {
+    for (const Span& span : rows.spans) starts_.push_back(starts_.back() + span.tiles());
+}
+
+std::pair<int64_t, int> MaskBits::place(int64_t row) const {
+    const Span& span = span_of(rows_, row);
+    const int64_t local = row - span.first;
+    return {starts_[&span - rows_.spans.data()] + local / TILE, int(local % TILE)};
+}
+
 namespace {
 
 // A longer beam where few of the rows that a walk comes by may be found.
@@ -18,7 +29,7 @@ class Finder {
   public:
     Finder(const Kernels& kernels, const Rows& rows, Metric metric, const Graph& graph, Stage stage)
         : kernels_(kernels),
-          rows_(rows),
+          mask_(rows),
           terms_(terms_of(metric)),
           graph_(graph),
           beam_(wider(rows, stage.dim)),
@@ -35,8 +46,7 @@ class Finder {
         walk.run(kernels_, graph_, coded, beam_);
         nodes_.clear();
         for (const Walk::Node& node : walk.found())
-            if (!rows_.mask || rows_.mask[node.row / TILE] >> node.row % TILE & 1)
-                nodes_.push_back(node.row);
+            if (mask_.has(node.row)) nodes_.push_back(node.row);
         scores_.assign(nodes_.size(), 0.0f);
         if (int64_t(nodes_.size()) > keep_)
             score_nodes(kernels_, graph_, coded, nodes_.data(), nodes_.size(), scores_.data());
@@ -52,7 +62,7 @@ class Finder {
 
   private:
     const Kernels& kernels_;
-    const Rows& rows_;
+    const MaskBits mask_;
     const MetricTerms& terms_;
     const Graph& graph_;
     const int64_t beam_, keep_;
@@ -63,13 +73,13 @@ class Finder {
 
 // The bits of the rows that came after the graph.
 std::vector<uint64_t> later_rows(const Rows& rows, const Graph& graph) {
-    const int64_t words = (rows.count() + TILE - 1) / TILE, first = graph.rows / TILE;
-    std::vector<uint64_t> mask(words, 0);
-    for (int64_t word = first; word < words; ++word)
-        mask[word] = rows.mask ? rows.mask[word] : ~uint64_t(0);
-    if (first < words) mask[first] &= ~uint64_t(0) << graph.rows % TILE;
-    if (rows.count() % TILE) mask.back() &= ~(~uint64_t(0) << rows.count() % TILE);
-    return mask;
+    const MaskBits mask(rows);
+    std::vector<uint64_t> words(mask.words(), 0);
+    for (int64_t row = graph.rows; row < rows.count(); ++row) {
+        const auto [word, bit] = mask.place(row);
+        words[word] |= uint64_t(mask.has(row)) << bit;
+    }
+    return words;
 }
 
 }  // namespace
