@@ -29,7 +29,9 @@ def checked_stages(
             f"stages: expected (dim, keep) pairs, got {x!r}: (dim, bits, keep) needs an index with "
             "codes='bits' or prefix_dtype='int8'"
         )
-    checked = list(check_stages(x, ranking, config.code.reranking, graph=config.device == "cpu"))
+    on_host = config.device == "cpu"
+    further = config.code.reranking if on_host else ()
+    checked = list(check_stages(x, ranking, further, graph=on_host))
     first = int(walks(checked))
     if first and width is not None and width < config.width:
         raise ValueError(
