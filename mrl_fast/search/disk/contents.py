@@ -120,7 +120,7 @@ class Files(NamedTuple):
             ValueError: Another size or header than the manifest says, or no file; names it.
         """
         segments, alive, axes, graph = (
-            manifest.get(name) for name in ("segments", "alive", "axes", "graph")
+            manifest[name] for name in ("segments", "alive", "axes", "graph")
         )
         count = sum(segment["used"] for segment in segments)
         return cls(
