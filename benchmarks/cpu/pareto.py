@@ -60,7 +60,8 @@ class Point(NamedTuple):
 
 
 def ours(case: Case) -> list[Point]:
-    """Exact search, and shortlists by the signs of a quarter, half and all of the columns."""
+    """Exact search, shortlists by the signs of a quarter, half and all of the columns, and by a
+    graph."""
     width = case.x.shape[1]
     begin = time.perf_counter()
     index = MatryoshkaIndex((width // 4, width // 2, width), metric="ip", codes="bits")
@@ -70,8 +71,18 @@ def ours(case: Case) -> list[Point]:
     def by_stages(stages: list[tuple[int, ...]]) -> Search:
         return lambda q, k: index.search(q, k, stages=stages).ids
 
+    index.build_graph(progress=False)
+    walked = time.perf_counter() - begin, index.nbytes / len(index)
     exact = Point(lambda q, k: index.search(q, k, exact=True).ids, "mrl_fast exact", "", *cost)
-    return [exact] + [
+    few = 2 * K  # that four bits leave to the vectors
+    graph = [
+        Point(
+            by_stages([("graph", max(beam, few), few), (width, K)]),
+            "mrl_fast, graph", f"{beam}", *walked,
+        )
+        for beam in EFFORTS if beam >= few
+    ]  # fmt: skip
+    return [exact, *graph] + [
         Point(
             by_stages([(dim, 1, keep), (width, K)]),
             f"mrl_fast, signs of {dim} columns", f"{keep}", *cost,

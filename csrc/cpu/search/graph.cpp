@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace mrl {
 namespace {
 
-constexpr int64_t AT_ONCE = 4;  // rows that kernels sum at once
+constexpr int64_t AT_ONCE = 4;       // rows that kernels sum at once
+constexpr int64_t AT_A_STEP = 2;     // nodes that a walk leaves
+constexpr uint32_t LEFT = 1u << 31;  // in a row's number: its edges were followed
 
 }  // namespace
 
@@ -63,15 +66,19 @@ bool Walk::is_new(uint32_t row) {
     return true;
 }
 
-// Where among the best a row now is; beam_, where it is not.
+// Puts a row where it belongs among the best; where that is.
 int64_t Walk::insert(float score, uint32_t row) {
-    const int64_t count = found_.size();
-    if (!(count < beam_ || score > found_.back().score)) return beam_;
-    const auto later = [](float mine, const Node& node) { return mine > node.score; };
-    const int64_t at =
-        std::upper_bound(found_.begin(), found_.end(), score, later) - found_.begin();
-    if (count == beam_) found_.pop_back();
-    found_.insert(found_.begin() + at, {score, row, false});
+    if (count_ == beam_) --count_;
+    Node* nodes = found_.data();
+    int64_t at = 0;  // how many are not below it; found without a branch that could be mistaken
+    for (int64_t left = count_; left > 0;) {
+        const int64_t half = (left + 1) / 2;
+        at += nodes[at + half - 1].score >= score ? half : 0;
+        left -= half;
+    }
+    std::memmove(nodes + at + 1, nodes + at, (count_ - at) * sizeof(Node));
+    nodes[at] = {score, row};
+    ++count_;
     return at;
 }
 
@@ -91,9 +98,8 @@ void Walk::meet(const Kernels& kernels, const Graph& graph, const NodeQuery& que
                     score =
                         node.factor * (query.scale * sum) + (node.term + node.inverse * query.t);
         // NaN, of rows whose squares no fp32 holds, is below all others.
-        const int64_t at = insert(score == score ? score : -INFINITY, fresh_[i]);
-        if (at == beam_) continue;
-        first_ = std::min(first_, at);
+        if (count_ == beam_ && !(score > found_[count_ - 1].score)) continue;
+        first_ = std::min(first_, insert(score == score ? score : -INFINITY, fresh_[i]));
         const uint32_t* edges = graph.edges + int64_t(fresh_[i]) * graph.degree;
         __builtin_prefetch(edges);
         __builtin_prefetch(edges + 16);
@@ -104,11 +110,11 @@ void Walk::meet(const Kernels& kernels, const Graph& graph, const NodeQuery& que
 void Walk::run(const Kernels& kernels, const Graph& graph, const NodeQuery& query, int64_t beam) {
     const int64_t bytes = sign_bytes(graph.dim);
     beam_ = beam;
-    found_.clear();
+    count_ = 0;
     passed_.clear();
     fresh_.clear();
     marks_.resize(std::max<size_t>(marks_.size(), graph.rows / 64 + 1));
-    found_.reserve(beam + 1);
+    found_.resize(std::max<size_t>(found_.size(), beam + 1));
     const auto see = [&](uint32_t row) {
         if (!is_new(row)) return;
         fresh_.push_back(row);
@@ -117,20 +123,28 @@ void Walk::run(const Kernels& kernels, const Graph& graph, const NodeQuery& quer
     };
     for (int64_t i = 0; i < graph.entry_count; ++i)
         if (graph.entries[i] < graph.rows) see(graph.entries[i]);
-    first_ = 0;
     meet(kernels, graph, query);
-    for (first_ = 0;;) {
-        while (first_ < int64_t(found_.size()) && found_[first_].left) ++first_;
-        if (first_ == int64_t(found_.size())) break;
-        Node& node = found_[first_];
-        node.left = true;
-        passed_.push_back(node.row);
-        const uint32_t* edges = graph.edges + int64_t(node.row) * graph.degree;
-        for (int64_t e = 0; e < graph.degree && edges[e] < graph.rows; ++e) see(edges[e]);
-        meet(kernels, graph, query);
+    for (first_ = 0;; meet(kernels, graph, query)) {
+        // Some at once, so that their reads wait for memory together.
+        int64_t left = 0;
+        for (int64_t i = first_; i < count_ && left < AT_A_STEP; ++i) {
+            Node& node = found_[i];
+            if (node.row & LEFT) {
+                first_ += i == first_;
+                continue;
+            }
+            const uint32_t* edges = graph.edges + int64_t(node.row) * graph.degree;
+            passed_.push_back(node.row);
+            node.row |= LEFT;
+            first_ += i == first_;
+            ++left;
+            for (int64_t e = 0; e < graph.degree && edges[e] < graph.rows; ++e) see(edges[e]);
+        }
+        if (left == 0) break;
     }
     for (uint32_t row : seen_) marks_[row / 64] = 0;
     seen_.clear();
+    for (int64_t i = 0; i < count_; ++i) found_[i].row &= ~LEFT;
 }
 
 }  // namespace mrl

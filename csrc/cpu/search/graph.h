@@ -70,18 +70,18 @@ class Walk {
     struct Node {
         float score;  // by signs
         uint32_t row;
-        bool left;  // its edges were followed
     };
     // Finds the `beam` best nodes that it comes by, best first.
     void run(const Kernels& kernels, const Graph& graph, const NodeQuery& query, int64_t beam);
-    const std::vector<Node>& found() const { return found_; }
+    const Node* found() const { return found_.data(); }  // [count]
+    int64_t count() const { return count_; }
     const std::vector<uint32_t>& passed() const { return passed_; }  // whose edges were followed
 
   private:
     int64_t insert(float score, uint32_t row);
     void meet(const Kernels& kernels, const Graph& graph, const NodeQuery& query);
     bool is_new(uint32_t row);
-    int64_t beam_ = 0, first_ = 0;  // all before the first were left
+    int64_t beam_ = 0, count_ = 0, first_ = 0;  // the edges of all before the first were followed
     std::vector<Node> found_;
     std::vector<uint32_t> passed_, fresh_, seen_;
     std::vector<uint64_t> marks_;  // a bit a row that was seen

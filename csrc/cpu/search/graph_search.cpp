@@ -45,8 +45,8 @@ class Finder {
         const NodeQuery coded(beside_.data(), graph_, float(terms_.product * middle));
         walk.run(kernels_, graph_, coded, beam_);
         nodes_.clear();
-        for (const Walk::Node& node : walk.found())
-            if (mask_.has(node.row)) nodes_.push_back(node.row);
+        for (int64_t i = 0; i < walk.count(); ++i)
+            if (mask_.has(walk.found()[i].row)) nodes_.push_back(walk.found()[i].row);
         scores_.assign(nodes_.size(), 0.0f);
         if (int64_t(nodes_.size()) > keep_)
             score_nodes(kernels_, graph_, coded, nodes_.data(), nodes_.size(), scores_.data());

@@ -28,6 +28,7 @@ from mrl_fast.shared.checks import check_finite
 from mrl_fast.shared.locks import Lock
 
 LARGEST_ID = (1 << 63) - 2  # one more is an int64 too
+GRAPH_ROWS = 1 << 31  # fewer can be numbered in a graph
 
 
 class Frozen(NamedTuple):
@@ -188,6 +189,9 @@ class IndexRows:
             raise ValueError(f"device: expected 'cpu' for a graph, got {self.config.device!r}")
         with self.changing():
             now = self.snapshot
+            if not 0 < now.count < GRAPH_ROWS:
+                expected = f"1 to {GRAPH_ROWS - 1:,} vectors to build a graph over"
+                raise ValueError(f"index: expected {expected}, got {now.count:,}")
             if not now.size:
                 raise ValueError("index: expected vectors to build a graph over, got none")
             metric = self.config.metric
