@@ -18,7 +18,7 @@ from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.search.index.graph import walks
 from mrl_fast.search.index.rows import IndexRows
 from mrl_fast.search.index.stages import checked_tuned
-from mrl_fast.shared.types import Tuned
+from mrl_fast.shared.types import Stage, Tuned
 
 Index = TypeVar("Index", bound="Persistent")
 
@@ -29,6 +29,7 @@ class Persistent(pickled.Copies):
     def _make(self, config: IndexConfig) -> None:
         self.config, self._rows = config, IndexRows(config)
         self._tuned: Tuned | None = None
+        self._checked_last: tuple[Any, list[Stage]] = None, []  # the stages asked for last
         self._lapses_said: set[str] = set()  # why its stages are not used, where that was warned of
         self._saved: folder.Saved | None = None  # to where it was saved last, or loaded from
         self._left: dict[Path, folder.Entry] = {}  # every such folder's manifest, as of then
