@@ -230,9 +230,9 @@ def test_what_cannot_be_loaded(tmp_path):
     (folder / "manifest.json").write_text(json.dumps({**manifest, "metric": "ip"}))
     with pytest.raises(ValueError, match=f"{folder}/manifest.json: sha256: expected .*, got '"):
         MatryoshkaIndex.load(folder)
-    changed = manifests.signed({**manifest, "version": 4})
+    changed = manifests.signed({**manifest, "version": 5})
     (folder / "manifest.json").write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match=f"{folder}/manifest.json: version: .*1 or 2 or 3, got 4"):
+    with pytest.raises(ValueError, match=f"{folder}/manifest.json: version: .* 3 or 4, got 5"):
         MatryoshkaIndex.load(folder)
     nothing = tensorfile.write(
         folder / "alive-00000001.safetensors", {"alive": (torch.int64, (0,))}, {"alive": []}

@@ -150,8 +150,8 @@ def test_a_copy_saves_where_the_original_was_saved(tmp_path):
 
 
 def test_another_versions_pickle():
-    state = {**MatryoshkaIndex(DIMS).__getstate__(), "version": 4}
-    with pytest.raises(ValueError, match="version: expected 1 or 2 or 3, got a pickle of 4"):
+    state = {**MatryoshkaIndex(DIMS).__getstate__(), "version": 5}
+    with pytest.raises(ValueError, match="version: expected 1 or 2 or 3 or 4, got a pickle of 5"):
         MatryoshkaIndex.__new__(MatryoshkaIndex).__setstate__(state)
 
 

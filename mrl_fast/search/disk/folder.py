@@ -148,6 +148,8 @@ def _contents(files: Files, manifest: dict[str, Any], layout: Layout) -> Content
         if not bool(torch.isfinite(axes).all()):
             raise ValueError(f"{files.axes.path}: axes: expected finite values")
     layout.use(axes)
+    if files.axes and layout.signs is not None and not bool((layout.signs.abs() == 1).all()):
+        raise ValueError(f"{files.axes.path}: axes: expected signs, 1 and -1, in the last row")
     blocks = []
     for file, used in zip(files.rows, counts, strict=True):
         try:
@@ -193,7 +195,7 @@ class _NewFiles:
             generation=self.generation,
             segments=segments,
             alive=put(alive_file(count), contents.alive),
-            axes=put(axes_file(layout), contents.axes),
+            axes=put(axes_file(layout, layout.version), contents.axes),
         )
 
     def _put(self, file: IndexFile, pieces: Any) -> Entry:

@@ -14,7 +14,7 @@ from mrl_fast.search.index.blocks import VERSION
 from mrl_fast.shared.native import TILE
 
 FORMAT = "mrl_fast index"
-VERSIONS = 1, 2, VERSION  # that can be read
+VERSIONS = tuple(range(1, VERSION + 1))  # that can be read
 FILE = "manifest.json"
 NAME = re.compile(r"(rows|alive|axes)-(\d{8})\.safetensors")
 MANIFEST_BYTES = 1 << 20  # at most; parsed, it may take 25 times that

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrl_fast.search.disk.manifest import VERSION, VERSIONS, completed
+from mrl_fast.search.disk.manifest import VERSIONS, completed
 from mrl_fast.search.index.rows import Frozen
 from mrl_fast.shared import memory
 from mrl_fast.shared.arrays import as_tensor
@@ -33,7 +33,7 @@ def state_of(index: Any) -> dict[str, Any]:
     """What pickle keeps of a MatryoshkaIndex: the path and the checksum of the folder that it was
     loaded from, if it is still as that has it; else its arrays."""
     with index._rows.changing():
-        state: dict[str, Any] = {"version": VERSION, "device": index.device}
+        state: dict[str, Any] = {"version": index._rows.layout.version, "device": index.device}
         if index._is_as_loaded():
             manifest = index._saved.manifest
             at = {name: manifest[name] for name in ("generation", "sha256")}
@@ -82,7 +82,7 @@ def restore(index: Any, state: dict[str, Any]) -> None:
     if live is not None:
         live = _tensor(live, torch.int64, (live.nbytes // 8,))
     if axes is not None:
-        axes = _tensor(axes, torch.float32, (layout.axes, layout.width))
+        axes = _tensor(axes, torch.float32, (layout.axes(state["version"]), layout.width))
     made._rows.thaw(Frozen(segments, live, axes, fields["next_id"]), state["version"])
     index.__dict__.update(made.__dict__)
 

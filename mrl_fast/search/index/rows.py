@@ -27,6 +27,7 @@ from mrl_fast.shared.locks import Lock
 
 LARGEST_ID = (1 << 63) - 2  # one more is an int64 too
 MEAN_ROWS, LEAST_MEAN = 1 << 12, 0.05  # of a centre: vectors read, share of their squares
+LEAST_GAIN = 6  # of a rotation of codes: how many times less uneven it makes columns' squares
 
 
 class Frozen(NamedTuple):
@@ -53,7 +54,7 @@ class IndexRows:
         self.config, self.backend, self.next_id = config, backend_of(config), 0
         self.layout = Layout(config)
         self.rotation = None if config.rotation is None else Rotation(config.width)
-        self.frame: Tensor | None = None  # [n, D] fp32: the rotation's axes, then codes' centre
+        self.frame: Tensor | None = None  # [n, D] fp32, what vectors are given in: see Layout.use
         with self.changing():
             self.store: RowStore = self.backend.new_store(self.layout, config)
             # For a chunk that is converted: a new one each time would leave holes among the blocks.
@@ -71,8 +72,8 @@ class IndexRows:
         return self.store.snapshot
 
     def fit(self, samples: Any) -> None:
-        """Fits the rotation and codes' centre to samples, instead of to the first vectors that are
-        added.
+        """Fits the rotation, and codes' centre and whether they are rotated, to samples instead
+        of to the first vectors that are added.
 
         Args:
             samples: ``[n, D]`` floating point; a few times D of them are enough.
@@ -81,7 +82,7 @@ class IndexRows:
             ValueError, TypeError: An index without rotation and codes, or one that held vectors
                 already; samples of a wrong shape or dtype, NaN or infinite values, or none.
         """
-        if not self.layout.axes:
+        if self.rotation is None and not self.layout.ladder:
             raise ValueError("rotation: expected 'pca' or codes where samples are given, got None")
         x = inputs.vectors(samples, "samples", self.config.width)
         if not len(x):
@@ -241,8 +242,9 @@ class IndexRows:
                 self.next_id = next_id
 
     def _set_frame(self, x: Tensor) -> None:
-        """Sets the frame: the rotation's axes and the codes' centre, the mean of the first vectors
-        where it holds more than 5 % of their squares, else 0."""
+        """Sets the frame: the rotation's axes, the codes' centre, which is the mean of the first
+        vectors where it holds more than 5 % of their squares, else 0, and signs where a few columns
+        are so much larger about it than others that codes lose by it."""
         axes = None if self.rotation is None else self.rotation.axes
         frame = [] if axes is None else [axes]
         if self.layout.ladder:
@@ -253,6 +255,12 @@ class IndexRows:
             mean = samples.mean(dim=0, keepdim=True)
             large = mean.square().sum() > LEAST_MEAN * samples.square().sum() / len(samples)
             frame.append(mean.float() if large else torch.zeros_like(mean).float())
+            squares = (samples - frame[-1].double()).square().mean(dim=0)  # of columns
+            ends = self.layout.ladder[:-1]
+            # A rotation gives the columns between two dims the same.
+            rotated = [slab.mean().expand(len(slab)) for slab in squares.tensor_split(ends)]
+            if squares.square().sum() > LEAST_GAIN * torch.cat(rotated).square().sum():
+                frame.append(_signs(self.config.width))
         self._use_frame(torch.cat(frame) if frame else None)
 
     def _use_frame(self, frame: Tensor | None) -> None:
@@ -270,6 +278,13 @@ class IndexRows:
         stored = self._converted[: len(part)].copy_(part)
         check_finite(stored, f"vectors as {self.config.dtype}")
         return stored
+
+
+def _signs(width: int) -> Tensor:
+    """``[1, width]`` fp32 of 1 and -1 at random, the same ones always."""
+    generator = torch.Generator(memory.HOST).manual_seed(0)
+    signs = torch.randint(2, (1, width), generator=generator, device=memory.HOST)
+    return (2 * signs - 1).float()
 
 
 def _check_last(last: int) -> None:
