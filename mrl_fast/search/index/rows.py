@@ -27,7 +27,8 @@ from mrl_fast.shared.locks import Lock
 
 LARGEST_ID = (1 << 63) - 2  # one more is an int64 too
 MEAN_ROWS, LEAST_MEAN = 1 << 12, 0.05  # of a centre: vectors read, share of their squares
-LEAST_GAIN = 6  # of a rotation of codes: how many times less uneven it makes columns' squares
+# Of a rotation of codes: vectors read, and how many times less uneven it makes columns' squares.
+SPREAD_ROWS, LEAST_GAIN = 1 << 9, 6
 
 
 class Frozen(NamedTuple):
@@ -255,7 +256,8 @@ class IndexRows:
             mean = samples.mean(dim=0, keepdim=True)
             large = mean.square().sum() > LEAST_MEAN * samples.square().sum() / len(samples)
             frame.append(mean.float() if large else torch.zeros_like(mean).float())
-            squares = (samples - frame[-1].double()).square().mean(dim=0)  # of columns
+            few = samples[:: -(-len(samples) // SPREAD_ROWS)]
+            squares = (few - frame[-1].double()).square().mean(dim=0)  # of columns
             ends = self.layout.ladder[:-1]
             # A rotation gives the columns between two dims the same.
             rotated = [slab.mean().expand(len(slab)) for slab in squares.tensor_split(ends)]
