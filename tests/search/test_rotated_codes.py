@@ -222,3 +222,15 @@ def test_queries_of_any_size(metric):
     for size in (1e-30, 1e-12, 1e12):
         q = size * nested(5, 1, [7], 10.0)
         exact(index, q, nested(3000, 0, [7], 10.0), index.ids)
+
+
+def test_a_device_keeps_what_a_host_reads(tmp_path):
+    x, q = nested(300, 0, [7], 30.0), nested(3, 1, [7], 30.0)
+    host, device = made(), made(device="cuda")
+    for index in (host, device):
+        index.add(x)
+    assert is_rotated(device)
+    assert torch.equal(device.search(q, 5, exact=True).ids, host.search(q, 5, exact=True).ids)
+    device.save(tmp_path)
+    same(host, MatryoshkaIndex.load(tmp_path, verify=True), q)
+    assert is_rotated(MatryoshkaIndex.load(tmp_path, device="cuda"))

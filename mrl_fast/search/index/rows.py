@@ -285,8 +285,10 @@ class IndexRows:
 def _signs(width: int) -> Tensor:
     """``[1, width]`` fp32 of 1 and -1 at random, the same ones always."""
     generator = torch.Generator(memory.HOST).manual_seed(0)
-    signs = torch.randint(2, (1, width), generator=generator, device=memory.HOST)
-    return (2 * signs - 1).float()
+    signs = torch.randint(
+        2, (1, width), generator=generator, dtype=torch.float32, device=memory.HOST
+    )
+    return 2 * signs - 1
 
 
 def _check_last(last: int) -> None:
