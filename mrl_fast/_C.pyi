@@ -63,7 +63,8 @@ class Rows:
         code_dim: int,
         dtype: int,
         levels: list[int],
-        ladder: tuple[list[int], int, int],  # dims, the centre's address, the metric's number
+        # dims, the centre's address, the metric's number, the signs' address
+        ladder: tuple[list[int], int, int, int],
         width: int,  # columns that the statistics are of; 0: there are none
         /,
     ) -> None: ...

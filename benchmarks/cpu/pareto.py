@@ -37,6 +37,7 @@ from benchmarks.search_rivals import (
 )
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.experiments.demo.report import save
+from mrl_fast.shared.types import Stage
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -68,7 +69,7 @@ def ours(case: Case) -> list[Point]:
     index.add(case.x)
     cost = time.perf_counter() - begin, index.nbytes / len(index)
 
-    def by_stages(stages: list[tuple[int, ...]]) -> Search:
+    def by_stages(stages: list[Stage]) -> Search:
         return lambda q, k: index.search(q, k, stages=stages).ids
 
     index.build_graph(progress=False)

@@ -13,12 +13,13 @@ namespace {
 using SpanFields = std::tuple<int64_t, int64_t, Address<float>, Address<uint8_t>, Address<void>,
                               int64_t, Address<float>, int64_t, Address<int64_t>, Address<uint8_t>,
                               Address<uint8_t>, Address<uint8_t>, Address<float>>;
-using LadderFields = std::tuple<std::vector<int64_t>, Address<float>, int>;
+using LadderFields = std::tuple<std::vector<int64_t>, Address<float>, int, Address<float>>;
 
 Rows rows_of(const std::vector<SpanFields>& spans, int64_t packed_dim, int64_t code_dim, int dtype,
              const std::vector<int64_t>& levels, const LadderFields& ladder, int64_t width) {
-    const auto& [dims, centre, metric] = ladder;
-    Rows rows = {{},   packed_dim, code_dim, DType(dtype), levels, {dims, centre, Metric(metric)},
+    const auto& [dims, centre, metric, signs] = ladder;
+    Rows rows = {{},           packed_dim, code_dim,
+                 DType(dtype), levels,     {dims, centre, Metric(metric), signs},
                  width};
     for (const SpanFields& fields : spans) rows.spans.push_back(made_of<Span>(fields));
     return rows;

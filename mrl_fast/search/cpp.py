@@ -31,7 +31,7 @@ def funnel_search(
 def row_major(database: Tensor) -> _C.Rows:
     begin = address(database, database.dtype)
     span = (0, database.shape[0], 0, 0, begin, database.stride(0), 0, 0, 0, 0, 0, 0, 0)
-    return _C.Rows([span], 0, 0, DTYPES[database.dtype], [], ([], 0, 0), 0)
+    return _C.Rows([span], 0, 0, DTYPES[database.dtype], [], ([], 0, 0, 0), 0)
 
 
 def search_rows(

@@ -232,7 +232,7 @@ def test_what_cannot_be_loaded(tmp_path):
         MatryoshkaIndex.load(folder)
     changed = manifests.signed({**manifest, "version": 5})
     (folder / "manifest.json").write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match=f"{folder}/manifest.json: version: .*2 or 3 or 4, got 5"):
+    with pytest.raises(ValueError, match=f"{folder}/manifest.json: version: .* 3 or 4, got 5"):
         MatryoshkaIndex.load(folder)
     nothing = tensorfile.write(
         folder / "alive-00000001.safetensors", {"alive": (torch.int64, (0,))}, {"alive": []}

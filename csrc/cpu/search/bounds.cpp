@@ -31,7 +31,7 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
       terms(terms_of(metric_)),
       dim(dim_),
       k(k_),
-      margin(rounding(dim_)),
+      margin(rounding(dim_) + (laddered() && rows_.ladder.signs ? ROTATION_ROUNDING : 0.0)),
       theta(queries.n),
       touched(queries.n) {
     if (is_whole()) levels = rows.levels;
@@ -47,6 +47,7 @@ Problem::Problem(const Kernels& kernels_, const Rows& rows_, const Queries& quer
         data.push_back(query);
         norm.push_back(std::sqrt(kernels.dot64(query, query, dim)));
         head.push_back(std::sqrt(kernels.dot64(less.data(), less.data(), prefix())));
+        if (laddered()) rotate(rows.ladder, dim, less.data());
         theta[q] = -INFINITY;
         touched[q] = 0;
         for (int64_t level : levels)

@@ -4,7 +4,8 @@
 //   ⟨q, x⟩ <= S + ‖q_tail‖·‖x_tail‖.
 // Where the prefix has int8 codes, which stand for q̂ and x̂:
 //   ⟨q, x⟩ <= ⟨q̂, x̂⟩ + ‖q − q̂‖·‖x̂‖ + ‖q‖·‖x − x̂‖ + ‖q_tail‖·‖x_tail‖.
-// A ladder codes all columns of q − c and x − c, c a centre; Ladder lists the terms that this adds.
+// A ladder codes all columns of q − c and x − c, c a centre, both perhaps rotated; Ladder lists the
+// terms that the centre adds.
 // Each bound has room for the rounding of what it is computed from. A row is dropped where its
 // bound is below θ, the k-th best fp64 score of the rows seen so far.
 #pragma once

@@ -50,6 +50,27 @@ CodedQuery signs_of(const float* x, int64_t dim) {
     return query;
 }
 
+// Multiplies columns by signs and the normalised Hadamard matrix; there are a power of two.
+void transform(const float* signs, int64_t cols, float* y) {
+    const float scale = float(1.0 / std::sqrt(double(cols)));
+    for (int64_t c = 0; c < cols; ++c) y[c] *= signs[c] * scale;
+    for (int64_t half = 1; half < cols; half *= 2)
+        for (int64_t first = 0; first < cols; first += 2 * half)
+            for (int64_t c = first; c < first + half; ++c) {
+                const float one = y[c], other = y[c + half];
+                y[c] = one + other;
+                y[c + half] = one - other;
+            }
+}
+
+// Rotates the columns [from, to) of a vector.
+void rotate_slab(const float* signs, int64_t from, int64_t to, float* y) {
+    int64_t cols = 1;
+    while (2 * cols <= to - from) cols *= 2;
+    transform(signs + from, cols, y + from);
+    if (from + cols < to) transform(signs + to - cols, cols, y + to - cols);
+}
+
 }  // namespace
 
 float quantize(const float* x, int64_t dim, float least, int8_t* codes) {
@@ -110,12 +131,23 @@ void centred(const float* x, const float* centre, int64_t dim, float* y) {
     for (int64_t c = 0; c < dim; ++c) y[c] = centre ? x[c] - centre[c] : x[c];
 }
 
+void rotate(const Ladder& ladder, int64_t dim, float* y) {
+    if (!ladder.signs) return;
+    int64_t from = 0;
+    for (int64_t to : ladder.dims) {
+        if (to > dim) break;
+        rotate_slab(ladder.signs, from, to, y);
+        from = to;
+    }
+}
+
 LadderCoder::LadderCoder(const Kernels& kernels, const Ladder& ladder)
     : kernels_(kernels),
       ladder_(ladder),
       width_(ladder.dims.empty() ? 0 : ladder.dims.back()),
       steps_(code_steps(Source::NIBBLES, width_)),
       centre_(steps_ * 8),
+      zeros_(steps_ * 8),
       beside_(steps_ * 8),
       codes_(steps_ * 8),
       nibbles_(TILE * steps_),
@@ -140,12 +172,19 @@ const LadderStats& LadderCoder::code(const float* x, int lane, uint8_t* lows) {
 // Computes the statistics of each prefix.
 void LadderCoder::describe(const float* x) {
     const MetricTerms& terms = terms_of(ladder_.metric);
-    sums_ = {};
+    sums_ = coded_ = {};
     for (int64_t i = 0, from = 0; i < int64_t(ladder_.dims.size()); from = ladder_.dims[i++]) {
         kernels_.add_prefix(x + from, centre_.data() + from, ladder_.dims[i] - from,
                             beside_.data() + from, &sums_);
+        if (ladder_.signs) {
+            float* y = beside_.data() + from;
+            rotate_slab(ladder_.signs, from, ladder_.dims[i], beside_.data());
+            kernels_.add_prefix(y, zeros_.data(), ladder_.dims[i] - from, y, &coded_);
+        } else {
+            coded_ = sums_;
+        }
         const double norm = std::sqrt(sums_.square), inverse = norm > 0.0 ? 1.0 / norm : 0.0,
-                     factor = sums_.along > 0.0 ? sums_.beside / sums_.along : 0.0;
+                     factor = coded_.along > 0.0 ? coded_.beside / coded_.along : 0.0;
         stats_.factors[i] = float(terms.normalized ? factor * inverse : factor);
         stats_.terms[i] = float(terms.normalized       ? sums_.of_centre * inverse
                                 : terms.squares > 0.0f ? sums_.beside
@@ -153,7 +192,7 @@ void LadderCoder::describe(const float* x) {
         stats_.inverses[i] = float(inverse);
     }
     stats_.norm = std::sqrt(sums_.square);
-    stats_.size = std::sqrt(sums_.beside);
+    stats_.size = std::sqrt(coded_.beside);
 }
 
 // How far from 0 codes reach: to the largest value, or less where the error of what lies beyond is
@@ -161,9 +200,9 @@ void LadderCoder::describe(const float* x) {
 float LadderCoder::reach() const {
     constexpr float DEVIATIONS = 2.7f;  // with 16 codes, best for normally distributed values
     constexpr float WORTH = 1.15f;      // so much finer codes save more than eight bits then lose
-    const float largest = sums_.largest;
+    const float largest = coded_.largest;
     if (largest < TINY) return 0.0f;
-    const float reach = DEVIATIONS * float(std::sqrt(sums_.beside / double(width_)));
+    const float reach = DEVIATIONS * float(std::sqrt(coded_.beside / double(width_)));
     if (!(WORTH * reach < largest)) return largest;
     const float beyond = kernels_.square_beyond(beside_.data(), steps_, reach);
     const auto rounded = [&](double to) { return double(width_) * to * to / (64.0 * 12.0); };

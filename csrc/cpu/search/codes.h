@@ -10,7 +10,8 @@
 // NIBBLES are the first four: byte j of a step has column j in its low half, column j + 4 in its
 // high one. SIGNS are the first: bit j of a step's byte is column j. The last four, lows, are read
 // of few rows, and lie row by row: byte j has column j in its low half, and in its high one that of
-// so many columns later as a row has bytes. Vectors are coded less a centre, where one is given.
+// so many columns later as a row has bytes. Vectors are coded less a centre, where one is given,
+// and rotated, where signs are.
 #pragma once
 
 #include "cpu/search/search.h"
@@ -56,17 +57,27 @@ void put_codes(const Codes& codes, int64_t row, uint8_t* tiles);
 // y = x − centre, which may be null.
 void centred(const float* x, const float* centre, int64_t dim, float* y);
 
+// Rotates the columns from one of the ladder's dims to the next among themselves, up to `dim`, one
+// of them, so that a few large ones spread over all; norms and inner products of prefixes stay. The
+// columns are multiplied by the signs and the normalised Hadamard matrix: the first 2ⁿ, and where
+// these are not all the last 2ⁿ, n as great as can be.
+void rotate(const Ladder& ladder, int64_t dim, float* y);
+
+// Room for the rounding of two vectors that are rotated, as a share of their norms' product: each
+// is rounded at most twice 12 + 2 times, for every sum and the scale, by 2⁻²⁴ of its norm at most.
+constexpr double ROTATION_ROUNDING = 0x1p-18;
+
 // The statistics of a row beside its codes; norms are not rounded up yet.
 struct LadderStats {
     double norm;       // of the row
-    double size;       // of the row less the centre
+    double size;       // of the row less the centre, as it is coded
     double error;      // of the row less the centre and what four bits stand for, rounded up
     double low_error;  // the same of eight bits
     float scale;       // of four bits' codes
     std::vector<float> factors, terms, inverses;  // [dims], see Ladder
 };
 
-// Codes rows less the centre, a tile at a time.
+// Codes rows less the centre and rotated, a tile at a time.
 class LadderCoder {
   public:
     LadderCoder(const Kernels& kernels, const Ladder& ladder);
@@ -82,11 +93,11 @@ class LadderCoder {
     const Kernels& kernels_;
     const Ladder& ladder_;
     int64_t width_, steps_;
-    std::vector<float> centre_, beside_;  // [steps, 8]; y
-    std::vector<int32_t> codes_;          // [steps, 8]: eight bits of the row coded last
-    std::vector<uint32_t> nibbles_;       // [TILE, steps]: of the rows coded last
-    std::vector<float> tile_;             // [steps, TILE]: nibbles by steps
-    PrefixSums sums_;
+    std::vector<float> centre_, zeros_, beside_;  // [steps, 8]; the last is y
+    std::vector<int32_t> codes_;                  // [steps, 8]: eight bits of the row coded last
+    std::vector<uint32_t> nibbles_;               // [TILE, steps]: of the rows coded last
+    std::vector<float> tile_;                     // [steps, TILE]: nibbles by steps
+    PrefixSums sums_, coded_;                     // before y is rotated, and after
     LadderStats stats_;
 };
 

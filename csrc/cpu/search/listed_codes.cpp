@@ -60,6 +60,7 @@ CodeRanker::CodeRanker(const Kernels& kernels, const Rows& rows, const float* qu
     const int64_t width = ladder.dims.back();
     std::vector<float> less(width);
     centred(query, ladder.centre, width, less.data());
+    rotate(ladder, width, less.data());
     query_ = code_query(kernels, Source::NIBBLES, less.data(), width);
     const int64_t bytes = low_bytes(width);
     by_step_.resize(2 * bytes);

@@ -150,6 +150,7 @@ std::vector<CodedQuery> Scanner::code_all(const Kernels& kernels, const Ladder& 
     const float* centre = stage.source == Source::CODES ? nullptr : ladder.centre;
     for (int64_t q = 0; q < queries.n && of_codes(stage.source); ++q) {
         centred(queries.data + q * queries.stride, centre, stage.dim, less.data());
+        rotate(ladder, stage.dim, less.data());
         coded.push_back(code_query(kernels, stage.source, less.data(), stage.dim));
     }
     return coded;

@@ -31,8 +31,8 @@ enum TileStat : int {
 
 // Codes of all columns, of which a first stage reads the signs of a prefix or the first four bits,
 // and later ones the first four or all eight of listed rows; see codes.h. Let c be the centre, y =
-// x − c and p = q − c. Then S = Σ ±p, by the signs of y, estimates ⟨p, y⟩ as S · ‖y‖² / ‖y‖₁, and a
-// score is
+// x − c and p = q − c, both rotated where there are signs. Then S = Σ ±p, by the signs of y,
+// estimates ⟨p, y⟩ as S · ‖y‖² / ‖y‖₁, and a score is
 //   ⟨q, x⟩ = ⟨q, c⟩ + ⟨p, y⟩ + ⟨c, y⟩  or  −‖q − x‖² = 2⟨p, y⟩ − ‖y‖² − ‖p‖².
 // For each prefix of dims a row has a factor, ‖y‖² / ‖y‖₁, and a term: ⟨c, x⟩, or ‖y‖² where
 // squares count. Where norms divide, factor and term are divided by ‖x‖, and there is an inverse, 1
@@ -41,6 +41,7 @@ struct Ladder {
     std::vector<int64_t> dims;  // ascending; the last is all columns; none: there are no such codes
     const float* centre;        // [width]; null is 0
     Metric metric;
+    const float* signs = nullptr;  // [width] of 1 and −1, see rotate(); null: nothing is rotated
     // Whether a row's score has a term beside ⟨p, y⟩.
     bool has_terms() const { return terms_of(metric).squares > 0.0f || centre; }
     int64_t place(int64_t dim) const {

@@ -26,7 +26,7 @@ class Contents(NamedTuple):
         fields: The manifest's fields of the index itself, as JSON.
         blocks, counts: Blocks of rows and how many rows each has: whole tiles in all but the last.
         alive: ``[tiles]`` int64, the live mask; None: no row was removed.
-        axes: ``[n, D]`` fp32: the rotation's axes, then the centre of the codes.
+        axes: ``[n, D]`` fp32, as ``Layout.use`` takes them.
         graph: Over the first rows; None: there is none.
     """
 
@@ -94,9 +94,9 @@ def alive_file(count: int) -> IndexFile:
     return IndexFile("alive", {"alive": (torch.int64, (-(-count // TILE),))})
 
 
-def axes_file(layout: Layout) -> IndexFile:
-    """The rotation's axes and the centre of the codes."""
-    return IndexFile("axes", {"axes": (torch.float32, (layout.axes, layout.width))})
+def axes_file(layout: Layout, version: int) -> IndexFile:
+    """What vectors are given in, in a version of the files."""
+    return IndexFile("axes", {"axes": (torch.float32, (layout.axes(version), layout.width))})
 
 
 def graph_file(layout: Layout, rows: int, entries: int) -> IndexFile:
@@ -129,7 +129,7 @@ class Files(NamedTuple):
                 for segment in segments
             ],
             alive and alive_file(count).open(folder, alive),
-            axes and axes_file(layout).open(folder, axes),
+            axes and axes_file(layout, manifest["version"]).open(folder, axes),
             graph and graph_file(layout, graph["rows"], graph["entries"]).open(folder, graph),
         )
 

@@ -27,7 +27,7 @@ from mrl_fast.search.disk.contents import (
     graph_file,
     rows_file,
 )
-from mrl_fast.search.index.blocks import VERSION, Block, Layout
+from mrl_fast.search.index.blocks import Block, Layout
 from mrl_fast.search.index.graph import RowGraph
 from mrl_fast.shared.native import TILE
 
@@ -152,6 +152,8 @@ def _contents(files: Files, manifest: dict[str, Any], layout: Layout) -> Content
         if not bool(torch.isfinite(axes).all()):
             raise ValueError(f"{files.axes.path}: axes: expected finite values")
     layout.use(axes)
+    if files.axes and layout.signs is not None and not bool((layout.signs.abs() == 1).all()):
+        raise ValueError(f"{files.axes.path}: axes: expected signs, 1 and -1, in the last row")
     blocks = []
     for file, used in zip(files.rows, counts, strict=True):
         try:
@@ -204,12 +206,12 @@ class _NewFiles:
             written = self._put(file, {name: [x] for name, x in graph.arrays.items()})
             graph_entry = {"rows": graph.rows, "entries": graph.entries, **written}
         return manifests.new(
-            layout.version if graph is None else VERSION,
+            layout.version,
             **contents.fields,
             generation=self.generation,
             segments=segments,
             alive=put(alive_file(count), contents.alive),
-            axes=put(axes_file(layout), contents.axes),
+            axes=put(axes_file(layout, layout.version), contents.axes),
             **({} if graph is None else {"graph": graph_entry}),
         )
 

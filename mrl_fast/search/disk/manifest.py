@@ -15,14 +15,13 @@ from mrl_fast.search.index.graph import ENTRIES
 from mrl_fast.shared.native import TILE
 
 FORMAT = "mrl_fast index"
-VERSIONS = 1, 2, 3, VERSION  # that can be read
+VERSIONS = tuple(range(1, VERSION + 1))  # that can be read
 FILE = "manifest.json"
 NAME = re.compile(r"(rows|alive|axes|graph)-(\d{8})\.safetensors")
 MANIFEST_BYTES = 1 << 20  # at most; parsed, it may take 25 times that
 ROWS = (1 << 32) - 1  # at most
 INDEX_FIELDS = ("dims", "metric", "dtype", "prefix_dtype", "codes", "rotation", "next_id", "tuned")
 FIELDS = ("format", "version", "generation", *INDEX_FIELDS, "segments", "alive", "axes", "sha256")
-SINCE = {"codes": 2, "graph": VERSION}  # the first version that has a field
 PATIENCE_S = 20.0  # to wait for a folder that is saved to again and again
 
 T = TypeVar("T")
@@ -91,8 +90,12 @@ def completed(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def stored(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The fields that its version has."""
-    return {n: x for n, x in manifest.items() if manifest["version"] >= SINCE.get(n, 1)}
+    """The fields that are written: those that its version has, and a graph where there is one."""
+    without = [
+        *(["codes"] if manifest["version"] == 1 else []),
+        *([] if manifest["graph"] else ["graph"]),
+    ]
+    return {name: value for name, value in manifest.items() if name not in without}
 
 
 def read_or_none(path: Path) -> dict[str, Any] | None:
@@ -153,10 +156,10 @@ def _check(file: Path, manifest: dict[str, Any], digest: str | None) -> None:
     known = get("version") in VERSIONS and type(get("version")) is int
     need(known, "version", " or ".join(map(str, VERSIONS)), get("version"))
     need(get("sha256") == digest, "sha256", f"{digest}", get("sha256"))
-    fields = {*FIELDS, "graph"}.difference(
-        n for n, first in SINCE.items() if manifest["version"] < first
+    fields = set(FIELDS).difference(["codes"] if manifest["version"] == 1 else [])
+    need(
+        set(manifest) - {"graph"} == fields, "fields", ", ".join(FIELDS), sorted(map(str, manifest))
     )
-    need(set(manifest) == fields, "fields", ", ".join(FIELDS), sorted(map(str, manifest)))
     need(whole(get("generation"), 1, 10**8 - 1), "generation", "a number", get("generation"))
     need(whole(get("next_id"), 0, 2**63 - 1), "next_id", "an id", get("next_id"))
     segments = manifest["segments"]

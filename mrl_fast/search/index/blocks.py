@@ -29,14 +29,16 @@ class Layout:
 
     Attributes:
         centre: ``[D]`` fp32, what codes of all columns are less; None is 0, or there are none.
-        axes: How many vectors say what rows are given in: the rotation's, and the centre.
+        signs: ``[D]`` fp32 of 1 and -1, by which codes of all columns are rotated between the dims;
+            None: they are not, or there are none.
     """
 
     def __init__(self, config: IndexConfig):
         self.coded, self.width, self.code = config.coded, config.width, config.code
         self.dtype, self.metric = config.stored_dtype, METRICS[config.metric]
         self.centre: Tensor | None = None
-        self.axes = config.width * (config.rotation is not None) + self.code.whole
+        self.signs: Tensor | None = None
+        self._rotation = config.width * (config.rotation is not None)
         self.packed = self.coded if self.code.exact else 0  # the suffix's first column
         self.ladder = list(config.dims) if self.code.whole else []
         self.levels = []  # columns where a suffix's norm is known: the prefix, doubled and doubled
@@ -48,7 +50,12 @@ class Layout:
     @property
     def version(self) -> int:
         """The first version of the files whose arrays are as today's."""
-        return 3 if self.ladder else 2
+        return 2 if not self.ladder else 3 if self.signs is None else 4
+
+    def axes(self, version: int) -> int:
+        """How many vectors a version's files say that rows are given in, as ``use`` takes them."""
+        codes = (1 if version < 4 else 2) if self.ladder else 0
+        return self._rotation + codes
 
     @property
     def stats(self) -> int:
@@ -79,13 +86,18 @@ class Layout:
         return self.parts(0, version) == self.parts(0)
 
     def use(self, frame: Tensor | None) -> None:
-        """Takes what vectors are given in: the rotation's axes, then the centre of the codes."""
+        """Takes what vectors are given in: the rotation's axes, then the centre of the codes, and
+        their signs where they are rotated."""
         if frame is not None and self.ladder:
-            self.centre = frame[-1] if bool(frame[-1].any()) else None
+            centre, *signs = frame[self._rotation :]
+            self.centre = centre if bool(centre.any()) else None
+            self.signs = signs[0] if signs else None
 
     def rows(self, spans: list[tuple[int, ...]]) -> _C.Rows:
         code_dim = 0 if self.code.exact or self.code.whole else self.coded
-        ladder = (self.ladder, address(self.centre, F32), self.metric.number)
+        ladder = (
+            self.ladder, address(self.centre, F32), self.metric.number, address(self.signs, F32)
+        )  # fmt: skip
         return _C.Rows(
             spans, self.packed, code_dim, DTYPES[self.dtype], self.levels, ladder, self.width
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrl_fast.search.disk.manifest import VERSION, VERSIONS, completed
+from mrl_fast.search.disk.manifest import VERSIONS, completed
 from mrl_fast.search.index.graph import RowGraph, parts
 from mrl_fast.search.index.rows import Frozen
 from mrl_fast.shared import memory
@@ -34,7 +34,7 @@ def state_of(index: Any) -> dict[str, Any]:
     """What pickle keeps of a MatryoshkaIndex: the path and the checksum of the folder that it was
     loaded from, if it is still as that has it; else its arrays."""
     with index._rows.changing():
-        state: dict[str, Any] = {"version": VERSION, "device": index.device}
+        state: dict[str, Any] = {"version": index._rows.layout.version, "device": index.device}
         if index._is_as_loaded():
             manifest = index._saved.manifest
             at = {name: manifest[name] for name in ("generation", "sha256")}
@@ -85,8 +85,7 @@ def restore(index: Any, state: dict[str, Any]) -> None:
     if live is not None:
         live = _tensor(live, torch.int64, (live.nbytes // 8,))
     if axes is not None:
-        axes = _tensor(axes, torch.float32, (layout.axes, layout.width))
-    layout.use(axes)
+        axes = _tensor(axes, torch.float32, (layout.axes(state["version"]), layout.width))
     graph = state.get("graph")
     if graph is not None:
         rows, data = graph

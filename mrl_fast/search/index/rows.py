@@ -29,6 +29,8 @@ from mrl_fast.shared.locks import Lock
 
 LARGEST_ID = (1 << 63) - 2  # one more is an int64 too
 GRAPH_ROWS = 1 << 31  # fewer can be numbered in a graph
+# Of a rotation of codes: vectors read, and how many times less uneven it makes columns' squares.
+SPREAD_ROWS, LEAST_GAIN = 1 << 9, 6
 
 
 class Frozen(NamedTuple):
@@ -58,7 +60,7 @@ class IndexRows:
         self.layout = Layout(config)
         self._added = scaled.values_dtype(config.stored_dtype)  # of vectors as they are stored
         self.rotation = None if config.rotation is None else Rotation(config.width)
-        self.frame: Tensor | None = None  # [n, D] fp32: the rotation's axes, then codes' centre
+        self.frame: Tensor | None = None  # [n, D] fp32, what vectors are given in: see Layout.use
         with self.changing():
             self.store: RowStore = self.backend.new_store(self.layout, config)
             # For a chunk that is converted: a new one each time would leave holes among the blocks.
@@ -76,8 +78,8 @@ class IndexRows:
         return self.store.snapshot
 
     def fit(self, samples: Any) -> None:
-        """Fits the rotation and codes' centre to samples, instead of to the first vectors that are
-        added.
+        """Fits the rotation, and codes' centre and whether they are rotated, to samples instead
+        of to the first vectors that are added.
 
         Args:
             samples: ``[n, D]`` floating point; a few times D of them are enough.
@@ -86,7 +88,7 @@ class IndexRows:
             ValueError, TypeError: An index without rotation and codes, or one that held vectors
                 already; samples of a wrong shape or dtype, NaN or infinite values, or none.
         """
-        if not self.layout.axes:
+        if self.rotation is None and not self.layout.ladder:
             raise ValueError("rotation: expected 'pca' or codes where samples are given, got None")
         x = inputs.vectors(samples, "samples", self.config.width)
         if not len(x):
@@ -274,7 +276,8 @@ class IndexRows:
                 self.next_id = next_id
 
     def _set_frame(self, x: Tensor) -> None:
-        """Sets the frame: the rotation's axes and the codes' centre."""
+        """Sets the frame: the rotation's axes, the codes' centre, and signs where a few columns are
+        so much larger about it than others that codes lose by it."""
         axes = None if self.rotation is None else self.rotation.axes
         frame = [] if axes is None else [axes]
         if self.layout.ladder:
@@ -282,6 +285,13 @@ class IndexRows:
             if self.rotation is not None:
                 samples = self.rotation.apply(samples)
             frame.append(centre_of(samples))
+            few = samples[:: -(-len(samples) // SPREAD_ROWS)].double()
+            squares = (few - frame[-1].double()).square().mean(dim=0)  # of columns
+            ends = self.layout.ladder[:-1]
+            # A rotation gives the columns between two dims the same.
+            rotated = [slab.mean().expand(len(slab)) for slab in squares.tensor_split(ends)]
+            if squares.square().sum() > LEAST_GAIN * torch.cat(rotated).square().sum():
+                frame.append(_signs(self.config.width))
         self._use_frame(torch.cat(frame) if frame else None)
 
     def _use_frame(self, frame: Tensor | None) -> None:
@@ -299,6 +309,15 @@ class IndexRows:
         stored = self._converted[: len(part)].copy_(part)
         check_finite(stored, "vectors as " + str(self._added).removeprefix("torch."))
         return stored
+
+
+def _signs(width: int) -> Tensor:
+    """``[1, width]`` fp32 of 1 and -1 at random, the same ones always."""
+    generator = torch.Generator(memory.HOST).manual_seed(0)
+    signs = torch.randint(
+        2, (1, width), generator=generator, dtype=torch.float32, device=memory.HOST
+    )
+    return 2 * signs - 1
 
 
 def _check_last(last: int) -> None:

@@ -160,7 +160,7 @@ class RowStore:
             spans += mine
             copies += its
             first += count
-        kept = copies, self.layout.centre
+        kept = copies, self.layout.centre, self.layout.signs
         now = Snapshot(self.layout.rows(spans), blocks, counts, live, kept, before)
         now.graph = self.graph
         if self.mirror is not None:

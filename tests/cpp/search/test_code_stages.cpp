@@ -19,6 +19,7 @@ UNWATCHED std::vector<float> code_scores(const Case& c, int64_t q, int bits) {
     const float* query = c.queries.row(q);
     std::vector<float> less(WIDTH);
     centred(query, c.setup.ladder.centre, WIDTH, less.data());
+    rotate(c.setup.ladder, WIDTH, less.data());
     const Codes coded = encode(less.data(), WIDTH);
     double unit = terms.product, of_centre = 0.0;
     if (terms.normalized) unit *= query_scale(query, WIDTH);
@@ -136,8 +137,8 @@ void check_gathered(const Case& c, const Kernels& kernels) {
 void test_code_stages() {
     std::mt19937 random(31);
     for (Metric metric : EVERY_METRIC)
-        for (bool centred : {false, true}) {
-            const Setup setup(metric, centred, random);
+        for (const Frame& frame : FRAMES) {
+            const Setup setup(metric, frame, random);
             const Table table = rows_beside(setup, 430, random);
             const QueryRows queries(table, 7, random);
             std::vector<uint64_t> mask(9);  // of the spans' tiles
