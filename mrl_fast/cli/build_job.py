@@ -14,6 +14,7 @@ from mrl_fast.cli.inputs import Vectors, naming_ids, naming_rows
 from mrl_fast.cli.output import Checkpoints, note, progress
 from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.index import MatryoshkaIndex
+from mrl_fast.search.index.codes import MEAN_ROWS
 from mrl_fast.shared.arrays import as_tensor
 
 CHECKPOINT_BYTES = 1 << 28  # of vectors as fp32
@@ -42,10 +43,15 @@ def build(
     index = MatryoshkaIndex(dims, **settings)
     if (out / manifests.FILE).exists() and not overwrite:
         index = MatryoshkaIndex.load(out)
-        _check_same(index, {"dims": tuple(sorted(dims)), **settings}, out)
+        asked = {"dims": tuple(sorted(dims)), **settings}
+        if asked["prefix_dtype"] is None:  # whatever it was begun with
+            del asked["prefix_dtype"]
+            if asked["codes"] is None:
+                del asked["codes"]
+        _check_same(index, asked, out)
         _check_rows(index, vectors, out)
     else:
-        if settings["rotation"] or settings["codes"]:
+        if index.config.rotation or index.codes:
             _fit(index, vectors)
         if new := not (out / manifests.FILE).exists():
             index.save(out)
@@ -70,7 +76,8 @@ def build(
 
 
 def _fit(index: MatryoshkaIndex, vectors: Vectors) -> None:
-    samples = vectors.matrix(max(1, FIT_BYTES // (4 * vectors.width)))
+    rows = FIT_BYTES // (4 * vectors.width) if index.config.rotation else MEAN_ROWS
+    samples = vectors.matrix(max(1, rows))
     with naming_rows(vectors, samples, 0):
         index.fit(samples)
 

@@ -74,7 +74,7 @@ class MatryoshkaVectorStore(VectorStore):
         *,
         metric: str = "cosine",
         dtype: str = "float32",
-        prefix_dtype: str = "float32",
+        prefix_dtype: str | None = None,
         rotation: str | None = None,
     ):
         self._embedding = embedding

@@ -79,7 +79,7 @@ class MatryoshkaVectorStore(BasePydanticVectorStore):
         *,
         metric: str = "cosine",
         dtype: str = "float32",
-        prefix_dtype: str = "float32",
+        prefix_dtype: str | None = None,
         rotation: str | None = None,
     ):
         super().__init__(stores_text=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ class Shape:
     def __init__(self, rows, dims, dtype="float32", prefix_dtype="float32"):
         self.rows, self.dims, self.device = rows, dims, "cpu"
         self.config = IndexConfig(dims, "ip", dtype, prefix_dtype)
+        self._rows = SimpleNamespace(snapshot=SimpleNamespace(graph=None, on_disk=False))
 
     def __len__(self):
         return self.rows

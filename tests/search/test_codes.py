@@ -211,3 +211,17 @@ def test_codes_have_the_same_bits_on_every_instruction_set(dtype, metric, monkey
         made.append([arrays["stats"][:, :192], *whole])  # of the tiles that are full
     for arrays in made:
         assert all(map(torch.equal, arrays, made[-1]))
+
+
+@pytest.mark.quick
+def test_which_codes_an_index_has_by_default():
+    def codes(dims, **options):
+        index = MatryoshkaIndex(dims, **options)
+        return index.codes, index.prefix_dtype
+
+    assert codes((64, 128)) == codes((128,)) == codes((64, 8192)) == ("bits", "float32")
+    assert codes((32, 127)) == codes((64, 8193)) == (None, "float32")
+    assert codes((64, 256), dtype="float16") == codes((64, 256), dtype="int8") == (None, "float32")
+    assert codes((64, 256), prefix_dtype="float32") == (None, "float32")
+    assert codes((64, 256), prefix_dtype="int8") == (None, "int8")
+    assert codes((16, 32), codes="bits") == ("bits", "float32")

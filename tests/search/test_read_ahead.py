@@ -15,7 +15,7 @@ SEARCHES = {
     "bits": ({"codes": "bits"}, {"stages": [(WIDTH, 1, KEEP), (WIDTH, K)]}),
     "bits exact": ({"codes": "bits"}, {"exact": True}),
     "int8": ({"prefix_dtype": "int8"}, {"stages": [(64, KEEP), (WIDTH, K)]}),
-    "prefix": ({}, {"stages": [(64, KEEP), (WIDTH, K)]}),
+    "prefix": ({"prefix_dtype": "float32"}, {"stages": [(64, KEEP), (WIDTH, K)]}),
 }
 
 

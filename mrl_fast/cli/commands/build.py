@@ -36,17 +36,18 @@ Dtype = Annotated[
     typer.Option(help="What vectors are rounded to and stored as."),
 ]
 PrefixDtype = Annotated[
-    Literal["float32", "int8"],
+    Literal["float32", "int8"] | None,
     typer.Option(
-        help="What the first prefix is scanned as. int8 reads a quarter of the bytes; scores are "
-        "always made of the vectors as stored."
+        help="Without codes, what the first prefix is scanned as. int8 reads a quarter of the "
+        "bytes; scores are always made of the vectors as stored."
     ),
 ]
 Codes = Annotated[
     Literal["bits"] | None,
     typer.Option(
         help="bits: one, four and eight bits of every column beside the vectors. Exact search then "
-        "reads four bits of all rows, and stages dim:1:keep one; it takes 9 bits a column more."
+        "reads four bits of all rows, and stages dim:1:keep one; it takes 9 bits a column more. "
+        "The default for float32 vectors of 128 to 8192 columns, without --prefix-dtype."
     ),
 ]
 Rotation = Annotated[
@@ -80,7 +81,7 @@ def build(
     dims: Dims = None,
     metric: Metric = "cosine",
     dtype: Dtype = "float32",
-    prefix_dtype: PrefixDtype = "float32",
+    prefix_dtype: PrefixDtype = None,
     codes: Codes = None,
     rotation: Rotation = None,
     ids: Ids = None,

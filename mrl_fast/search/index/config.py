@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,17 @@ DTYPES = {
 }
 ROTATIONS = ("pca",)
 WIDTH = 1 << 24  # at most
+
+
+CODED_WIDTHS = 128, 1 << 13  # of indexes that have codes where nothing else is asked for
+
+
+def default_codes(dims: Sequence[int], dtype: str, device: str) -> str | None:
+    """What codes an index has where neither these nor a prefix_dtype are asked for: those that make
+    its exact search fast, where they take little beside its vectors."""
+    least, most = CODED_WIDTHS
+    fitting = least <= max(dims) <= most and dtype == "float32" and device == "cpu"
+    return "bits" if fitting else None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mrl_fast.search.index import cost, tuning
 from mrl_fast.search.index import validate as inputs
-from mrl_fast.search.index.config import IndexConfig
+from mrl_fast.search.index.config import IndexConfig, default_codes
 from mrl_fast.search.index.graph import LEAST_SHARE, walks
 from mrl_fast.search.index.persistence import Persistent
 from mrl_fast.search.index.queries import checked_queries
@@ -72,16 +72,17 @@ class MatryoshkaIndex(Persistent):
             no value is as large as 2e-36 becomes 0. It takes 4 bytes a row beside those of codes,
             norms and id, and no fp32 prefix: exact search reads all codes of every row, but with
             ``codes="bits"`` or ``prefix_dtype="int8"``. On a device its vectors are fp32.
-        prefix_dtype: What the first prefix is scanned as: ``"float32"``, or ``"int8"``, a quarter
-            of the bytes: a code with one scale a row, for shortlists and bounds only. Scores are
-            those of the vectors as stored.
-        codes: ``"bits"`` codes every column in eight bits, of which the first four and the first,
-            the sign, are read by themselves; less the mean of the first vectors, where that is a
-            large part of them. A stage may then rank by one or four bits, and exact search reads
-            four bits of all rows, eight of some, and the vectors of a few. It takes 9 bits a column
-            and 8 or 12 bytes a dim more. On a device rows have eight bits of every column as int8,
-            not less the mean, and 12 or 16 bytes more; by all D columns exact search and range
-            search scan these, and stages may rank by them.
+        prefix_dtype: Without codes, what the first prefix is scanned as: ``"float32"``, or
+            ``"int8"``, a quarter of the bytes: a code with one scale a row, for shortlists and
+            bounds only. Scores are those of the vectors as stored.
+        codes: ``"bits"``, the default for fp32 vectors of 128 to 8192 columns on the CPU where no
+            prefix_dtype is given, codes every column in eight bits, of which the first four and the
+            first, the sign, are read by themselves; less the mean of the first vectors, where that
+            is a large part of them. A stage may then rank by one or four bits, and exact search
+            reads four bits of all rows, eight of some, and the vectors of a few. It takes 9 bits a
+            column and 8 or 12 bytes a dim more. On a device rows have eight bits of every column as
+            int8, not less the mean, and 12 or 16 bytes more; by all D columns exact search and
+            range search scan these, and stages may rank by them.
         rotation: ``"pca"`` for vectors that were not trained to be cut: an orthogonal rotation that
             puts their energy first, fitted by ``fit`` or else on the first vectors that are added.
             Inner products, distances and full-width cosines keep their values up to rounding.
@@ -100,22 +101,16 @@ class MatryoshkaIndex(Persistent):
         *,
         metric: str = "cosine",
         dtype: str = "float32",
-        prefix_dtype: str = "float32",
+        prefix_dtype: str | None = None,
         codes: str | None = None,
         rotation: str | None = None,
         device: str = "cpu",
     ):
-        self._make(
-            IndexConfig(
-                tuple(sorted(check_dims(dims, ascending=False))),
-                metric,
-                dtype,
-                prefix_dtype,
-                codes,
-                rotation,
-                device,
-            )
-        )
+        widths = tuple(sorted(check_dims(dims, ascending=False)))
+        if prefix_dtype is None and codes is None:
+            codes = default_codes(widths, dtype, device)
+        prefix = "float32" if prefix_dtype is None else prefix_dtype
+        self._make(IndexConfig(widths, metric, dtype, prefix, codes, rotation, device))
 
     dims = property(lambda self: self.config.dims)
     metric = property(lambda self: self.config.metric)
