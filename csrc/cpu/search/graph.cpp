@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 namespace mrl {
 namespace {
@@ -15,24 +16,13 @@ constexpr uint32_t LEFT = 1u << 31;  // in a row's number: its edges were follow
 
 int64_t query_bytes(int64_t width) { return (width + 63) / 64 * 64; }
 
-NodeQuery::NodeQuery(const float* y, const Graph& graph, float factor) : t(factor) {
+NodeQuery code_query(const float* y, const Graph& graph, float t, int8_t* codes) {
     const Codes coded = encode(y, graph.width);
-    own_.assign(query_bytes(graph.width), 0);
-    std::copy_n(coded.codes.begin(), graph.width, own_.begin());
-    const int8_t* at = own_.data();
-    *this = NodeQuery(at, coded.scale, graph, factor, std::move(own_));
-}
-
-NodeQuery::NodeQuery(const int8_t* from, float unit, const Graph& graph, float factor,
-                     std::vector<int8_t> own)
-    : codes(from), scale(unit), t(factor), own_(std::move(own)) {
-    int32_t sum = 0, all = 0;
-    for (int64_t c = 0; c < graph.width; ++c) {
-        if (c < graph.dim) sum += codes[c];
-        all += codes[c];
-    }
-    signs_shift = -float(sum);
-    nibbles_shift = -7.5f * float(all);
+    std::fill_n(codes, query_bytes(graph.width), int8_t(0));
+    std::copy_n(coded.codes.begin(), graph.width, codes);
+    const int32_t prefix = std::accumulate(codes, codes + graph.dim, 0),
+                  all = std::accumulate(codes + graph.dim, codes + graph.width, prefix);
+    return {codes, coded.scale, t, -float(prefix), -7.5f * float(all)};
 }
 
 void score_nodes(const Kernels& kernels, const Graph& graph, const NodeQuery& query,

@@ -45,20 +45,14 @@ inline const NodeTerms& Graph::terms(int64_t row) const {
 
 // A query less the centre, in codes of one byte.
 struct NodeQuery {
-    // Of y [width]; t is the factor of a node's inverse.
-    NodeQuery(const float* y, const Graph& graph, float t);
-    NodeQuery(const int8_t* codes, float scale, const Graph& graph, float t,
-              std::vector<int8_t> own = {});
-    NodeQuery(NodeQuery&&) = default;  // as a vector that moves stays where it is
-    NodeQuery& operator=(NodeQuery&&) = default;
-    const int8_t* codes;  // [whole vectors]
-    float scale, t;
+    const int8_t* codes;               // [query_bytes(width)], zeros after the last column
+    float scale;                       // the value of a code of 1
+    float t;                           // the factor of a node's inverse
     float signs_shift, nibbles_shift;  // added to sums
-
-  private:
-    std::vector<int8_t> own_;
 };
-int64_t query_bytes(int64_t width);  // of codes, with zeros to whole vectors
+int64_t query_bytes(int64_t width);  // whole vectors
+// Codes y [width], which codes have room for.
+NodeQuery code_query(const float* y, const Graph& graph, float t, int8_t* codes);
 
 // Scores by four bits, of n nodes.
 void score_nodes(const Kernels& kernels, const Graph& graph, const NodeQuery& query,

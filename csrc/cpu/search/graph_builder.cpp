@@ -64,8 +64,8 @@ GraphBuilder::GraphBuilder(const Run& run, const Rows& rows, Metric metric, cons
     lists_.assign(count * SLOTS, NO_NODE);
     graph_.edges = lists_.data();
     codes_.assign(count * bytes, 0);
-    for (std::vector<float>* each : {&scales_, &factors_, &norms_, &middles_})
-        each->assign(count, 0.0f);
+    queries_.resize(count);
+    for (std::vector<float>* each : {&norms_, &middles_}) each->assign(count, 0.0f);
     scratch_.resize(run.threads);
     Ranges ranges(order_.size(), 64);
     parallel(run.threads, [&](int) {
@@ -80,7 +80,7 @@ GraphBuilder::GraphBuilder(const Run& run, const Rows& rows, Metric metric, cons
         const double more = std::sqrt(std::max(0.0, most_ - double(norms_[row]) * norms_[row]));
         auto* node = const_cast<NodeTerms*>(&graph_.terms(row));
         node->inverse = std::isfinite(more) ? float(more) : 0.0f;
-        factors_[row] = terms_.product * node->inverse;
+        queries_[row].t = terms_.product * node->inverse;
     }
 }
 
@@ -124,17 +124,10 @@ void GraphBuilder::code(int64_t row, float* y, std::vector<float>* room) {
         return uint8_t(int(std::min(std::max(at, 0.0f), 15.0f)));
     };
     for (int64_t c = 0; c < bytes; ++c) nibbles[c] = uint8_t(four(y[c]) | four(y[bytes + c]) << 4);
-    const Codes coded = encode(y, width);
-    std::copy_n(coded.codes.begin(), width, codes_.begin() + row * query_bytes(width));
-    scales_[row] = coded.scale;
     norms_[row] = float(norm);
     middles_[row] = centre_ ? float(kernels.dot64(y, centre_, width)) : 0.0f;
-    if (terms_.normalized) factors_[row] = terms_.product * middles_[row];
-}
-
-NodeQuery GraphBuilder::query_of(uint32_t row) const {
-    return NodeQuery(codes_.data() + int64_t(row) * query_bytes(graph_.width), scales_[row], graph_,
-                     factors_[row]);
+    const float t = terms_.normalized ? terms_.product * middles_[row] : 0.0f;
+    queries_[row] = code_query(y, graph_, t, codes_.data() + row * query_bytes(width));
 }
 
 // The distance of a row to another, whose score it has.
@@ -149,37 +142,37 @@ float GraphBuilder::distance(uint32_t from, float score) const {
 void GraphBuilder::measure(uint32_t from, const std::vector<uint32_t>& rows,
                            Scratch& scratch) const {
     scratch.scores.resize(rows.size());
-    score_nodes(run_.kernels, graph_, query_of(from), rows.data(), rows.size(),
+    score_nodes(run_.kernels, graph_, queries_[from], rows.data(), rows.size(),
                 scratch.scores.data());
     for (float& score : scratch.scores) score = distance(from, score);
 }
 
 // Leaves in `kept` the nearest of the candidates, but for those that are nearer to one kept.
 void GraphBuilder::prune(uint32_t row, int64_t most, Scratch& scratch) const {
-    std::vector<Candidate>& all = scratch.candidates;
-    std::sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) {
+    std::vector<Candidate>& left = scratch.candidates;
+    std::sort(left.begin(), left.end(), [](const Candidate& a, const Candidate& b) {
         return a.distance < b.distance || (a.distance == b.distance && a.row < b.row);
     });
-    scratch.dropped.assign(all.size(), 0);
+    left.erase(std::remove_if(left.begin(), left.end(),
+                              [&](const Candidate& candidate) { return candidate.row == row; }),
+               left.end());
     scratch.kept.clear();
-    std::vector<uint32_t> rest;
-    for (size_t i = 0; i < all.size() && int64_t(scratch.kept.size()) < most; ++i) {
-        if (scratch.dropped[i] || all[i].row == row) continue;
-        scratch.kept.push_back(all[i].row);
-        rest.clear();
-        for (size_t j = i + 1; j < all.size(); ++j)
-            if (!scratch.dropped[j]) rest.push_back(all[j].row);
-        measure(all[i].row, rest, scratch);
-        for (size_t j = i + 1, at = 0; j < all.size(); ++j)
-            if (!scratch.dropped[j])
-                scratch.dropped[j] = !(DIRECTION * scratch.scores[at++] > all[j].distance);
+    while (!left.empty() && int64_t(scratch.kept.size()) < most) {
+        const uint32_t nearest = left.front().row;
+        scratch.kept.push_back(nearest);
+        scratch.others.clear();
+        for (size_t i = 1; i < left.size(); ++i) scratch.others.push_back(left[i].row);
+        measure(nearest, scratch.others, scratch);
+        size_t count = 0;
+        for (size_t i = 1; i < left.size(); ++i)
+            if (DIRECTION * scratch.scores[i - 1] > left[i].distance) left[count++] = left[i];
+        left.resize(count);
     }
 }
 
 // Searches for the edges of a new row.
 void GraphBuilder::find(uint32_t row, Scratch& scratch) {
-    const NodeQuery query = query_of(row);
-    scratch.walk.run(run_.kernels, graph_, query, BEAM);
+    scratch.walk.run(run_.kernels, graph_, queries_[row], BEAM);
     std::vector<uint32_t>& rows = scratch.rows;
     rows.assign(scratch.walk.passed().begin(), scratch.walk.passed().end());
     std::sort(rows.begin(), rows.end());

@@ -34,13 +34,11 @@ class GraphBuilder {
     struct Scratch {
         Walk walk;
         std::vector<Candidate> candidates;
-        std::vector<uint32_t> rows, kept;
+        std::vector<uint32_t> rows, others, kept;
         std::vector<float> scores;
-        std::vector<char> dropped;
         std::vector<uint64_t> edges;  // target, source
     };
     void code(int64_t row, float* y, std::vector<float>* room);
-    NodeQuery query_of(uint32_t row) const;
     float distance(uint32_t from, float score) const;
     void measure(uint32_t from, const std::vector<uint32_t>& rows, Scratch& scratch) const;
     void prune(uint32_t row, int64_t most, Scratch& scratch) const;
@@ -57,9 +55,9 @@ class GraphBuilder {
     const GraphArrays to_;
     Graph graph_;  // as far as it is built
     std::vector<uint32_t> order_, lists_, entries_;
-    std::vector<int8_t> codes_;            // [rows, query_bytes(width)], of each row as a query
-    std::vector<float> scales_, factors_;  // its scale and t
-    std::vector<float> norms_, middles_;   // ‖x‖, ⟨y, c⟩
+    std::vector<int8_t> codes_;           // [rows, query_bytes(width)]
+    std::vector<NodeQuery> queries_;      // each row as a query
+    std::vector<float> norms_, middles_;  // ‖x‖, ⟨y, c⟩
     std::vector<Scratch> scratch_;
     double most_ = 0.0;  // M², the largest ‖x‖²
     int64_t added_ = 0;

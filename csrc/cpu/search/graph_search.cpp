@@ -34,7 +34,8 @@ class Finder {
           graph_(graph),
           beam_(wider(rows, stage.dim)),
           keep_(stage.keep),
-          beside_(graph.width) {}
+          beside_(graph.width),
+          codes_(query_bytes(graph.width)) {}
 
     // Writes the shortlist; returns how many.
     int64_t find(Walk& walk, const float* query, Entry* out) {
@@ -42,7 +43,8 @@ class Finder {
         const double middle = terms_.normalized && graph_.centre
                                   ? kernels_.dot64(beside_.data(), graph_.centre, graph_.width)
                                   : 0.0;
-        const NodeQuery coded(beside_.data(), graph_, float(terms_.product * middle));
+        const NodeQuery coded =
+            code_query(beside_.data(), graph_, float(terms_.product * middle), codes_.data());
         walk.run(kernels_, graph_, coded, beam_);
         nodes_.clear();
         for (int64_t i = 0; i < walk.count(); ++i)
@@ -67,6 +69,7 @@ class Finder {
     const Graph& graph_;
     const int64_t beam_, keep_;
     std::vector<float> beside_, scores_;
+    std::vector<int8_t> codes_;
     std::vector<uint32_t> nodes_;
     std::vector<Entry> entries_;
 };
