@@ -147,7 +147,8 @@ void GraphBuilder::measure(uint32_t from, const std::vector<uint32_t>& rows,
     for (float& score : scratch.scores) score = distance(from, score);
 }
 
-// Leaves in `kept` the nearest of the candidates, but for those that are nearer to one kept.
+// Leaves in `kept` the nearest of the candidates, but for those that are nearer to one kept; then,
+// where there is room, the nearest of these.
 void GraphBuilder::prune(uint32_t row, int64_t most, Scratch& scratch) const {
     std::vector<Candidate>& left = scratch.candidates;
     std::sort(left.begin(), left.end(), [](const Candidate& a, const Candidate& b) {
@@ -156,6 +157,7 @@ void GraphBuilder::prune(uint32_t row, int64_t most, Scratch& scratch) const {
     left.erase(std::remove_if(left.begin(), left.end(),
                               [&](const Candidate& candidate) { return candidate.row == row; }),
                left.end());
+    scratch.all = left;
     scratch.kept.clear();
     while (!left.empty() && int64_t(scratch.kept.size()) < most) {
         const uint32_t nearest = left.front().row;
@@ -168,6 +170,11 @@ void GraphBuilder::prune(uint32_t row, int64_t most, Scratch& scratch) const {
             if (DIRECTION * scratch.scores[i - 1] > left[i].distance) left[count++] = left[i];
         left.resize(count);
     }
+    const auto is_kept = [&](uint32_t other) {
+        return std::find(scratch.kept.begin(), scratch.kept.end(), other) != scratch.kept.end();
+    };
+    for (size_t i = 0; i < scratch.all.size() && int64_t(scratch.kept.size()) < most; ++i)
+        if (!is_kept(scratch.all[i].row)) scratch.kept.push_back(scratch.all[i].row);
 }
 
 // Searches for the edges of a new row.

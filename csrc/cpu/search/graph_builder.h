@@ -33,7 +33,7 @@ class GraphBuilder {
     };
     struct Scratch {
         Walk walk;
-        std::vector<Candidate> candidates;
+        std::vector<Candidate> candidates, all;
         std::vector<uint32_t> rows, others, kept;
         std::vector<float> scores;
         std::vector<uint64_t> edges;  // target, source
