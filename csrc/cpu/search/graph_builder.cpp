@@ -139,55 +139,58 @@ float GraphBuilder::distance(uint32_t from, float score) const {
                                : 1.0f;
 }
 
-void GraphBuilder::measure(uint32_t from, const std::vector<uint32_t>& rows,
-                           Scratch& scratch) const {
-    scratch.scores.resize(rows.size());
-    score_nodes(run_.kernels, graph_, queries_[from], rows.data(), rows.size(),
-                scratch.scores.data());
-    for (float& score : scratch.scores) score = distance(from, score);
+// The distances of a row to n others.
+void GraphBuilder::measure(uint32_t from, const uint32_t* rows, int64_t n, float* distances) const {
+    score_nodes(run_.kernels, graph_, queries_[from], rows, n, distances);
+    for (int64_t i = 0; i < n; ++i) distances[i] = distance(from, distances[i]);
 }
 
 // Leaves in `kept` the nearest of the candidates, but for those that are nearer to one kept; then,
 // where there is room, the nearest of these.
 void GraphBuilder::prune(uint32_t row, int64_t most, Scratch& scratch) const {
     std::vector<Candidate>& left = scratch.candidates;
+    std::vector<uint32_t>&kept = scratch.kept, &others = scratch.rows;
     std::sort(left.begin(), left.end(), [](const Candidate& a, const Candidate& b) {
         return a.distance < b.distance || (a.distance == b.distance && a.row < b.row);
     });
-    left.erase(std::remove_if(left.begin(), left.end(),
-                              [&](const Candidate& candidate) { return candidate.row == row; }),
-               left.end());
-    scratch.all = left;
-    scratch.kept.clear();
-    while (!left.empty() && int64_t(scratch.kept.size()) < most) {
-        const uint32_t nearest = left.front().row;
-        scratch.kept.push_back(nearest);
-        scratch.others.clear();
-        for (size_t i = 1; i < left.size(); ++i) scratch.others.push_back(left[i].row);
-        measure(nearest, scratch.others, scratch);
+    const auto itself = [&](const Candidate& candidate) { return candidate.row == row; };
+    left.erase(std::remove_if(left.begin(), left.end(), itself), left.end());
+    scratch.sorted = left;
+    kept.clear();
+    while (!left.empty() && int64_t(kept.size()) < most) {
+        kept.push_back(left.front().row);
+        others.clear();
+        for (const Candidate& candidate : left) others.push_back(candidate.row);
+        measure(kept.back(), others.data() + 1, others.size() - 1, scratch.distances.data());
         size_t count = 0;
         for (size_t i = 1; i < left.size(); ++i)
-            if (DIRECTION * scratch.scores[i - 1] > left[i].distance) left[count++] = left[i];
+            if (DIRECTION * scratch.distances[i - 1] > left[i].distance) left[count++] = left[i];
         left.resize(count);
     }
-    const auto is_kept = [&](uint32_t other) {
-        return std::find(scratch.kept.begin(), scratch.kept.end(), other) != scratch.kept.end();
-    };
-    for (size_t i = 0; i < scratch.all.size() && int64_t(scratch.kept.size()) < most; ++i)
-        if (!is_kept(scratch.all[i].row)) scratch.kept.push_back(scratch.all[i].row);
+    for (const Candidate& candidate : scratch.sorted) {
+        if (int64_t(kept.size()) == most) break;
+        if (std::find(kept.begin(), kept.end(), candidate.row) == kept.end())
+            kept.push_back(candidate.row);
+    }
 }
 
-// Searches for the edges of a new row.
+// Leaves in `kept` the edges to the best of the scratch's rows.
+void GraphBuilder::choose(uint32_t row, Scratch& scratch) const {
+    const int64_t n = scratch.rows.size();
+    scratch.distances.resize(n);
+    measure(row, scratch.rows.data(), n, scratch.distances.data());
+    scratch.candidates.clear();
+    for (int64_t i = 0; i < n; ++i)
+        scratch.candidates.push_back({scratch.distances[i], scratch.rows[i]});
+    prune(row, DEGREE, scratch);
+}
+
+// Searches for the edges of a new row, which no other thread reads yet.
 void GraphBuilder::find(uint32_t row, Scratch& scratch) {
     scratch.walk.run(run_.kernels, graph_, queries_[row], BEAM);
-    std::vector<uint32_t>& rows = scratch.rows;
-    rows.assign(scratch.walk.passed().begin(), scratch.walk.passed().end());
-    std::sort(rows.begin(), rows.end());
-    measure(row, rows, scratch);
-    scratch.candidates.clear();
-    for (size_t i = 0; i < rows.size(); ++i)
-        scratch.candidates.push_back({scratch.scores[i], rows[i]});
-    prune(row, DEGREE, scratch);
+    scratch.rows.assign(scratch.walk.passed().begin(), scratch.walk.passed().end());
+    std::sort(scratch.rows.begin(), scratch.rows.end());
+    choose(row, scratch);
     std::copy(scratch.kept.begin(), scratch.kept.end(), list(row));
     for (uint32_t target : scratch.kept) scratch.edges.push_back(uint64_t(target) << 32 | row);
 }
@@ -200,11 +203,7 @@ void GraphBuilder::lead_back(const uint64_t* begin, const uint64_t* end, Scratch
     rows.assign(edges, std::find(edges, edges + SLOTS, NO_NODE));
     for (const uint64_t* edge = begin; edge < end; ++edge) rows.push_back(uint32_t(*edge));
     if (int64_t(rows.size()) > SLOTS) {
-        measure(row, rows, scratch);
-        scratch.candidates.clear();
-        for (size_t i = 0; i < rows.size(); ++i)
-            scratch.candidates.push_back({scratch.scores[i], rows[i]});
-        prune(row, DEGREE, scratch);
+        choose(row, scratch);
         rows = scratch.kept;
     }
     std::fill(std::copy(rows.begin(), rows.end(), edges), edges + SLOTS, NO_NODE);
@@ -214,13 +213,17 @@ bool GraphBuilder::add() {
     const int64_t all = order_.size(), most = std::max<int64_t>(1000, all / BATCHES),
                   n = std::min({std::max<int64_t>(added_, 1), most, all - added_});
     if (n <= 0) return false;
-    if (added_ == 0) {
-        entries_.push_back(order_[0]);
-        graph_.entries = entries_.data();
-        graph_.entry_count = 1;
-        added_ = 1;
-        return true;
-    }
+    if (added_ > 0) find_all(n);
+    added_ += n;
+    // The first rows are spread over all.
+    entries_.assign(order_.begin(), order_.begin() + std::min(ENTRIES, added_));
+    graph_.entries = entries_.data();
+    graph_.entry_count = entries_.size();
+    return true;
+}
+
+// Finds the edges of the next n rows in the graph of those before, and leads edges back.
+void GraphBuilder::find_all(int64_t n) {
     for (Scratch& scratch : scratch_) scratch.edges.clear();
     Ranges sources(n, GRAIN);
     parallel(run_.threads, [&](int thread) {
@@ -241,12 +244,6 @@ bool GraphBuilder::add() {
             for (; i < end; ++i)
                 lead_back(edges.data() + starts[i], edges.data() + starts[i + 1], scratch_[thread]);
     });
-    added_ += n;
-    // The first rows are spread over all.
-    entries_.assign(order_.begin(), order_.begin() + std::min(ENTRIES, added_));
-    graph_.entries = entries_.data();
-    graph_.entry_count = entries_.size();
-    return true;
 }
 
 int64_t GraphBuilder::finish() {
@@ -259,11 +256,7 @@ int64_t GraphBuilder::finish() {
                 std::vector<uint32_t>& rows = scratch.rows;
                 rows.assign(edges, std::find(edges, edges + SLOTS, NO_NODE));
                 if (int64_t(rows.size()) <= DEGREE) continue;
-                measure(order_[i], rows, scratch);
-                scratch.candidates.clear();
-                for (size_t j = 0; j < rows.size(); ++j)
-                    scratch.candidates.push_back({scratch.scores[j], rows[j]});
-                prune(order_[i], DEGREE, scratch);
+                choose(order_[i], scratch);
                 std::fill(std::copy(scratch.kept.begin(), scratch.kept.end(), edges), edges + SLOTS,
                           NO_NODE);
             }

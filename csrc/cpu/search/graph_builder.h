@@ -33,16 +33,18 @@ class GraphBuilder {
     };
     struct Scratch {
         Walk walk;
-        std::vector<Candidate> candidates, all;
-        std::vector<uint32_t> rows, others, kept;
-        std::vector<float> scores;
+        std::vector<Candidate> candidates, sorted;
+        std::vector<uint32_t> rows, kept;
+        std::vector<float> distances;
         std::vector<uint64_t> edges;  // target, source
     };
     void code(int64_t row, float* y, std::vector<float>* room);
     float distance(uint32_t from, float score) const;
-    void measure(uint32_t from, const std::vector<uint32_t>& rows, Scratch& scratch) const;
+    void measure(uint32_t from, const uint32_t* rows, int64_t n, float* distances) const;
     void prune(uint32_t row, int64_t most, Scratch& scratch) const;
     void find(uint32_t row, Scratch& scratch);
+    void find_all(int64_t n);
+    void choose(uint32_t row, Scratch& scratch) const;
     void lead_back(const uint64_t* begin, const uint64_t* end, Scratch& scratch);
     void reach_all();
     uint32_t* list(uint32_t row) { return lists_.data() + int64_t(row) * SLOTS; }
