@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,10 +143,14 @@ GRAPHS = {
 }
 
 
-def built(case: Case, say: Callable[[str], object] = print) -> Iterator[Built]:
-    """Builds each index whose package is installed, on all threads."""
+def built(
+    case: Case, names: Sequence[str] = (), say: Callable[[str], object] = print
+) -> Iterator[Built]:
+    """Builds each index whose package is installed, or those named, on all threads."""
     x = np.ascontiguousarray(case.x.numpy())
     for name, make in GRAPHS.items():
+        if names and name not in names:
+            continue
         begin = time.perf_counter()
         try:
             save, search = make(x)

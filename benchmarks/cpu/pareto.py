@@ -1,11 +1,12 @@
 """Recall against time of every search, over its settings, as a plot and as numbers.
 
     python -m benchmarks.cpu.pareto --out FILE.png [--set NAME] [--rows N] [--data DIR]
+        [--graphs NAME ...]
 
 The sets are search_data's. One query a call on one thread, and 256 on all: all settings of all
 searches take turns on the same queries; recall is measured on 256, and settings beyond one that
 finds (nearly) all are left out. FILE.json holds the numbers,
-with build times (on all threads) and bytes a row.
+with build times (on all threads) and bytes a row. With --graphs only our graph and these take part.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import matplotlib
 import torch
 
-from benchmarks.graph_rivals import EFFORTS, Built, built
+from benchmarks.graph_rivals import EFFORTS, GRAPHS, Built, built
 from benchmarks.measure import alternate, machine
 from benchmarks.search_data import NAMES, Case, K, Search, load
 from benchmarks.search_rivals import (
@@ -222,6 +223,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="FILE.png; .json and .md beside it")
     parser.add_argument("--set", choices=NAMES, default="docs")
     parser.add_argument("--rows", type=int, help="at most; of a generated set 100,000")
+    parser.add_argument("--graphs", nargs="+", choices=GRAPHS, default=[])
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--data", type=Path, default=os.environ.get("MRL_FAST_DATA"))
     options = parser.parse_args()
@@ -231,11 +233,14 @@ def main() -> None:
     generated = options.set in ("clustered", "centreless")
     rows = options.rows or (100_000 if generated else sys.maxsize)
     case = load(options.set, rows, folder=options.data)
-    mine, others = ours(case), list(built(case))
+    mine, others = ours(case), list(built(case, options.graphs))
+    if options.graphs:
+        mine = [point for point in mine if point.name.endswith("graph")]
     found = []
     for batch, threads in BATCHES.items():
         torch.set_num_threads(threads)
-        points = [*mine, *scans(case, batch), *graphs(others)]
+        looking = [] if options.graphs else scans(case, batch)
+        points = [*mine, *looking, *graphs(others)]
         found += measure(case, batch, points, options.repetitions)
     plot(options.out, case, found)
     numbers = {"data": str(case), "k": K} | machine() | {"points": found}
