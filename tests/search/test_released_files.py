@@ -20,6 +20,7 @@ IDS = [3 * row if row < 70 else 208 + row - 70 for row in ROWS]
 OPTIONS = {  # metric, dtype, prefix_dtype, codes
     "v1/float32": ("cosine", "float32", "float32", None),
     "v1/int8": ("l2", "float16", "int8", None),  # and rotated
+    "v2/graph": ("cosine", "float32", "float32", None),  # built before rows were removed and added
     "v2/bits": ("cosine", "float32", "float32", "bits"),
     "v3/bits": ("cosine", "float32", "float32", "bits"),
     "v4/bits": ("l2", "float16", "float32", "bits"),  # of 24 columns, rotated
@@ -55,6 +56,9 @@ def test_a_released_folder_loads_for_ever(name, tmp_path):
     if index.rotation is None:
         assert ids.tolist() == torch.tensor(IDS)[exact.indices[:, :5]].tolist()
     assert index.search(q, 5).scores.shape == (2, 5)  # by the tuned stages
+    if name == "v2/graph":
+        walked = index.search(q, 5, stages=[("graph", 100, 72), (8, 5)])
+        assert torch.equal(walked.ids, ids)
 
     # It can be changed and saved again, where it lies.
     index.remove(torch.tensor([3]))
