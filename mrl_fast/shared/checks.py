@@ -137,7 +137,12 @@ def check_choice(value: Any, name: str, choices: Collection[str | None], where: 
 
 
 def check_stages(
-    stages: Any, bits: Sequence[int] = (), further: Sequence[int] = (), *, graph: bool = False
+    stages: Any,
+    bits: Sequence[int] = (),
+    further: Sequence[int] = (),
+    *,
+    graph: bool = False,
+    first: int = 0,
 ) -> tuple[Stage, ...]:
     """Stages ``(dim, keep)``: dims ascending, keeps not growing.
 
@@ -147,6 +152,7 @@ def check_stages(
         further: By so many, more than the one before, the next stages may rank, too; the last is a
             pair.
         graph: The first of several stages may be ``("graph", beam, keep)``.
+        first: The number of the first stage, for messages.
     """
     most = "the first ones" if further else "the first"
     kinds = "(dim, keep) pairs" + (f", {most} perhaps (dim, bits, keep)" if bits else "")
@@ -160,7 +166,7 @@ def check_stages(
         return _check_walk(listed, further)
     most, coded, least = len(listed) - 1 if further else bool(bits), 0, 0
     while coded < min(most, len(listed) - 1) and len(listed[coded]) == 3:
-        name = f"stages[{coded}] bits"
+        name = f"stages[{coded + first}] bits"
         held = tuple(further if coded else bits)
         allowed = tuple(n for n in held if n > least)
         least = check_int(listed[coded][1], name, 1)
@@ -171,10 +177,13 @@ def check_stages(
     if any(len(stage) != 2 for stage in listed[coded:]):
         raise TypeError(f"stages: expected a sequence of {kinds}, got {stages!r}")
     dims = (
-        *(check_int(stage[0], f"stages[{i}] dim", 1) for i, stage in enumerate(listed[:coded])),
+        *(
+            check_int(stage[0], f"stages[{i}] dim", 1)
+            for i, stage in enumerate(listed[:coded], first)
+        ),
         *check_dims([stage[0] for stage in listed[coded:]], name="stages dims"),
     )
-    keeps = [check_int(stage[-1], f"stages[{i}] keep", 1) for i, stage in enumerate(listed)]
+    keeps = [check_int(stage[-1], f"stages[{i}] keep", 1) for i, stage in enumerate(listed, first)]
     if any(a < b for a, b in zip(keeps, keeps[1:], strict=False)):
         raise ValueError(f"stages: expected keeps that do not grow, got {keeps}")
     middle = [stage[1:-1] for stage in listed]
@@ -188,9 +197,11 @@ def _check_walk(listed: list[tuple[Any, ...]], further: Sequence[int]) -> tuple[
             "stages: expected ('graph', beam, keep) and then at least one (dim, keep) pair, got "
             f"{listed!r}"
         )
-    keep = check_int(listed[0][2], "stages[0] keep", 1)
-    beam = check_int(listed[0][1], "stages[0] beam", keep)
-    rest = check_stages(listed[1:], further, further)
+    keep = check_int(listed[0][2], "stages[0] keep", 1, (1 << 62) - 1)
+    beam = check_int(listed[0][1], "stages[0] beam", 1, (1 << 62) - 1)
+    if beam < keep:
+        raise ValueError(f"stages[0] beam: expected at least its keep of {keep}, got {beam}")
+    rest = check_stages(listed[1:], further, further, first=1)
     if rest[0][-1] > keep:
         keeps = [keep, *(stage[-1] for stage in rest)]
         raise ValueError(f"stages: expected keeps that do not grow, got {keeps}")

@@ -232,9 +232,15 @@ def test_tuned_stages_lapse_with_the_graph(tmp_path):
     [
         ([("graph", 64, 20)], TypeError, "and then at least one"),
         ([("graph", 64), (D, 10)], TypeError, "expected"),
-        ([("graph", 10, 20), (D, 10)], ValueError, r"stages\[0\] beam: expected an integer >= 20"),
+        (
+            [("graph", 10, 20), (D, 10)],
+            ValueError,
+            r"stages\[0\] beam: expected at least its keep of 20",
+        ),
         ([("graph", 64, 0), (D, 10)], ValueError, r"stages\[0\] keep"),
         ([("graph", 64, 20), (D, 30)], ValueError, "keeps that do not grow"),
+        ([("graph", 1 << 70, 20), (D, 10)], ValueError, r"stages\[0\] beam"),
+        ([("graph", 64, 20), (D, 0)], ValueError, r"stages\[1\] keep"),
         ([("graph", 64, 20), (D, 5)], ValueError, "at least k=10"),
         ([("tree", 64, 20), (D, 10)], (TypeError, ValueError), "stages"),
         ([(16, 100), ("graph", 64, 20), (D, 10)], (TypeError, ValueError), "stages"),
@@ -258,3 +264,53 @@ def test_bad_calls():
     index.build_graph(progress=False)
     with pytest.raises(ValueError, match=r"stages\[0\]: expected no graph for queries of width"):
         index.search(Q[:, :16], 10, stages=[("graph", 64, 20), (16, 10)])
+
+
+@pytest.mark.quick
+def test_near_rows_that_may_not_be_found():
+    """A walk goes on until as many as are kept may be found, however far they are."""
+    index = made(torch.cat([X[:2000] + 5, X[:2000] - 5]), "l2")
+    near, q = list(range(2000)), Q[:5] + 5
+    far = torch.arange(4000) >= 2000
+    for beam in (20, 64):
+        stages = [("graph", beam, 20), (D, 10)]
+        assert bool((index.search(q, 10, stages=stages, allowed=far).ids >= 2000).all())
+    index.remove(near)
+    assert bool((index.search(q, 10, stages=[("graph", 20, 20), (D, 10)]).ids >= 2000).all())
+
+
+@pytest.mark.quick
+def test_a_beam_of_any_length():
+    index = made(X[:500])
+    most = index.search(Q, 10, stages=[("graph", (1 << 62) - 1, (1 << 62) - 1), (D, 10)])
+    assert torch.equal(most.ids, index.search(Q, 10, exact=True).ids)
+
+
+@pytest.mark.quick
+def test_stages_that_come_once():
+    index = made(X[:500])
+    for keep in (40, 20):
+        listed = index.search(Q, 10, stages=zip((16, D), (keep, 10), strict=True))
+        assert listed.stages == [(16, keep), (D, 10)]
+
+
+@pytest.mark.quick
+def test_a_narrow_filter_by_a_prefix():
+    index, few = made(codes="bits"), list(range(50))
+    found = index.search(Q, 5, stages=[("graph", 64, 20), (16, 5)], allowed=few)
+    assert torch.equal(found.ids, index.search(Q, 5, dim=16, exact=True, allowed=few).ids)
+
+
+@pytest.mark.quick
+def test_compact_keeps_a_graph_whose_rows_stay():
+    index = made(X[:300])
+    index.add(X[300:400])
+    index.remove([350])
+    cost = index.explain(STAGES)
+    assert cost.rows[0].rows >= 400 and cost.rows[1].rows == 80
+    index.compact()
+    assert index.search(Q, 10, stages=STAGES).ids.shape == (len(Q), 10)
+    index.remove([299])
+    index.compact()
+    with pytest.raises(ValueError, match=r"stages\[0\]: expected a graph"):
+        index.search(Q, 10, stages=STAGES)

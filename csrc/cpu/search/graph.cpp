@@ -5,6 +5,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "cpu/threads.h"
+
 namespace mrl {
 namespace {
 
@@ -51,8 +53,8 @@ bool Walk::is_new(uint32_t row) {
     uint64_t& word = marks_[row / 64];
     const uint64_t bit = uint64_t(1) << row % 64;
     if (word & bit) return false;
-    word |= bit;
     seen_.push_back(row);
+    word |= bit;
     return true;
 }
 
@@ -99,12 +101,14 @@ void Walk::meet(const Kernels& kernels, const Graph& graph, const NodeQuery& que
 
 void Walk::run(const Kernels& kernels, const Graph& graph, const NodeQuery& query, int64_t beam) {
     const int64_t bytes = sign_bytes(graph.dim);
-    beam_ = beam;
+    for (uint32_t row : seen_) marks_[row / 64] = 0;  // of the walk before, even if it was cut off
+    seen_.clear();
+    beam_ = std::min(beam, graph.rows);
     count_ = 0;
     passed_.clear();
     fresh_.clear();
     marks_.resize(std::max<size_t>(marks_.size(), graph.rows / 64 + 1));
-    found_.resize(std::max<size_t>(found_.size(), beam + 1));
+    found_.resize(std::max<size_t>(found_.size(), beam_ + 1));
     const auto see = [&](uint32_t row) {
         if (!is_new(row)) return;
         fresh_.push_back(row);
@@ -116,6 +120,7 @@ void Walk::run(const Kernels& kernels, const Graph& graph, const NodeQuery& quer
     meet(kernels, graph, query);
     for (first_ = 0;; meet(kernels, graph, query)) {
         // Some at once, so that their reads wait for memory together.
+        if (passed_.size() % 256 < AT_A_STEP) poll();
         int64_t left = 0;
         for (int64_t i = first_; i < count_ && left < AT_A_STEP; ++i) {
             Node& node = found_[i];
@@ -132,8 +137,6 @@ void Walk::run(const Kernels& kernels, const Graph& graph, const NodeQuery& quer
         }
         if (left == 0) break;
     }
-    for (uint32_t row : seen_) marks_[row / 64] = 0;
-    seen_.clear();
     for (int64_t i = 0; i < count_; ++i) found_[i].row &= ~LEFT;
 }
 

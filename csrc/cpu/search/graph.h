@@ -93,7 +93,8 @@ class MaskBits {
         const auto [word, bit] = place(row);
         return rows_.mask[word] >> bit & 1;
     }
-    int64_t words() const { return starts_.back(); }
+    // The bits of rows [first, end) that may be found: a word a tile.
+    std::vector<uint64_t> within(int64_t first, int64_t end) const;
 
   private:
     const Rows& rows_;

@@ -278,6 +278,7 @@ void GraphBuilder::reach_all() {
         while (!waiting.empty()) {
             const int64_t row = waiting.back();
             waiting.pop_back();
+            if (waiting.size() % 1024 == 0) poll();
             for (int64_t e = row * DEGREE; e < (row + 1) * DEGREE; ++e) {
                 const uint32_t next = to_.edges[e];
                 if (next == NO_NODE || reached[next]) continue;

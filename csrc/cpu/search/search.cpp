@@ -55,6 +55,7 @@ std::vector<Stage> needed(const Rows& rows, const std::vector<Stage>& all) {
                          (s->keep >= rows.eligible() || (gathered && s->bits == Stage::GRAPH));
          ++s)
         if (s[1].bits == 0) begin = s + 1;
+    if (gathered && begin->bits == Stage::GRAPH) ++begin;  // the next is by codes
     std::vector<Stage> stages(begin, all.end());
     const bool coded = stages.size() > 1 && !gathered;
     if (coded && stages[0].bits == 0 && stages[0].dim == rows.code_dim) stages[0].bits = 8;
@@ -74,6 +75,8 @@ int64_t summed_before(const std::vector<Stage>& stages, size_t s) {
 Status search(const Run& run, const Rows& rows, const Queries& queries, Metric metric,
               const std::vector<Stage>& all_stages, const Results& results, const Graph* graph) {
     rows.check();
+    if (all_stages.front().bits == Stage::GRAPH && !graph)
+        throw std::invalid_argument("stages: a graph's without a graph");
     const std::vector<Stage> stages = needed(rows, all_stages);
     const Stage first = stages.front();
     int64_t widest = 0;
@@ -88,9 +91,9 @@ Status search(const Run& run, const Rows& rows, const Queries& queries, Metric m
     const bool walks = first.bits == Stage::GRAPH;
     const int64_t keep = std::min(first.keep, rows.eligible()) * (walks ? 2 : 1);
     const int64_t per_query = sizeof(Entry) * (run.threads + 1) * 2 * std::max<int64_t>(keep, 32);
-    const int64_t pass =
-        std::max<int64_t>(1, std::min(std::max<int64_t>(96, PANEL_BYTES / (4 * first.dim)),
-                                      CANDIDATE_BYTES / per_query));
+    const int64_t pass = std::max<int64_t>(
+        1, std::min(std::max<int64_t>(96, PANEL_BYTES / (4 * (walks ? graph->width : first.dim))),
+                    CANDIDATE_BYTES / per_query));
     for (int64_t begin = 0; begin < queries.n; begin += pass) {
         const int64_t n = std::min(pass, queries.n - begin);
         std::unique_ptr<Entry[]> entries(new Entry[n * keep + 1]);

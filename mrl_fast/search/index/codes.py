@@ -85,13 +85,16 @@ CODES = {
 ROWS = Code({}, (8,), whole=False, exact=True, widest=1 << 24)
 TILED = {name: array for code in CODES.values() for name, array in code.arrays.items()}
 
-MEAN_ROWS, LEAST_MEAN = 1 << 12, 0.05  # of a centre: vectors read, share of their squares
+# Of a centre: vectors read, at most and at least, and the share of their squares.
+MEAN_ROWS, FEWEST_ROWS, LEAST_MEAN = 1 << 12, 64, 0.05
 
 
 def centre_of(samples: Tensor) -> Tensor:
     """What codes of such vectors are less, ``[1, D]`` fp32: their mean where it holds more than 5 %
-    of their squares, else 0."""
+    of their squares, else 0, as where there are too few to tell."""
     samples = samples.double()  # whose squares no fp32 can be too large for
     mean = samples.mean(dim=0, keepdim=True)
+    if len(samples) < FEWEST_ROWS:
+        return torch.zeros_like(mean).float()
     large = mean.square().sum() > LEAST_MEAN * samples.square().sum() / len(samples)
     return mean.float() if large else torch.zeros_like(mean).float()

@@ -84,8 +84,12 @@ def explain(index: Any, stages: Sequence[Stage], batch: int = 1) -> Explanation:
             raise ValueError("stages[0]: expected a graph: build_graph() first, got none")
         _, beam, keep = checked.pop(0)
         seen, read = graph.reads(beam)
+        later = max(0, index._rows.snapshot.count - graph.rows)  # scanned beside it
+        scanned = later * width // 8 if code.whole else later * row_bytes(0, width)
+        read += -(-scanned // batch)
+        seen += later
         rows.append(StageCost(width, keep, seen, seen * width, read, 1))
-        count = min(count, keep)
+        count = min(count, keep + min(later, keep))
     for dim, *named, keep in checked:
         bits = named[0] if named else 0
         if not rows and len(checked) > 1 and not (code.exact or code.whole) and dim == config.coded:

@@ -37,7 +37,7 @@ def from_faiss(make: Callable[..., Any], index: Any, dims: Sequence[int] | None)
     made = make(dims, metric=metrics[flat.metric_type])
     if made.width != flat.d:
         raise ValueError(f"dims: expected the last to be {flat.d}, got {made.width}")
-    if made.config.rotation is not None and flat.ntotal:
+    if (made.config.rotation is not None or made.codes is not None) and flat.ntotal:
         spread = np.linspace(0, flat.ntotal - 1, min(flat.ntotal, _rows(flat.d)))
         made.fit(flat.reconstruct_batch(spread.astype(np.int64)))
     for begin, end in _chunks(flat.ntotal, flat.d):

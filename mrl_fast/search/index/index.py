@@ -245,7 +245,7 @@ class MatryoshkaIndex(Persistent):
         if walks(checked) and graph is None:
             raise ValueError("stages[0]: expected a graph: build_graph() first, got none")
         if graph is not None and rows.eligible < LEAST_SHARE * now.count:
-            checked = None  # a walk would pass through many rows for each that may be found
+            dim, checked = checked[-1][0], None  # a walk would pass through many rows for each
         if checked is None:
             *found, touched = self._rows.backend.exact_search(q, rows, dim, k, self.metric)
             result = ExactResult(*found)
@@ -331,6 +331,8 @@ class MatryoshkaIndex(Persistent):
 
     def _checked(self, stages: Sequence[Stage], k: int, dim: int) -> list[Stage]:
         """As ``checked_stages``, which takes 8 µs: what was checked last is known by its text."""
+        if type(stages) not in (list, tuple) or any(type(s) not in (list, tuple) for s in stages):
+            return checked_stages(stages, self.config, k, dim)  # others' texts may not tell
         asked = repr(stages), k, dim
         last, checked = self._checked_last
         if asked != last:

@@ -140,6 +140,10 @@ class Snapshot:
         words = words_of(flags)
         return words if self.live is None else words & self.live
 
+    def first_gone(self) -> int:
+        """The number of the first row that is not live, of an index where there is one."""
+        return int((~self._live_flags()).nonzero()[0])
+
     def live_rows(self, begin: int, end: int) -> Tensor:
         """The numbers of the live rows in [begin, end), which begins a tile."""
         if self.live is None:

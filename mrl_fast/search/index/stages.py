@@ -31,6 +31,9 @@ def checked_stages(
         )
     on_host = config.device == "cpu"
     further = config.code.reranking if on_host else ()
+    walked = [s for s in listed[:1] if isinstance(s, (list, tuple)) and s[:1] in _GRAPH]
+    if config.device != "cpu" and walked:
+        raise ValueError(f"stages[0]: expected no graph with device={config.device!r}, got one")
     checked = list(check_stages(x, ranking, further, graph=on_host))
     first = int(walks(checked))
     if first and width is not None and width < config.width:

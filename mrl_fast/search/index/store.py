@@ -108,7 +108,7 @@ class RowStore:
         fresh, fresh_counts = [], []
         self._fill(fresh, fresh_counts, kept(), now.size - first)
         self.saved_prefix_rows = min(self.saved_prefix_rows, first)
-        if self.graph is not None and self.graph.rows > first:
+        if self.graph is not None and self.graph.rows > now.first_gone():
             self.graph = None
         self._publish(blocks + fresh, counts + fresh_counts, None)
 

@@ -319,7 +319,7 @@ def _chains(index: Any, k: int) -> list[list[Stages]]:
         keeps.append(max(k, keeps[-1] // 2))
     *shorter, width = index.dims
     walked = []
-    if index._rows.snapshot.graph is not None:
+    if index.device == "cpu" and index._rows.snapshot.graph is not None:
         few = max(2 * k, 20)  # by four bits
         beams = sorted({max(few, beam) for beam in BEAMS}, reverse=True)
         walked = [[[("graph", beam, few), (width, k)] for beam in beams]]
