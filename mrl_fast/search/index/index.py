@@ -241,11 +241,14 @@ class MatryoshkaIndex(Persistent):
                 filtered=filtered, has_graph=now.graph is not None,
             )  # fmt: skip
         rows, q, _keepalive = self._searched(now, allowed, q)
-        graph = now.graph if walks(checked) else None
-        if walks(checked) and graph is None:
-            raise ValueError("stages[0]: expected a graph: build_graph() first, got none")
-        if graph is not None and rows.eligible < LEAST_SHARE * now.count:
-            dim, checked = checked[-1][0], None  # a walk would pass through many rows for each
+        graph = None
+        if checked is not None and walks(checked):
+            if now.graph is None:
+                raise ValueError("stages[0]: expected a graph: build_graph() first, got none")
+            if rows.eligible >= LEAST_SHARE * now.count:
+                graph = now.graph
+            else:  # a walk would pass through many rows for each that may be found
+                dim, checked = checked[-1][0], None
         if checked is None:
             *found, touched = self._rows.backend.exact_search(q, rows, dim, k, self.metric)
             result = ExactResult(*found)
