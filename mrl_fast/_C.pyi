@@ -89,7 +89,6 @@ class GraphBuilder:
         rows: Rows,
         metric: int,
         centre: int,
-        dim: int,
         width: int,
         run: tuple[str, int],
         to: tuple[int, ...],  # GraphArrays
@@ -100,9 +99,8 @@ class GraphBuilder:
 
 DEGREE: int
 ENTRIES: int
-NO_NODE: int
 
-def node_bytes(dim: int, width: int, /) -> tuple[int, int]: ...  # of signs, of four bits
+def node_bytes(width: int, /) -> tuple[int, int]: ...  # of signs, of four bits
 def pack_flags(flags: int, count: int, words: int, /) -> None: ...
 
 Queries = tuple[int, int, int]  # address, rows, stride

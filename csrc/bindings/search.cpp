@@ -30,8 +30,8 @@ using ResultsFields = std::tuple<Address<float>, Address<int64_t>>;
 using CandidatesFields = std::tuple<Address<int64_t>, int64_t>;
 using StageFields = std::tuple<int64_t, int64_t, int64_t>;
 using NewRowsFields = std::tuple<Address<void>, DType, int64_t, int64_t, int64_t>;
-using GraphFields = std::tuple<int64_t, int64_t, int64_t, Address<float>, Address<uint8_t>,
-                               Address<uint8_t>, Address<uint32_t>, int64_t, Address<uint32_t>>;
+using GraphFields = std::tuple<int64_t, int64_t, Address<float>, Address<uint8_t>, Address<uint8_t>,
+                               Address<uint32_t>, int64_t, Address<uint32_t>>;
 using GraphArraysFields =
     std::tuple<Address<uint32_t>, Address<uint8_t>, Address<uint8_t>, Address<uint32_t>>;
 using SpanArraysFields =
@@ -141,17 +141,16 @@ void bind_graph(py::module_& m) {
     }));
     m.attr("DEGREE") = DEGREE;
     m.attr("ENTRIES") = ENTRIES;
-    m.attr("NO_NODE") = NO_NODE;
-    m.def("node_bytes", [](int64_t dim, int64_t width) {
-        return std::pair<int64_t, int64_t>(sign_bytes(dim), low_bytes(width));
+    m.def("node_bytes", [](int64_t width) {
+        return std::pair<int64_t, int64_t>(sign_bytes(width), low_bytes(width));
     });
     py::class_<GraphBuilder>(m, "GraphBuilder")
-        .def(py::init([](const Rows& rows, int metric, Address<float> centre, int64_t dim,
-                         int64_t width, const RunFields& how, const GraphArraysFields& to) {
+        .def(py::init([](const Rows& rows, int metric, Address<float> centre, int64_t width,
+                         const RunFields& how, const GraphArraysFields& to) {
             const Run run = run_of(how);
             py::gil_scoped_release unlocked;
-            return std::unique_ptr<GraphBuilder>(new GraphBuilder(
-                run, rows, Metric(metric), centre, dim, width, made_of<GraphArrays>(to)));
+            return std::unique_ptr<GraphBuilder>(new GraphBuilder(run, rows, Metric(metric), centre,
+                                                                  width, made_of<GraphArrays>(to)));
         }))
         .def("add", &GraphBuilder::add, py::call_guard<py::gil_scoped_release>())
         .def("finish", &GraphBuilder::finish, py::call_guard<py::gil_scoped_release>())

@@ -67,15 +67,9 @@ float Problem::threshold(int64_t q, double theta) const {
 }
 
 const float* Problem::columns(int64_t row, std::vector<float>* x) const {
-    const Span& span = span_of(rows, row);
-    const int64_t local = row - span.first, packed = rows.packed_dim, lane = local % TILE;
     x->resize(dim + 1);
-    float* values = x->data();
-    for (int64_t c = 0; c < packed; ++c)
-        values[c] = span.packed[(local / TILE * packed + c) * TILE + lane];
-    kernels.widen_row(suffix_at(rows, span, local, packed), rows.dtype, dim - packed,
-                      values + packed);
-    return values;
+    columns_of(kernels, rows, row, dim, x->data());
+    return x->data();
 }
 
 double Problem::score(int64_t q, int64_t row, std::vector<float>* x) const {

@@ -159,7 +159,7 @@ LadderCoder::LadderCoder(const Kernels& kernels, const Ladder& ladder)
 
 const LadderStats& LadderCoder::code(const float* x, int lane, uint8_t* lows) {
     describe(x);
-    const float to = reach();
+    const float to = reach_of(kernels_, beside_.data(), width_, coded_.largest, coded_.beside);
     stats_.scale = to / 8.0f;
     RowCodes codes = {codes_.data(), nibbles_.data() + lane * steps_, lows, 0.0, 0.0};
     kernels_.code_row(
@@ -195,17 +195,15 @@ void LadderCoder::describe(const float* x) {
     stats_.size = std::sqrt(coded_.beside);
 }
 
-// How far from 0 codes reach: to the largest value, or less where the error of what lies beyond is
-// less than what finer codes save. 0, where all values are tiny: then the error is the norm.
-float LadderCoder::reach() const {
+float reach_of(const Kernels& kernels, const float* y, int64_t width, float largest,
+               double square) {
     constexpr float DEVIATIONS = 2.7f;  // with 16 codes, best for normally distributed values
     constexpr float WORTH = 1.15f;      // so much finer codes save more than eight bits then lose
-    const float largest = coded_.largest;
     if (largest < TINY) return 0.0f;
-    const float reach = DEVIATIONS * float(std::sqrt(coded_.beside / double(width_)));
+    const float reach = DEVIATIONS * float(std::sqrt(square / double(width)));
     if (!(WORTH * reach < largest)) return largest;
-    const float beyond = kernels_.square_beyond(beside_.data(), steps_, reach);
-    const auto rounded = [&](double to) { return double(width_) * to * to / (64.0 * 12.0); };
+    const float beyond = kernels.square_beyond(y, code_steps(Source::NIBBLES, width), reach);
+    const auto rounded = [&](double to) { return double(width) * to * to / (64.0 * 12.0); };
     return beyond + rounded(reach) < rounded(largest) ? reach : largest;
 }
 

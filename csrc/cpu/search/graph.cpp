@@ -19,12 +19,10 @@ constexpr uint32_t LEFT = 1u << 31;  // in a row's number: its edges were follow
 int64_t query_bytes(int64_t width) { return (width + 63) / 64 * 64; }
 
 NodeQuery code_query(const float* y, const Graph& graph, float t, int8_t* codes) {
-    const Codes coded = encode(y, graph.width);
-    std::fill_n(codes, query_bytes(graph.width), int8_t(0));
-    std::copy_n(coded.codes.begin(), graph.width, codes);
-    const int32_t prefix = std::accumulate(codes, codes + graph.dim, 0),
-                  all = std::accumulate(codes + graph.dim, codes + graph.width, prefix);
-    return {codes, coded.scale, t, -float(prefix), -7.5f * float(all)};
+    const float scale = quantize(y, graph.width, TINY, codes);
+    std::fill(codes + graph.width, codes + query_bytes(graph.width), int8_t(0));
+    const float sum = float(std::accumulate(codes, codes + graph.width, 0));
+    return {codes, scale, t, -sum, -7.5f * sum};
 }
 
 void score_nodes(const Kernels& kernels, const Graph& graph, const NodeQuery& query,
@@ -76,14 +74,14 @@ int64_t Walk::insert(float score, uint32_t row) {
 
 // Scores the fresh rows by signs, and keeps the best.
 void Walk::meet(const Kernels& kernels, const Graph& graph, const NodeQuery& query) {
-    const int64_t n = fresh_.size(), bytes = sign_bytes(graph.dim);
+    const int64_t n = fresh_.size(), bytes = sign_bytes(graph.width);
     if (n == 0) return;
     const int64_t whole = (n + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
     places_.resize(whole);
     sums_.resize(whole);
     for (int64_t i = 0; i < whole; ++i)
         places_[i] = graph.signs + fresh_[std::min(i, n - 1)] * bytes + sizeof(NodeTerms);
-    kernels.sum_bits(places_.data(), n, query.codes, graph.dim, sums_.data());
+    kernels.sum_bits(places_.data(), n, query.codes, graph.width, sums_.data());
     for (int64_t i = 0; i < n; ++i) {
         const NodeTerms& node = graph.terms(fresh_[i]);
         const float sum = 2.0f * sums_[i] + query.signs_shift,
@@ -100,7 +98,7 @@ void Walk::meet(const Kernels& kernels, const Graph& graph, const NodeQuery& que
 }
 
 void Walk::run(const Kernels& kernels, const Graph& graph, const NodeQuery& query, int64_t beam) {
-    const int64_t bytes = sign_bytes(graph.dim);
+    const int64_t bytes = sign_bytes(graph.width);
     for (uint32_t row : seen_) marks_[row / 64] = 0;  // of the walk before, even if it was cut off
     seen_.clear();
     beam_ = std::min(beam, graph.rows);

@@ -1,10 +1,9 @@
 // A graph over rows: from each a few edges to near rows that lie in different directions. A search
-// follows them from a few entries, by the signs of a prefix, and sees some thousand rows of
-// millions.
+// follows them from a few entries, by signs, and sees the rows beside its way only.
 //
-// A node's codes lie row by row, apart from the ladder's tiles: the signs of the first `dim`
-// columns, by which a search goes, and four bits of every column, which rank what it found. Both
-// are of y = x − c, c the centre. With the terms of a node a score, but for what all rows share, is
+// A node's codes lie row by row, apart from the ladder's tiles: the signs of all columns, by which
+// a search goes, and four bits of each, which rank what it found. Both are of y = x − c, c the
+// centre. With the terms of a node a score, but for what all rows share, is
 //   factor · S + term + inverse · t
 // where S is a query's sum over signs, or scale times its sum over four bits in the factor's place.
 #pragma once
@@ -24,10 +23,10 @@ struct NodeTerms {
 };
 
 struct Graph {
-    int64_t rows, dim, width;  // nodes are rows [0, rows); columns of signs, of vectors
-    const float* centre;       // [width]; null is 0
-    const uint8_t* signs;      // [rows, sign_bytes(dim)]: NodeTerms, then a bit a column
-    const uint8_t* nibbles;    // [rows, low_bytes(width)]; lie as a ladder's lows
+    int64_t rows, width;     // nodes are rows [0, rows)
+    const float* centre;     // [width]; null is 0
+    const uint8_t* signs;    // [rows, sign_bytes(width)]: NodeTerms, then a bit a column
+    const uint8_t* nibbles;  // [rows, low_bytes(width)]; lie as a ladder's lows
     const uint32_t* entries;
     int64_t entry_count;
     const uint32_t* edges;  // [rows, degree]; after the last one NO_NODE, or what is no row
@@ -36,11 +35,12 @@ struct Graph {
 };
 
 // Of a node's terms and signs: whole cache lines.
-inline int64_t sign_bytes(int64_t dim) {
-    return (sizeof(NodeTerms) + (dim + 7) / 8 + 63) / 64 * 64;
+inline int64_t sign_bytes(int64_t width) {
+    return (sizeof(NodeTerms) + (width + 7) / 8 + 63) / 64 * 64;
 }
 inline const NodeTerms& Graph::terms(int64_t row) const {
-    return *static_cast<const NodeTerms*>(static_cast<const void*>(signs + row * sign_bytes(dim)));
+    return *static_cast<const NodeTerms*>(
+        static_cast<const void*>(signs + row * sign_bytes(width)));
 }
 
 // A query less the centre, in codes of one byte.

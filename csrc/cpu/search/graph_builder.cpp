@@ -10,10 +10,9 @@
 namespace mrl {
 namespace {
 
-constexpr int64_t BEAM = 128;       // of a row that looks for near ones
-constexpr float DIRECTION = 1.2f;   // an edge is left out where one kept is so much nearer to it
-constexpr int64_t BATCHES = 50;     // a batch has at most so large a share of the rows
-constexpr float DEVIATIONS = 2.7f;  // that four bits reach, as a ladder's
+constexpr int64_t BEAM = 128;      // of a row that looks for near ones
+constexpr float DIRECTION = 1.2f;  // an edge is left out where one kept is so much nearer to it
+constexpr int64_t BATCHES = 50;    // a batch has at most so large a share of the rows
 constexpr int64_t GRAIN = 16;
 
 // Rows in an order in which any first part of them is spread over all.
@@ -30,36 +29,14 @@ std::vector<uint32_t> spread(const Rows& rows) {
     return order;
 }
 
-// How far from 0 four bits reach: to the largest value, or less where that errs less.
-float reach_of(const float* y, int64_t width, float largest, float deviation) {
-    const float reach = DEVIATIONS * deviation;
-    if (reach >= largest) return largest;
-    double beyond = 0.0;
-    for (int64_t c = 0; c < width; ++c) {
-        const double over = std::max(0.0f, std::abs(y[c]) - reach);
-        beyond += over * over;
-    }
-    const auto rounded = [&](double to) { return double(width) * to * to / (64.0 * 12.0); };
-    return beyond + rounded(reach) < rounded(largest) ? reach : largest;
-}
-
-void columns_of(const Kernels& kernels, const Rows& rows, int64_t row, int64_t width, float* x) {
-    const Span& span = span_of(rows, row);
-    const int64_t local = row - span.first, head = std::min(rows.packed_dim, width);
-    const float* tile = span.packed + local / TILE * rows.packed_dim * TILE + local % TILE;
-    for (int64_t c = 0; c < head; ++c) x[c] = tile[c * TILE];
-    if (width > head)
-        kernels.widen_row(suffix_at(rows, span, local, head), rows.dtype, width - head, x + head);
-}
-
 }  // namespace
 
 GraphBuilder::GraphBuilder(const Run& run, const Rows& rows, Metric metric, const float* centre,
-                           int64_t dim, int64_t width, const GraphArrays& to)
+                           int64_t width, const GraphArrays& to)
     : run_(run), rows_(rows), terms_(terms_of(metric)), centre_(centre), to_(to) {
     rows.check();
     const int64_t count = rows.count(), bytes = query_bytes(width);
-    graph_ = {count, dim, width, centre, to.signs, to.nibbles, nullptr, 0, nullptr, SLOTS};
+    graph_ = {count, width, centre, to.signs, to.nibbles, nullptr, 0, nullptr, SLOTS};
     order_ = spread(rows);
     lists_.assign(count * SLOTS, NO_NODE);
     graph_.edges = lists_.data();
@@ -86,7 +63,7 @@ GraphBuilder::GraphBuilder(const Run& run, const Rows& rows, Metric metric, cons
 
 // Writes a row's terms and codes, and what it needs as a query. y has room for whole bytes.
 void GraphBuilder::code(int64_t row, float* y, std::vector<float>* room) {
-    const int64_t width = graph_.width, dim = graph_.dim, bytes = low_bytes(width);
+    const int64_t width = graph_.width, bytes = low_bytes(width);
     float* x = room->data();
     columns_of(run_.kernels, rows_, row, width, x);
     centred(x, centre_, width, y);
@@ -96,28 +73,28 @@ void GraphBuilder::code(int64_t row, float* y, std::vector<float>* room) {
     for (int64_t c = 0; c < width; ++c) {
         const float size = std::abs(y[c]);
         largest = std::max(largest, size);
-        if (c < dim) along += size;
+        along += size;
     }
     const Kernels& kernels = run_.kernels;
     const double square = kernels.dot64(x, x, width), beside = kernels.dot64(y, y, width),
-                 prefix = kernels.dot64(y, y, dim), norm = std::sqrt(square),
+                 norm = std::sqrt(square),
                  unit = !terms_.normalized ? 1.0
                         : norm > 0.0       ? 1.0 / norm
                                            : 0.0,
                  of_centre = centre_ ? kernels.dot64(centre_, x, width) : 0.0;
-    const float reach = reach_of(y, width, largest, float(std::sqrt(beside / double(width)))),
+    const float reach = reach_of(kernels, y, width, largest, beside),
                 inverse = reach > TINY ? 8.0f / reach : 0.0f;
     NodeTerms node = {};
-    node.factor = float(along > 0.0 ? terms_.product * unit * prefix / along : 0.0);
+    node.factor = float(along > 0.0 ? terms_.product * unit * beside / along : 0.0);
     node.scale = inverse > 0.0f ? float(terms_.product * unit * (reach / 8.0f)) : 0.0f;
     node.term =
         float(terms_.squares > 0.0f ? -terms_.squares * beside : terms_.product * unit * of_centre);
     node.inverse = terms_.normalized ? float(unit) : 0.0f;
-    uint8_t* signs = to_.signs + row * sign_bytes(dim);
-    std::fill_n(signs, sign_bytes(dim), uint8_t(0));
+    uint8_t* signs = to_.signs + row * sign_bytes(width);
+    std::fill_n(signs, sign_bytes(width), uint8_t(0));
     *static_cast<NodeTerms*>(static_cast<void*>(signs)) = node;
     signs += sizeof node;
-    for (int64_t c = 0; c < dim; ++c) signs[c / 8] |= uint8_t(y[c] > 0.0f) << c % 8;
+    for (int64_t c = 0; c < width; ++c) signs[c / 8] |= uint8_t(y[c] > 0.0f) << c % 8;
     uint8_t* nibbles = to_.nibbles + row * bytes;
     const auto four = [&](float value) {
         const float at = value * inverse + 8.0f;
@@ -147,7 +124,7 @@ void GraphBuilder::measure(uint32_t from, const uint32_t* rows, int64_t n, float
 
 // Leaves in `kept` the nearest of the candidates, but for those that are nearer to one kept; then,
 // where there is room, the nearest of these.
-void GraphBuilder::prune(uint32_t row, int64_t most, Scratch& scratch) const {
+void GraphBuilder::prune(uint32_t row, Scratch& scratch) const {
     std::vector<Candidate>& left = scratch.candidates;
     std::vector<uint32_t>&kept = scratch.kept, &others = scratch.rows;
     std::sort(left.begin(), left.end(), [](const Candidate& a, const Candidate& b) {
@@ -157,7 +134,7 @@ void GraphBuilder::prune(uint32_t row, int64_t most, Scratch& scratch) const {
     left.erase(std::remove_if(left.begin(), left.end(), itself), left.end());
     scratch.sorted = left;
     kept.clear();
-    while (!left.empty() && int64_t(kept.size()) < most) {
+    while (!left.empty() && int64_t(kept.size()) < DEGREE) {
         kept.push_back(left.front().row);
         others.clear();
         for (const Candidate& candidate : left) others.push_back(candidate.row);
@@ -168,7 +145,7 @@ void GraphBuilder::prune(uint32_t row, int64_t most, Scratch& scratch) const {
         left.resize(count);
     }
     for (const Candidate& candidate : scratch.sorted) {
-        if (int64_t(kept.size()) == most) break;
+        if (int64_t(kept.size()) == DEGREE) break;
         if (std::find(kept.begin(), kept.end(), candidate.row) == kept.end())
             kept.push_back(candidate.row);
     }
@@ -182,7 +159,7 @@ void GraphBuilder::choose(uint32_t row, Scratch& scratch) const {
     scratch.candidates.clear();
     for (int64_t i = 0; i < n; ++i)
         scratch.candidates.push_back({scratch.distances[i], scratch.rows[i]});
-    prune(row, DEGREE, scratch);
+    prune(row, scratch);
 }
 
 // Searches for the edges of a new row, which no other thread reads yet.

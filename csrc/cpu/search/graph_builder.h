@@ -17,7 +17,7 @@ struct GraphArrays {
 class GraphBuilder {
   public:
     // Codes the rows that may be found; no other becomes a node.
-    GraphBuilder(const Run& run, const Rows& rows, Metric metric, const float* centre, int64_t dim,
+    GraphBuilder(const Run& run, const Rows& rows, Metric metric, const float* centre,
                  int64_t width, const GraphArrays& to);
     // Adds the next batch; false where there was none left.
     bool add();
@@ -41,7 +41,7 @@ class GraphBuilder {
     void code(int64_t row, float* y, std::vector<float>* room);
     float distance(uint32_t from, float score) const;
     void measure(uint32_t from, const uint32_t* rows, int64_t n, float* distances) const;
-    void prune(uint32_t row, int64_t most, Scratch& scratch) const;
+    void prune(uint32_t row, Scratch& scratch) const;
     void find(uint32_t row, Scratch& scratch);
     void find_all(int64_t n);
     void choose(uint32_t row, Scratch& scratch) const;

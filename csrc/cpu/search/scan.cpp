@@ -171,6 +171,15 @@ Status scan_all(const Run& run, const Rows& rows, const Queries& queries, const 
     return status;
 }
 
+void columns_of(const Kernels& kernels, const Rows& rows, int64_t row, int64_t dim, float* x) {
+    const Span& span = span_of(rows, row);
+    const int64_t local = row - span.first, head = std::min(rows.packed_dim, dim);
+    const float* tile = span.packed + local / TILE * rows.packed_dim * TILE + local % TILE;
+    for (int64_t c = 0; c < head; ++c) x[c] = tile[c * TILE];
+    if (dim > head)
+        kernels.widen_row(suffix_at(rows, span, local, head), rows.dtype, dim - head, x + head);
+}
+
 Status advance_all(const Kernels& kernels, const Rows& rows, const float* query,
                    const LaterStage& stage, std::vector<Entry>& candidates) {
     constexpr int64_t COLUMN_BLOCK = 256;  // columns a gathered tile advances by

@@ -90,6 +90,9 @@ inline RowColumns suffix_at(const Rows& rows, const Span& span, int64_t row, int
     return {begin + row_header(rows.dtype) + (column - rows.packed_dim) * size, begin};
 }
 
+// Reads the first `dim` columns of a row, packed ones among them.
+void columns_of(const Kernels& kernels, const Rows& rows, int64_t row, int64_t dim, float* x);
+
 // As many threads as the work is worth.
 int threads_for(double multiplies, int threads);
 

@@ -40,7 +40,7 @@ class RowGraph:
         self.entries, self.width = len(arrays["entries"]), layout.width
         self.native = _C.Graph(
             (
-                rows, layout.width, layout.width, address(arrays["centre"], F32),
+                rows, layout.width, address(arrays["centre"], F32),
                 signs, nibbles, entries, self.entries, edges,
             )
         )  # fmt: skip
@@ -70,7 +70,7 @@ class RowGraph:
         arrays["centre"].copy_(centre_of(sample))
         builder = _C.GraphBuilder(
             now.rows, METRICS[metric].number, address(arrays["centre"], F32), layout.width,
-            layout.width, native.run(),
+            native.run(),
             tuple(address(arrays[name], U8) for name in (*PER_ROW, "entries")),
         )  # fmt: skip
         with tqdm(total=builder.count, desc="build graph", disable=not progress) as bar:
@@ -86,7 +86,7 @@ PER_ROW = "edges", "signs", "nibbles"
 
 def parts(layout: Layout, rows: int, entries: int) -> Parts:
     """The arrays of a graph, in the order of a file and of the kernels."""
-    signs, nibbles = _C.node_bytes(layout.width, layout.width)
+    signs, nibbles = _C.node_bytes(layout.width)
     bytes_of = dict(zip(PER_ROW, (4 * DEGREE, signs, nibbles), strict=True))
     return {
         **{name: (U8, (rows, size)) for name, size in bytes_of.items()},

@@ -39,13 +39,18 @@ struct Built {
           entries(ENTRIES),
           signs(rows.count() * sign_bytes(WIDTH)),
           nibbles(rows.count() * low_bytes(WIDTH)) {
-        GraphBuilder builder(run, rows, metric, centre, WIDTH, WIDTH,
+        GraphBuilder builder(run, rows, metric, centre, WIDTH,
                              {edges.data(), signs.data(), nibbles.data(), entries.data()});
         while (builder.add()) continue;
         CHECK_EQUAL(builder.added(), builder.count());
         entries.resize(builder.finish());
-        graph = {rows.count(), WIDTH,          WIDTH,          centre,
-                 signs.data(), nibbles.data(), entries.data(), int64_t(entries.size()),
+        graph = {rows.count(),
+                 WIDTH,
+                 centre,
+                 signs.data(),
+                 nibbles.data(),
+                 entries.data(),
+                 int64_t(entries.size()),
                  edges.data()};
     }
     std::vector<uint32_t> edges, entries;
