@@ -219,7 +219,9 @@ def stages_of(text: str) -> list[Stage]:
     if not first.startswith("graph:"):
         return [tuple(stage) for stage in _split(text, "--stages", expected, 2, 3)]
     walk = _split(first.removeprefix("graph:"), "--stages", expected, 2)
-    listed = _split(rest, "--stages", expected, 2, 3) if rest else []
+    if not rest:
+        raise ValueError(f"--stages: expected {expected}, got {text!r}")
+    listed = _split(rest, "--stages", expected, 2, 3)
     return [("graph", *walk[0]), *(tuple(stage) for stage in listed)]
 
 

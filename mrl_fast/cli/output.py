@@ -52,7 +52,9 @@ def failing(quiet: bool = False) -> Iterator[None]:
     except ModuleNotFoundError as error:
         needs_extra(error, EXTRAS.get(str(error.name), "cli"))
         raise typer.Exit(2) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TypeError) as error:
+        if isinstance(error, TypeError) and ": expected " not in str(error):
+            raise  # of Python's own: a bug
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             error = f"{error.filename}: expected a place to read or write, got {error.strerror}"
         say(in_options(str(error)))
@@ -71,6 +73,8 @@ def in_options(message: str) -> str:
         (r"^path: (?=expected an index or an empty folder)", "--out: "),
         (r"^path: ", "INDEX: "),
         (r"^k: ", "-k: "),
+        (r"^stages\[(\d+)\]: ", lambda m: f"--stages: stage {int(m[1]) + 1}: "),
+        (r"build_graph\(\)", "mrl-fast index graph"),
         (r"^stages\[(\d+)\] ", lambda m: f"--stages: stage {int(m[1]) + 1}, "),
         (rf"^({OPTIONS}): ", lambda m: f"{_option(m[1])}: "),
         (r"(?<=: )(column|key|id_column): (?=expected)", lambda m: f"{_option(m[1])}: "),

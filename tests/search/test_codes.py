@@ -8,6 +8,7 @@ import torch
 
 from mrl_fast import _C, MatryoshkaIndex
 from mrl_fast.shared import native
+from tests.helpers.coding import whole_tiles
 from tests.helpers.search import METRICS, brute_force
 
 DIMS = (16, 48, 100)  # no multiples of a step
@@ -206,9 +207,7 @@ def test_codes_have_the_same_bits_on_every_instruction_set(dtype, metric, monkey
         first, rest = vectors.split([37, 163])  # the first rows' mean is the centre
         for piece in (first, rest) if isa == "portable" else (first, *rest.split(50)):
             index.add(piece)
-        arrays = index._rows.snapshot.blocks[0].arrays
-        whole = [arrays[name][:3] for name in ("signs", "nibbles", "lows", "tile_stats")]
-        made.append([arrays["stats"][:, :192], *whole])  # of the tiles that are full
+        made.append(whole_tiles(index))
     for arrays in made:
         assert all(map(torch.equal, arrays, made[-1]))
 

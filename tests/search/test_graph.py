@@ -254,7 +254,7 @@ def test_bad_stages(stages, error, words):
 @pytest.mark.quick
 def test_bad_calls():
     index = MatryoshkaIndex((16, D))
-    with pytest.raises(ValueError, match="index: expected 1 to"):
+    with pytest.raises(ValueError, match="index: expected 1 to .* got 0"):
         index.build_graph(progress=False)
     index.add(X[:300])
     with pytest.raises(ValueError, match=r"stages\[0\]: expected a graph"):

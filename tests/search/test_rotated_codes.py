@@ -11,6 +11,7 @@ import torch
 
 from mrl_fast import _C, MatryoshkaIndex
 from mrl_fast.shared import native
+from tests.helpers.coding import whole_tiles
 from tests.helpers.search import METRICS, brute_force
 
 DIMS = (16, 48, 101)  # slabs of 16, 32 and 53 columns
@@ -194,9 +195,7 @@ def test_rotated_codes_have_the_same_bits_on_every_instruction_set(metric, monke
         index.fit(vectors)
         for piece in (vectors,) if isa == "portable" else vectors.split(37):
             index.add(piece)
-        held = index._rows.snapshot.blocks[0].arrays
-        whole = [held[name][:3] for name in ("signs", "nibbles", "lows", "tile_stats")]
-        arrays.append([held["stats"][:, :192], *whole])  # of the tiles that are full
+        arrays.append(whole_tiles(index))
     for each in arrays:
         assert all(map(torch.equal, each, arrays[-1]))
 

@@ -85,7 +85,8 @@ CODES = {
 ROWS = Code({}, (8,), whole=False, exact=True, widest=1 << 24)
 TILED = {name: array for code in CODES.values() for name, array in code.arrays.items()}
 
-# Of a centre: vectors read, at most and at least, and the share of their squares.
+# Of a centre: vectors read, at most and at least (of a rotation too), and the share of their
+# squares.
 MEAN_ROWS, FEWEST_ROWS, LEAST_MEAN = 1 << 12, 64, 0.05
 
 

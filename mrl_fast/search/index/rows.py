@@ -16,7 +16,7 @@ from torch import Tensor
 from mrl_fast.search.index import host_search, scaled
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.blocks import VERSION, Block, Layout
-from mrl_fast.search.index.codes import MEAN_ROWS, centre_of
+from mrl_fast.search.index.codes import FEWEST_ROWS, MEAN_ROWS, centre_of
 from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.search.index.graph import RowGraph
 from mrl_fast.search.index.rotation import Rotation
@@ -191,11 +191,9 @@ class IndexRows:
             raise ValueError(f"device: expected 'cpu' for a graph, got {self.config.device!r}")
         with self.changing():
             now = self.snapshot
-            if not 0 < now.count < GRAPH_ROWS:
+            if not now.size or now.count >= GRAPH_ROWS:
                 expected = f"1 to {GRAPH_ROWS - 1:,} vectors to build a graph over"
-                raise ValueError(f"index: expected {expected}, got {now.count:,}")
-            if not now.size:
-                raise ValueError("index: expected vectors to build a graph over, got none")
+                raise ValueError(f"index: expected {expected}, got {now.size:,}")
             metric = self.config.metric
             self.store.use_graph(RowGraph.build(now, self.layout, metric, progress=progress))
 
@@ -290,7 +288,8 @@ class IndexRows:
             ends = self.layout.ladder[:-1]
             # A rotation gives the columns between two dims the same.
             rotated = [slab.mean().expand(len(slab)) for slab in squares.tensor_split(ends)]
-            if squares.square().sum() > LEAST_GAIN * torch.cat(rotated).square().sum():
+            uneven = squares.square().sum() > LEAST_GAIN * torch.cat(rotated).square().sum()
+            if uneven and len(few) >= FEWEST_ROWS:
                 frame.append(_signs(self.config.width))
         self._use_frame(torch.cat(frame) if frame else None)
 
