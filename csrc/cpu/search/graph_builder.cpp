@@ -10,9 +10,13 @@
 namespace mrl {
 namespace {
 
-constexpr int64_t BEAM = 128;      // of a row that looks for near ones
-constexpr float DIRECTION = 1.2f;  // an edge is left out where one kept is so much nearer to it
-constexpr int64_t BATCHES = 50;    // a batch has at most so large a share of the rows
+constexpr int64_t BEAM = 128;       // of a row that looks for near ones
+constexpr int64_t CANDIDATES = 96;  // that edges are chosen among: the nearest
+// Edges lead in different directions: one is taken where its row is at most so many times as far
+// from the source as from the row of any edge taken before; then, where there is room, so much
+// more.
+constexpr float HIDDEN = 0.9f, WIDER = 1.1f;  // of squared distances
+constexpr int64_t BATCHES = 50;               // a batch has at most so large a share of the rows
 constexpr int64_t GRAIN = 16;
 
 // Rows in an order in which any first part of them is spread over all.
@@ -122,32 +126,36 @@ void GraphBuilder::measure(uint32_t from, const uint32_t* rows, int64_t n, float
     for (int64_t i = 0; i < n; ++i) distances[i] = distance(from, distances[i]);
 }
 
-// Leaves in `kept` the nearest of the candidates, but for those that are nearer to one kept; then,
-// where there is room, the nearest of these.
+// Leaves in `kept` those of the candidates, best first, that edges lead to.
 void GraphBuilder::prune(uint32_t row, Scratch& scratch) const {
-    std::vector<Candidate>& left = scratch.candidates;
+    std::vector<Candidate>& near = scratch.candidates;
     std::vector<uint32_t>&kept = scratch.kept, &others = scratch.rows;
-    std::sort(left.begin(), left.end(), [](const Candidate& a, const Candidate& b) {
+    std::vector<float>&hidden = scratch.hidden, &distances = scratch.distances;
+    const auto itself = [&](const Candidate& candidate) { return candidate.row == row; };
+    near.erase(std::remove_if(near.begin(), near.end(), itself), near.end());
+    std::sort(near.begin(), near.end(), [](const Candidate& a, const Candidate& b) {
         return a.distance < b.distance || (a.distance == b.distance && a.row < b.row);
     });
-    const auto itself = [&](const Candidate& candidate) { return candidate.row == row; };
-    left.erase(std::remove_if(left.begin(), left.end(), itself), left.end());
-    scratch.sorted = left;
+    const int64_t n = std::min<int64_t>(near.size(), CANDIDATES), most = std::min(n, DEGREE);
+    others.clear();
+    for (int64_t i = 0; i < n; ++i) others.push_back(near[i].row);
+    hidden.assign(n, 0.0f);  // NaN of those that were taken
     kept.clear();
-    while (!left.empty() && int64_t(kept.size()) < DEGREE) {
-        kept.push_back(left.front().row);
-        others.clear();
-        for (const Candidate& candidate : left) others.push_back(candidate.row);
-        measure(kept.back(), others.data() + 1, others.size() - 1, scratch.distances.data());
-        size_t count = 0;
-        for (size_t i = 1; i < left.size(); ++i)
-            if (DIRECTION * scratch.distances[i - 1] > left[i].distance) left[count++] = left[i];
-        left.resize(count);
-    }
-    for (const Candidate& candidate : scratch.sorted) {
-        if (int64_t(kept.size()) == DEGREE) break;
-        if (std::find(kept.begin(), kept.end(), candidate.row) == kept.end())
-            kept.push_back(candidate.row);
+    for (float limit = HIDDEN, next; int64_t(kept.size()) < most;
+         limit = std::max(limit * WIDER, next)) {
+        next = INFINITY;
+        for (int64_t i = 0; i < n && int64_t(kept.size()) < most; ++i) {
+            if (hidden[i] > limit) next = std::min(next, hidden[i]);
+            if (!(hidden[i] <= limit)) continue;
+            hidden[i] = NAN;
+            kept.push_back(others[i]);
+            const int64_t after = n - i - 1;
+            measure(others[i], others.data() + i + 1, after, distances.data());
+            const Candidate* farther = near.data() + i + 1;
+            float* ratios = hidden.data() + i + 1;
+            for (int64_t j = 0; j < after; ++j)  // infinite of what is at the same place
+                ratios[j] = std::max(ratios[j], (farther[j].distance + TINY) / distances[j]);
+        }
     }
 }
 

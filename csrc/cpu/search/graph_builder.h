@@ -1,6 +1,6 @@
 // Builds a graph, a batch of rows at a time: each row of a batch searches the graph of the rows
-// before it for near ones, and keeps those that no other kept one is much nearer to; then edges
-// lead back. Batches depend on the number of rows only, so that any threads build the same graph.
+// before it for near ones, and keeps some in different directions; then edges lead back. Batches
+// depend on the number of rows only, so that any threads build the same graph.
 #pragma once
 
 #include "cpu/search/graph.h"
@@ -33,9 +33,9 @@ class GraphBuilder {
     };
     struct Scratch {
         Walk walk;
-        std::vector<Candidate> candidates, sorted;
+        std::vector<Candidate> candidates;
         std::vector<uint32_t> rows, kept;
-        std::vector<float> distances;
+        std::vector<float> distances, hidden;
         std::vector<uint64_t> edges;  // target, source
     };
     void code(int64_t row, float* y, std::vector<float>* room);
@@ -49,7 +49,7 @@ class GraphBuilder {
     void reach_all();
     uint32_t* list(uint32_t row) { return lists_.data() + int64_t(row) * SLOTS; }
 
-    static constexpr int64_t SLOTS = 48;  // edges while it is built: pruned when there are more
+    static constexpr int64_t SLOTS = 64;  // edges while it is built: pruned when there are more
     const Run run_;
     const Rows& rows_;
     const MetricTerms& terms_;
