@@ -33,6 +33,49 @@ std::vector<uint32_t> spread(const Rows& rows) {
     return order;
 }
 
+// Four bits of each of y's columns, and how well they stand for it: z, of steps from −7.5 to 7.5.
+struct Halves {
+    float inverse;         // of a step, in y; 0 where all codes are zeros
+    double along, square;  // ⟨y, z⟩ and ⟨z, z⟩, in steps of 1
+    static float code(float value, float inverse) {
+        const float at = value * inverse + 8.0f;
+        return float(int(std::min(std::max(at, 0.0f), 15.0f)));
+    }
+};
+
+Halves halves(const float* y, int64_t width, float inverse) {
+    Halves sums = {inverse, 0.0, 0.0};
+    constexpr int64_t LANES = 16;
+    float along[LANES] = {}, square[LANES] = {};
+    for (int64_t c = 0; c < width; ++c) {
+        const float z = Halves::code(y[c], inverse) - 7.5f;
+        along[c % LANES] += y[c] * z;
+        square[c % LANES] += z * z;
+    }
+    for (int64_t lane = 0; lane < LANES; ++lane) {
+        sums.along += along[lane];
+        sums.square += square[lane];
+    }
+    return sums;
+}
+
+// The codes that lie along y best: of steep spectra they reach over many deviations, of even ones
+// over few. The largest values may lie beyond.
+Halves best_halves(const float* y, int64_t width, float largest, double square) {
+    Halves best = {};
+    if (!(largest >= TINY)) return best;
+    const float deviation = float(std::sqrt(square / double(width)));
+    for (float deviations : {2.0f, 2.7f, 3.6f, 5.0f, 7.0f, INFINITY}) {
+        const float reach = std::min(deviations * deviation, largest);
+        const Halves sums = halves(y, width, 8.0f / reach);
+        if (sums.along * sums.along * best.square > best.along * best.along * sums.square ||
+            best.square == 0.0)
+            best = sums;
+        if (reach == largest) break;
+    }
+    return best;
+}
+
 }  // namespace
 
 GraphBuilder::GraphBuilder(const Run& run, const Rows& rows, Metric metric, const float* centre,
@@ -86,11 +129,11 @@ void GraphBuilder::code(int64_t row, float* y, std::vector<float>* room) {
                         : norm > 0.0       ? 1.0 / norm
                                            : 0.0,
                  of_centre = centre_ ? kernels.dot64(centre_, x, width) : 0.0;
-    const float reach = reach_of(kernels, y, width, largest, beside),
-                inverse = reach > TINY ? 8.0f / reach : 0.0f;
+    const Halves best = best_halves(y, width, largest, beside);
     NodeTerms node = {};
     node.factor = float(along > 0.0 ? terms_.product * unit * beside / along : 0.0);
-    node.scale = inverse > 0.0f ? float(terms_.product * unit * (reach / 8.0f)) : 0.0f;
+    // Longer than the codes, as y is: what they lose points everywhere.
+    node.scale = float(best.along > 0.0 ? terms_.product * unit * beside / best.along : 0.0);
     node.term =
         float(terms_.squares > 0.0f ? -terms_.squares * beside : terms_.product * unit * of_centre);
     node.inverse = terms_.normalized ? float(unit) : 0.0f;
@@ -100,11 +143,8 @@ void GraphBuilder::code(int64_t row, float* y, std::vector<float>* room) {
     signs += sizeof node;
     for (int64_t c = 0; c < width; ++c) signs[c / 8] |= uint8_t(y[c] > 0.0f) << c % 8;
     uint8_t* nibbles = to_.nibbles + row * bytes;
-    const auto four = [&](float value) {
-        const float at = value * inverse + 8.0f;
-        return uint8_t(int(std::min(std::max(at, 0.0f), 15.0f)));
-    };
-    for (int64_t c = 0; c < bytes; ++c) nibbles[c] = uint8_t(four(y[c]) | four(y[bytes + c]) << 4);
+    const auto four = [&](int64_t c) { return uint8_t(Halves::code(y[c], best.inverse)); };
+    for (int64_t c = 0; c < bytes; ++c) nibbles[c] = uint8_t(four(c) | four(bytes + c) << 4);
     norms_[row] = float(norm);
     middles_[row] = centre_ ? float(kernels.dot64(y, centre_, width)) : 0.0f;
     const float t = terms_.normalized ? terms_.product * middles_[row] : 0.0f;
