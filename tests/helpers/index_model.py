@@ -128,7 +128,8 @@ class Answers:
 
 
 def assert_same(index: MatryoshkaIndex, model: Model, seed: int = 0) -> None:
-    """Compares ids, vectors and a few exact answers."""
+    """Compares ids, vectors and a few exact answers; and that a graph, if there is one, leads to
+    every row."""
     assert len(index) == len(model.vectors) and index.ids.tolist() == model.ids
     back = index.reconstruct(index.ids)
     if index.rotation is None:
@@ -139,6 +140,9 @@ def assert_same(index: MatryoshkaIndex, model: Model, seed: int = 0) -> None:
     q = vectors(2, index.width, seed)
     for k in (3, len(index) + 2):
         Answers(index, model, q).check_exact(index.search(q, k, exact=True))
+    if index._rows.snapshot.graph is not None and (n := len(index)):
+        found = index.search(q, n, stages=[("graph", 2 * n, n), (index.width, n)])
+        assert found.ids.sort(dim=1).values.tolist() == [sorted(model.ids)] * 2
 
 
 def build(rows: int = 150, seed: int = 0, **options: Any) -> tuple[MatryoshkaIndex, Model]:

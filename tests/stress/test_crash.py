@@ -45,12 +45,14 @@ def built(folder, first):
     index, model = build(rotation="pca")
     index.remove(index.ids[:1])
     model.remove(model.ids[:1])
+    index.build_graph(progress=False)
     if first:
         return index, [None, model]
     index.save(folder)
     before = model.copy()
     index.compact()  # so that old files go
     change(index, model)
+    index.build_graph(progress=False)
     return index, [before, model]
 
 

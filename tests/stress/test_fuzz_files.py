@@ -52,6 +52,8 @@ def bases(root):
     ]):  # fmt: skip
         folder = root / f"base{i}"
         index, model = build(rows=70, seed=i, **options)
+        if i % 2 == 0:
+            index.build_graph(progress=False)
         index.save(folder)
         if i:
             change(index, model)

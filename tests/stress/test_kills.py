@@ -52,6 +52,8 @@ def step_and_save(index, step, folder):
     advance(index, index.ids.tolist(), step, lambda ids: torch.tensor(ids, dtype=torch.int64))
     if step % 5 == 0:
         index.compact()
+    if step % 3 == 0:
+        index.build_graph(progress=False)
     index.save(folder)
 
 
