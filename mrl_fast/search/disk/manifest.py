@@ -98,6 +98,22 @@ def stored(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in manifest.items() if name not in without}
 
 
+def text_of(manifest: dict[str, Any]) -> bytes:
+    """What ``parse`` reads."""
+    return json.dumps(stored(manifest), indent=1).encode()
+
+
+def format_of(path: Path) -> str | None:
+    """The format that a folder's manifest names; None where there is nothing of the kind."""
+    try:
+        with open(path / FILE, "rb") as opened:
+            fields = json.loads(opened.read())
+    except (OSError, ValueError, RecursionError):
+        return None
+    named = fields.get("format") if isinstance(fields, dict) else None
+    return named if isinstance(named, str) else None
+
+
 def read_or_none(path: Path) -> dict[str, Any] | None:
     try:
         return read(path)
@@ -105,8 +121,15 @@ def read_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def settled(path: Path, use: Callable[[dict[str, Any]], T]) -> T:
+def settled(
+    path: Path,
+    use: Callable[[dict[str, Any]], T],
+    read: Callable[[Path], dict[str, Any]] = read,
+) -> T:
     """``use`` of a folder's manifest; once more if it failed and the folder was saved to meanwhile.
+
+    Args:
+        read: The folder's manifest.
 
     Raises:
         FileNotFoundError: There is no manifest.
