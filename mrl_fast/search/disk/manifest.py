@@ -107,8 +107,16 @@ def format_of(path: Path) -> str | None:
     """The format that a folder's manifest names; None where there is nothing of the kind."""
     try:
         with open(path / FILE, "rb") as opened:
-            fields = json.loads(opened.read())
-    except (OSError, ValueError, RecursionError):
+            return format_in(opened.read())
+    except OSError:
+        return None
+
+
+def format_in(text: bytes) -> str | None:
+    """As ``format_of``, in what such a file holds."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
         return None
     named = fields.get("format") if isinstance(fields, dict) else None
     return named if isinstance(named, str) else None
@@ -152,8 +160,13 @@ def settled(
 
 
 def files_of(manifest: dict[str, Any]) -> set[str]:
+    return {name for name, _ in entries_of(manifest)}
+
+
+def entries_of(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """The files, and their checksums."""
     entries = [*manifest["segments"], *(manifest.get(name) for name in ("alive", "axes", "graph"))]
-    return {entry["file"] for entry in entries if entry}
+    return [(entry["file"], entry["sha256"]) for entry in entries if entry]
 
 
 def _check(file: Path, manifest: dict[str, Any], digest: str | None) -> None:

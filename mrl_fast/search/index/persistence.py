@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from mrl_fast.search.disk import folder
 from mrl_fast.search.disk import manifest as manifests
+from mrl_fast.search.disk.remote import fetched, is_remote
 from mrl_fast.search.index import pickled
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.blocks import Layout
@@ -94,7 +95,8 @@ class Persistent(pickled.Copies):
 
         Args:
             path: The folder. Its files must not be changed but by ``save``, which may run
-                meanwhile.
+                meanwhile. A URL, ``s3://bucket/index``, is read to a copy on this machine first,
+                by fsspec: what the copy lacks, below ``$MRL_FAST_CACHE`` or ``~/.cache/mrl_fast``.
             device: As for a new index; with a copy to another device everything is read.
             verify: Read every file and compare its checksum. The manifest's is always compared.
 
@@ -103,9 +105,10 @@ class Persistent(pickled.Copies):
             ValueError: A file and no folder; another version, or damage: names the file and the
                 field.
         """
-        if load := LOADERS.get(manifests.format_of(Path(path)) or ""):
+        path = fetched(str(path)) if is_remote(path) else Path(path)
+        if load := LOADERS.get(manifests.format_of(path) or ""):
             return load(path, device=device, verify=verify)
-        return cls._load(Path(path), device, verify)
+        return cls._load(path, device, verify)
 
     @classmethod
     def _load(

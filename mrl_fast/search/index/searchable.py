@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -25,6 +26,8 @@ from mrl_fast.shared.types import (
     StagedResult,
     Tuned,
 )
+
+T = TypeVar("T")
 
 
 class State(Protocol):
@@ -95,6 +98,11 @@ class Searchable(ABC):
     def _together(self) -> AbstractContextManager[None]:
         """What a question is checked and answered in."""
         return nullcontext()
+
+    def _lead(self, call: Callable[[], T], *asked: Any) -> T:
+        """What a call returns that searches many times, and what by the time that it took; it was
+        asked with these arguments."""
+        return call()
 
     def search(
         self,
@@ -224,13 +232,15 @@ class Searchable(ABC):
         Raises:
             ValueError, TypeError: Too few queries, a wrong shape or dtype; an empty index.
         """
-        q = inputs.vectors(queries, "queries", self.width).float()
-        report = tuning.tune(
-            self, q, k, recall,
-            batch=batch, confidence=confidence, seconds=seconds, progress=progress,
-        )  # fmt: skip
-        self._tuned = Tuned(report.stages, report.k, len(self), report.target)
-        self._lapses_said = set()
+        with self._together():
+            q = inputs.vectors(queries, "queries", self.width).float()
+            tune = partial(
+                tuning.tune, self, q, k, recall,
+                batch=batch, confidence=confidence, seconds=seconds, progress=progress,
+            )  # fmt: skip
+            report = self._lead(tune, q, k, recall, batch, confidence, seconds)
+            self._tuned = Tuned(report.stages, report.k, len(self), report.target)
+            self._lapses_said = set()
         return report
 
     def _asked(

@@ -14,7 +14,7 @@ import torch
 from mrl_fast.search.disk import filesystem, tensorfile
 from mrl_fast.search.disk import folder as index_folder
 from mrl_fast.search.disk import manifest as manifests
-from mrl_fast.search.sharded import manifest as whole
+from mrl_fast.search.disk import sharded_manifest as whole
 from mrl_fast.search.sharded.order import RowOrder
 
 Entry = dict[str, Any]

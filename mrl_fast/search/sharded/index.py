@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mrl_fast.search.disk.sharded_manifest import MOST, ROUTES
 from mrl_fast.search.index import MatryoshkaIndex, cost
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.answers import Asked, Found
@@ -20,15 +22,13 @@ from mrl_fast.search.sharded.changes import Changes
 from mrl_fast.search.sharded.explained import summed
 from mrl_fast.search.sharded.local import LocalShards
 from mrl_fast.search.sharded.persistence import Persistent
-from mrl_fast.search.sharded.protocol import ShardInfo, Shards
-from mrl_fast.search.sharded.routing import ROUTES, Placing
+from mrl_fast.search.sharded.protocol import ShardInfo, Shards, T
+from mrl_fast.search.sharded.routing import Placing
 from mrl_fast.search.sharded.shard import IndexShard
 from mrl_fast.shared import memory
 from mrl_fast.shared.arrays import like
 from mrl_fast.shared.checks import check_choice, check_int
 from mrl_fast.shared.types import Stage
-
-MOST = 1 << 12  # shards
 
 
 class Whole:
@@ -112,6 +112,32 @@ class ShardedIndex(Searchable, Changes, Persistent):
         index._make(config, shards, placing, frame)
         return index
 
+    @classmethod
+    def from_group(cls, index: MatryoshkaIndex, group: Any = None) -> ShardedIndex:
+        """The index of all ranks of a torch.distributed group, each of which holds its own rows.
+
+        Equals an index of all ranks' rows, those of rank 0 first. Every rank calls this and each
+        method of the result, ``len`` and properties of vectors too, with the same arguments, and
+        gets the whole answer. ``tune`` measures in rank 0. Other arguments in a rank, an error
+        there, or a rank that is gone are an error in all of them, the last within the group's
+        timeout. Each rank changes its own index, in any way; the group searches what they hold.
+
+        Args:
+            index: This rank's, of the same options in all ranks but for the device, and with a
+                rotation fitted to the same samples. No id is in two ranks: give ids where vectors
+                are added.
+            group: A process group, gloo or nccl; None is the default one.
+
+        Raises:
+            TypeError: No MatryoshkaIndex.
+            ValueError: Other options or another rotation in a rank; an id in two ranks.
+            RuntimeError: A rank is gone.
+        """
+        from mrl_fast.search.sharded.group import checked_shards
+
+        shards = checked_shards(index, group)
+        return cls.over(shards, index.config, Placing(ROUTES[0]), index._rows.frame)
+
     @property
     def shards(self) -> int:
         """How many there are."""
@@ -189,6 +215,12 @@ class ShardedIndex(Searchable, Changes, Persistent):
         checked = checked_stages(stages, self.config)
         batch = check_int(batch, "batch", 1)
         return summed(self._shards.ask("explain", [(checked, batch)] * len(self._shards)))
+
+    def _together(self) -> AbstractContextManager[None]:
+        return self._shards.together()
+
+    def _lead(self, call: Callable[[], T], *asked: Any) -> T:
+        return self._shards.lead(call, asked)
 
     def _now(self) -> Whole:
         return Whole(self._shards)

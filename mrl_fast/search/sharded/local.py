@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from mrl_fast.search.sharded.protocol import Arguments
+from mrl_fast.search.sharded.protocol import Arguments, T
 from mrl_fast.search.sharded.shard import IndexShard
 
 
@@ -49,6 +49,9 @@ class LocalShards:
 
     def together(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def lead(self, call: Callable[[], T], asked: Arguments) -> T:
+        return call()
 
     def _publish(self) -> None:
         self._states = [shard.state for shard in self.shards]

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from mrl_fast.search.disk import manifest as manifests
+from mrl_fast.search.disk import sharded_manifest as whole
+from mrl_fast.search.disk.remote import fetched, is_remote
 from mrl_fast.search.index import MatryoshkaIndex, persistence
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.search.index.graph import walks
 from mrl_fast.search.index.stages import checked_tuned
 from mrl_fast.search.sharded import folder
-from mrl_fast.search.sharded import manifest as whole
 from mrl_fast.search.sharded.local import LocalShards
 from mrl_fast.search.sharded.protocol import Shards
 from mrl_fast.search.sharded.routing import Placing
@@ -91,7 +92,7 @@ class Persistent:
             FileNotFoundError: There is no index.
             ValueError: Another version, or damage: names the file and the field.
         """
-        root, device = Path(os.path.realpath(path)), inputs.device(device)
+        root, device = Path(os.path.realpath(_local(path))), inputs.device(device)
 
         def opened(manifest: folder.Entry) -> Index:
             shards = [
@@ -165,6 +166,10 @@ class Persistent:
             kind = type(self._shards).__name__
             raise ValueError(f"{what}: expected shards in this process, got {kind}")
         return self._shards
+
+
+def _local(path: Any) -> Any:
+    return fetched(path) if is_remote(path) else path
 
 
 def register(load: Callable[..., Any]) -> None:

@@ -9,12 +9,13 @@ that they can be pickled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
+T = TypeVar("T")
 Arguments = tuple[Any, ...]
 
 
@@ -97,4 +98,10 @@ class Shards(Protocol):
     def together(self) -> AbstractContextManager[None]:
         """What a call of the index is checked and answered in: where it is made in several places
         at once, an error in one of them is raised in all."""
+        ...
+
+    def lead(self, call: Callable[[], T], asked: Arguments) -> T:
+        """What a call returns that asks many times, and what by the time that answers took: where
+        it is made in several places at once, all of them with the arguments ``asked``, one of
+        them decides for all."""
         ...

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from mrl_fast.shared import memory
 
-ROUTES = ("turn", "id")
-
 
 class Placing(NamedTuple):
     """How far rows were dealt to shards.

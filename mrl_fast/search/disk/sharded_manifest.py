@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from mrl_fast.search.disk import manifest as manifests
-from mrl_fast.search.sharded.routing import ROUTES
 
 FORMAT = "mrl_fast sharded index"
 VERSION = 1
@@ -20,6 +19,7 @@ FILE = manifests.FILE
 FOLDER = re.compile(r"shard-\d{5}")
 ORDER = re.compile(r"order-(\d{8})\.safetensors")
 MOST = 1 << 12  # shards
+ROUTES = ("turn", "id")  # by which a new row finds its shard
 MANIFEST_BYTES = 1 << 26  # at most
 FIELDS = (
     "format", "version", "generation", "route", "next_id", "next_place", "dealt", "tuned", "order",
