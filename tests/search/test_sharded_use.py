@@ -130,6 +130,9 @@ def test_a_change_that_fails_changes_nothing(options):
             with pytest.raises(ValueError, match=message):
                 call(index)
         assert_answers_as(one, many)
+    for index in (one, many):  # after which everything is seen that shards hold
+        index.add(vectors(4, 9))
+    assert_answers_as(one, many)
 
 
 def test_a_first_add_that_fails_leaves_no_rotation():
