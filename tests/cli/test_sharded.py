@@ -119,14 +119,15 @@ def test_a_far_folder_is_copied_once(scheme, sharded, one, tmp_path, cache, monk
         )  # fmt: skip
         MatryoshkaIndex.load(url)
         assert copied and not [path for path in copied if not path.endswith("manifest.json")]
-        # Another index at the same URL, whose files have the same names.
-        other = ShardedIndex((8, 32), shards=3)
-        other.add(-BASE)
-        other.save(tmp_path / "other")
-        system.rm(root, recursive=True)
-        system.put(f"{tmp_path / 'other'}/", f"{root}/", recursive=True)
-        again = MatryoshkaIndex.load(url, verify=True)
-        assert again.reconstruct([0]).numpy().tolist() == (-BASE[:1]).tolist()
+        # Other indexes at the same URL, whose files have the same names.
+        for factor in (-1, 2):
+            other = ShardedIndex((8, 32), shards=3)
+            other.add(factor * BASE)
+            other.save(tmp_path / str(factor))
+            system.rm(root, recursive=True)
+            system.put(f"{tmp_path / str(factor)}/", f"{root}/", recursive=True)
+            again = MatryoshkaIndex.load(url, verify=True)
+            assert again.reconstruct([0]).numpy().tolist() == (factor * BASE[:1]).tolist()
     finally:
         system.rm(root, recursive=True)
 
