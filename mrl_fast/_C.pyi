@@ -69,11 +69,14 @@ class Rows:
         /,
     ) -> None: ...
     def restricted(self, mask: int, /) -> Rows: ...
+    def numbered(self) -> Rows: ...  # the same, named in results by their numbers
+    # The ids of rows by their numbers, −1 of −1; addresses of int64.
+    def name(self, numbers: int, count: int, ids: int, /) -> None: ...
 
 class RangeFound:
     problem: str  # as the searches below return it
     counts: list[int]  # rows found by each query
-    def write(self, scores: int, ids: int, /) -> None: ...
+    def write(self, scores: int, ids: int, scores64: int, /) -> None: ...
 
 class Graph:
     """A graph over rows; fields as in csrc/cpu/search/graph.h. Holds addresses, not the arrays."""
@@ -106,7 +109,7 @@ def pack_flags(flags: int, count: int, words: int, /) -> None: ...
 Queries = tuple[int, int, int]  # address, rows, stride
 Stage = tuple[int, int, int]  # dim, keep, bits
 Run = tuple[str, int]  # isa, threads
-Results = tuple[int, int]  # scores, ids
+Results = tuple[int, int, int]  # scores, ids, scores64, which an exact search writes
 
 # These return what is wrong with the vectors, an empty string where nothing is.
 def search(

@@ -3,6 +3,7 @@
 from mrl_fast.integrations.sentence_transformers import semantic_search
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.ops import approx_topk, funnel_search, prefix_topk, rerank
+from mrl_fast.search.sharded import ShardedIndex
 from mrl_fast.shared.threads import get_num_threads, set_num_threads
 from mrl_fast.shared.types import (
     ApproxResult,
@@ -44,6 +45,7 @@ __all__ = [
     "Prediction",
     "RangeResult",
     "SearchResult",
+    "ShardedIndex",
     "StagedResult",
     "approx_topk",
     "funnel_search",

@@ -26,7 +26,7 @@ Rows rows_of(const std::vector<SpanFields>& spans, int64_t packed_dim, int64_t c
 }
 
 using QueriesFields = std::tuple<Address<float>, int64_t, int64_t>;
-using ResultsFields = std::tuple<Address<float>, Address<int64_t>>;
+using ResultsFields = std::tuple<Address<float>, Address<int64_t>, Address<double>>;
 using CandidatesFields = std::tuple<Address<int64_t>, int64_t>;
 using StageFields = std::tuple<int64_t, int64_t, int64_t>;
 using NewRowsFields = std::tuple<Address<void>, DType, int64_t, int64_t, int64_t>;
@@ -61,11 +61,12 @@ struct RangeFound {
         for (const auto& mine : neighbours) counts.push_back(mine.size());
         return counts;
     }
-    void write(Address<float> scores, Address<int64_t> ids) const {
+    void write(Address<float> scores, Address<int64_t> ids, Address<double> scores64) const {
         for (const auto& mine : neighbours)
             for (const Neighbour& neighbour : mine) {
                 *scores.at++ = neighbour.score;
                 *ids.at++ = neighbour.id;
+                if (scores64.at) *scores64.at++ = neighbour.score64;
             }
     }
 };
@@ -106,6 +107,12 @@ void bind_types(py::module_& m) {
         .def(py::init(&rows_of))
         .def("restricted",
              [](const Rows& rows, Address<uint64_t> mask) { return rows.restricted(mask); })
+        .def("numbered", &Rows::numbered)
+        .def("name",
+             [](const Rows& rows, Address<int64_t> numbers, int64_t count, Address<int64_t> ids) {
+                 for (int64_t i = 0; i < count; ++i)
+                     ids.at[i] = numbers.at[i] < 0 ? -1 : id_of(rows, numbers.at[i]);
+             })
         .def_property_readonly("eligible", &Rows::eligible);
     py::class_<RangeFound>(m, "RangeFound")
         .def_readonly("problem", &RangeFound::problem)

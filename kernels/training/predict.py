@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from mrl_fast.kernels.shared.tiling import (
     CONFIGS,
     add_block,
@@ -22,7 +24,6 @@ from mrl_fast.kernels.shared.tiling import (
     schedule_of,
     tile_of,
 )
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["B", "V", "steps"])

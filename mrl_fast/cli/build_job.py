@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from mrl_fast.cli import sidecars
+from mrl_fast.cli import folders, sidecars
 from mrl_fast.cli.inputs import Vectors, naming_ids, naming_rows
 from mrl_fast.cli.output import Checkpoints, note, progress
 from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.index.codes import MEAN_ROWS
+from mrl_fast.search.sharded import ShardedIndex
 from mrl_fast.shared.arrays import as_tensor
 
 CHECKPOINT_BYTES = 1 << 28  # of vectors as fp32
 FIT_BYTES = 1 << 28
 PIECES = 4
+
+AnyIndex = MatryoshkaIndex | ShardedIndex
 
 
 def build(
@@ -40,10 +43,15 @@ def build(
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, got {out}, which is a file")
     begun, new, made = time.perf_counter(), False, not out.exists()
-    index = MatryoshkaIndex(dims, **settings)
+    shards = settings.pop("shards")
+    index = (
+        MatryoshkaIndex(dims, **settings)
+        if shards is None
+        else ShardedIndex(dims, shards=shards, **settings)
+    )
     if (out / manifests.FILE).exists() and not overwrite:
         index = MatryoshkaIndex.load(out)
-        asked = {"dims": tuple(sorted(dims)), **settings}
+        asked = {"dims": tuple(sorted(dims)), "shards": shards, **settings}
         if asked["prefix_dtype"] is None:  # whatever it was begun with
             del asked["prefix_dtype"]
             if asked["codes"] is None:
@@ -53,6 +61,11 @@ def build(
     else:
         if index.config.rotation or index.codes:
             _fit(index, vectors)
+        if overwrite and out.exists() and folders.is_sharded(out) != (shards is not None):
+            raise ValueError(
+                f"--overwrite: expected {out} to be {'sharded' if shards else 'one index'} as what "
+                "replaces it, got another kind: delete it first"
+            )
         if new := not (out / manifests.FILE).exists():
             index.save(out)
     done = len(index)
@@ -75,7 +88,7 @@ def build(
     }  # fmt: skip
 
 
-def _fit(index: MatryoshkaIndex, vectors: Vectors) -> None:
+def _fit(index: AnyIndex, vectors: Vectors) -> None:
     rows = FIT_BYTES // (4 * vectors.width) if index.config.rotation else MEAN_ROWS
     samples = vectors.matrix(max(1, rows))
     with naming_rows(vectors, samples, 0):
@@ -86,20 +99,19 @@ def _undo_an_empty_build(out: Path, made: bool) -> None:
     """Leaves a folder that was new as if nothing had been asked for, where no row was saved."""
     if not len(MatryoshkaIndex.load(out)):
         sidecars.remove(out)
-        for name in (*manifests.files_of(manifests.read(out)), manifests.FILE):
-            (out / name).unlink(missing_ok=True)
+        folders.delete(out)
         if made:
             out.rmdir()
 
 
 def _append_all(
-    index: MatryoshkaIndex,
+    index: AnyIndex,
     vectors: Vectors,
     out: Path,
     checkpoint: int,
     overwrite: bool,
     quiet: bool,
-) -> MatryoshkaIndex:
+) -> AnyIndex:
     """Adds the rows that are missing.
 
     Saves and opens the index anew every ``checkpoint`` rows, so that no more of them are in memory.
@@ -137,10 +149,10 @@ def _append_all(
     return index
 
 
-def _check_same(index: MatryoshkaIndex, wanted: dict[str, Any], out: Path) -> None:
+def _check_same(index: AnyIndex, wanted: dict[str, Any], out: Path) -> None:
     """The index has the dims and settings that were asked for."""
     for name, value in wanted.items():
-        there = getattr(index, name)
+        there = getattr(index, name, None)  # one index has no shards
         if name == "rotation":
             there = None if there is None else "pca"
         if there != value:
@@ -157,7 +169,7 @@ def _word(setting: Any) -> str:
     return ",".join(map(str, setting)) if isinstance(setting, tuple) else str(setting)
 
 
-def _check_rows(index: MatryoshkaIndex, vectors: Vectors, out: Path) -> None:
+def _check_rows(index: AnyIndex, vectors: Vectors, out: Path) -> None:
     """The index holds the source's first rows, as far as its first and its last vector show."""
     if index.removed:
         raise ValueError(

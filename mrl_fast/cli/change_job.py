@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mrl_fast.cli import sidecars
+from mrl_fast.cli import folders, sidecars
 from mrl_fast.cli.inputs import Vectors, check_width, naming_ids, naming_rows
 from mrl_fast.cli.output import progress, saying_on_interrupt
-from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.index import MatryoshkaIndex
 from mrl_fast.search.readers import PARQUET, npy, read_ids
 from mrl_fast.search.readers.base import existing
@@ -93,11 +92,9 @@ def build_graph(folder: Path, *, progress: bool) -> dict[str, Any]:
     begun = time.perf_counter()
     with _changing(folder, "nothing was changed in", "the graph was saved in") as index:
         index.build_graph(progress=progress)
-    files = manifests.read(folder)["graph"]
-    return {
-        **_summary(folder, index, begun),
-        "graph_bytes": (folder / files["file"]).stat().st_size,
-    }
+    sizes = folders.files_of(folder).items()
+    graphs = [size for name, size in sizes if Path(name).name.startswith("graph-")]
+    return {**_summary(folder, index, begun), "graph_bytes": sum(graphs)}
 
 
 @contextmanager
@@ -142,5 +139,4 @@ def _summary(folder: Path, index: MatryoshkaIndex, begun: float) -> dict[str, An
 
 
 def _bytes(folder: Path) -> int:
-    names = {*manifests.files_of(manifests.read(folder)), manifests.FILE}
-    return sum((folder / name).stat().st_size for name in names)
+    return sum(folders.files_of(folder).values())

@@ -6,6 +6,8 @@ from typing import Annotated
 import torch
 import typer
 
+from mrl_fast.search.disk.remote import fetched, is_remote
+
 FORMATS = ".npy, .fvecs, .bvecs, .safetensors or .parquet"
 
 
@@ -15,7 +17,35 @@ def _use_threads(threads: int | None) -> int | None:
     return threads
 
 
-Folder = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder that holds the index.")]
+def _copied(text: str) -> Path:
+    if not is_remote(text):
+        return Path(text)
+    try:
+        return fetched(text)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _local(text: str) -> Path:
+    if is_remote(text):
+        raise typer.BadParameter(
+            f"expected a folder of this machine, as it is changed, got {text}: copy it first"
+        )
+    return Path(text)
+
+
+Folder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="INDEX",
+        parser=_copied,
+        help="Folder that holds the index; or a URL of one, s3://bucket/index, of which a copy on "
+        "this machine is read (needs mrl-fast[remote]).",
+    ),
+]
+LocalFolder = Annotated[
+    Path, typer.Argument(metavar="INDEX", parser=_local, help="Folder that holds the index.")
+]
 Sources = Annotated[
     list[Path],
     typer.Argument(

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from mrl_fast.cli import folders
 from mrl_fast.cli.extras import needs_extra
 from mrl_fast.cli.inputs import Vectors
-from mrl_fast.search.disk import manifest as manifests
 
 # Packages that the extra "cli" does not have, with the extra that has them.
 EXTRAS = {
@@ -155,11 +155,11 @@ def replacing(path: Path) -> Iterator[Path]:
 def saying_on_interrupt(folder: Path, before: str, after: str) -> Iterator[None]:
     """Ctrl-C says whether the index in the folder is as it was ``before`` or as it is ``after``: an
     interrupt may come when a save is done."""
-    manifest = manifests.read(folder)
+    manifest = folders.manifest_of(folder)
     try:
         yield
     except KeyboardInterrupt:
-        same = manifests.read(folder) == manifest
+        same = folders.manifest_of(folder) == manifest
         raise KeyboardInterrupt(before if same else after) from None
 
 

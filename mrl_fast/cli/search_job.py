@@ -119,7 +119,7 @@ def lapse_of(index: MatryoshkaIndex, width: int, asked: Asked) -> Lapse | None:
         asked.k,
         len(index),
         filtered=asked.allowed is not None,
-        has_graph=index._rows.snapshot.graph is not None,
+        has_graph=index.has_graph,
     )
 
 

@@ -13,7 +13,7 @@ from mrl_fast.shared.memory import HOST, address, empty
 from mrl_fast.shared.native import _C, DTYPES, METRICS
 from mrl_fast.shared.types import Stage
 
-F32, I64 = torch.float32, torch.int64
+F32, F64, I64 = torch.float32, torch.float64, torch.int64
 
 
 def prefix_topk(
@@ -62,13 +62,32 @@ def exact_search(
     queries: Tensor, rows: _C.Rows, dim: int, k: int, metric: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k best by fp64 scores; and how many rows of each query were read beyond their prefix."""
-    scores, ids = _results(queries, k)
+    return _exact_search(queries, rows, (dim, k, 0), metric, None)
+
+
+def ranked_exact_search(
+    queries: Tensor, rows: _C.Rows, dim: int, k: int, metric: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``exact_search``; and the fp64 scores, ``[B, k]``, which tell rows apart whose scores are
+    equal in fp32."""
+    scores64 = empty(queries.shape[0], k, dtype=F64)
+    return *_exact_search(queries, rows, (dim, k, 0), metric, scores64), scores64
+
+
+def _exact_search(
+    queries: Tensor,
+    rows: _C.Rows,
+    stage: tuple[int, int, int],
+    metric: str,
+    scores64: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores, ids = _results(queries, stage[1])
     touched = empty(queries.shape[0], dtype=I64)
     problem = _C.exact_search(
-        rows, _queries(queries), METRICS[metric].number, (dim, k, 0), native.run(),
-        _to(scores, ids), address(touched, I64),
+        rows, _queries(queries), METRICS[metric].number, stage, native.run(),
+        _to(scores, ids, scores64), address(touched, I64),
     )  # fmt: skip
-    _refuse(problem, queries, dim)
+    _refuse(problem, queries, stage[0])
     return scores, ids, touched
 
 
@@ -76,15 +95,22 @@ def range_search(
     queries: Tensor, rows: _C.Rows, dim: int, threshold: float, metric: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Limits, scores and ids of every row that reaches the threshold, as exact search scores it."""
+    return ranked_range_search(queries, rows, dim, threshold, metric)[:3]
+
+
+def ranked_range_search(
+    queries: Tensor, rows: _C.Rows, dim: int, threshold: float, metric: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``range_search``; and the fp64 scores."""
     found = _C.range_search(
         rows, _queries(queries), METRICS[metric].number, dim, threshold, native.run()
     )
     _refuse(found.problem, queries, dim)
     limits = torch.tensor([0, *found.counts], dtype=I64, device=HOST).cumsum(0)
     total = int(limits[-1])
-    scores, ids = empty(total), empty(total, dtype=I64)
-    found.write(address(scores, F32), address(ids, I64))
-    return limits, scores, ids
+    scores, ids, scores64 = empty(total), empty(total, dtype=I64), empty(total, dtype=F64)
+    found.write(address(scores, F32), address(ids, I64), address(scores64, F64))
+    return limits, scores, ids, scores64
 
 
 def rerank(
@@ -115,8 +141,8 @@ def _queries(q: Tensor) -> tuple[int, int, int]:
     return address(q, F32), q.shape[0], q.stride(0)
 
 
-def _to(scores: Tensor, ids: Tensor) -> tuple[int, int]:
-    return address(scores, F32), address(ids, I64)
+def _to(scores: Tensor, ids: Tensor, scores64: Tensor | None = None) -> tuple[int, int, int]:
+    return address(scores, F32), address(ids, I64), address(scores64, F64)
 
 
 def _results(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,6 +40,7 @@ DTYPES = {
 }
 
 ISA = ""  # the instruction set; empty is the best this processor has. Tests set it.
+_share = threading.local()  # threads of the calls of a thread that works beside others
 threads: int | None = None  # of a call, as shared/threads.py sets it; None: as many as PyTorch's
 # Whether kernels run in PyTorch's own thread team, which has to be GNU OpenMP's; else they start
 # threads of their own.
@@ -47,7 +50,17 @@ PACKED_BYTES = 8 << 20  # of columns packed at a time: they stay in the last-lev
 
 def run() -> tuple[str, int]:
     """How a call runs: by which kernels, on how many threads at most."""
-    return ISA, threads or torch.get_num_threads()
+    return ISA, getattr(_share, "threads", None) or threads or torch.get_num_threads()
+
+
+@contextmanager
+def sharing(count: int) -> Iterator[None]:
+    """Has the calls of this thread use so many threads, whatever others use."""
+    _share.threads = count
+    try:
+        yield
+    finally:
+        _share.threads = None
 
 
 def rows_of(x: Tensor) -> Tensor:

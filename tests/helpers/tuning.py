@@ -13,6 +13,7 @@ from torch import Tensor
 from mrl_fast import MatryoshkaIndex
 from mrl_fast.search.index import timing
 from mrl_fast.search.index.config import IndexConfig
+from mrl_fast.search.index.cost import explain
 from mrl_fast.search.index.tuning import Sample
 
 DIMS = (8, 16, 32, 64)
@@ -25,10 +26,14 @@ class Shape:
     def __init__(self, rows, dims, dtype="float32", prefix_dtype="float32"):
         self.rows, self.dims, self.device = rows, dims, "cpu"
         self.config = IndexConfig(dims, "ip", dtype, prefix_dtype)
-        self._rows = SimpleNamespace(snapshot=SimpleNamespace(graph=None, on_disk=False))
+        self.has_graph = self.on_disk = False
+        self._rows = SimpleNamespace(snapshot=SimpleNamespace(graph=None, size=rows, count=rows))
 
     def __len__(self):
         return self.rows
+
+    def explain(self, stages, *, batch=1):
+        return explain(self, stages, batch)
 
 
 def clustered(rows=1000, queries=2600, prefix_dtype="float32") -> tuple[MatryoshkaIndex, Tensor]:

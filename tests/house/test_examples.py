@@ -67,9 +67,10 @@ def test_deploying(tmp_path, monkeypatch, capsys):
     assert torch.equal(short, logits[0])
 
 
-def test_serving(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["serving", "shards"])
+def test_serving(name, tmp_path, monkeypatch):
     """Every block of the page runs."""
-    page = (EXAMPLES.parent / "docs/serving.md").read_text()
+    page = (EXAMPLES.parent / f"docs/{name}.md").read_text()
     monkeypatch.chdir(tmp_path)
     try:
         exec("".join(re.findall(r"```python\n(.*?)```", page, re.S)), {})

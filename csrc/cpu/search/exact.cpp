@@ -210,6 +210,7 @@ Status exact_search(const Run& run, const Rows& rows, const Queries& queries, Me
                 const int64_t at = (begin + q) * k + i;
                 results.scores[at] = found ? float(best[q][i].score) : -INFINITY;
                 results.ids[at] = found ? id_of(rows, best[q][i].row) : -1;
+                if (results.scores64) results.scores64[at] = found ? best[q][i].score : -INFINITY;
                 if (found && std::isinf(results.scores[at])) overflow = true;
             }
             touched[begin + q] = std::min<int64_t>(problem->touched[q], rows.eligible());
@@ -251,7 +252,7 @@ Status range_search(const Run& run, const Rows& rows, const Queries& queries, Me
                 const float score = float(final.score);
                 if (std::isinf(score)) overflow = true;
                 if (score >= threshold)
-                    (*found)[begin + q].push_back({score, id_of(rows, final.row)});
+                    (*found)[begin + q].push_back({score, id_of(rows, final.row), final.score});
             }
         });
     }

@@ -50,6 +50,12 @@ Rows Rows::restricted(const uint64_t* to) const {
     return result;
 }
 
+Rows Rows::numbered() const {
+    Rows result = *this;
+    for (Span& span : result.spans) span.ids = nullptr;
+    return result;
+}
+
 void Rows::gather() {
     if (!gathered_rows.empty()) return;
     gathered_rows.reserve(masked);

@@ -82,6 +82,8 @@ struct Rows {
     int64_t eligible() const { return mask ? masked : count(); }
     // The same rows with another mask, which must outlive them.
     Rows restricted(const uint64_t* to) const;
+    // The same rows, named in results by their numbers.
+    Rows numbered() const;
     void gather();        // fills gathered_rows
     void check() const {  // keys have 32 bits for the row
         if (count() > 0xffffffffll) throw std::length_error("more than 2^32 - 1 rows");
@@ -110,11 +112,13 @@ struct Stage {
 struct Results {
     float* scores;
     int64_t* ids;
+    double* scores64 = nullptr;  // of an exact search, which ranks by them; null: nowhere
 };
 
 struct Neighbour {
     float score;
     int64_t id;
+    double score64;  // that it ranks by
 };
 
 enum class Status { OK, NOT_FINITE, OVERFLOW_, QUERY_NOT_FINITE };

@@ -8,12 +8,12 @@ from mrl_fast.cli import change_job, sidecars
 from mrl_fast.cli.inputs import Vectors
 from mrl_fast.cli.options import (
     Column,
-    Folder,
     IdColumn,
     Ids,
     Json,
     Key,
     Limit,
+    LocalFolder,
     Quiet,
     Sources,
     Threads,
@@ -24,7 +24,7 @@ Skip = Annotated[int, typer.Option(min=0, metavar="N", help="Rows to begin after
 
 
 def add(
-    index: Folder,
+    index: LocalFolder,
     source: Sources,
     ids: Ids = None,
     column: Column = None,

@@ -66,6 +66,15 @@ Checkpoint = Annotated[
         "are 256 MiB of fp32]",
     ),
 ]
+Shards = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Deal the rows to so many shards, each an index in a folder of its own below DIR. All "
+        "commands take DIR as any index, with the same results.",
+    ),
+]
 Overwrite = Annotated[
     bool,
     typer.Option(
@@ -89,6 +98,7 @@ def build(
     key: Key = None,
     id_column: IdColumn = None,
     limit: Limit = None,
+    shards: Shards = None,
     checkpoint: Checkpoint = None,
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -108,6 +118,7 @@ def build(
       mrl-fast index build base.npy --out my-index --dims 64,256,768
       mrl-fast index build docs.parquet --id-column id --out my-index
       mrl-fast index build 'parts/part-*.npy' --out my-index
+      mrl-fast index build parts/ --shards 4 --out my-index
     """
     with failing(quiet):
         check_choice(metric, "--metric", METRICS)
@@ -118,7 +129,7 @@ def build(
         widths = list(default_dims(vectors.width)) if dims is None else numbers_of(dims, "--dims")
         settings: dict[str, Any] = {
             "metric": metric, "dtype": dtype, "prefix_dtype": prefix_dtype, "codes": codes,
-            "rotation": rotation,
+            "rotation": rotation, "shards": shards,
         }  # fmt: skip
         summary = build_job.build(
             vectors, out, widths, settings, checkpoint=checkpoint, overwrite=overwrite, quiet=quiet

@@ -1,12 +1,12 @@
 """``mrl-fast index compact``."""
 
 from mrl_fast.cli import change_job
-from mrl_fast.cli.options import Folder, Json, Quiet, Threads
+from mrl_fast.cli.options import Json, LocalFolder, Quiet, Threads
 from mrl_fast.cli.output import failing, show_json
 
 
 def compact(
-    index: Folder, threads: Threads = None, json: Json = False, quiet: Quiet = False
+    index: LocalFolder, threads: Threads = None, json: Json = False, quiet: Quiet = False
 ) -> None:
     """Free the room of vectors that were removed or replaced.
 

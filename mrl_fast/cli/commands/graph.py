@@ -1,11 +1,13 @@
 """``mrl-fast index graph``."""
 
 from mrl_fast.cli import change_job
-from mrl_fast.cli.options import Folder, Json, Quiet, Threads
+from mrl_fast.cli.options import Json, LocalFolder, Quiet, Threads
 from mrl_fast.cli.output import failing, show_json, shows_progress
 
 
-def graph(index: Folder, threads: Threads = None, json: Json = False, quiet: Quiet = False) -> None:
+def graph(
+    index: LocalFolder, threads: Threads = None, json: Json = False, quiet: Quiet = False
+) -> None:
     """Build a graph over the vectors, for searches of one query among very many.
 
     Searches follow it by --stages that begin with graph:beam:keep, and "tune" tries it. Vectors

@@ -7,14 +7,15 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from mrl_fast.cli import sidecars
+from mrl_fast.cli import folders, sidecars
 from mrl_fast.cli.options import Folder, Json
 from mrl_fast.cli.output import check_out, failing, replacing, show_fields, show_json
-from mrl_fast.search.disk import manifest as manifests
 from mrl_fast.search.index import MatryoshkaIndex
+from mrl_fast.search.sharded import ShardedIndex
 from mrl_fast.shared.types import Tuned
 
 IDS = (".npy", ".txt")
+SHOWN = 8  # shards whose sizes are printed
 WriteIds = Annotated[
     Path | None,
     typer.Option(
@@ -40,20 +41,21 @@ def info(index: Folder, ids: WriteIds = None, json: Json = False) -> None:
             with replacing(ids) as new:
                 write = np.save if ids.suffix == ".npy" else partial(np.savetxt, fmt="%d")
                 write(new, loaded.ids.numpy())
-        manifest = manifests.read(index)
-        names = sorted({*manifests.files_of(manifest), manifests.FILE})
-        files = {name: (index / name).stat().st_size for name in names}
+        parts, files = folders.parts_of(index), folders.files_of(index)
+        graphs = sum(part["graph"]["rows"] for part in parts if part["graph"])
+        sharded = isinstance(loaded, ShardedIndex)
         fields: dict[str, Any] = {
             "index": index,
             "rows": len(loaded),
+            "shards": loaded.shard_sizes if sharded else None,
             "removed": loaded.removed,
             "dims": loaded.dims,
             "metric": loaded.metric,
             "dtype": loaded.dtype,
             "prefix_dtype": loaded.prefix_dtype,
             "codes": loaded.codes,
-            "graph": manifest["graph"] and manifest["graph"]["rows"],
-            "rotation": manifest["rotation"],
+            "graph": graphs or None,
+            "rotation": parts[0]["rotation"],
             "files": files,
             "bytes": sum(files.values()),
             "tuned": None if loaded.tuned is None else loaded.tuned._asdict(),
@@ -77,6 +79,10 @@ def _in_words(fields: dict[str, Any]) -> dict[str, Any]:
     words["columns"] = ", ".join(f"{n} {value}" for n, value in fields["columns"].items()) or "none"
     words["rotation"] = fields["rotation"] or "none"
     words["codes"] = fields["codes"] or "none"
+    sizes = words.pop("shards")
+    if sizes:
+        shown = ", ".join(f"{size:,}" for size in sizes[:SHOWN])
+        words["shards"] = f"{len(sizes)}, of {shown}{' …' if len(sizes) > SHOWN else ''} rows"
     words["graph"] = f"of {fields['graph']:,} rows" if fields["graph"] else "none"
     words["removed"] = f"{fields['removed']:,}"
     words["dims"] = ", ".join(map(str, fields["dims"]))

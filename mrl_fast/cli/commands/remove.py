@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mrl_fast.cli import change_job
-from mrl_fast.cli.options import SELECTION, Folder, IdColumn, Json, Quiet, Threads
+from mrl_fast.cli.options import SELECTION, IdColumn, Json, LocalFolder, Quiet, Threads
 from mrl_fast.cli.output import failing, show_json
 
 Given = Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids to remove.")]
@@ -19,7 +19,7 @@ Ids = Annotated[
 
 
 def remove(
-    index: Folder,
+    index: LocalFolder,
     given: Given = None,
     ids: Ids = None,
     id_column: IdColumn = None,

@@ -10,11 +10,11 @@ from mrl_fast.cli.inputs import Vectors
 from mrl_fast.cli.options import (
     Column,
     Device,
-    Folder,
     Json,
     K,
     Key,
     Limit,
+    LocalFolder,
     Queries,
     Quiet,
     Threads,
@@ -45,7 +45,7 @@ Plot = Annotated[
 
 
 def tune(
-    index: Folder,
+    index: LocalFolder,
     queries: Queries,
     k: K = 10,
     recall: Recall = 0.99,

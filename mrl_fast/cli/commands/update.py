@@ -4,12 +4,12 @@ from mrl_fast.cli import change_job, sidecars
 from mrl_fast.cli.inputs import Vectors
 from mrl_fast.cli.options import (
     Column,
-    Folder,
     IdColumn,
     Ids,
     Json,
     Key,
     Limit,
+    LocalFolder,
     Quiet,
     Sources,
     Threads,
@@ -18,7 +18,7 @@ from mrl_fast.cli.output import failing, show_json, show_notes
 
 
 def update(
-    index: Folder,
+    index: LocalFolder,
     source: Sources,
     ids: Ids = None,
     column: Column = None,

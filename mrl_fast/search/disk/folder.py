@@ -6,7 +6,6 @@ folder holds the old index or the new one. Files that were saved before are not 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +54,7 @@ def save(
     saved_prefix_rows: int,
     left: Mapping[Path, Entry],
     replaced: Callable[[Saved], None],
+    kept: Entry | None = None,
 ) -> None:
     """Brings the folder to this state, writing what it does not have: nothing, where it has all.
 
@@ -63,6 +63,7 @@ def save(
         saved_prefix_rows: How many of the first rows are still as they are in ``saved``.
         left: The manifest of every folder that the index saved to or was loaded from.
         replaced: Called as soon as the folder holds this state, whatever fails after that.
+        kept: A manifest whose files stay, too, until ``collect``.
 
     Raises:
         ValueError: The folder holds something else, or an index that another has saved since.
@@ -76,7 +77,7 @@ def save(
         known = saved if there and saved and saved.path == path else None
         new = _NewFiles(path, there)
         if there:
-            _collect(path, there)  # makes room before more is taken
+            collect(path, there, kept)  # makes room before more is taken
         try:
             manifest = new.write(contents, known, saved_prefix_rows)
             filesystem.sync_folder(path)
@@ -99,17 +100,22 @@ def save(
                 replaced(now)
             raise
         filesystem.sync_folder(path)
-        _collect(path, manifest)
+        collect(path, manifest, kept)
 
 
 def load(
-    path: Path, make: Callable[[dict[str, Any]], tuple[T, Layout]], *, verify: bool
+    path: Path,
+    make: Callable[[dict[str, Any]], tuple[T, Layout]],
+    *,
+    verify: bool,
+    manifest: Entry | None = None,
 ) -> tuple[T, Contents, Saved]:
     """Opens what a folder holds. It needs no lock: where a save replaces files meanwhile, it
     begins anew.
 
     Args:
         make: Makes an index of the manifest's fields.
+        manifest: Opens the files of this one, where another manifest names it.
 
     Returns:
         The index without rows, what the folder holds of it, and what ``save`` needs.
@@ -134,7 +140,7 @@ def load(
         return index, contents, saved
 
     with torch.inference_mode(False):  # the index outlives the call
-        return manifests.settled(path, read)
+        return manifests.settled(path, read) if manifest is None else read(manifest)
 
 
 def _contents(files: Files, manifest: dict[str, Any], layout: Layout) -> Contents:
@@ -225,7 +231,7 @@ class _NewFiles:
             raise
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        text = json.dumps(manifests.stored(manifest), indent=1).encode()
+        text = manifests.text_of(manifest)
         manifests.parse(self.manifest, text)  # one that cannot be read again replaces nothing
         self._written.append(self.manifest)
         with filesystem.synced(self.manifest, "wb") as file:
@@ -293,9 +299,9 @@ def _os_errors() -> Iterator[None]:
         raise
 
 
-def _collect(path: Path, manifest: dict[str, Any]) -> None:
-    """Deletes our files that the manifest does not name."""
-    keep = manifests.files_of(manifest)
+def collect(path: Path, manifest: Entry, kept: Entry | None = None) -> None:
+    """Deletes our files that neither manifest names."""
+    keep = manifests.files_of(manifest) | (manifests.files_of(kept) if kept else set())
     for name in os.listdir(path):
         if manifests.NAME.fullmatch(name) and name not in keep:
             (path / name).unlink(missing_ok=True)

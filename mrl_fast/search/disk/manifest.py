@@ -98,6 +98,30 @@ def stored(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in manifest.items() if name not in without}
 
 
+def text_of(manifest: dict[str, Any]) -> bytes:
+    """What ``parse`` reads."""
+    return json.dumps(stored(manifest), indent=1).encode()
+
+
+def format_of(path: Path) -> str | None:
+    """The format that a folder's manifest names; None where there is nothing of the kind."""
+    try:
+        with open(path / FILE, "rb") as opened:
+            return format_in(opened.read())
+    except OSError:
+        return None
+
+
+def format_in(text: bytes) -> str | None:
+    """As ``format_of``, in what such a file holds."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    named = fields.get("format") if isinstance(fields, dict) else None
+    return named if isinstance(named, str) else None
+
+
 def read_or_none(path: Path) -> dict[str, Any] | None:
     try:
         return read(path)
@@ -105,8 +129,15 @@ def read_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def settled(path: Path, use: Callable[[dict[str, Any]], T]) -> T:
+def settled(
+    path: Path,
+    use: Callable[[dict[str, Any]], T],
+    read: Callable[[Path], dict[str, Any]] = read,
+) -> T:
     """``use`` of a folder's manifest; once more if it failed and the folder was saved to meanwhile.
+
+    Args:
+        read: The folder's manifest.
 
     Raises:
         FileNotFoundError: There is no manifest.
@@ -129,8 +160,13 @@ def settled(path: Path, use: Callable[[dict[str, Any]], T]) -> T:
 
 
 def files_of(manifest: dict[str, Any]) -> set[str]:
+    return {name for name, _ in entries_of(manifest)}
+
+
+def entries_of(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """The files, and their checksums."""
     entries = [*manifest["segments"], *(manifest.get(name) for name in ("alive", "axes", "graph"))]
-    return {entry["file"] for entry in entries if entry}
+    return [(entry["file"], entry["sha256"]) for entry in entries if entry]
 
 
 def _check(file: Path, manifest: dict[str, Any], digest: str | None) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mrl_fast.search.index import scaled
+from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.search.index.graph import walks
+from mrl_fast.search.index.snapshot import Snapshot
 from mrl_fast.search.index.stages import checked_stages
 from mrl_fast.shared.checks import check_int
 from mrl_fast.shared.types import Stage
@@ -65,7 +67,13 @@ def explain(index: Any, stages: Sequence[Stage], batch: int = 1) -> Explanation:
             "stages: expected a list, got None: how much an exact search reads depends on the "
             "vectors and is not counted beforehand; its result.rows_touched says it"
         )
-    config = index.config
+    return explained(index.config, index._rows.snapshot, stages, batch)
+
+
+def explained(
+    config: IndexConfig, now: Snapshot, stages: Sequence[Stage], batch: int = 1
+) -> Explanation:
+    """As ``explain``, of a state of an index."""
     checked = checked_stages(stages, config)
     batch = check_int(batch, "batch", 1)
     code, width, item = config.code, config.width, config.stored_dtype.itemsize
@@ -77,14 +85,14 @@ def explain(index: Any, stages: Sequence[Stage], batch: int = 1) -> Explanation:
         return of_code * code.bits[0] // 8 + item * (head + end - begin - of_code)
 
     rows: list[StageCost] = []
-    count, begin, known = len(index), 0, 0  # known: bits of a column that the stage before read
+    count, begin, known = now.size, 0, 0  # known: bits of a column that the stage before read
     if walks(checked):
-        graph = index._rows.snapshot.graph
+        graph = now.graph
         if graph is None:
             raise ValueError("stages[0]: expected a graph: build_graph() first, got none")
         _, beam, keep = checked.pop(0)
         seen, read = graph.reads(beam)
-        later = max(0, index._rows.snapshot.count - graph.rows)  # scanned beside it
+        later = max(0, now.count - graph.rows)  # scanned beside it
         scanned = later * width // 8 if code.whole else later * row_bytes(0, width)
         read += -(-scanned // batch)
         seen += later
@@ -103,6 +111,6 @@ def explain(index: Any, stages: Sequence[Stage], batch: int = 1) -> Explanation:
         begin, known = (0, bits) if by_codes else (dim, 0)  # columns begin anew after codes
         count = min(count, keep)
     macs, read = sum(row.macs for row in rows), sum(row.read_bytes for row in rows)
-    scan = max(1, len(index))
+    scan = max(1, now.size)
     macs_share, read_share = macs / (scan * width), read * batch / (scan * row_bytes(0, width))
     return Explanation((*rows,), macs, read, macs_share, read_share)

@@ -109,6 +109,36 @@ def range_search(
     return certified.range_search(columns(q, dim), x, threshold, metric, whole, form)
 
 
+def numbered(rows: DeviceRows) -> DeviceRows:
+    """The same rows, named in results by their numbers."""
+    place = rows.ids.device
+    return rows._replace(ids=torch.arange(len(rows.ids), dtype=torch.int64, device=place))
+
+
+def name(now: Snapshot, numbers: Tensor) -> Tensor:
+    """The ids of rows by their numbers, −1 of −1; of any shape, int64."""
+    if not now.count:
+        return numbers
+    ids = now.device_rows.ids[numbers.clamp_min(0)]
+    return ids.masked_fill_(numbers < 0, -1)
+
+
+def ranked_exact_search(
+    q: Tensor, rows: DeviceRows, dim: int, k: int, metric: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``exact_search``; and the scores once more, as rows are ranked by these."""
+    found = exact_search(q, rows, dim, k, metric)
+    return *found, found[0]
+
+
+def ranked_range_search(
+    q: Tensor, rows: DeviceRows, dim: int, threshold: float, metric: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``range_search``; and the scores once more, as rows are ranked by these."""
+    found = range_search(q, rows, dim, threshold, metric)
+    return *found, found[1]
+
+
 def _known(rows: DeviceRows, dim: int, metric: str, *, ids: Tensor | None = None) -> KnownRows:
     """For a search by the first ``dim`` columns."""
     g, terms = rows.dims.index(dim), DEVICE_METRICS[metric]

@@ -5,19 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mrl_fast.search.cpp import exact_search, range_search, search_rows
+from mrl_fast.search.cpp import (
+    exact_search,
+    range_search,
+    ranked_exact_search,
+    ranked_range_search,
+    search_rows,
+)
 from mrl_fast.search.index.blocks import Layout
 from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.search.index.rotation import Rotation
-from mrl_fast.search.index.snapshot import restricted
+from mrl_fast.search.index.snapshot import Snapshot, restricted
 from mrl_fast.search.index.store import RowStore
 from mrl_fast.shared import memory
+from mrl_fast.shared.memory import address
+from mrl_fast.shared.native import Rows
 
 __all__ = [
     "exact_search",
+    "name",
     "new_store",
+    "numbered",
     "queries",
     "range_search",
+    "ranked_exact_search",
+    "ranked_range_search",
     "restricted",
     "rotated",
     "search_rows",
@@ -35,3 +47,16 @@ def queries(q: Tensor, config: IndexConfig) -> Tensor:
 
 def rotated(queries: Tensor, rotation: Rotation) -> Tensor:
     return rotation.apply(queries)
+
+
+def numbered(rows: Rows) -> Rows:
+    """The same rows, named in results by their numbers."""
+    return rows.numbered()
+
+
+def name(now: Snapshot, numbers: Tensor) -> Tensor:
+    """The ids of rows by their numbers, −1 of −1; of any shape, int64."""
+    numbers = numbers.contiguous()
+    ids = memory.empty(*numbers.shape, dtype=torch.int64)
+    now.rows.name(address(numbers, torch.int64), numbers.numel(), address(ids, torch.int64))
+    return ids

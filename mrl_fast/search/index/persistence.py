@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import is_
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mrl_fast.search.disk import folder
+from mrl_fast.search.disk import manifest as manifests
+from mrl_fast.search.disk.remote import fetched, is_remote
 from mrl_fast.search.index import pickled
 from mrl_fast.search.index import validate as inputs
 from mrl_fast.search.index.blocks import Layout
@@ -18,19 +20,23 @@ from mrl_fast.search.index.config import IndexConfig
 from mrl_fast.search.index.graph import walks
 from mrl_fast.search.index.rows import IndexRows
 from mrl_fast.search.index.stages import checked_tuned
-from mrl_fast.shared.types import Stage, Tuned
+from mrl_fast.shared.types import Tuned
 
 Index = TypeVar("Index", bound="Persistent")
+# What loads a folder whose manifest names another format: ``load`` of another kind of index.
+LOADERS: dict[str, Callable[..., Any]] = {}
 
 
 class Persistent(pickled.Copies):
     """An index's state, and how it is saved, loaded and converted."""
 
+    config: IndexConfig
+    _tuned: Tuned | None
+    _begin: Callable[[IndexConfig], None]  # of Searchable
+
     def _make(self, config: IndexConfig) -> None:
-        self.config, self._rows = config, IndexRows(config)
-        self._tuned: Tuned | None = None
-        self._checked_last: tuple[Any, list[Stage]] = None, []  # the stages asked for last
-        self._lapses_said: set[str] = set()  # why its stages are not used, where that was warned of
+        self._begin(config)
+        self._rows = IndexRows(config)
         self._saved: folder.Saved | None = None  # to where it was saved last, or loaded from
         self._left: dict[Path, folder.Entry] = {}  # every such folder's manifest, as of then
         self._loaded_marks: tuple[Any, ...] | None = None  # as the folder has it that it is from
@@ -51,6 +57,10 @@ class Persistent(pickled.Copies):
                 since.
             OSError: The folder cannot be written to, or the disk is full.
         """
+        self._save(Path(path))
+
+    def _save(self, path: Path, kept: folder.Entry | None = None) -> folder.Entry:
+        """As ``save``; the folder's manifest. Files that ``kept`` names stay, too."""
         with self._rows.changing():
             store, now, marks = self._rows.store, self._rows.snapshot, self._marks()
 
@@ -70,19 +80,23 @@ class Persistent(pickled.Copies):
                 now.graph,
             )
             prefix_rows, left = store.saved_prefix_rows, self._left
-            folder.save(Path(path), contents, self._saved, prefix_rows, left, replaced)
+            folder.save(path, contents, self._saved, prefix_rows, left, replaced, kept)
+            assert self._saved is not None
+            return self._saved.manifest
 
     @classmethod
     def load(
         cls: type[Index], path: str | os.PathLike[str], *, device: str = "cpu", verify: bool = False
     ) -> Index:
         """Opens what ``save`` wrote, without reading it: vectors come from the file as they are
-        needed, so that an index may be larger than memory. Codes that version 2 of the files holds
+        needed, so that an index may be larger than memory. A folder that a ShardedIndex saved
+        becomes one. Codes that version 2 of the files holds
         are made again, in memory, from all vectors: save the index once.
 
         Args:
             path: The folder. Its files must not be changed but by ``save``, which may run
-                meanwhile.
+                meanwhile. A URL, ``s3://bucket/index``, is read to a copy on this machine first,
+                by fsspec: what the copy lacks, below ``$MRL_FAST_CACHE`` or ``~/.cache/mrl_fast``.
             device: As for a new index; with a copy to another device everything is read.
             verify: Read every file and compare its checksum. The manifest's is always compared.
 
@@ -91,8 +105,22 @@ class Persistent(pickled.Copies):
             ValueError: A file and no folder; another version, or damage: names the file and the
                 field.
         """
+        path = fetched(str(path)) if is_remote(path) else Path(path)
+        if load := LOADERS.get(manifests.format_of(path) or ""):
+            return load(path, device=device, verify=verify)
+        return cls._load(path, device, verify)
+
+    @classmethod
+    def _load(
+        cls: type[Index],
+        path: Path,
+        device: str,
+        verify: bool,
+        manifest: folder.Entry | None = None,
+    ) -> Index:
+        """As ``load``, of a folder of one index; of the files that ``manifest`` names."""
         make = partial(cls._from_fields, inputs.device(device))
-        index, contents, index._saved = folder.load(Path(path), make, verify=verify)
+        index, contents, index._saved = folder.load(path, make, verify=verify, manifest=manifest)
         next_id = index._saved.manifest["next_id"]
         index._rows.adopt(
             contents.blocks, contents.counts, contents.alive, contents.axes, next_id, contents.graph

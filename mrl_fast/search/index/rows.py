@@ -120,7 +120,7 @@ class IndexRows:
         new = None if ids is None else inputs.new_ids(ids, len(x))
         with self.changing():
             if new is None:
-                _check_last(self.next_id + len(x) - 1)
+                check_last(self.next_id + len(x) - 1)
                 new = memory.arange(self.next_id, self.next_id + len(x))
             # Above the largest none can be taken.
             elif len(new) and int(new.min()) < self.next_id:
@@ -257,7 +257,7 @@ class IndexRows:
         if not len(x):
             return
         last = int(ids.max())
-        _check_last(last)
+        check_last(last)
         next_id, before = max(self.next_id, last + 1), self.snapshot
         rotation, frame = self.rotation, self.frame
         if rotation is not None and rotation.axes is None:
@@ -319,7 +319,7 @@ def _signs(width: int) -> Tensor:
     return 2 * signs - 1
 
 
-def _check_last(last: int) -> None:
+def check_last(last: int) -> None:
     if last > LARGEST_ID:
         raise ValueError(f"ids: expected ids below {LARGEST_ID + 1}, got {last}")
 

@@ -54,6 +54,12 @@ class RowStore:
         self.graph = graph
         self._publish(blocks, counts, live)
 
+    def restore(self, before: Snapshot) -> None:
+        """Goes back to a state after which rows were appended or removed only: nobody may have
+        seen what came after."""
+        self.graph = before.graph
+        self._publish(before.blocks, before.counts, before.live)
+
     def use_graph(self, graph: RowGraph) -> None:
         now, self.graph = self.snapshot, graph
         self._publish(now.blocks, now.counts, now.live, now)

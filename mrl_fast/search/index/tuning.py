@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mrl_fast.search.index import timing
 from mrl_fast.search.index import validate as inputs
-from mrl_fast.search.index.cost import Explanation, explain
+from mrl_fast.search.index.cost import Explanation
 from mrl_fast.search.index.graph import walks
 from mrl_fast.search.index.timing import Budget
 from mrl_fast.search.index.tune_report import (
@@ -294,7 +294,7 @@ def _timed(
 
 def _cost(sample: Sample, stages: Stages | None) -> Explanation:
     whole = [(sample.index.dims[-1], sample.k)]
-    return explain(sample.index, stages or whole, sample.batch)
+    return sample.index.explain(stages or whole, batch=sample.batch)
 
 
 def _rows(
@@ -319,7 +319,7 @@ def _chains(index: Any, k: int) -> list[list[Stages]]:
         keeps.append(max(k, keeps[-1] // 2))
     *shorter, width = index.dims
     walked = []
-    if index.device == "cpu" and index._rows.snapshot.graph is not None:
+    if index.device == "cpu" and index.has_graph:
         few = max(2 * k, 20)  # by four bits
         beams = sorted({max(few, beam) for beam in BEAMS}, reverse=True)
         walked = [[[("graph", beam, few), (width, k)] for beam in beams]]
@@ -330,7 +330,7 @@ def _chains(index: Any, k: int) -> list[list[Stages]]:
         chains = [[[(dim, 1, keep), (width, k)] for keep in keeps] for dim in index.dims]
         # In memory a row's eight bits, of which the first four lie apart, cost what its columns do.
         rungs = [(keep, max(2 * k, keep // RUNG)) for keep in keeps if keep > 2 * k]
-        if rungs and index._rows.snapshot.on_disk:
+        if rungs and index.on_disk:
             chains.append([[(width, 1, keep), (width, 8, few), (width, k)] for keep, few in rungs])
         return [*walked, *chains]
     paths: list[tuple[int, ...]] = [(dim,) for dim in shorter]
