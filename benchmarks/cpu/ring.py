@@ -50,7 +50,7 @@ def forget_peak() -> None:
 
 def step(form: str, q: torch.Tensor, p: torch.Tensor, dims: tuple[int, ...], both: bool):
     """Loss and gradients of this rank."""
-    q, p = q.clone().requires_grad_(), p.clone().requires_grad_()
+    q, p = q.detach().requires_grad_(), p.detach().requires_grad_()
     rank, size = dist.get_rank(), dist.get_world_size()
     options: dict[str, Any] = BOTH_WAYS if both else {}
     if form == "ring":

@@ -132,8 +132,10 @@ def finite_or_0(maximum: Tensor) -> Tensor:
 
 
 def fold_backward(
-    spec: FoldSpec, upstream: Upstream
+    spec: FoldSpec, upstream: Upstream, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight, bias and both scales; that of x is added to ``into``, fp32 and
+    contiguous, where there is one."""
     given = upstream._asdict() | {
         "row_max": finite_or_0(upstream.row_max),
         "d_hit": upstream.d_hit if spec.has_hit else None,
@@ -144,18 +146,19 @@ def fold_backward(
         spec = spec._replace(soft=None)
     elif spec.soft is not None:
         given["soft_total"] = spec.soft.double().sum(-1).reshape(-1)
-    return _backward(spec, given)
+    return _backward(spec, given, into)
 
 
 def _backward(
-    spec: FoldSpec, given: Mapping[str, Tensor | None]
+    spec: FoldSpec, given: Mapping[str, Tensor | None], into: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and scales, from what ``Given`` of nested.h names."""
     problem = _Problem(spec)
     x, weight, depth = problem.x, spec.weight, spec.dims[-1]
     fp32 = torch.float32
     given = {n: t if n == "grad" else _as(t, fp32) for n, t in given.items() if t is not None}
-    dx, dw = memory.zeros(*x.shape), memory.zeros(*weight.shape, dtype=weight.dtype)
+    dx = memory.zeros(*x.shape) if into is None else into
+    dw = memory.zeros(*weight.shape, dtype=weight.dtype)
     db, d_row_scale, d_col_scale = (
         memory.zeros(*problem.inputs[name].shape) if name in problem.inputs else None
         for name in ("bias", "row_scale", "col_scale")

@@ -89,7 +89,7 @@ def errors(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_uneven_ranks_raise_the_same_error(case, errors):
+def test_ranks_that_do_not_fit_raise_the_same_error(case, errors):
     start, end = CASES[case][2].split(".* ")
     for lines in errors:
         assert lines[case].startswith(start.strip()) and lines[case].endswith(end), lines[case]

@@ -78,7 +78,8 @@ def matryoshka_info_nce(
         hardness_strength: >= 0.
         mask: ``[B, C]`` bool, True is excluded from query_to_doc (a false negative, as GISTEmbed
             finds it); or a mapping from directions to such masks, of a direction's rows and
-            columns. A positive that is masked makes the loss infinite.
+            columns. A positive that is masked makes the loss infinite. With a ``group`` columns
+            are those of all ranks: block by block, and rank by rank in each.
         normalize: False takes raw dot products.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over queries.
         group: A ``torch.distributed`` process group, gloo or nccl: the documents, and queries where
@@ -119,12 +120,10 @@ def matryoshka_info_nce(
     impl = choose(impl, queries, sequence[0])
     ranks = None
     if group is not None:
-        options = (dims, directions, partition_mode, hardness_mode, hardness_strength, normalize)
+        options = tuple(directions), partition_mode, hardness_mode, hardness_strength, normalize
         kind = impl == "reference", sorted(mask) if isinstance(mask, Mapping) else mask is not None
-        ranks = check_ranks(group, queries, sequence, options, kind, learned=[scale])
-    widths = {"doc": sum(map(len, sequence)), "query": len(queries)}
-    if ranks is not None:
-        widths = {"doc": sum(ranks.documents) * len(sequence), "query": sum(ranks.queries)}
+        ranks = check_ranks(group, queries, sequence, dims, options, kind, learned=[scale])
+    widths = _widths(queries, sequence, ranks)
     mask = _check_mask(mask, widths, directions, queries)
 
     local = torch.arange(len(queries), dtype=torch.int64, device=queries.device)
@@ -142,9 +141,15 @@ def matryoshka_info_nce(
         rows = reference.info_nce_rows(spec if ranks is None else _gathered(spec, sequence, ranks))
     else:
         rows = _rows(spec, impl)
-    return nested_loss(
-        rows, dim_weights, reduction, len(queries) if ranks is None else ranks.mean_queries
-    )
+    count = len(queries) if ranks is None else ranks.mean_queries
+    return nested_loss(rows, dim_weights, reduction, count)
+
+
+def _widths(queries: Tensor, blocks: Sequence[Tensor], ranks: Ranks | None) -> dict[str, int]:
+    """Columns of a mask over documents, and over queries: those of all ranks."""
+    if ranks is None:
+        return {"doc": sum(map(len, blocks)), "query": len(queries)}
+    return {"doc": sum(ranks.documents) * len(blocks), "query": sum(ranks.queries)}
 
 
 def _gathered(spec: InfoNCESpec, blocks: Sequence[Tensor], ranks: Ranks) -> InfoNCESpec:

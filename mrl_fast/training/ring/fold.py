@@ -236,8 +236,9 @@ def _ring_backward(*arguments: Any) -> tuple[Tensor, ...]:
         if upstream.d_col is not None:
             *held, col_max, col_log, d_col = (*held[:-3], *(t.T.contiguous() for t in held[-3:]))
             there = there._replace(col_max=col_max, col_log=col_log, d_col=d_col)
-        more_x, dw, more_b, more_scale, d_col_scale = backward(problem.foreign(piece, held), there)
-        for total, more in ((dx, more_x), (db, more_b), (d_row_scale, more_scale)):
+        fold_spec = problem.foreign(piece, held)
+        _, dw, more_b, more_scale, d_col_scale = backward(fold_spec, there, dx)
+        for total, more in ((db, more_b), (d_row_scale, more_scale)):
             if total is not None and more is not None:
                 total += more.sum() if total is db else more
         if around.frozen:

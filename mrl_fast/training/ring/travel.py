@@ -4,6 +4,9 @@ A rank holds its own rows, the piece that it works on, and the one that is arriv
 one piece of each rank through all others: at every step a rank sends the piece on to the next while
 it computes with it. What it adds to a piece (gradients, statistics of columns) follows one step
 behind, and the last step of a tour brings it to the rank that the piece came from.
+
+Every wait ends with the group's timeout: a rank that is gone, or late by more than that, is an
+error on its neighbours, and theirs on the others.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Of a piece: on a CPU what its caches take (1024 rows of 1024 columns in fp32), on a GPU what hides
-# the launches.
-PIECE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+# Of a piece, of which a rank holds five at most. On a CPU 512 rows of 1024 columns in fp32, which
+# make deep enough products; on a GPU what hides the launches.
+PIECE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 LEAST_ROWS = 64  # of a piece, however wide
 
 
@@ -52,7 +55,7 @@ class Route:
         self.blocks, self.sizes = blocks, [count // blocks for count in counts]
         row_bytes = sum(t.shape[1:].numel() * t.element_size() for t in carried)
         kind = carried[0].device.type
-        self.step = max(LEAST_ROWS, PIECE_BYTES.get(kind, 4 << 20) // max(1, row_bytes))
+        self.step = max(LEAST_ROWS, PIECE_BYTES.get(kind, PIECE_BYTES["cpu"]) // max(1, row_bytes))
         self.tours = blocks * -(-max(self.sizes) // self.step)
 
     def piece(self, rank: int, tour: int) -> Piece:
