@@ -13,6 +13,7 @@ import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from tests.helpers.ring_cases import CASES, LAYOUTS, on_rank, problem, run
 
 RANKS, DEAD, LATE = 4, 2, 3
 TIMEOUT, LATENESS = 3.0, 5.0  # seconds, of the groups whose ranks come late or die
-CLIP = dict(directions=BOTH_WAYS, partition_mode="per_direction")
+CLIP: dict[str, Any] = dict(directions=BOTH_WAYS, partition_mode="per_direction")
 
 
 def small_pieces() -> None:
@@ -35,7 +36,7 @@ def small_pieces() -> None:
     travel.PIECE_BYTES, travel.LEAST_ROWS = {"cpu": 1}, 2
 
 
-def values(rank: int, two: dist.ProcessGroup) -> dict:
+def values(rank: int, two: Any) -> dict:
     found = {}
     for name, case in CASES.items():
         if rank < len(LAYOUTS[case.layout]):
@@ -45,7 +46,24 @@ def values(rank: int, two: dist.ProcessGroup) -> dict:
     return found
 
 
-def in_training(rank: int, two: dist.ProcessGroup) -> dict:
+def gathered_numbers(call) -> int:
+    """The most numbers that a rank gives to an all-gather or an all-reduce during the call."""
+    sizes, originals = [0], (dist.all_gather, dist.all_reduce)
+
+    def counting(original):
+        def count(*tensors, **options):
+            sizes.append(tensors[-1].numel())
+            return original(*tensors, **options)
+
+        return count
+
+    dist.all_gather, dist.all_reduce = map(counting, originals)
+    call()
+    dist.all_gather, dist.all_reduce = originals
+    return max(sizes)
+
+
+def in_training(rank: int, two: Any) -> dict:
     """Clip's loss of a rank's rows under DDP, checkpointing, other defaults, compiled."""
     case, group = CASES["clip"], dist.group.WORLD
     t = {name: x.float() for name, x in on_rank(case, problem(case), rank).items()}
@@ -57,7 +75,12 @@ def in_training(rank: int, two: dist.ProcessGroup) -> dict:
         q, p = (t[name].clone().requires_grad_() for name in ("q", "p"))
         return torch.autograd.grad(call(q, p), [q, p])
 
-    found = {"plain": gradients(loss)}
+    route = travel.Route(group, LAYOUTS[case.layout], len(t["q"]), 1, [t["q"]])
+    found: dict[str, Any] = {
+        "tours": route.tours,
+        "gathered": gathered_numbers(lambda: gradients(loss)),
+    }
+    found["plain"] = gradients(loss)
     found["checkpoint"] = gradients(lambda q, p: checkpoint(loss, q, p, use_reentrant=False))
     torch.set_default_dtype(torch.float64)
     with torch.device("meta"):

@@ -11,7 +11,7 @@ import torch
 
 from mrl_fast import matryoshka_info_nce
 from mrl_fast.testing import assert_within_budget, rounding_bounds
-from tests.helpers import ring_cases, ring_rank
+from tests.helpers import ring_cases
 from tests.helpers.losses import DIMS
 from tests.helpers.ring_cases import CASES, LAYOUTS
 from tests.helpers.ring_rank import CLIP, DEAD, LATE, LATENESS, RANKS, TIMEOUT
@@ -66,12 +66,10 @@ def test_ranks_equal_one_process(name, ranks):
         assert_within_budget(value, exact[key], native[key], name=f"{name}: {key}", bound=bound)
 
 
-def test_a_ring_of_pieces_has_several_tours(monkeypatch):
-    """The cases are no test of it if all rows fit one piece."""
-    monkeypatch.setattr(ring_rank.travel, "PIECE_BYTES", {"cpu": 1})
-    monkeypatch.setattr(ring_rank.travel, "LEAST_ROWS", 2)
-    most = max(LAYOUTS["ragged"])
-    assert most > 2 * ring_rank.travel.LEAST_ROWS and 0 in LAYOUTS["ragged"]
+def test_rows_travel_in_several_pieces_and_none_are_gathered(ranks):
+    for _, found in ranks:
+        assert found["tours"] == 4  # 8 rows by 2
+        assert 0 < found["gathered"] < 48  # numbers of rows and the like: less than one row
 
 
 @pytest.mark.parametrize("way", ["checkpoint", "defaults"])
