@@ -256,8 +256,9 @@ def kernel_inputs(fold: Fold, spec: Any, upstream: Any) -> KernelInputs:
     return KernelInputs(by_row, by_column, largest, magnitude)
 
 
-def fold_backward(spec: Any, upstream: Any) -> Gradients:
-    """dx, dw, db in the dtypes of x, weight and bias, and those of the scales, fp32.
+def fold_backward(spec: Any, upstream: Any, into: Tensor | None = None) -> Gradients:
+    """dx, dw, db in the dtypes of x, weight and bias, and those of the scales, fp32; dx is added to
+    ``into``, where there is one.
 
     ``upstream`` has the forward's row_max, row_log, col_max and col_log, and the loss's gradients
     d_row and d_col of the log-sums, d_hit and d_soft; the maxima count as constants. With P the
@@ -308,4 +309,5 @@ def fold_backward(spec: Any, upstream: Any) -> Gradients:
         fold.x, fold.weight, dims, bytes_a_score, suffix_sums, largest * magnitude, wanted
     )
     db = db if db_scaled is None else db_scaled
+    dx = dx if into is None else into.add_(dx)
     return dx, dw, None if db is None else db.to(bias.dtype), d_row_scale, d_col_scale

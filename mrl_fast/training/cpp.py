@@ -86,7 +86,8 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
 def fold_forward(
     spec: FoldSpec,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """See ``ops.fold``. Products are fp32, as precise as any ``compute_dtype`` asks for."""
+    """See ``ops.fold``; the two log-sums are fp64, to be merged with others'. Products are fp32, as
+    precise as any ``compute_dtype`` asks for."""
     problem = _Problem(spec)
     G, B, V = len(spec.dims), len(spec.x), len(spec.weight)
     row_max = memory.full((G, B), -torch.inf)
@@ -95,6 +96,8 @@ def fold_forward(
     soft_sum = None if spec.soft is None else memory.zeros(G, B, dtype=torch.float64)
     col_max = memory.empty(G, V) if spec.columns else None
     col_sum = memory.empty(G, V, dtype=torch.float64) if spec.columns else None
+    if col_max is not None and col_sum is not None and not B:  # nothing writes them
+        col_max, col_sum = col_max.fill_(-torch.inf), col_sum.zero_()
     for part in forward_chunks(B, V, spec.dims[-1], G, spec.columns):
         scores, inputs = problem.chunk(part)
         out = {
@@ -113,14 +116,14 @@ def fold_forward(
     row_log = log_of(row_sum)
     if spec.soft is not None and soft_sum is not None:
         soft_sum = soft_sum - spec.soft.double().sum(-1) * (row_max.double() + row_sum.log())
-    hit = None if hit is None else (hit - row_max) - row_log
+    hit = None if hit is None else (hit - row_max) - row_log.float()
     col_log = None if col_sum is None else log_of(col_sum)
     return row_max, row_log, hit, soft_sum, col_max, col_log
 
 
 def log_of(total: Tensor) -> Tensor:
-    """The fp32 logarithm, and 0 where nothing was summed: the maximum, −∞, says so already."""
-    return torch.where(total == 0, 0.0, total.log()).float()
+    """The logarithm, fp64, and 0 where nothing was summed: the maximum, −∞, says so already."""
+    return torch.where(total == 0, 0.0, total.log())
 
 
 def finite_or_0(maximum: Tensor) -> Tensor:
@@ -129,8 +132,10 @@ def finite_or_0(maximum: Tensor) -> Tensor:
 
 
 def fold_backward(
-    spec: FoldSpec, upstream: Upstream
+    spec: FoldSpec, upstream: Upstream, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight, bias and both scales; that of x is added to ``into``, fp32 and
+    contiguous, where there is one."""
     given = upstream._asdict() | {
         "row_max": finite_or_0(upstream.row_max),
         "d_hit": upstream.d_hit if spec.has_hit else None,
@@ -141,18 +146,19 @@ def fold_backward(
         spec = spec._replace(soft=None)
     elif spec.soft is not None:
         given["soft_total"] = spec.soft.double().sum(-1).reshape(-1)
-    return _backward(spec, given)
+    return _backward(spec, given, into)
 
 
 def _backward(
-    spec: FoldSpec, given: Mapping[str, Tensor | None]
+    spec: FoldSpec, given: Mapping[str, Tensor | None], into: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and scales, from what ``Given`` of nested.h names."""
     problem = _Problem(spec)
     x, weight, depth = problem.x, spec.weight, spec.dims[-1]
     fp32 = torch.float32
     given = {n: t if n == "grad" else _as(t, fp32) for n, t in given.items() if t is not None}
-    dx, dw = memory.zeros(*x.shape), memory.zeros(*weight.shape, dtype=weight.dtype)
+    dx = memory.zeros(*x.shape) if into is None else into
+    dw = memory.zeros(*weight.shape, dtype=weight.dtype)
     db, d_row_scale, d_col_scale = (
         memory.zeros(*problem.inputs[name].shape) if name in problem.inputs else None
         for name in ("bias", "row_scale", "col_scale")

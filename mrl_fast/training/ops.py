@@ -53,7 +53,7 @@ def fold(spec: FoldSpec, impl: str) -> Fold:
     return result._replace(row_max=result.row_max.detach(), col_max=result.col_max.detach())
 
 
-def _or_empty(x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def or_empty(x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """An op returns tensors only: an absent one is empty."""
     return tuple(x.new_empty(0, dtype=torch.float32) if t is None else t for t in tensors)
 
@@ -63,14 +63,25 @@ def _fold(*arguments: Any) -> tuple[Tensor, ...]:
     *fields, impl = arguments
     spec = FoldSpec(*fields)
     f = Fold(*module_of(impl, "training").fold_forward(spec))
-    f = Fold(*_or_empty(spec.x, f))
-    return f._replace(soft_sum=f.soft_sum.double())
+    return rounded(f, spec.x)
+
+
+def rounded(f: Fold, x: Tensor) -> Fold:
+    """What an op returns of the statistics that a module's ``fold_forward`` gives."""
+    f = Fold(*or_empty(x, f))
+    return f._replace(
+        row_log=f.row_log.float(), col_log=f.col_log.float(), soft_sum=f.soft_sum.double()
+    )
 
 
 @_fold.register_fake
 def _(*arguments):
     *fields, _ = arguments
-    spec = FoldSpec(*fields)
+    return empty_fold(FoldSpec(*fields))
+
+
+def empty_fold(spec: FoldSpec) -> Fold:
+    """Tensors as those of a fold, with nothing in them."""
 
     def empty(present: bool, of: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return of.new_empty((len(spec.dims), len(of)) if present else (0,), dtype=dtype)
@@ -92,7 +103,7 @@ def _(*arguments):
 def _fold_backward(*arguments: Any) -> tuple[Tensor, ...]:
     *fields, impl = arguments
     spec, upstream = _split(fields)
-    return _or_empty(spec.x, module_of(impl, "training").fold_backward(spec, upstream))
+    return or_empty(spec.x, module_of(impl, "training").fold_backward(spec, upstream))
 
 
 def _split(fields: Sequence[Any]) -> tuple[FoldSpec, Upstream]:
@@ -103,9 +114,13 @@ def _split(fields: Sequence[Any]) -> tuple[FoldSpec, Upstream]:
 @_fold_backward.register_fake
 def _(*arguments):
     *fields, _ = arguments
-    spec, _ = _split(fields)
+    return empty_gradients(_split(fields)[0])
+
+
+def empty_gradients(spec: FoldSpec) -> tuple[Tensor, ...]:
+    """Tensors as the gradients of a fold's inputs, with nothing in them."""
     inputs: list[Tensor | None] = [getattr(spec, name) for name in DIFFERENTIABLE]
-    return _or_empty(spec.x, [None if t is None else _contiguous_like(t) for t in inputs])
+    return or_empty(spec.x, [None if t is None else _contiguous_like(t) for t in inputs])
 
 
 def _contiguous_like(t: Tensor) -> Tensor:
@@ -120,10 +135,18 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, *gradients):
-    spec, (row_max, row_log, col_max, col_log) = saved_spec(ctx)
-    d = Fold(*gradients)
+    spec, statistics = saved_spec(ctx)
+    upstream = upstream_of(spec, statistics, Fold(*gradients))
+    found = _fold_backward_once(*spec, *upstream, ctx.impl)
+    return *by_field(ctx, spec, found), None
+
+
+def upstream_of(spec: FoldSpec, statistics: Sequence[Tensor], d: Fold) -> Upstream:
+    """What a backward is given, of the forward's statistics of rows and columns and the gradients
+    ``d``, where None is 0."""
+    row_max, row_log, col_max, col_log = statistics
     zeros, by_columns = torch.zeros_like(row_log), d.col_log is not None
-    upstream = Upstream(
+    return Upstream(
         row_max=row_max,
         row_log=row_log,
         col_max=col_max if by_columns else None,
@@ -133,9 +156,12 @@ def _gradients(ctx, *gradients):
         d_soft=None if d.soft_sum is None or spec.soft is None else d.soft_sum.float(),
         d_col=d.col_log,
     )
-    found = _fold_backward_once(*spec, *upstream, ctx.impl)
+
+
+def by_field(ctx: Any, spec: FoldSpec, found: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of a fold's inputs, in the order of ``FoldSpec``."""
     by_name = dict(zip(DIFFERENTIABLE, found, strict=True))
-    return *(by_name[n] if n in by_name and n in ctx.tensors else None for n in spec._fields), None
+    return [by_name[n] if n in by_name and n in ctx.tensors else None for n in spec._fields]
 
 
 _fold_backward_once = differentiated(_fold_backward)
@@ -221,13 +247,13 @@ def _(x, weight, bias, dims, impl):
     "-> (Tensor, Tensor, Tensor)",
 )
 def _nested_logits_backward(grad, x, weight, bias, dims, impl):
-    return _or_empty(x, module_of(impl, "training").logits_backward(grad, x, weight, bias, dims))
+    return or_empty(x, module_of(impl, "training").logits_backward(grad, x, weight, bias, dims))
 
 
 @_nested_logits_backward.register_fake
 def _(grad, x, weight, bias, dims, impl):
     db = None if bias is None else _contiguous_like(bias)
-    return _or_empty(x, [_contiguous_like(x), _contiguous_like(weight), db])
+    return or_empty(x, [_contiguous_like(x), _contiguous_like(weight), db])
 
 
 def _save_logits(ctx, inputs, output) -> None:

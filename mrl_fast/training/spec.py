@@ -4,7 +4,7 @@ implementation."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ class Upstream(NamedTuple):
 
 
 class InfoNCESpec(NamedTuple):
-    """InfoNCE after its checks and after the gathering from ranks; options as the public op's."""
+    """InfoNCE after its checks; options as the public op's. For the reference the rows of all ranks
+    are gathered; else all rows are this rank's, but masks have columns for those of all."""
 
     queries: Tensor  # [B, D]
     all_queries: Tensor  # [>= B, D]
@@ -73,6 +74,8 @@ class InfoNCESpec(NamedTuple):
     own_query: Tensor  # [B], each query's own row in all_queries
     own_document: Tensor  # [B], each query's positive in documents
     period: int  # documents equal to own_document modulo this are the query's own
+    blocks: int  # of equal size that the documents consist of
+    ranks: Any = None  # see ring.ranks.Ranks
 
 
 SCHEMA_TYPES = {

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mrl_fast import matryoshka_distill, matryoshka_sigmoid_loss
-from mrl_fast.training.losses import distill
+from mrl_fast.training import distillation
 from tests.helpers.losses import generator, judge
 
 DIMS = (8, 12, 48)
@@ -75,7 +75,7 @@ def kl(student, teacher, temperature, dims=DIMS):
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 def test_distill_error_budget(impl, kind, temperature, monkeypatch):
     rows = 70 if impl == "triton" else 130
-    monkeypatch.setattr(distill, "CHUNK_BYTES", 1)  # 64 rows
+    monkeypatch.setattr(distillation, "CHUNK_BYTES", 1)  # 64 rows
     both = kind in ("pair", "scores")
 
     def make(seed):

@@ -4,7 +4,7 @@ embeddings that they take, and their value from these."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from mrl_fast.shared.dispatch import choose
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training import reference
-from mrl_fast.training.losses.embeddings import Side, check_ranks, gather_rows, rank_of
+from mrl_fast.training.losses.embeddings import Side
 from mrl_fast.training.losses.info_nce import matryoshka_info_nce
 from mrl_fast.training.losses.reductions import check_dim_weights, nested_loss
-from mrl_fast.training.ops import fold
+from mrl_fast.training.ops import Fold, fold
+from mrl_fast.training.ring.fold import around, exceeds, ring_fold
+from mrl_fast.training.ring.ranks import Ranks, check_ranks, gather_rows
 from mrl_fast.training.spec import FoldSpec
 
 # of a loss: its columns of embeddings [B, D], those of its guide, dims and their weights
 Form = Callable[[Any, list[Tensor], list[Tensor], tuple[int, ...], Sequence[float]], NestedLoss]
 
-MASK_BYTES = 1 << 24  # of a guide's cosines at a time
 ROUNDING = 2**-40  # of a guide's cosines, in fp64: texts that are equal are no false negatives
 
 
@@ -100,72 +101,87 @@ def gist(
     which are made of its cosines in fp64: a GPU's fp32 products may be of TF32."""
     if isinstance(loss, losses.GISTEmbedLoss) and len(columns) > 3:
         raise ValueError(f"sentence_features: expected 2 or 3 columns, got {len(columns)}")
-    group = _group(loss)
+    group, scale = _group(loss), 1.0 / loss.temperature
     anchors, positives = columns[:2]
-    check_ranks(group, anchors, columns[1:])
-    documents = [gather_rows(block, group) for block in columns[1:]]
-    local = torch.arange(len(anchors), dtype=torch.int64, device=anchors.device)
-    own = local + rank_of(group) * len(anchors)  # [B], each row's positive
+    impl = choose(None, anchors, positives)
+    ranks, count = None, len(anchors)
+    if group is not None:
+        options = loss.contrast_positives, dims, scale, impl == "reference"
+        ranks = check_ranks(group, anchors, columns[1:], options)
+        count = ranks.mean_queries
     with torch.no_grad():
         units = [F.normalize(guide.double(), dim=1) for guide in guides]
-        others = [gather_rows(unit, group) for unit in units[1:]]
         limit = (units[0] * units[1]).sum(1, keepdim=True)  # [B, 1]
         relative = loss.margin_strategy == "relative"
         limit = limit - loss.margin * (limit.abs() if relative else 1.0) + ROUNDING
+    own = torch.arange(len(anchors), dtype=torch.int64, device=anchors.device)  # its positive
+    documents, others = columns[1:], units[1:]
+    if ranks is not None and impl == "reference":
+        documents = [gather_rows(block, ranks.documents, ranks) for block in documents]
+        others = [gather_rows(unit, ranks.documents, ranks) for unit in others]
+        own, ranks = own + sum(ranks.documents[: ranks.rank]), None
+    guided = [Guided(anchors, documents, units[0], others, limit)]
     if loss.contrast_anchors:  # a rank's own
-        candidates, guide_candidates = [*documents, anchors], [*others, units[0]]
-    else:
-        candidates, guide_candidates = documents, others
-    hidden = _exceeds(units[0], torch.cat(guide_candidates), limit)
-    hidden[local, own] = False
-    blocks = [(anchors, torch.cat(candidates), hidden)]
+        guided.append(Guided(anchors, [anchors], units[0], [units[0]], limit, everywhere=False))
     if loss.contrast_positives:
-        hidden = _exceeds(units[1], others[0], limit)
-        blocks.append((positives, documents[0], hidden))
-    rows = _joint_rows(blocks, own, dims, 1.0 / loss.temperature)
-    return nested_loss(rows, check_dim_weights(weights, len(dims), anchors), "mean", len(anchors))
+        guided.append(Guided(positives, documents[:1], units[1], others[:1], limit))
+    rows = _joint_rows(guided, own, dims, scale, impl, ranks)
+    return nested_loss(rows, check_dim_weights(weights, len(dims), anchors), "mean", count)
+
+
+class Guided(NamedTuple):
+    """Rows and columns whose scores are left out where a guide's exceed a limit."""
+
+    rows: Tensor  # [B, D]
+    columns: Sequence[Tensor]  # [C, D] each
+    guide_rows: Tensor  # [B, E] fp64
+    guide_columns: Sequence[Tensor]  # [C, E] fp64 each
+    limit: Tensor  # [B, 1]
+    everywhere: bool = True  # columns are those of all ranks
 
 
 def _joint_rows(
-    blocks: Sequence[tuple[Tensor, Tensor, Tensor]],
+    parts: Sequence[Guided],
     target: Tensor,
     dims: tuple[int, ...],
     scale: float,
+    impl: str,
+    ranks: Ranks | None,
 ) -> Tensor:  # [G, B]
-    """InfoNCE with one softmax over blocks of scores: rows ``[B, D]``, columns ``[C, D]`` and what
-    is left out of it, ``[B, C]``. The positives are in the first block."""
-    impl = choose(None, *blocks[0][:2])
+    """InfoNCE with one softmax over all parts; the positives are in the first, never left out."""
     if impl == "reference":
-        scores = [
-            (scale * reference.similarities(x, y, dims)).masked_fill(mask, -torch.inf)
-            for x, y, mask in blocks
-        ]
-        hit = scores[0][
-            :, torch.arange(len(target), dtype=torch.int64, device=target.device), target
-        ]
-        return torch.cat(scores, dim=2).logsumexp(2) - hit
-    folds = []
-    for x, y, mask in blocks:
-        r, c = Side.from_embeddings(x, dims), Side.from_embeddings(y, dims)
-        scales = dict(row_scale=r.scaled(scale), col_scale=c.inverse)
-        options: dict[str, Any] = scales | dict(target=None if folds else target, mask=mask)
-        spec = FoldSpec(r.x, c.x, dims, compute_dtype=r.compute_dtype, **options)
-        folds.append(fold(spec, impl))
+        scores = []
+        for part in parts:
+            hidden = exceeds(part.guide_rows, torch.cat(list(part.guide_columns)), part.limit)
+            if not scores:
+                hidden.scatter_(1, target[:, None], False)
+            y = scale * reference.similarities(part.rows, torch.cat(list(part.columns)), dims)
+            scores.append(y.masked_fill(hidden, -torch.inf))
+        at = torch.arange(len(target), dtype=torch.int64, device=target.device)
+        return torch.cat(scores, dim=2).logsumexp(2) - scores[0][:, at, target]
+    folds: list[Fold] = []
+    for part in parts:
+        r = Side.from_embeddings(part.rows, dims)
+        c = Side.from_embeddings(torch.cat(list(part.columns)), dims)
+        guides = torch.cat(list(part.guide_columns))
+        spec = FoldSpec(
+            r.x, c.x, dims, row_scale=r.scaled(scale), col_scale=c.inverse,
+            target=None if folds else target, compute_dtype=r.compute_dtype,
+        )  # fmt: skip
+        if ranks is not None and part.everywhere:
+            way = around(ranks, ranks.documents, len(part.columns))
+            way = way._replace(
+                guide_rows=part.guide_rows, guide_cols=guides, guide_limit=part.limit
+            )
+            folds.append(ring_fold(spec, way, impl))
+            continue
+        hidden = exceeds(part.guide_rows, guides, part.limit)
+        if not folds:
+            hidden.scatter_(1, target[:, None], False)
+        folds.append(fold(spec._replace(mask=hidden), impl))
     first = folds[0]
     logs = [f.row_log + (f.row_max - first.row_max) - first.row_log for f in folds]
     return torch.stack(logs).logsumexp(0) - first.hit
-
-
-def _exceeds(rows: Tensor, columns: Tensor, limit: Tensor) -> Tensor:
-    """``rows @ columns.T > limit``, ``[B, C]`` bool; its scores in chunks of rows."""
-    chunk = max(1, MASK_BYTES // (8 * max(1, len(columns))))
-    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        return torch.cat(
-            [
-                part @ columns.T > bound
-                for part, bound in zip(rows.split(chunk), limit.split(chunk), strict=True)
-            ]
-        )
 
 
 def _group(loss: Any) -> Any:

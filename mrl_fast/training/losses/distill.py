@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
 from mrl_fast.shared.checks import check_choice, check_matrix, check_number, check_same_device
-from mrl_fast.shared.dispatch import choose, module_of
+from mrl_fast.shared.dispatch import choose
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training import reference
 from mrl_fast.training.differentiation import (
@@ -20,12 +19,20 @@ from mrl_fast.training.differentiation import (
     save_spec,
     saved_spec,
 )
+from mrl_fast.training.distillation import (
+    DistillSpec,
+    Student,
+    divergence,
+    empty_divergence,
+    empty_gradients,
+    student_gradients,
+)
 from mrl_fast.training.losses.embeddings import Side, check_pairs
 from mrl_fast.training.losses.reductions import check_dim_weights, nested_loss
-from mrl_fast.training.ops import Fold
-from mrl_fast.training.spec import FoldSpec, Upstream, schema_of
-
-CHUNK_BYTES = 16 << 20  # of teacher probabilities held at a time
+from mrl_fast.training.ring.distill import ring_distill
+from mrl_fast.training.ring.fold import around
+from mrl_fast.training.ring.ranks import check_ranks, gather_rows
+from mrl_fast.training.spec import schema_of
 
 Pair = Tensor | tuple[Tensor, Tensor]
 
@@ -38,6 +45,7 @@ def matryoshka_distill(
     dim_weights: Tensor | Sequence[float] | None = None,
     temperature: float = 1.0,
     teacher_kind: str | None = None,
+    group: Any = None,
     impl: str | None = None,
 ) -> NestedLoss:
     """KL divergence of every nested prefix's similarity rows from a teacher's, summed.
@@ -58,6 +66,11 @@ def matryoshka_distill(
         teacher_kind: ``"vectors"`` or ``"scores"``. None tells by the shapes: one tensor beside a
             pair is scores; beside a single student it is vectors, or an error where ``[B, B]``
             could be either.
+        group: A ``torch.distributed`` process group: queries are compared with the documents (a
+            single student's rows) of all ranks, which travel from rank to rank with the teacher's
+            vectors; a teacher's scores are ``[B, C]`` with the C of all ranks, rank by rank. The
+            same holds of gradients, of ranks' numbers of rows and of the call and its backward as
+            in ``matryoshka_info_nce``.
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
 
     Returns:
@@ -73,10 +86,19 @@ def matryoshka_distill(
     queries, (documents,), dims = check_pairs(first, second, dims, "student[0]", "student[1]")
     temperature = check_number(temperature, "temperature", above=True)
     dim_weights = check_dim_weights(dim_weights, len(dims), queries)
-    rows, cols = _check_teacher(teacher, teacher_kind, queries, documents, single)
-
     impl = choose(impl, queries, documents)
+    ranks, columns = None, len(documents)
+    if group is not None:
+        options = dims, temperature, isinstance(teacher, Tensor), teacher_kind, impl == "reference"
+        ranks = check_ranks(group, queries, [documents], *options)
+        columns = sum(ranks.documents)
+    rows, cols = _check_teacher(teacher, teacher_kind, queries, documents, (single, columns))
+    rows, cols = rows.detach(), None if cols is None else cols.detach()
+    count = len(queries) if ranks is None else ranks.mean_queries
     if impl == "reference":
+        if ranks is not None:
+            documents = gather_rows(documents, ranks.documents, ranks)
+            cols = None if cols is None else gather_rows(cols, ranks.documents, ranks)
         kl = reference.distill_rows(queries, documents, dims, rows, cols, temperature)
     else:
         q = Side.from_embeddings(queries, dims)
@@ -84,11 +106,14 @@ def matryoshka_distill(
         if cols is not None:
             rows, cols = F.normalize(rows.float()), F.normalize(cols.float())
         spec = DistillSpec(
-            q.x, d.x, list(dims), q.scaled(1 / temperature), d.inverse, rows.detach(),
-            None if cols is None else cols.detach(), temperature, q.compute_dtype,
+            q.x, d.x, list(dims), q.scaled(1 / temperature), d.inverse, rows, cols, temperature,
+            q.compute_dtype,
         )  # fmt: skip
-        kl, _, _ = _distill_once(*spec, impl)
-    return nested_loss(kl * temperature**2, dim_weights, "mean", len(queries))
+        if ranks is None:
+            kl = _distill_once(*spec, impl)[0]
+        else:
+            kl = ring_distill(spec, around(ranks, ranks.documents), impl)
+    return nested_loss(kl * temperature**2, dim_weights, "mean", count)
 
 
 def _check_sides(pair: Any, name: str) -> tuple[Tensor, Tensor]:
@@ -103,10 +128,16 @@ def _check_sides(pair: Any, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _check_teacher(
-    teacher: Pair, kind: str | None, queries: Tensor, documents: Tensor, single: bool
+    teacher: Pair,
+    kind: str | None,
+    queries: Tensor,
+    documents: Tensor,
+    student: tuple[bool, int],
 ) -> tuple[Tensor, Tensor | None]:
-    """The teacher's two sides, or its scores and None."""
-    shape = [len(queries), len(documents)]
+    """The teacher's two sides, or its scores and None. ``student``: whether it is a single tensor,
+    and the documents that it is compared with, on all ranks."""
+    single, columns = student
+    shape = [len(queries), columns]
     if kind is not None:
         check_choice(kind, "teacher_kind", ("vectors", "scores"))
     rows, cols = _check_sides(teacher, "teacher")
@@ -115,7 +146,7 @@ def _check_teacher(
             raise ValueError("teacher: expected one tensor of scores, got a pair")
         for name, side, count in (
             ("teacher[0]", rows, shape[0]),
-            ("teacher[1]", cols, shape[1]),
+            ("teacher[1]", cols, len(documents)),
         ):
             check_same_device(check_matrix(side, name), name, queries)
             if len(side) != count or side.shape[1] != rows.shape[1]:
@@ -142,66 +173,19 @@ def _check_teacher(
     return teacher, None
 
 
-class DistillSpec(NamedTuple):
-    """What the op reads: the student's sides in fp32, and the teacher."""
-
-    x: Tensor  # [B, D]
-    weight: Tensor  # [C, D]
-    dims: Sequence[int]
-    row_scale: Tensor  # [G, B] fp32
-    col_scale: Tensor  # [G, C] fp32
-    rows: Tensor  # the teacher's scores [B, C], or its normalised rows [B, E]
-    cols: Tensor | None  # [C, E]
-    temperature: float
-    compute_dtype: torch.dtype | None
-
-    def chunks(self) -> Iterator[tuple[slice, Tensor, FoldSpec]]:
-        """Ranges of rows, the teacher's log-probabilities there, and the student's fold."""
-        step = max(64, CHUNK_BYTES // (4 * max(1, len(self.weight))))
-        for begin in range(0, len(self.rows), step):
-            part = slice(begin, min(begin + step, len(self.rows)))
-            rows, cols = self.rows[part], self.cols
-            # The backward makes these again, and must get the same in any autocast context.
-            with torch.autocast(rows.device.type, enabled=False):
-                scores = rows.float() if cols is None else rows @ cols.T
-                logp = (scores / self.temperature).log_softmax(1)
-            yield (
-                part,
-                logp,
-                FoldSpec(
-                    self.x[part], self.weight, self.dims, row_scale=self.row_scale[:, part],
-                    col_scale=self.col_scale, soft=logp.exp(), compute_dtype=self.compute_dtype,
-                ),
-            )  # fmt: skip
-
-
-class Student(NamedTuple):
-    """Statistics of the forward, and the loss's derivative with respect to the KL: ``[G, B]``."""
-
-    row_max: Tensor
-    row_log: Tensor
-    d_kl: Tensor
-
-
-@custom_op("mrl_fast::distill", mutates_args=(), schema=schema_of(DistillSpec, returns=3))
+@custom_op("mrl_fast::distill", mutates_args=(), schema=schema_of(DistillSpec, returns=4))
 def _distill(*arguments):
-    """KL of every row and prefix, and the student's two statistics, ``[G, B]`` each."""
+    """KL of every row and prefix, and the student's two statistics, ``[G, B]`` each; the teacher's
+    log-sums, ``[B]`` fp64."""
     *fields, impl = arguments
-    spec = DistillSpec(*fields)
-    kl, row_max, row_log = (torch.empty_like(spec.row_scale) for _ in range(3))
-    for part, logp, fold_spec in spec.chunks():
-        f = Fold(*module_of(impl, "training").fold_forward(fold_spec))
-        row_max[:, part], row_log[:, part] = f.row_max, f.row_log
-        p = logp.exp()
-        entropy = torch.where(p > 0, p * logp, 0.0).double().sum(1)  # −H, [b]
-        kl[:, part] = (entropy - f.soft_sum).float()  # a small difference of larger numbers
-    return kl, row_max, row_log
+    found = divergence(DistillSpec(*fields), impl)
+    return found.kl.float(), found.row_max, found.row_log.float(), found.log_sum
 
 
 @_distill.register_fake
 def _(*arguments):
     *fields, _ = arguments
-    return tuple(torch.empty_like(DistillSpec(*fields).row_scale) for _ in range(3))
+    return empty_divergence(DistillSpec(*fields))
 
 
 @custom_op(
@@ -210,28 +194,12 @@ def _(*arguments):
 def _distill_backward(*arguments):
     *fields, impl = arguments
     size = len(DistillSpec._fields)
-    spec, student = DistillSpec(*fields[:size]), Student(*fields[size:])
-    dx, dw, d_rows, d_cols = (
-        torch.zeros_like(t, memory_format=torch.contiguous_format)
-        for t in (spec.x, spec.weight, spec.row_scale, spec.col_scale)
-    )
-    for part, _, fold_spec in spec.chunks():
-        row_max, row_log, d_kl = (t[:, part] for t in student)
-        upstream = Upstream(row_max, row_log, None, None, torch.zeros_like(d_kl), None, -d_kl, None)
-        found = module_of(impl, "training").fold_backward(fold_spec, upstream)
-        dx[part], more, _, d_rows[:, part], more_cols = found
-        dw += more
-        d_cols += more_cols
-    return dx, dw, d_rows, d_cols
+    return student_gradients(DistillSpec(*fields[:size]), Student(*fields[size:]), impl)
 
 
 @_distill_backward.register_fake
 def _(*arguments):
-    spec = DistillSpec(*arguments[: len(DistillSpec._fields)])
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in (spec.x, spec.weight, spec.row_scale, spec.col_scale)
-    )
+    return empty_gradients(DistillSpec(*arguments[: len(DistillSpec._fields)]))
 
 
 def _save(ctx, inputs, output) -> None:

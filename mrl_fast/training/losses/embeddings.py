@@ -1,14 +1,12 @@
-"""Two sides of embeddings to be compared: checked, normalised prefix by prefix, gathered."""
+"""Two sides of embeddings to be compared: checked, and normalised prefix by prefix."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mrl_fast.shared.checks import check_dims, check_matrix, check_same_device
 from mrl_fast.training.ops import inverse_norms
@@ -76,57 +74,3 @@ def check_pairs(
         [block.to(dtype) for block in blocks],
         check_dims(dims, queries.shape[1]),
     )
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of all ranks, end to end; each rank's rows get the sum of all ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group, ctx.rows = group, len(x)
-        out = x.new_empty(dist.get_world_size(group) * len(x), x.shape[1])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad = grad.clone(memory_format=torch.contiguous_format)  # reduced in place
-        dist.all_reduce(grad, group=ctx.group)
-        first = dist.get_rank(ctx.group) * ctx.rows
-        return grad[first : first + ctx.rows], None
-
-
-def check_ranks(group: Any, queries: Tensor, blocks: Sequence[Tensor]) -> None:
-    """Raises on every rank where one has other shapes, on which gathering would hang or abort.
-
-    Shapes are compared on the host, which waits for a GPU and cannot be compiled; a compiled loss
-    takes them to be equal.
-    """
-    if group is None or torch.compiler.is_compiling():
-        return
-    mine = {
-        "queries: expected as many rows": len(queries),
-        "queries: expected the same width": queries.shape[1],
-        "documents: expected as many blocks": len(blocks),
-        "documents: expected as many rows": len(blocks[0]),
-    }
-    counts = torch.tensor(list(mine.values()), dtype=torch.int64, device=queries.device)
-    ranks = [torch.empty_like(counts) for _ in range(ranks_of(group))]
-    dist.all_gather(ranks, counts, group=group)
-    for what, found in zip(mine, torch.stack(ranks, dim=1).tolist(), strict=True):
-        if len(set(found)) > 1:
-            raise ValueError(f"{what} on every rank, got {found}")
-
-
-def gather_rows(x: Tensor, group: Any) -> Tensor:
-    """Rows of all ranks, after ``check_ranks``; x itself without a group."""
-    return x if group is None else _Gather.apply(x, group)  # pyright: ignore[reportReturnType]
-
-
-def rank_of(group: Any) -> int:
-    return 0 if group is None else dist.get_rank(group)
-
-
-def ranks_of(group: Any) -> int:
-    return 1 if group is None else dist.get_world_size(group)

@@ -12,14 +12,7 @@ from mrl_fast.shared.checks import check_choice, check_number, check_vector
 from mrl_fast.shared.dispatch import choose
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training import reference
-from mrl_fast.training.losses.embeddings import (
-    Side,
-    check_pairs,
-    check_ranks,
-    gather_rows,
-    rank_of,
-    ranks_of,
-)
+from mrl_fast.training.losses.embeddings import Side, check_pairs
 from mrl_fast.training.losses.reductions import (
     REDUCTIONS,
     check_classes,
@@ -28,6 +21,8 @@ from mrl_fast.training.losses.reductions import (
     nested_loss,
 )
 from mrl_fast.training.ops import Fold, fold
+from mrl_fast.training.ring.fold import around, ring_fold
+from mrl_fast.training.ring.ranks import Ranks, check_ranks, gather_rows
 from mrl_fast.training.spec import FoldSpec, InfoNCESpec
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -83,13 +78,19 @@ def matryoshka_info_nce(
         hardness_strength: >= 0.
         mask: ``[B, C]`` bool, True is excluded from query_to_doc (a false negative, as GISTEmbed
             finds it); or a mapping from directions to such masks, of a direction's rows and
-            columns. A positive that is masked makes the loss infinite.
+            columns. A positive that is masked makes the loss infinite. With a ``group`` columns
+            are those of all ranks: block by block, and rank by rank in each.
         normalize: False takes raw dot products.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, over queries.
-        group: A ``torch.distributed`` process group: documents, and queries where a direction needs
-            them, are gathered from all ranks, with their gradients; the loss is that of the local
-            rows. ``torch.distributed.group.WORLD`` is all ranks; None gathers nothing. Every rank
-            needs the same number of rows.
+        group: A ``torch.distributed`` process group, gloo or nccl: the documents, and queries where
+            a direction needs them, are those of all ranks. They travel from rank to rank in pieces
+            and are nowhere gathered (but for ``impl="reference"``); gradients come back the same
+            way. The loss is that of this rank's rows, and its backward gives a row the gradient of
+            the sum of all ranks' losses, as DDP expects, which averages. Ranks may have different
+            numbers of rows: ``"mean"`` divides by the mean number of queries a rank, so that the
+            mean of the ranks' losses is that of one large batch. The call and its backward are
+            collective: every rank makes both. ``torch.distributed.group.WORLD`` is all ranks, None
+            only this one.
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
 
     Returns:
@@ -103,7 +104,6 @@ def matryoshka_info_nce(
     normalised per prefix); Lan et al. 2025, equation 5 (hardness).
     """
     queries, sequence, dims = check_pairs(queries, documents, dims)
-    check_ranks(group, queries, sequence)
     scale = check_scale(scale, "scale", queries)
     check_choice(reduction, "reduction", REDUCTIONS)
     _check_directions(directions, partition_mode)
@@ -117,31 +117,53 @@ def matryoshka_info_nce(
         raise ValueError(
             f"documents: expected at least {len(queries)} positives, got {len(sequence[0])}"
         )
-
-    # This rank's positives among all documents, and its queries among all queries.
-    local = torch.arange(len(queries), dtype=torch.int64, device=queries.device)
-    positive = local if target is None else target
-    first = rank_of(group) * len(sequence[0])
-    blocks = [gather_rows(part, group) for part in sequence]
-    own_query = local + rank_of(group) * len(queries)
-    own_document, period = positive + first, len(blocks[0])
-    widths = {"doc": sum(map(len, blocks)), "query": len(queries) * ranks_of(group)}
+    impl = choose(impl, queries, sequence[0])
+    ranks = None
+    if group is not None:
+        options = tuple(directions), partition_mode, hardness_mode, hardness_strength, normalize
+        kind = impl == "reference", sorted(mask) if isinstance(mask, Mapping) else mask is not None
+        ranks = check_ranks(group, queries, sequence, dims, options, kind, learned=[scale])
+    widths = _widths(queries, sequence, ranks)
     mask = _check_mask(mask, widths, directions, queries)
 
-    impl = choose(impl, queries, sequence[0])
-    all_queries = queries
-    if {"query_to_query", "doc_to_query"} & set(directions):
-        all_queries = gather_rows(queries, group)
+    local = torch.arange(len(queries), dtype=torch.int64, device=queries.device)
+    positive = local if target is None else target
     spec = InfoNCESpec(
-        queries=queries, all_queries=all_queries,
+        queries=queries, all_queries=queries,
         positives=sequence[0][: len(queries)] if target is None else sequence[0][target],
-        documents=blocks[0] if len(blocks) == 1 else torch.cat(blocks), dims=dims, scale=scale,
-        directions=tuple(directions), partition_mode=partition_mode, hardness_mode=hardness_mode,
-        hardness_strength=float(hardness_strength), mask=mask, normalize=normalize,
-        own_query=own_query, own_document=own_document, period=period,
+        documents=sequence[0] if len(sequence) == 1 else torch.cat(sequence), dims=dims,
+        scale=scale, directions=tuple(directions), partition_mode=partition_mode,
+        hardness_mode=hardness_mode, hardness_strength=float(hardness_strength), mask=mask,
+        normalize=normalize, own_query=local, own_document=positive, period=len(sequence[0]),
+        blocks=len(sequence), ranks=ranks,
     )  # fmt: skip
-    rows = reference.info_nce_rows(spec) if impl == "reference" else _rows(spec, impl)
-    return nested_loss(rows, dim_weights, reduction, len(queries))
+    if impl == "reference":
+        rows = reference.info_nce_rows(spec if ranks is None else _gathered(spec, sequence, ranks))
+    else:
+        rows = _rows(spec, impl)
+    count = len(queries) if ranks is None else ranks.mean_queries
+    return nested_loss(rows, dim_weights, reduction, count)
+
+
+def _widths(queries: Tensor, blocks: Sequence[Tensor], ranks: Ranks | None) -> dict[str, int]:
+    """Columns of a mask over documents, and over queries: those of all ranks."""
+    if ranks is None:
+        return {"doc": sum(map(len, blocks)), "query": len(queries)}
+    return {"doc": sum(ranks.documents) * len(blocks), "query": sum(ranks.queries)}
+
+
+def _gathered(spec: InfoNCESpec, blocks: Sequence[Tensor], ranks: Ranks) -> InfoNCESpec:
+    """With the rows of all ranks, block by block, and this rank's places among them."""
+    all_queries = spec.queries
+    if {"query_to_query", "doc_to_query"} & set(spec.directions):
+        all_queries = gather_rows(spec.queries, ranks.queries, ranks)
+    return spec._replace(
+        all_queries=all_queries,
+        documents=torch.cat([gather_rows(block, ranks.documents, ranks) for block in blocks]),
+        own_query=spec.own_query + sum(ranks.queries[: ranks.rank]),
+        own_document=spec.own_document + sum(ranks.documents[: ranks.rank]),
+        period=sum(ranks.documents),
+    )
 
 
 def _rows(spec: InfoNCESpec, impl: str) -> Tensor:  # [G, B]
@@ -154,27 +176,31 @@ def _rows(spec: InfoNCESpec, impl: str) -> Tensor:  # [G, B]
             col_scale=right.inverse, mask=spec.mask.get(direction),
             compute_dtype=left.compute_dtype, **options,
         )  # fmt: skip
-        return fold(fold_spec, impl)
+        if spec.ranks is None:
+            return fold(fold_spec, impl)
+        of_queries = direction.endswith("query")
+        counts = spec.ranks.queries if of_queries else spec.ranks.documents
+        blocks = 1 if of_queries else spec.blocks
+        return ring_fold(fold_spec, around(spec.ranks, counts, blocks), impl)
 
     q, d = side(spec.queries), side(spec.documents)
     own: dict[str, Any] = dict(target=spec.own_document, period=spec.period)
     boosts = _boosts(spec)
-    both_ways, one_rank = "doc_to_query" in spec.directions, spec.all_queries is spec.queries
-    # The scores of doc_to_query are the columns of query_to_doc, unless boosts, masks or ranks make
-    # the two differ.
-    by_columns = both_ways and not boosts and not spec.mask and one_rank
+    both_ways = "doc_to_query" in spec.directions
+    # The scores of doc_to_query are the columns of query_to_doc, unless boosts or masks make the
+    # two differ.
+    by_columns = both_ways and not boosts and not spec.mask
     to_doc = statistics(q, d, "query_to_doc", columns=by_columns, **own, **boosts)
     parts = [(to_doc.row_max, to_doc.row_log)]  # maximum and log-sum of each direction
-    every_query = q if one_rank else side(spec.all_queries)
     if "query_to_query" in spec.directions:
-        f = statistics(q, every_query, "query_to_query", target=spec.own_query, exclude_own=True)
+        f = statistics(q, q, "query_to_query", target=spec.own_query, exclude_own=True)
         parts.append((f.row_max, f.row_log))
     if by_columns:
         parts.append((to_doc.col_max[:, spec.own_document], to_doc.col_log[:, spec.own_document]))
     needs_positives = "doc_to_doc" in spec.directions or (both_ways and not by_columns)
     p = side(spec.positives) if needs_positives else q
     if both_ways and not by_columns:
-        f = statistics(p, every_query, "doc_to_query")
+        f = statistics(p, q, "doc_to_query")
         parts.append((f.row_max, f.row_log))
     if "doc_to_doc" in spec.directions:
         f = statistics(p, d, "doc_to_doc", exclude_own=True, **own)

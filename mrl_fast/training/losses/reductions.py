@@ -16,7 +16,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def nested_loss(
-    rows: Tensor, dim_weights: Tensor, reduction: str, count: Tensor | int
+    rows: Tensor, dim_weights: Tensor, reduction: str, count: Tensor | float
 ) -> NestedLoss:
     """The weighted sum of the prefixes' losses, from those of rows ``[G, B]``; a mean divides by
     ``count``."""

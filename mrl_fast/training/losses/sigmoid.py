@@ -11,7 +11,7 @@ from torch import Tensor
 from mrl_fast.shared.dispatch import choose
 from mrl_fast.shared.types import NestedLoss
 from mrl_fast.training import reference
-from mrl_fast.training.losses.embeddings import Side, check_pairs, check_ranks, gather_rows, rank_of
+from mrl_fast.training.losses.embeddings import Side, check_pairs
 from mrl_fast.training.losses.reductions import (
     check_dim_weights,
     check_scalar,
@@ -19,6 +19,8 @@ from mrl_fast.training.losses.reductions import (
     nested_loss,
 )
 from mrl_fast.training.ops import fold
+from mrl_fast.training.ring.fold import around, ring_fold
+from mrl_fast.training.ring.ranks import check_ranks, gather_rows
 from mrl_fast.training.spec import FoldSpec
 
 
@@ -46,8 +48,9 @@ def matryoshka_sigmoid_loss(
         scale: Inverse temperature, > 0 (SigLIP starts at 10); one element may be learned.
         bias: Added to every score (SigLIP starts at −10); one element may be learned.
         dim_weights: c_g, ``[G]``; default all 1: a sum over prefixes, not a mean.
-        group: A ``torch.distributed`` process group: documents are gathered from all ranks, with
-            their gradients; those of other ranks are negatives. None gathers nothing.
+        group: A ``torch.distributed`` process group: the documents of other ranks are negatives.
+            They travel from rank to rank, as those of ``matryoshka_info_nce``, and the same holds
+            of gradients, of ranks' numbers of rows and of the call and its backward.
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
 
     Returns:
@@ -61,28 +64,36 @@ def matryoshka_sigmoid_loss(
     if not isinstance(documents, Tensor):
         raise TypeError(f"documents: expected a torch.Tensor, got {type(documents).__name__}")
     queries, (block,), dims = check_pairs(queries, documents, dims)
-    check_ranks(group, queries, [block])
     if len(block) < len(queries):
         raise ValueError(f"documents: expected at least {len(queries)} rows, got {len(block)}")
     scale = check_scale(scale, "scale", queries)
     bias = check_scalar(bias, "bias", queries)
     dim_weights = check_dim_weights(dim_weights, len(dims), queries)
-    local = torch.arange(len(queries), dtype=torch.int64, device=queries.device)
-    target = local + rank_of(group) * len(block)
-    everything = gather_rows(block, group)
+    target = torch.arange(len(queries), dtype=torch.int64, device=queries.device)
     impl = choose(impl, queries, block)
+    ranks = None
+    if group is not None:
+        options = dims, impl == "reference"
+        ranks = check_ranks(group, queries, [block], *options, learned=[scale, bias])
     if impl == "reference":
-        rows = reference.sigmoid_rows(queries, everything, dims, scale, bias, target)
+        if ranks is not None:
+            target = target + sum(ranks.documents[: ranks.rank])
+            block = gather_rows(block, ranks.documents, ranks)
+        rows = reference.sigmoid_rows(queries, block, dims, scale, bias, target)
     else:
-        q, d = Side.from_embeddings(queries, dims), Side.from_embeddings(everything, dims)
+        q, d = Side.from_embeddings(queries, dims), Side.from_embeddings(block, dims)
         spec = FoldSpec(
-            q.x, d.x, dims, _row(bias, len(everything), queries),
+            q.x, d.x, dims, _row(bias, len(block) if ranks is None else 1, queries),
             row_scale=q.scaled(scale), col_scale=d.inverse, target=target, link="sigmoid",
             compute_dtype=q.compute_dtype,
         )  # fmt: skip
-        f = fold(spec, impl)
+        if ranks is None:
+            f = fold(spec, impl)
+        else:
+            f = ring_fold(spec, around(ranks, ranks.documents), impl)
         rows = f.row_log - f.hit
-    return nested_loss(rows, dim_weights, "mean", len(queries))
+    count = len(queries) if ranks is None else ranks.mean_queries
+    return nested_loss(rows, dim_weights, "mean", count)
 
 
 def _row(bias: Tensor | float, size: int, like: Tensor) -> Tensor:  # [size] fp32
