@@ -10,13 +10,26 @@ from mrl_fast.search.semantic import semantic_search
 
 if TYPE_CHECKING:
     from mrl_fast.integrations.sentence_transformers.losses import Matryoshka2dLoss, MatryoshkaLoss
+    from mrl_fast.integrations.sentence_transformers.spread_out import (
+        GlobalOrthogonalRegularizationLoss,
+    )
 
-__all__ = ["Matryoshka2dLoss", "MatryoshkaLoss", "mine_hard_negatives", "semantic_search"]
+__all__ = [
+    "GlobalOrthogonalRegularizationLoss",
+    "Matryoshka2dLoss",
+    "MatryoshkaLoss",
+    "mine_hard_negatives",
+    "semantic_search",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("Matryoshka2dLoss", "MatryoshkaLoss"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mrl_fast.integrations.sentence_transformers import losses
+    if name in ("Matryoshka2dLoss", "MatryoshkaLoss"):
+        from mrl_fast.integrations.sentence_transformers import losses
 
-    return getattr(losses, name)
+        return getattr(losses, name)
+    if name == "GlobalOrthogonalRegularizationLoss":
+        from mrl_fast.integrations.sentence_transformers import spread_out
+
+        return spread_out.GlobalOrthogonalRegularizationLoss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

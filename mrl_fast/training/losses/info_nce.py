@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mrl_fast.shared.checks import check_choice, check_number, check_vector
 from mrl_fast.shared.dispatch import choose
-from mrl_fast.shared.types import NestedLoss
+from mrl_fast.shared.types import NestedLoss, SpreadOut
 from mrl_fast.training import reference
 from mrl_fast.training.losses.embeddings import (
     Side,
@@ -27,6 +27,7 @@ from mrl_fast.training.losses.reductions import (
     check_scale,
     nested_loss,
 )
+from mrl_fast.training.losses.spread_out import check_spread_out, spread_out_terms
 from mrl_fast.training.ops import Fold, fold
 from mrl_fast.training.spec import FoldSpec, InfoNCESpec
 
@@ -51,6 +52,7 @@ def matryoshka_info_nce(
     normalize: bool = True,
     reduction: str = "mean",
     group: Any = None,
+    spread_out: SpreadOut | Sequence[Any] | None = None,
     impl: str | None = None,
 ) -> NestedLoss:
     """InfoNCE of every nested prefix, summed, each prefix normalised on its own.
@@ -90,6 +92,10 @@ def matryoshka_info_nce(
             them, are gathered from all ranks, with their gradients; the loss is that of the local
             rows. ``torch.distributed.group.WORLD`` is all ranks; None gathers nothing. Every rank
             needs the same number of rows.
+        spread_out: Adds ``matryoshka_spread_out`` of the queries and of every block of documents,
+            each compared with itself, to each query's loss: ``SpreadOut(1.0, 1.0)`` as in
+            sentence-transformers' GlobalOrthogonalRegularizationLoss. Directions, hardness, masks
+            and the scale do not change it. With a group it is of all ranks' rows.
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
 
     Returns:
@@ -108,6 +114,7 @@ def matryoshka_info_nce(
     check_choice(reduction, "reduction", REDUCTIONS)
     _check_directions(directions, partition_mode)
     _check_hardness(hardness_mode, hardness_strength)
+    spread = None if spread_out is None else check_spread_out(spread_out, "spread_out")
     dim_weights = check_dim_weights(dim_weights, len(dims), queries)
     if target is not None:
         check_vector(target, "target", len(queries), queries, dtype=torch.int64)
@@ -121,13 +128,11 @@ def matryoshka_info_nce(
     # This rank's positives among all documents, and its queries among all queries.
     local = torch.arange(len(queries), dtype=torch.int64, device=queries.device)
     positive = local if target is None else target
-    first = rank_of(group) * len(sequence[0])
     blocks = [gather_rows(part, group) for part in sequence]
     own_query = local + rank_of(group) * len(queries)
-    own_document, period = positive + first, len(blocks[0])
+    own_document, period = positive + rank_of(group) * len(sequence[0]), len(blocks[0])
     widths = {"doc": sum(map(len, blocks)), "query": len(queries) * ranks_of(group)}
     mask = _check_mask(mask, widths, directions, queries)
-
     impl = choose(impl, queries, sequence[0])
     all_queries = queries
     if {"query_to_query", "doc_to_query"} & set(directions):
@@ -141,6 +146,8 @@ def matryoshka_info_nce(
         own_query=own_query, own_document=own_document, period=period,
     )  # fmt: skip
     rows = reference.info_nce_rows(spec) if impl == "reference" else _rows(spec, impl)
+    if spread is not None:
+        rows = rows + spread_out_terms([queries, *sequence], dims, spread, normalize, group, impl)
     return nested_loss(rows, dim_weights, reduction, len(queries))
 
 
