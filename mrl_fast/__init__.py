@@ -12,6 +12,7 @@ from mrl_fast.shared.types import (
     Prediction,
     RangeResult,
     SearchResult,
+    SpreadOut,
     StagedResult,
 )
 from mrl_fast.training.cascade import AdaptiveClassifier, AdaptiveCost
@@ -20,6 +21,7 @@ from mrl_fast.training.losses.cross_entropy import matryoshka_cross_entropy
 from mrl_fast.training.losses.distill import matryoshka_distill
 from mrl_fast.training.losses.info_nce import matryoshka_info_nce
 from mrl_fast.training.losses.sigmoid import matryoshka_sigmoid_loss
+from mrl_fast.training.losses.spread_out import matryoshka_spread_out
 from mrl_fast.training.modules import (
     MatryoshkaCrossEntropyLoss,
     MatryoshkaInfoNCELoss,
@@ -46,6 +48,7 @@ __all__ = [
     "RangeResult",
     "SearchResult",
     "ShardedIndex",
+    "SpreadOut",
     "StagedResult",
     "approx_topk",
     "funnel_search",
@@ -56,6 +59,7 @@ __all__ = [
     "matryoshka_logits",
     "matryoshka_predict",
     "matryoshka_sigmoid_loss",
+    "matryoshka_spread_out",
     "prefix_topk",
     "rerank",
     "semantic_search",

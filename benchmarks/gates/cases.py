@@ -11,11 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
-
 from mrl_fast.kernels.search import funnel_search, rerank, scan_shape
 from mrl_fast.kernels.search.approx import approx_topk
 from mrl_fast.kernels.search.certified import exact_topk
@@ -26,6 +21,11 @@ from mrl_fast.kernels.search.pair_scores import RESCANNED
 from mrl_fast.kernels.search.plan import KnownRows
 from mrl_fast.kernels.search.topk import topk
 from mrl_fast.kernels.training import fold_backward, fold_forward, logits_forward, predict_forward
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
 from mrl_fast.training.ops import Fold
 from mrl_fast.training.spec import FoldSpec, Upstream
 

@@ -18,13 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from benchmarks.gpu import cache, interpreter, losses
-from benchmarks.gpu.margin import scan_error
-from benchmarks.gpu.measure import DEVICE, DTYPES, generator, message
-from benchmarks.gpu.sizes import SIZES, Sizes, randn, worst
-from mrl_fast import funnel_search, prefix_topk, rerank
 from mrl_fast.kernels.search import certified, plan
 from mrl_fast.kernels.search.certified import exact_topk
 from mrl_fast.kernels.search.coarse import Codes, Prefix
@@ -33,6 +26,13 @@ from mrl_fast.kernels.search.metrics import row_terms
 from mrl_fast.kernels.search.pair_scores import RESCANNED
 from mrl_fast.kernels.search.plan import KnownRows
 from mrl_fast.kernels.search.topk import prefix_topk as triton_topk
+from torch import Tensor
+
+from benchmarks.gpu import cache, interpreter, losses
+from benchmarks.gpu.margin import scan_error
+from benchmarks.gpu.measure import DEVICE, DTYPES, generator, message
+from benchmarks.gpu.sizes import SIZES, Sizes, randn, worst
+from mrl_fast import funnel_search, prefix_topk, rerank
 from mrl_fast.search import reference
 
 Case = tuple[str, float, Callable[[], float]]  # name, the largest error allowed, the error

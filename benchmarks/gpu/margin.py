@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from mrl_fast.kernels.search import metrics, plan, queries, scan, scan_shape
 from mrl_fast.kernels.shared.tiling import operand
+from torch import Tensor
 
 NOTHING = 0xFFFFFFFF  # where a bucket has no rows
 

@@ -1,7 +1,5 @@
 """Approximate top-k in one pass: of the rows at one place of many tiles only the best are kept."""
 
-from torch import Tensor
-
 from mrl_fast.kernels.search import plan as plans
 from mrl_fast.kernels.search.keys import Result, empty, select
 from mrl_fast.kernels.search.metrics import row_terms
@@ -13,6 +11,7 @@ from mrl_fast.kernels.search.scan import Scan
 from mrl_fast.kernels.search.scan_shape import BUCKET, scan_config
 from mrl_fast.kernels.search.topk import topk
 from mrl_fast.kernels.shared.tiling import cdiv, chunks, columns, next_power_of_2
+from torch import Tensor
 
 
 def approx_topk(

@@ -7,8 +7,6 @@ width instead: the device decides, query by query. A range search is the same sc
 """
 
 import torch
-from torch import Tensor
-
 from mrl_fast.kernels.search.coarse import Codes, Prefix
 from mrl_fast.kernels.search.keys import EMPTY, Result, empty, scores_of, select
 from mrl_fast.kernels.search.metrics import GATES, Margin, row_norms, upper
@@ -20,6 +18,7 @@ from mrl_fast.kernels.search.scan import Scan
 from mrl_fast.kernels.search.scan_shape import BUCKET, scan_config
 from mrl_fast.kernels.search.topk import Search, part_of, topk
 from mrl_fast.kernels.shared.tiling import chunks
+from torch import Tensor
 
 SURVIVORS = 2048  # buckets whose rows are scored in full
 

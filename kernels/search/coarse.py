@@ -9,8 +9,6 @@ ranked, for a shortlist, and how their scores are bounded.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from mrl_fast.kernels.search.metrics import (
     LEAST_NORM,
     LOST,
@@ -23,6 +21,7 @@ from mrl_fast.kernels.search.metrics import (
 )
 from mrl_fast.kernels.search.plan import KnownRows
 from mrl_fast.kernels.search.queries import NormBound, ScanQueries, scan_queries
+from torch import Tensor
 
 LEAST_SCALE = 2.0**-100  # of codes
 ALIGNMENT = 16  # columns that are read at a time

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from mrl_fast.kernels.search.keys import Result, empty, select
 from mrl_fast.kernels.search.pair_scores import WHOLE_BLOCK, Pairs
 from mrl_fast.kernels.search.plan import fitting
 from mrl_fast.kernels.search.topk import part_of, prefix_topk
 from mrl_fast.kernels.shared.tiling import chunks, columns
+from torch import Tensor
 
 
 def rerank(

@@ -7,9 +7,8 @@ that selecting, sorting and comparing candidates is integer work with one answer
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mrl_fast.kernels.shared.tiling import cdiv, interpreted, next_power_of_2
+from torch import Tensor
 
 EMPTY = tl.constexpr(-(1 << 63))  # sorts after every key
 SORTED_AT_ONCE = 2048  # keys a program sorts; of more, torch.topk picks first

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from mrl_fast.kernels.search.scan_shape import PROMOTED, promoted, scan_precision
+from torch import Tensor
 
 NUMBERS = {"ip": 0, "cosine": 1, "l2": 2, "linear": 3}  # METRIC and NORMS of the kernels
 SAFE_NORM = 2.0**-40  # squares of smaller norms may leave fp32's normal range

@@ -6,11 +6,10 @@ The rank-th best is found bit by bit, from the highest, by counting scores; as s
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mrl_fast.kernels.search.keys import ordered, score_of
 from mrl_fast.kernels.search.plan import Buffers
 from mrl_fast.kernels.search.queries import ScanQueries
+from torch import Tensor
 
 INFINITY = tl.constexpr(0x7F800000)  # keys.ordered(inf); that of −inf is −1 − this
 

@@ -12,11 +12,10 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mrl_fast.kernels.search.keys import EMPTY, SORTED_AT_ONCE, make_key
 from mrl_fast.kernels.search.metrics import NUMBERS
 from mrl_fast.kernels.shared.tiling import aligned, cdiv, interpreted, next_power_of_2
+from torch import Tensor
 
 LINEAR = tl.constexpr(3)
 WHOLE_BLOCK = 64  # columns whose sum can be carried

@@ -5,12 +5,11 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from mrl_fast.kernels.search.metrics import Margin, SumTerms
 from mrl_fast.kernels.search.pair_scores import Pairs
 from mrl_fast.kernels.search.scan_shape import BUCKET, Config
 from mrl_fast.kernels.shared.tiling import cdiv, next_power_of_2
+from torch import Tensor
 
 TEMPORARY_BYTES = 256 << 20
 BUFFER = 2048, 16384  # buckets a query, at least and at most

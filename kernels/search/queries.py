@@ -5,10 +5,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mrl_fast.kernels.search.metrics import LEAST_NORM, LOST, ROUNDED, Margin, row_norms
 from mrl_fast.kernels.shared.tiling import next_power_of_2
+from torch import Tensor
 
 LOST_OF_A_NORM, UP = tl.constexpr(LOST), tl.constexpr(1 + ROUNDED)
 

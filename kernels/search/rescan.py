@@ -11,14 +11,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mrl_fast.kernels.search.keys import EMPTY, make_key
 from mrl_fast.kernels.search.pair_scores import ROUNDED, Pairs, in_bytes, pair_blocks, pair_scores
 from mrl_fast.kernels.search.plan import Buffers
 from mrl_fast.kernels.search.scan_shape import BUCKET, Config
 from mrl_fast.kernels.shared.device import multiprocessors
 from mrl_fast.kernels.shared.tiling import cdiv, next_power_of_2
+from torch import Tensor
 
 RESCAN_BYTES = 64 << 20
 RESCANS = 3  # programs a multiprocessor: no more than it holds, as most of them end at once

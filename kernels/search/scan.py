@@ -14,8 +14,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mrl_fast.kernels.search.metrics import LOST as LOST_OF_A_NORM
 from mrl_fast.kernels.search.metrics import NUMBERS, SumTerms
 from mrl_fast.kernels.search.queries import ScanQueries
@@ -29,6 +27,7 @@ from mrl_fast.kernels.search.scan_shape import (
 )
 from mrl_fast.kernels.shared.device import programs, remember
 from mrl_fast.kernels.shared.tiling import cdiv
+from torch import Tensor
 
 MAGIC = tl.constexpr(0x4B400000)  # an int32 sum that starts here reads as 1.5 · 2^23 + sum in fp32
 NOTHING = tl.constexpr((0xFF800000 - (1 << 32) << 32) | 0xFFFFFFFF)  # a hit of −inf, in no bucket

@@ -4,10 +4,9 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from mrl_fast.kernels.shared.device import architecture
 from mrl_fast.kernels.shared.tiling import aligned, interpreted, next_power_of_2, precision
+from torch import Tensor
 
 BUCKET = 16  # rows
 PROMOTED = 32  # columns of float8 that Hopper's tensor cores add up at once

@@ -9,8 +9,6 @@ rows, is flagged, and the device itself scores all rows for it by that routine (
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from mrl_fast.kernels.search.keys import Result, empty, select
 from mrl_fast.kernels.search.metrics import row_terms
 from mrl_fast.kernels.search.narrow import narrow
@@ -21,6 +19,7 @@ from mrl_fast.kernels.search.rescan import score_buckets
 from mrl_fast.kernels.search.scan import Scan
 from mrl_fast.kernels.search.scan_shape import BUCKET, Config, scan_config
 from mrl_fast.kernels.shared.tiling import chunks, columns
+from torch import Tensor
 
 
 def prefix_topk(queries: Tensor, database: Tensor, k: int, dim: int, metric: str) -> Result:

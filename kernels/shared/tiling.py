@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mrl_fast.kernels.shared.device import captures
+from torch import Tensor
 
 WORKSPACE_BYTES = 256 << 20  # of scores or score gradients held at a time
 MOST_ROWS = 65535 // 2 * 128  # a grid's second axis ends at 65535 tiles, of 64 rows at least

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mrl_fast.kernels.shared.tiling import (
     Config,
     aligned,
@@ -31,6 +29,7 @@ from mrl_fast.kernels.shared.tiling import (
     score_offsets,
     whole_tiles,
 )
+from torch import Tensor
 
 
 class Fold:

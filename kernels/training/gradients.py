@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mrl_fast.kernels.shared.tiling import (
     MASKING_CONFIGS,
     STORING_CONFIGS,
@@ -28,6 +26,7 @@ from mrl_fast.kernels.shared.tiling import (
 )
 from mrl_fast.kernels.training.fold import Fold, by_class, finite, load_soft, values_of
 from mrl_fast.kernels.training.products import Wanted, nested_gradients
+from torch import Tensor
 
 # Half-precision workspaces hold gradients relative to the largest, which becomes this: fp16 keeps
 # eight more powers of two below it, and has as many above for the sums.

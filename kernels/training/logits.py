@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mrl_fast.kernels.shared import tiling
 from mrl_fast.kernels.shared.tiling import (
     STORING_CONFIGS,
@@ -26,6 +24,7 @@ from mrl_fast.kernels.shared.tiling import (
     tile_of,
 )
 from mrl_fast.kernels.training.products import Wanted, nested_gradients
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["B", "all_rows", "steps"])

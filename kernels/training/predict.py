@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mrl_fast.kernels.shared.tiling import (
     CONFIGS,
     add_block,
@@ -24,6 +22,7 @@ from mrl_fast.kernels.shared.tiling import (
     schedule_of,
     tile_of,
 )
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["B", "V", "steps"])

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from mrl_fast.kernels.shared.tiling import chunk_steps, chunks, product, slabs, whole_tiles
+from torch import Tensor
 
 Gradients = tuple[Tensor, Tensor, Tensor | None]  # dx [B, D], dw [V, W], db [V] fp32
 

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from mrl_fast.kernels.shared.tiling import (
     CONFIGS,
     STORING_CONFIGS,
@@ -23,6 +21,7 @@ from mrl_fast.kernels.shared.tiling import (
     tile_of,
 )
 from mrl_fast.kernels.training.fold import Fold, finite, load_soft, values_of
+from torch import Tensor
 
 Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 

@@ -22,6 +22,20 @@ class NestedLoss(NamedTuple):
     per_dim: Tensor
 
 
+class SpreadOut(NamedTuple):
+    """Weights of the spread-out regulariser's terms, and how columns of embeddings are combined.
+
+    Attributes:
+        mean: Of the squared mean similarity, >= 0.
+        second_moment: Of what the mean squared similarity exceeds 1/d by, >= 0.
+        aggregation: ``"mean"`` or ``"sum"`` over columns.
+    """
+
+    mean: float = 1.0
+    second_moment: float = 1.0
+    aggregation: str = "mean"
+
+
 class Prediction(NamedTuple):
     """What every nested prefix predicts.
 

@@ -169,7 +169,8 @@ class MatryoshkaInfoNCELoss(nn.Module):
         scale: Inverse temperature at the start.
         learn_scale: Learn it, as the parameter ``log_scale`` (CLIP); else it stays.
         options: ``directions``, ``partition_mode``, ``hardness_mode``, ``hardness_strength``,
-            ``normalize``, ``reduction`` and ``group``, as in ``matryoshka_info_nce``.
+            ``normalize``, ``reduction``, ``group`` and ``spread_out``, as in
+            ``matryoshka_info_nce``.
 
     Attributes:
         per_dim: The last call's detached loss of each prefix, ``[G]``.
@@ -239,6 +240,7 @@ INFO_NCE_OPTIONS = {
     "normalize",
     "reduction",
     "group",
+    "spread_out",
 }
 
 

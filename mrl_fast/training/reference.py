@@ -60,6 +60,17 @@ def similarities(
     return torch.stack([prefix(x, d) @ prefix(y, d).T for d in dims])
 
 
+def off_diagonal_moments(
+    x: Tensor, dims: Sequence[int], normalize: bool = True
+) -> Tensor:  # [G, 2]
+    """Means of s and s² over the similarities s of different rows; 0 of a single row."""
+    s = similarities(x, x, dims, normalize)
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    s = s.masked_fill(itself, 0.0)
+    sums = torch.stack([s.sum((1, 2)), s.square().sum((1, 2))], 1)
+    return sums / max(len(x) * (len(x) - 1), 1)
+
+
 def info_nce_rows(spec: InfoNCESpec) -> Tensor:  # [G, B]
     sides = {
         "query": (spec.queries, spec.all_queries),

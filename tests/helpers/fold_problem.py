@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-
 from mrl_fast.kernels import training as kernels
+
 from mrl_fast.testing import assert_within_budget, rounding_bounds
 from mrl_fast.training.spec import FoldSpec, Upstream
 from tests.helpers.losses import generator

@@ -1,7 +1,6 @@
 """Vectors for the tests of kernels."""
 
 import torch
-
 from mrl_fast.kernels.search import METRICS
 
 __all__ = ["DTYPES", "METRICS", "make_vectors"]

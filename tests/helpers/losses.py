@@ -11,6 +11,7 @@ from mrl_fast import (
     matryoshka_info_nce,
     matryoshka_logits,
     matryoshka_sigmoid_loss,
+    matryoshka_spread_out,
 )
 from mrl_fast.testing import assert_within_budget, rounding_bounds
 
@@ -53,6 +54,9 @@ LOSSES = {
     ).loss,
     "distill": lambda x, w, impl=None: matryoshka_distill(
         (x, w), TEACHER, DIMS, temperature=0.1, impl=impl
+    ).loss,
+    "spread_out": lambda x, w, impl=None: matryoshka_spread_out(
+        [x, w], DIMS, weights=(1.0, 20.0), impl=impl
     ).loss,
     "logits": lambda x, w, impl=None: matryoshka_logits(x, w, DIMS, impl=impl).square().mean(),
 }  # fmt: skip

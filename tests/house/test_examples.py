@@ -123,6 +123,21 @@ def test_two_towers(run, loss, cache, monkeypatch):
     assert min(after[1:]) > 10.0
 
 
+@pytest.mark.parametrize("options", [(), ("--sparse", "--spread-out", "100")], ids=str)
+def test_static_retrieval(run, options, cache, monkeypatch):
+    """With any options every prefix learns, more columns find more, and so do their signs."""
+    monkeypatch.setenv("MRL_FAST_CACHE", str(cache))
+    dims, results, printed = run("static_retrieval.py", "--profile", *options)
+    first, last, mrr, recall, by_signs = results
+    assert dims == [16, 32, 64, 128, 256]
+    assert all(b < 0.8 * a for a, b in zip(first, last, strict=True))
+    assert sorted(mrr) == list(mrr) and mrr[0] > 0.05 and mrr[-1] > 0.15
+    assert all(m < r < 1 for m, r in zip(mrr, recall, strict=True))
+    assert sorted(by_signs) == list(by_signs) and by_signs[-1] > 60.0
+    parts = re.search(r"a step of [\d.]+ ms: embed .* loss .* backward .* optimizer .*", printed)
+    assert parts and sum(int(s) for s in re.findall(r"\((\d+)%\)", parts[0])) in range(98, 103)
+
+
 def test_missing_data_is_named(run, tmp_path):
     with pytest.raises(SystemExit, match=f"--data: expected a folder with .*{tmp_path}"):
         run("masked_language_model.py", "--data", str(tmp_path))

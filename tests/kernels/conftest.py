@@ -1,7 +1,6 @@
 """A scan with small buffers, for databases that the interpreter can scan."""
 
 import pytest
-
 from mrl_fast.kernels.search import plan, topk
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-
 from mrl_fast.kernels.search import certified, metrics, plan
 from mrl_fast.kernels.search.coarse import Prefix
 from mrl_fast.kernels.search.keys import empty
 from mrl_fast.kernels.search.metrics import row_terms
 from mrl_fast.kernels.search.plan import KnownRows
+
 from mrl_fast.search import reference
 from mrl_fast.testing import assert_same_topk
 from tests.helpers.kernels import METRICS

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from mrl_fast.kernels.search import plan, scan, scan_shape
 from mrl_fast.kernels.search.metrics import Margin
 from mrl_fast.kernels.shared import device

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from mrl_fast.kernels import training as kernels
 from mrl_fast.kernels.shared import tiling
+
 from mrl_fast.testing import rounding_bounds
 from tests.helpers.fold_problem import DIMS, GRADIENTS, Problem, check
 

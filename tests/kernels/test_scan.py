@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-
-from benchmarks.gpu.margin import scan_error
 from mrl_fast.kernels import search as kernels
 from mrl_fast.kernels.search import (
     metrics,
@@ -14,6 +12,8 @@ from mrl_fast.kernels.search import (
     scan_shape,
     topk,
 )
+
+from benchmarks.gpu.margin import scan_error
 from mrl_fast.search import reference
 from mrl_fast.testing import assert_same_topk
 from tests.helpers.kernels import DTYPES, METRICS, make_vectors

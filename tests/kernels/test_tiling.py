@@ -7,7 +7,6 @@ import weakref
 import pytest
 import torch
 import triton
-
 from mrl_fast.kernels.shared import tiling
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from mrl_fast.kernels import search as kernels
 from mrl_fast.kernels.search import (
     approx,
@@ -15,6 +14,7 @@ from mrl_fast.kernels.search import (
     topk,
 )
 from mrl_fast.kernels.search.keys import EMPTY
+
 from mrl_fast.search import reference
 from mrl_fast.testing import assert_same_topk
 from tests.helpers.kernels import METRICS, make_vectors

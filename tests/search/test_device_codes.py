@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from mrl_fast.kernels.search import certified, plan
 
 from mrl_fast import MatryoshkaIndex
-from mrl_fast.kernels.search import certified, plan
 from mrl_fast.search.index import device_rows, device_search
 from mrl_fast.shared.types import Tuned
 from tests.helpers.kernels import METRICS

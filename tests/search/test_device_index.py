@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from mrl_fast.kernels.search import certified, funnel, plan, topk
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mrl_fast import MatryoshkaIndex, SearchResult, prefix_topk, rerank
-from mrl_fast.kernels.search import certified, funnel, plan, topk
 from mrl_fast.search.index import device_search
 from tests.helpers.kernels import METRICS
 

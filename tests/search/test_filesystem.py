@@ -290,13 +290,13 @@ def test_a_file_of_another_process_is_not_deleted(tmp_path, monkeypatch):
     index.save(tmp_path)
     change(index, model)
     theirs = tmp_path / "rows-00000002.safetensors"
-    collect = folder._collect
+    collect = folder.collect
 
     def overtaken(*args):
         collect(*args)
         theirs.write_text("theirs")
 
-    monkeypatch.setattr(folder, "_collect", overtaken)
+    monkeypatch.setattr(folder, "collect", overtaken)
     with pytest.raises(FileExistsError):
         index.save(tmp_path)
     assert theirs.read_text() == "theirs"

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from mrl_fast.kernels import search as kernels
 
 from mrl_fast import (
     _C,
@@ -15,7 +16,6 @@ from mrl_fast import (
     prefix_topk,
     rerank,
 )
-from mrl_fast.kernels import search as kernels
 from mrl_fast.search import reference
 from mrl_fast.search.index.device_metrics import DEVICE_METRICS
 from mrl_fast.shared import native

@@ -134,6 +134,8 @@ RANK_OPTIONS = [
     dict(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"),
     dict(directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")),
     dict(hardness_mode="all_negatives", hardness_strength=5.0),
+    dict(spread_out=(1.0, 50.0)),
+    dict(spread_out=(1.0, 50.0, "sum"), impl="reference"),
     "sigmoid",
 ]
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mrl_fast.shared.types import SpreadOut
 from mrl_fast.training.losses.info_nce import matryoshka_info_nce
 
 WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
@@ -110,6 +111,7 @@ def train(
     steps: int = STEPS,
     batch: int = BATCH,
     seed: int = 0,
+    spread_out: SpreadOut | None = None,
     on_step: Callable[[TextEncoder, Tensor], object] = lambda encoder, per_dim: None,
 ) -> TextEncoder:
     """Trains an encoder each of whose prefixes finds a query's document among those of a batch.
@@ -118,6 +120,7 @@ def train(
 
     Args:
         queries, documents: ``n`` texts each, in pairs.
+        spread_out: As in ``matryoshka_info_nce``.
         on_step: Called with the encoder and the loss of every dim.
     """
     torch.manual_seed(seed)
@@ -133,7 +136,7 @@ def train(
             order = rows[torch.randperm(len(rows))]
         chosen, order = order[:batch], order[batch:]
         q, d = (encoder(bags.select(chosen)) for bags in pairs)
-        loss = matryoshka_info_nce(q, d, dims)
+        loss = matryoshka_info_nce(q, d, dims, spread_out=spread_out)
         optimizer.zero_grad()
         loss.loss.backward()
         optimizer.step()

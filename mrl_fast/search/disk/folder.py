@@ -140,7 +140,9 @@ def load(
         return index, contents, saved
 
     with torch.inference_mode(False):  # the index outlives the call
-        return manifests.settled(path, read) if manifest is None else read(manifest)
+        if manifest is None:
+            return manifests.settled(path, read, manifests.read)
+        return read(manifest)
 
 
 def _contents(files: Files, manifest: dict[str, Any], layout: Layout) -> Contents:

@@ -132,7 +132,7 @@ def read_or_none(path: Path) -> dict[str, Any] | None:
 def settled(
     path: Path,
     use: Callable[[dict[str, Any]], T],
-    read: Callable[[Path], dict[str, Any]] = read,
+    read: Callable[[Path], dict[str, Any]],
 ) -> T:
     """``use`` of a folder's manifest; once more if it failed and the folder was saved to meanwhile.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mrl_fast.shared.checks import check_choice, check_number, check_vector
 from mrl_fast.shared.dispatch import choose
-from mrl_fast.shared.types import NestedLoss
+from mrl_fast.shared.types import NestedLoss, SpreadOut
 from mrl_fast.training import reference
 from mrl_fast.training.losses.embeddings import Side, check_pairs
 from mrl_fast.training.losses.reductions import (
@@ -20,6 +20,7 @@ from mrl_fast.training.losses.reductions import (
     check_scale,
     nested_loss,
 )
+from mrl_fast.training.losses.spread_out import RowsOfRanks, check_spread_out, spread_out_terms
 from mrl_fast.training.ops import Fold, fold
 from mrl_fast.training.ring.fold import around, ring_fold
 from mrl_fast.training.ring.ranks import Ranks, check_ranks, gather_rows
@@ -46,6 +47,7 @@ def matryoshka_info_nce(
     normalize: bool = True,
     reduction: str = "mean",
     group: Any = None,
+    spread_out: SpreadOut | Sequence[Any] | None = None,
     impl: str | None = None,
 ) -> NestedLoss:
     """InfoNCE of every nested prefix, summed, each prefix normalised on its own.
@@ -91,6 +93,10 @@ def matryoshka_info_nce(
             mean of the ranks' losses is that of one large batch. The call and its backward are
             collective: every rank makes both. ``torch.distributed.group.WORLD`` is all ranks, None
             only this one.
+        spread_out: Adds ``matryoshka_spread_out`` of the queries and of every block of documents,
+            each compared with itself, to each query's loss: ``SpreadOut(1.0, 1.0)`` as in
+            sentence-transformers' GlobalOrthogonalRegularizationLoss. Directions, hardness, masks
+            and the scale do not change it. With a group it is of all ranks' rows.
         impl: ``"triton"``, ``"cpp"`` or ``"reference"``; never falls back. None picks by device.
 
     Returns:
@@ -108,6 +114,7 @@ def matryoshka_info_nce(
     check_choice(reduction, "reduction", REDUCTIONS)
     _check_directions(directions, partition_mode)
     _check_hardness(hardness_mode, hardness_strength)
+    spread = None if spread_out is None else check_spread_out(spread_out, "spread_out")
     dim_weights = check_dim_weights(dim_weights, len(dims), queries)
     if target is not None:
         check_vector(target, "target", len(queries), queries, dtype=torch.int64)
@@ -120,7 +127,9 @@ def matryoshka_info_nce(
     impl = choose(impl, queries, sequence[0])
     ranks = None
     if group is not None:
-        options = tuple(directions), partition_mode, hardness_mode, hardness_strength, normalize
+        options = (
+            tuple(directions), partition_mode, hardness_mode, hardness_strength, normalize, spread,
+        )  # fmt: skip
         kind = impl == "reference", sorted(mask) if isinstance(mask, Mapping) else mask is not None
         ranks = check_ranks(group, queries, sequence, dims, options, kind, learned=[scale])
     widths = _widths(queries, sequence, ranks)
@@ -141,6 +150,12 @@ def matryoshka_info_nce(
         rows = reference.info_nce_rows(spec if ranks is None else _gathered(spec, sequence, ranks))
     else:
         rows = _rows(spec, impl)
+    if spread is not None:
+        held = None
+        if ranks is not None:
+            counts = [ranks.queries, *[ranks.documents] * len(sequence)]
+            held = [RowsOfRanks(ranks, its) for its in counts]
+        rows = rows + spread_out_terms([queries, *sequence], dims, spread, normalize, held, impl)
     count = len(queries) if ranks is None else ranks.mean_queries
     return nested_loss(rows, dim_weights, reduction, count)
 
