@@ -222,7 +222,7 @@ class Records(Generic[T]):
             return index, rows, journal.read(set(rows))
 
         # Once more if records are gone because another process has saved meanwhile.
-        index, rows, records = manifests.settled(folder / INDEX, read)
+        index, rows, records = manifests.settled(folder / INDEX, read, manifests.read)
         for row in rows:
             try:
                 name, value = records[row]

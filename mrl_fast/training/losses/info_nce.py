@@ -127,10 +127,9 @@ def matryoshka_info_nce(
     impl = choose(impl, queries, sequence[0])
     ranks = None
     if group is not None:
-        options = (
-            tuple(directions), partition_mode, hardness_mode, hardness_strength, normalize, spread,
-        )  # fmt: skip
-        kind = impl == "reference", sorted(mask) if isinstance(mask, Mapping) else mask is not None
+        options = tuple(directions), partition_mode, hardness_mode, hardness_strength, normalize
+        masks = sorted(mask) if isinstance(mask, Mapping) else mask is not None
+        kind = impl == "reference", masks, spread
         ranks = check_ranks(group, queries, sequence, dims, options, kind, learned=[scale])
     widths = _widths(queries, sequence, ranks)
     mask = _check_mask(mask, widths, directions, queries)
@@ -146,18 +145,20 @@ def matryoshka_info_nce(
         normalize=normalize, own_query=local, own_document=positive, period=len(sequence[0]),
         blocks=len(sequence), ranks=ranks,
     )  # fmt: skip
-    if impl == "reference":
-        rows = reference.info_nce_rows(spec if ranks is None else _gathered(spec, sequence, ranks))
-    else:
-        rows = _rows(spec, impl)
+    rows = _rows(spec, sequence, impl)
     if spread is not None:
-        held = None
-        if ranks is not None:
-            counts = [ranks.queries, *[ranks.documents] * len(sequence)]
-            held = [RowsOfRanks(ranks, its) for its in counts]
-        rows = rows + spread_out_terms([queries, *sequence], dims, spread, normalize, held, impl)
+        rows = rows + _spread(queries, sequence, dims, spread, normalize, ranks, impl)
     count = len(queries) if ranks is None else ranks.mean_queries
     return nested_loss(rows, dim_weights, reduction, count)
+
+
+def _spread(queries, blocks, dims, options, normalize, ranks: Ranks | None, impl) -> Tensor:
+    """The spread-out terms of the queries and of every block, ``[G, 1]``."""
+    held = None
+    if ranks is not None:
+        counts = [ranks.queries, *[ranks.documents] * len(blocks)]
+        held = [RowsOfRanks(ranks, its) for its in counts]
+    return spread_out_terms([queries, *blocks], dims, options, normalize, held, impl)
 
 
 def _widths(queries: Tensor, blocks: Sequence[Tensor], ranks: Ranks | None) -> dict[str, int]:
@@ -181,7 +182,11 @@ def _gathered(spec: InfoNCESpec, blocks: Sequence[Tensor], ranks: Ranks) -> Info
     )
 
 
-def _rows(spec: InfoNCESpec, impl: str) -> Tensor:  # [G, B]
+def _rows(spec: InfoNCESpec, blocks: Sequence[Tensor], impl: str) -> Tensor:  # [G, B]
+    if impl == "reference":
+        gathered = spec if spec.ranks is None else _gathered(spec, blocks, spec.ranks)
+        return reference.info_nce_rows(gathered)
+
     def side(x: Tensor) -> Side:
         return Side.from_embeddings(x, spec.dims, spec.normalize)
 
