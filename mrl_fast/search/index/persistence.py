@@ -89,9 +89,9 @@ class Persistent(pickled.Copies):
         cls: type[Index], path: str | os.PathLike[str], *, device: str = "cpu", verify: bool = False
     ) -> Index:
         """Opens what ``save`` wrote, without reading it: vectors come from the file as they are
-        needed, so that an index may be larger than memory. A folder that a ShardedIndex saved becomes
-        one. Codes that version 2 of the files holds are made again, in memory, from all vectors:
-        save the index once.
+        needed, so that an index may be larger than memory. A folder that a ShardedIndex saved
+        becomes one. Codes that version 2 of the files holds are made again, in memory, from all
+        vectors: save the index once.
 
         Args:
             path: The folder. Its files must not be changed but by ``save``, which may run
