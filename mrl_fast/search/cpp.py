@@ -95,21 +95,28 @@ def range_search(
     queries: Tensor, rows: _C.Rows, dim: int, threshold: float, metric: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Limits, scores and ids of every row that reaches the threshold, as exact search scores it."""
-    return ranked_range_search(queries, rows, dim, threshold, metric)[:3]
+    return _range_search(queries, rows, dim, threshold, metric, ranked=False)[:3]
 
 
 def ranked_range_search(
     queries: Tensor, rows: _C.Rows, dim: int, threshold: float, metric: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``range_search``; and the fp64 scores."""
+    return _range_search(queries, rows, dim, threshold, metric, ranked=True)
+
+
+def _range_search(
+    queries: Tensor, rows: _C.Rows, dim: int, threshold: float, metric: str, *, ranked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     found = _C.range_search(
         rows, _queries(queries), METRICS[metric].number, dim, threshold, native.run()
     )
     _refuse(found.problem, queries, dim)
     limits = torch.tensor([0, *found.counts], dtype=I64, device=HOST).cumsum(0)
     total = int(limits[-1])
-    scores, ids, scores64 = empty(total), empty(total, dtype=I64), empty(total, dtype=F64)
-    found.write(address(scores, F32), address(ids, I64), address(scores64, F64))
+    scores, ids = empty(total), empty(total, dtype=I64)
+    scores64 = empty(total if ranked else 0, dtype=F64)
+    found.write(*_to(scores, ids, scores64 if ranked else None))
     return limits, scores, ids, scores64
 
 

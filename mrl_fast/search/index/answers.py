@@ -64,19 +64,17 @@ def nearest(
     """
     (_, k, dim, stages), metric = asked, rows.config.metric
     searched, q, _keepalive = _searched(rows, now, asked.queries, allowed)
-    eligible = searched.eligible if stages is not None and walks(stages) else 0
-    if ranked:
-        searched = rows.backend.numbered(searched)
-    graph = None
+    walk = {}
     if stages is not None and walks(stages):
         if now.graph is None:
             raise ValueError("stages[0]: expected a graph: build_graph() first, got none")
-        if eligible >= LEAST_SHARE * now.count:
-            graph = now.graph
+        if searched.eligible >= LEAST_SHARE * now.count:
+            walk = {"graph": now.graph.native}
         else:  # a walk would pass through many rows for each that may be found
             dim, stages = stages[-1][0], None
+    if ranked:
+        searched = rows.backend.numbered(searched)
     if stages is not None:
-        walk = {} if graph is None else {"graph": graph.native}
         scores, ids = rows.backend.search_rows(q, searched, stages, metric, **walk)
         return Found(scores, ids, None, scores if ranked else None)
     if ranked:

@@ -28,6 +28,7 @@ from mrl_fast.shared.types import (
 )
 
 T = TypeVar("T")
+ALONE = nullcontext()
 
 
 class State(Protocol):
@@ -97,7 +98,7 @@ class Searchable(ABC):
 
     def _together(self) -> AbstractContextManager[None]:
         """What a question is checked and answered in."""
-        return nullcontext()
+        return ALONE
 
     def _lead(self, call: Callable[[], T], *asked: Any) -> T:
         """What a call returns that searches many times, and what by the time that it took; it was
