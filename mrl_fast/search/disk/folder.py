@@ -73,7 +73,7 @@ def save(
     filesystem.make_folder(path)
     with filesystem.locked(path):
         there = _there(path)
-        _check_left(path, there, left.get(path))
+        check_left(path, there, left.get(path))
         known = saved if there and saved and saved.path == path else None
         new = _NewFiles(path, there)
         if there:
@@ -266,7 +266,7 @@ def _kept(segments: list[Entry], count: int, saved_prefix_rows: int) -> tuple[li
     return kept, begin
 
 
-def _check_left(path: Path, there: Entry | None, left: Entry | None) -> None:
+def check_left(path: Path, there: Entry | None, left: Entry | None) -> None:
     """Raises where the folder does not hold what the index left in it."""
     if there and left and there != left:
         raise ValueError(

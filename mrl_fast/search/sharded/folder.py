@@ -58,12 +58,7 @@ def save(
     filesystem.make_folder(path)
     with filesystem.locked(path):
         there = _there(path)
-        if there and path in left and there != left[path]:
-            raise ValueError(
-                f"path: expected {path} as this index left it (generation "
-                f"{left[path]['generation']}), got generation {there['generation']}, which another "
-                "has saved; load it, or save elsewhere"
-            )
+        index_folder.check_left(path, there, left.get(path))
         if there:
             _clean(path, there)
             restore_shards(path, there, known)
