@@ -132,7 +132,7 @@ void GraphBuilder::code(int64_t row, float* y, std::vector<float>* room) {
     const Halves best = best_halves(y, width, largest, beside);
     NodeTerms node = {};
     node.factor = float(along > 0.0 ? terms_.product * unit * beside / along : 0.0);
-    // Longer than the codes, as y is: what they lose points everywhere.
+    // So that the codes' part along y is y: scores are not too small, however much they lose.
     node.scale = float(best.along > 0.0 ? terms_.product * unit * beside / best.along : 0.0);
     node.term =
         float(terms_.squares > 0.0f ? -terms_.squares * beside : terms_.product * unit * of_centre);
@@ -184,11 +184,12 @@ void GraphBuilder::prune(uint32_t row, Scratch& scratch) const {
     for (float limit = HIDDEN, next; int64_t(kept.size()) < most;
          limit = std::max(limit * WIDER, next)) {
         next = INFINITY;
-        for (int64_t i = 0; i < n && int64_t(kept.size()) < most; ++i) {
+        for (int64_t i = 0; i < n; ++i) {
             if (hidden[i] > limit) next = std::min(next, hidden[i]);
             if (!(hidden[i] <= limit)) continue;
             hidden[i] = NAN;
             kept.push_back(others[i]);
+            if (int64_t(kept.size()) == most) break;
             const int64_t after = n - i - 1;
             measure(others[i], others.data() + i + 1, after, distances.data());
             const Candidate* farther = near.data() + i + 1;
