@@ -66,6 +66,22 @@ def test_far_from_the_origin(codes):
     assert recall(made(X + far, "l2", codes=codes), Q + far) >= 0.97
 
 
+def test_four_bits_rank_rows_of_a_falling_spectrum():
+    """Near ones around centres, whose first columns are far larger than a few deviations."""
+
+    def steep(count: int, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        centres = torch.randn(60, 256, generator=torch.Generator().manual_seed(3))
+        own = centres[torch.randint(60, (count,), generator=generator)]
+        x = own + 0.3 * torch.randn(count, 256, generator=generator)
+        return torch.nn.functional.normalize(x / (1 + torch.arange(256) / 2) ** 0.5, dim=1)
+
+    index = MatryoshkaIndex((64, 256), metric="ip")
+    index.add(steep(N, 0))
+    index.build_graph(progress=False)
+    assert recall(index, steep(200, 1), [("graph", 400, 30), (256, 10)]) >= 0.93
+
+
 def test_a_longer_beam_finds_more():
     index = made()
     found = [
