@@ -51,14 +51,25 @@ def read(path: Path) -> dict[str, Any]:
         FileNotFoundError: There is none.
         ValueError: It is damaged, or of another version.
     """
+    return parse(path / FILE, text_in(path, MANIFEST_BYTES, "an index"))
+
+
+def text_in(path: Path, most: int, held: str) -> bytes:
+    """What a folder's manifest says, of at most so many bytes, or one more.
+
+    Args:
+        held: What the folder should hold, for messages.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It cannot be read.
+    """
     file = path / FILE
     try:
         with open(file, "rb") as opened:
-            text = opened.read(MANIFEST_BYTES + 1)
+            return opened.read(most + 1)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"path: expected a folder that holds an index, got {path}"
-        ) from None
+        raise FileNotFoundError(f"path: expected a folder that holds {held}, got {path}") from None
     except NotADirectoryError:
         raise ValueError(
             f"path: expected a folder that MatryoshkaIndex.save made, got a file: {path} (one of "
@@ -66,7 +77,6 @@ def read(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise ValueError(f"{file}: expected a file to read, got {error.strerror}") from error
-    return parse(file, text)
 
 
 def parse(file: Path, text: bytes) -> dict[str, Any]:

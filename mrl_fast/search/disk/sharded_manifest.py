@@ -56,17 +56,7 @@ def read(path: Path) -> dict[str, Any]:
         FileNotFoundError: There is none.
         ValueError: It is damaged, of another version, or of one index.
     """
-    file = path / FILE
-    try:
-        with open(file, "rb") as opened:
-            text = opened.read(MANIFEST_BYTES + 1)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"path: expected a folder that holds a sharded index, got {path}"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"{file}: expected a file to read, got {error.strerror}") from error
-    return parse(file, text)
+    return parse(path / FILE, manifests.text_in(path, MANIFEST_BYTES, "a sharded index"))
 
 
 def text_of(manifest: dict[str, Any]) -> bytes:
