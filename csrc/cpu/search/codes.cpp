@@ -71,6 +71,21 @@ void rotate_slab(const float* signs, int64_t from, int64_t to, float* y) {
     if (from + cols < to) transform(signs + to - cols, cols, y + to - cols);
 }
 
+// How far from 0 codes of y [steps, 8] reach: to the largest value, or less where the error of what
+// lies beyond is less than what finer codes save. 0, where all values are tiny: then the error is
+// the norm, whose square is given.
+float reach_of(const Kernels& kernels, const float* y, int64_t width, float largest,
+               double square) {
+    constexpr float DEVIATIONS = 2.7f;  // with 16 codes, best for normally distributed values
+    constexpr float WORTH = 1.15f;      // so much finer codes save more than eight bits then lose
+    if (largest < TINY) return 0.0f;
+    const float reach = DEVIATIONS * float(std::sqrt(square / double(width)));
+    if (!(WORTH * reach < largest)) return largest;
+    const float beyond = kernels.square_beyond(y, code_steps(Source::NIBBLES, width), reach);
+    const auto rounded = [&](double to) { return double(width) * to * to / (64.0 * 12.0); };
+    return beyond + rounded(reach) < rounded(largest) ? reach : largest;
+}
+
 }  // namespace
 
 float quantize(const float* x, int64_t dim, float least, int8_t* codes) {
@@ -193,18 +208,6 @@ void LadderCoder::describe(const float* x) {
     }
     stats_.norm = std::sqrt(sums_.square);
     stats_.size = std::sqrt(coded_.beside);
-}
-
-float reach_of(const Kernels& kernels, const float* y, int64_t width, float largest,
-               double square) {
-    constexpr float DEVIATIONS = 2.7f;  // with 16 codes, best for normally distributed values
-    constexpr float WORTH = 1.15f;      // so much finer codes save more than eight bits then lose
-    if (largest < TINY) return 0.0f;
-    const float reach = DEVIATIONS * float(std::sqrt(square / double(width)));
-    if (!(WORTH * reach < largest)) return largest;
-    const float beyond = kernels.square_beyond(y, code_steps(Source::NIBBLES, width), reach);
-    const auto rounded = [&](double to) { return double(width) * to * to / (64.0 * 12.0); };
-    return beyond + rounded(reach) < rounded(largest) ? reach : largest;
 }
 
 // A norm with room for the rounding of y, of what the codes stand for and of their difference.

@@ -67,11 +67,6 @@ void rotate(const Ladder& ladder, int64_t dim, float* y);
 // is rounded at most twice 12 + 2 times, for every sum and the scale, by 2⁻²⁴ of its norm at most.
 constexpr double ROTATION_ROUNDING = 0x1p-18;
 
-// How far from 0 codes of y [steps, 8] reach: to the largest value, or less where the error of what
-// lies beyond is less than what finer codes save. 0, where all values are tiny: then the error is
-// the norm, whose square is given.
-float reach_of(const Kernels& kernels, const float* y, int64_t width, float largest, double square);
-
 // The statistics of a row beside its codes; norms are not rounded up yet.
 struct LadderStats {
     double norm;       // of the row
