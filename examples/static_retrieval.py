@@ -5,9 +5,8 @@ docstring, of installed packages; put your own pairs in place of ``names`` and `
 prefix of the vectors is trained by one nested InfoNCE. Names that were held out then find their
 sentences among all, by every prefix and by one bit a column.
 
-``--sparse`` gives gradients to the words of a batch alone, by SparseAdam. It pays where words are
-many: with 200,000 words of 256 columns a step's embedding and optimizer take 90 ms instead of 396,
-with 18,000, about as many as here, 46 instead of 20. ``--profile`` says where a step's time goes.
+``--sparse`` gives gradients to the words of a batch alone, by SparseAdam, which pays where words
+are many more than a batch has. ``--profile`` says where a step's time goes, with it and without.
 """
 
 import argparse
